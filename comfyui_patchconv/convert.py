@@ -1,0 +1,116 @@
+"""Find, patch and restore the convolutions of any `torch.nn.Module`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, Optional, TypeVar
+
+from torch import nn
+
+from .planner import DEFAULT_THRESHOLD
+from .tiled_conv import Convolution, OnStrip, TiledForward, Tiling
+
+Model = TypeVar("Model", bound=nn.Module)
+CONVOLUTIONS: tuple[type[Convolution], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_ATTRIBUTE = "_conv_forward"
+
+
+def convert_model(
+    model: Model,
+    splits: int = 4,
+    sequential: bool = True,
+    threshold: int = DEFAULT_THRESHOLD,
+    *,
+    names: Optional[Sequence[str]] = None,
+    types: tuple[type[Convolution], ...] = CONVOLUTIONS,
+    predicate: Optional[Callable[[str, Convolution], bool]] = None,
+    on_strip: Optional[OnStrip] = None,
+) -> Model:
+    """Let the convolutions of `model` run in strips, in place, and return it. `restore_model` undoes it.
+
+    Converting again changes the settings of the convolutions that are chosen, and only those.
+
+    splits: strips per convolution, at most; 0 chooses by size and device.
+    sequential: one strip after the other, or False for all strips in one batched call (faster for small ones, no
+        less memory than plain).
+    threshold: input elements (C·H·W, times depth for 3-D) from which a convolution runs in strips.
+    names, types, predicate: which convolutions; see `convolutions`.
+    on_strip: progress; see `Tiling`.
+
+    Raises ValueError for a wrong setting, or if no convolution is found.
+    """
+    tiling = Tiling(splits, sequential, threshold, on_strip)
+    found = list(convolutions(model, names=names, types=types, predicate=predicate))
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no convolution of kernel larger than 1 that the filter lets through: "
+            "there is nothing to run in strips."
+        )
+    for _, module in found:
+        # Not by setattr: a module would refuse nothing, but this is what restore_model takes away again.
+        module.__dict__[_ATTRIBUTE] = tiled_forward(module, getattr(module, _ATTRIBUTE), tiling)
+    return model
+
+
+def restore_model(model: Model) -> Model:
+    """Undo `convert_model` in place: every method is again what it was, another extension's included."""
+    for module in model.modules():
+        _put(module, _state(module).inner if isinstance(_state(module), TiledForward) else _state(module))
+    return model
+
+
+@contextmanager
+def patched(model: Model, *args: Any, **kwargs: Any) -> Iterator[Model]:
+    """`convert_model(model, *args, **kwargs)` for the length of a `with` block; then all is as it was before it."""
+    before = {module: _state(module) for module in model.modules()}
+    try:
+        yield convert_model(model, *args, **kwargs)
+    finally:
+        for module, state in before.items():
+            _put(module, state)
+
+
+def convolutions(
+    model: nn.Module,
+    *,
+    names: Optional[Sequence[str]] = None,
+    types: tuple[type[Convolution], ...] = CONVOLUTIONS,
+    predicate: Optional[Callable[[str, Convolution], bool]] = None,
+) -> Iterator[tuple[str, Convolution]]:
+    """Name and module of each convolution in `model`, `model` itself included, whose kernel is larger than 1.
+
+    names: shell patterns, of which the dotted name must match one (`"decoder.*"`).
+    types: classes to take, subclasses included.
+    predicate: `predicate(name, module)` decides the rest; with one, kernels of size 1 are asked about too.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, types):
+            continue
+        if names is not None and not any(fnmatchcase(name, pattern) for pattern in names):
+            continue
+        if predicate(name, module) if predicate is not None else max(module.kernel_size) > 1:
+            yield name, module
+
+
+def tiled_forward(module: Convolution, current: Callable[..., Any], tiling: Tiling) -> TiledForward:
+    """What to put in place of `current`, the `_conv_forward` that `module` has now: ours again, its own, or another's.
+
+    For hosts that set and take back attributes themselves.
+    """
+    if isinstance(current, TiledForward):
+        return TiledForward(module, tiling, current.inner)
+    own = getattr(current, "__func__", None) is type(module)._conv_forward  # type: ignore[attr-defined]
+    return TiledForward(module, tiling, None if own else current)
+
+
+def _state(module: nn.Module) -> Any:
+    return module.__dict__.get(_ATTRIBUTE)
+
+
+def _put(module: nn.Module, state: Any) -> None:
+    if state is None:
+        module.__dict__.pop(_ATTRIBUTE, None)
+    else:
+        module.__dict__[_ATTRIBUTE] = state
