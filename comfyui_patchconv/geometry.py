@@ -1,7 +1,7 @@
 """Which input rows a strip of a convolution's output needs. Integers only.
 
 "Row" means a position along the axis that is cut: height for 2-D and 3-D convolutions, length for 1-D.
-All formulas follow from one: output row `o` reads input rows `o * stride - before + dilation * t` for `0 <= t < kernel`.
+All formulas follow from one: output row `o` reads input rows `o * stride - before + dilation * t`, `0 <= t < kernel`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Axis:
         return max(0, (size + self.before + self.after - self.span) // self.stride + 1)
 
     def reach(self, first: int, last: int) -> tuple[int, int]:
-        """Input rows `[low, high)` of output rows `[first, last)`, counting padding as rows below 0 and past the end."""
+        """Input rows `[low, high)` of output rows `[first, last)`; padding counts as rows below 0 and past the end."""
         low = first * self.stride - self.before
         return low, low + (last - 1 - first) * self.stride + self.span
 

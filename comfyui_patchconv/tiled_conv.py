@@ -294,7 +294,7 @@ class _Call:
         return min(planner.legal_rows(in_row * self.axis.stride, halo), planner.legal_rows(out_row))
 
     def _legal_batches(self, input: Tensor, weight: Tensor) -> list[tuple[int, int]]:
-        """`(start, count)` of the groups of samples that are run one after the other: one, unless a row is too large."""
+        """`(start, count)` of the groups of samples that run one after the other: one, unless a row is too large."""
         in_row, out_row = self._row_elements(input, weight)
         if input.dim() != len(self.module.kernel_size) + 2 or self._legal_rows(in_row, out_row) > 0:
             return [(0, input.shape[0])]
