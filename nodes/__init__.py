@@ -1,0 +1,16 @@
+"""The pack's ComfyUI nodes: one module per family, listed here."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io  # pyright: ignore[reportMissingImports]
+
+from .patch_conv import PatchConvModel, PatchConvVAE
+
+
+class PatchConvExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [PatchConvVAE, PatchConvModel]
+
+
+async def comfy_entrypoint() -> PatchConvExtension:
+    return PatchConvExtension()

@@ -1,0 +1,31 @@
+"""What differs between ComfyUI versions, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from importlib import import_module
+from inspect import signature
+from typing import Any
+
+from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
+
+host_nodes: Any = import_module("nodes")  # ComfyUI's module of this name; ours is a part of a package
+
+VAE_CATEGORY: str = host_nodes.VAEDecode.CATEGORY
+"""Where the host lists VAE Decode and its tiled form."""
+
+MODEL_CATEGORY = "model/patch/unet" if VAE_CATEGORY.startswith("model/") else "model_patches/unet"
+"""Where the host lists HyperTile, FreeU and the like."""
+
+
+def schema(**options: Any) -> Any:
+    """An `io.Schema`, less the options that this ComfyUI does not know yet (`search_aliases`)."""
+    known = {field.name for field in fields(io.Schema)}
+    return io.Schema(**{name: value for name, value in options.items() if name in known})
+
+
+def advanced(kind: Any, name: str, **options: Any) -> Any:
+    """An input of `kind` that the front end folds away under "advanced", where this ComfyUI can."""
+    if "advanced" in signature(kind.Input).parameters:
+        options["advanced"] = True
+    return kind.Input(name, **options)

@@ -1,0 +1,21 @@
+"""Which convolutions of a VAE belong to its decoder, and which to its encoder, by the names ComfyUI gives them."""
+
+from __future__ import annotations
+
+HALVES = ("decoder", "encoder")
+
+_OF_ENCODER = ("quant_conv", "in_block", "down_blocks")
+"""Encoder parts that do not say so: of the KL VAEs, and of Stable Cascade's stage A."""
+
+
+def half_of(name: str) -> str:
+    """`"decoder"` or `"encoder"` for a dotted module name inside a VAE; the first part that tells decides.
+
+    What no part tells about is the decoder's (`vocoder`, `previewer`, `up_blocks`, a VAE that can only decode).
+    """
+    for part in name.split("."):
+        if "decoder" in part:
+            return "decoder"
+        if "encoder" in part or part in _OF_ENCODER:
+            return "encoder"
+    return "decoder"
