@@ -1,0 +1,230 @@
+"""A real ComfyUI server, driven through its API.
+
+COMFYUI_PATH: a ComfyUI checkout; without it these tests are skipped. COMFYUI_PYTHON: the Python to start it with,
+this one by default. COMFYUI_CHECKPOINT: name of an SD 1.5 checkpoint among the host's models (random weights will do);
+by default the first whose name has `sd15` or `v1-5` in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+Graph = dict[str, Any]
+PACK = Path(__file__).parents[2]
+
+
+class Server:
+    """One ComfyUI process with its own input, output, user and model folders; the checkout stays as it is."""
+
+    def __init__(self, checkout: Path, folder: Path, flags: tuple[str, ...] = ()) -> None:
+        self.checkout, self.folder = checkout, folder
+        for name in ("input", "output", "temp", "user", "loras", "custom_nodes"):
+            (folder / name).mkdir()
+        (folder / "custom_nodes" / "comfyui_patchconv").symlink_to(PACK)
+        paths = {"base_path": str(folder), "custom_nodes": "custom_nodes", "loras": "loras"}
+        (folder / "paths.yaml").write_text(json.dumps({"patchconv": paths}))  # JSON is YAML
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.address = f"127.0.0.1:{port}"
+        command = [python(), str(Path(__file__).with_name("launch.py"))]
+        command += [str(checkout), "--port", str(port), "--extra-model-paths-config", str(folder / "paths.yaml")]
+        for name in ("input", "output", "temp", "user"):
+            command += [f"--{name}-directory", str(folder / name)]
+        command += ["--database-url", "sqlite:///:memory:", "--preview-method", "none", *flags]
+        if not torch.cuda.is_available():
+            command.append("--cpu")
+        self._log = (folder / "log.txt").open("w")
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT, cwd=checkout
+        )
+
+    def wait(self, seconds: float = 180) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self._process.poll() is not None:
+                break
+            try:
+                self.get("/system_stats")
+                return
+            except OSError:
+                time.sleep(0.5)
+        raise RuntimeError(f"ComfyUI did not start:\n{self.log()[-3000:]}")
+
+    def stop(self) -> None:
+        self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def log(self) -> str:
+        return (self.folder / "log.txt").read_text()
+
+    def get(self, path: str, data: Optional[object] = None) -> Any:
+        request = urllib.request.Request(f"http://{self.address}{path}")
+        if data is not None:
+            request.data = json.dumps(data).encode()
+            request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            body = answer.read()
+        return json.loads(body) if body.lstrip()[:1] in (b"{", b"[") else body
+
+    def queue(self, graph: Graph) -> str:
+        return self.get("/prompt", {"prompt": graph, "client_id": "tests"})["prompt_id"]
+
+    def result(self, prompt: str, seconds: float = 200) -> Any:
+        """The history of a prompt once it has ended, one way or another."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            history = self.get(f"/history/{prompt}")
+            if prompt in history:
+                return history[prompt]
+            assert self._process.poll() is None, self.log()[-3000:]
+            time.sleep(0.1)
+        raise TimeoutError(f"prompt did not end in {seconds} s:\n{self.log()[-3000:]}")
+
+    def run(self, graph: Graph) -> dict[str, Path]:
+        """Run a workflow; the file that each of its output nodes has written."""
+        history = self.result(self.queue(graph))
+        assert history["status"]["status_str"] == "success", history["status"]
+        files = {}
+        for node, output in history["outputs"].items():
+            entry = (output.get("images") or output["latents"])[0]
+            files[node] = self.folder / entry["type"] / entry["subfolder"] / entry["filename"]
+        return files
+
+    def error(self, graph: Graph) -> str:
+        """Run a workflow that has to fail; the message that the user sees."""
+        history = self.result(self.queue(graph))
+        messages = [body for kind, body in history["status"]["messages"] if kind == "execution_error"]
+        assert messages, history["status"]
+        return messages[0]["exception_message"]
+
+    def peak_of(self, work: Callable[[], Any]) -> tuple[Any, int]:
+        """What `work` returns, and the most bytes that the server's resident memory grew by meanwhile."""
+        process = Path(f"/proc/{self._process.pid}")
+        (process / "clear_refs").write_text("5")
+        before = self._status("VmRSS")
+        result = work()
+        return result, self._status("VmHWM") - before
+
+    def _status(self, field: str) -> int:
+        found = re.search(rf"^{field}:\s+(\d+) kB$", Path(f"/proc/{self._process.pid}/status").read_text(), re.M)
+        assert found is not None
+        return int(found[1]) * 1024
+
+    @contextmanager
+    def messages(self) -> Iterator[list[Any]]:
+        """What the server tells the front end meanwhile, as `{"type": …, "data": …}`."""
+        received: list[Any] = []
+        listener = subprocess.Popen(
+            [python(), str(Path(__file__).with_name("listen.py")), self.address, "tests"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+        thread = threading.Thread(target=lambda: self._read(listener, received), daemon=True)
+        thread.start()
+        try:
+            end = time.monotonic() + 20
+            while not received:  # the server greets whoever connects
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            yield received
+        finally:
+            time.sleep(0.5)  # for what is still on the way
+            listener.terminate()
+            thread.join()
+
+    @staticmethod
+    def _read(listener: subprocess.Popen[str], received: list[Any]) -> None:
+        assert listener.stdout is not None
+        for line in listener.stdout:
+            received.append(json.loads(line))
+
+    def latent(self, name: str, size: int, seed: int = 0) -> str:
+        """A random SD latent for an image of `size` pixels, where LoadLatent finds it; its name."""
+        file = f"{name}.latent"
+        noise = torch.randn(1, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(seed))
+        save_file({"latent_tensor": noise, "latent_format_version_0": torch.tensor([])}, self.folder / "input" / file)
+        return file
+
+
+def python() -> str:
+    return os.environ.get("COMFYUI_PYTHON", sys.executable)
+
+
+def read_image(path: Path) -> np.ndarray:
+    """`[H, W, 3]` as whole numbers that can be subtracted."""
+    from PIL import Image
+
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def read_latent(path: Path) -> torch.Tensor:
+    return load_file(path)["latent_tensor"]
+
+
+@pytest.fixture(scope="session")
+def checkout() -> Path:
+    path = os.environ.get("COMFYUI_PATH")
+    if not path:
+        pytest.skip("COMFYUI_PATH is not set: it names the ComfyUI checkout to test with")
+    if not (Path(path) / "main.py").is_file():
+        pytest.skip(f"COMFYUI_PATH is {path}, where there is no ComfyUI (no main.py)")
+    return Path(path).resolve()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(checkout: Path) -> str:
+    """Name of an SD 1.5 checkpoint, as CheckpointLoaderSimple lists it."""
+    name = os.environ.get("COMFYUI_CHECKPOINT")
+    folder = checkout / "models" / "checkpoints"
+    if name and not (folder / name).is_file():
+        pytest.skip(f"COMFYUI_CHECKPOINT is {name}, which is not in {folder}")
+    found = [path.name for path in sorted(folder.glob("*.safetensors")) if re.search("sd15|v1-5", path.name)]
+    if not name and not found:
+        pytest.skip(f"no SD 1.5 checkpoint (*sd15*.safetensors or *v1-5*.safetensors) in {folder}")
+    return name or found[0]
+
+
+def _serve(checkout: Path, folder: Path, flags: tuple[str, ...] = ()) -> Iterator[Server]:
+    server = Server(checkout, folder, flags)
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def server(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    yield from _serve(checkout, tmp_path_factory.mktemp("comfyui"))
+
+
+@pytest.fixture(scope="module")
+def frugal_server(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Weights stored in other types than they are computed in, so that the host casts them at every use."""
+    flags = ("--fp8_e4m3fn-unet", "--bf16-vae", *(["--novram"] if torch.cuda.is_available() else []))
+    yield from _serve(checkout, tmp_path_factory.mktemp("frugal"), flags)

@@ -1,0 +1,166 @@
+"""Looks at ComfyUI from inside, in its own Python: `probe.py CHECKOUT QUESTION [ARGUMENTS]` prints one line of JSON.
+
+halves: per VAE family, the convolutions that decode or encode call and that `half_of` gives to the other half.
+streamed: largest difference, of the output's range, between a VAE's plain decode and its decode in strips while the
+    host streams its weights in at every use.
+memory CHECKPOINT SIZE: bytes for a decode: the patched VAE's estimate, the host's, and the measured peak of both ways.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from launch import prepare
+
+PACK = Path(__file__).parents[2]
+KL = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 32,
+      "ch_mult": [1, 2, 4, 4], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}  # fmt: skip
+WAN = {"dim": 32, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1, "attn_scales": [],
+       "temperal_downsample": [False, True, True], "dropout": 0.0}  # fmt: skip
+HUNYUAN = {"block_out_channels": [64, 128, 128], "in_channels": 3, "out_channels": 3, "num_res_blocks": 1,
+           "ffactor_spatial": 4, "downsample_match_channel": True, "upsample_match_channel": True,
+           "z_channels": 32}  # fmt: skip
+FAMILIES: list[tuple[str, dict[str, Any], tuple[int, ...], tuple[int, ...]]] = [
+    ("comfy.ldm.models.autoencoder.AutoencoderKL", {"ddconfig": KL, "embed_dim": 4}, (1, 4, 8, 8), (1, 3, 64, 64)),
+    ("comfy.taesd.taesd.TAESD", {}, (1, 4, 8, 8), (1, 3, 64, 64)),
+    ("comfy.taesd.taehv.TAEHV", {"latent_channels": 16}, (1, 16, 2, 8, 8), (1, 3, 8, 64, 64)),
+    ("comfy.ldm.cascade.stage_a.StageA", {}, (1, 4, 8, 8), (1, 3, 32, 32)),
+    ("comfy.ldm.cascade.stage_c_coder.StageC_coder", {}, (1, 16, 8, 8), (1, 3, 256, 256)),
+    ("comfy.ldm.wan.vae.WanVAE", WAN, (1, 16, 2, 8, 8), (1, 3, 5, 64, 64)),
+    ("comfy.ldm.wan.vae2_2.WanVAE", WAN, (1, 16, 2, 8, 8), (1, 3, 5, 64, 64)),
+    ("comfy.ldm.genmo.vae.model.VideoVAE", {}, (1, 12, 2, 8, 8), (1, 3, 7, 64, 64)),
+    ("comfy.ldm.lightricks.vae.causal_video_autoencoder.VideoVAE", {}, (1, 128, 2, 4, 4), (1, 3, 9, 128, 128)),
+    ("comfy.ldm.cogvideo.vae.AutoencoderKLCogVideoX", {"latent_channels": 16}, (1, 16, 2, 8, 8), (1, 3, 5, 64, 64)),
+    ("comfy.ldm.audio.autoencoder.AudioOobleckVAE", {}, (1, 64, 4), (1, 2, 8192)),
+    ("hunyuan_video.vae", {}, (1, 32, 8, 8), (1, 3, 64, 64)),
+    ("hunyuan_video.vae_refiner", {}, (1, 32, 2, 8, 8), (1, 3, 5, 64, 64)),
+]
+
+
+def start_host(checkout: str) -> Any:
+    """Make `comfy` importable and load this pack through ComfyUI's own loader; the pack's package."""
+    sys.path[:0] = [checkout]
+    prepare()
+    sys.argv = ["probe", *([] if torch.cuda.is_available() else ["--cpu"])]
+    options = importlib.import_module("comfy.options")
+    options.enable_args_parsing()
+    host_nodes = importlib.import_module("nodes")
+    assert asyncio.run(host_nodes.load_custom_node(str(PACK)))
+    assert {"PatchConv_VAE", "PatchConv_Model"} <= set(host_nodes.NODE_CLASS_MAPPINGS)
+    return sys.modules[str(PACK).replace(".", "_x_")].__name__
+
+
+def build(path: str, options: dict[str, Any]) -> torch.nn.Module:
+    """A VAE of ComfyUI's by its class, without weights."""
+    with torch.device("meta"):
+        if path.startswith("hunyuan_video"):
+            engine = importlib.import_module("comfy.ldm.models.autoencoder").AutoencodingEngine
+            config = HUNYUAN | ({"ffactor_temporal": 4} if path.endswith("refiner") else {})
+            return engine(
+                regularizer_config={"target": "comfy.ldm.models.autoencoder.EmptyRegularizer"},
+                encoder_config={"target": f"comfy.ldm.{path}.Encoder", "params": config},
+                decoder_config={"target": f"comfy.ldm.{path}.Decoder", "params": config},
+            )
+        module, kind = path.rsplit(".", 1)
+        return getattr(importlib.import_module(module), kind)(**options)
+
+
+def called(pack: str, model: torch.nn.Module, method: str, shape: tuple[int, ...]) -> tuple[set[str], int]:
+    """Names of the convolutions that `model.method` calls, and the bytes that its activations need at once."""
+    core = importlib.import_module(f"{pack}.comfyui_patchconv")
+    footprint = importlib.import_module(f"{pack}.comfyui_patchconv.footprint")
+    names: set[str] = set()
+
+    def run(twin: Any) -> None:
+        for name, module in core.convolutions(twin):
+            module._conv_forward = noting(name, module._conv_forward)
+        getattr(twin, method)(torch.empty(shape))
+
+    def noting(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: (names.add(name), forward(*args, **kwargs))[1]
+
+    return names, footprint.peak_activations(model, run, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def halves(pack: str) -> dict[str, Any]:
+    half_of = importlib.import_module(f"{pack}.nodes.vae_half").half_of
+    answer: dict[str, Any] = {}
+    for path, options, latent, pixels in FAMILIES:
+        wrong: list[str] = []
+        try:
+            model = build(path, options)
+        except ModuleNotFoundError as error:
+            answer[path] = f"not in this ComfyUI ({error})"
+            continue
+        for method, half, shape in (("decode", "decoder", latent), ("encode", "encoder", pixels)):
+            try:
+                names, _ = called(pack, model, method, shape)
+                wrong += [name for name in names if half_of(name) != half]
+                wrong += [] if names else [f"{method} calls no convolution"]
+            except Exception as error:
+                wrong.append(f"{method}: {type(error).__name__}: {str(error)[:300]}")
+        answer[path] = wrong
+    return answer
+
+
+def vaes(pack: str, vae: Any, **settings: Any) -> Iterator[Any]:
+    """`vae` and a patched copy of it, by the node."""
+    node = importlib.import_module(f"{pack}.nodes.patch_conv").PatchConvVAE
+    yield vae
+    yield node.execute(vae=vae, half="both", **settings).result[0]
+
+
+def load_vae(model: torch.nn.Module | None = None, checkpoint: str = "") -> Any:
+    sd = importlib.import_module("comfy.sd")
+    if model is None:
+        return sd.load_checkpoint_guess_config(checkpoint, output_model=False, output_clip=False)[2]
+    state = {key: torch.randn(t.shape, generator=torch.Generator().manual_seed(len(key))) * 0.1
+             for key, t in model.state_dict().items()}  # fmt: skip
+    return sd.VAE(sd=state)
+
+
+@torch.inference_mode()
+def streamed(pack: str) -> dict[str, float]:
+    model = build(FAMILIES[0][0], {"ddconfig": KL | {"ch": 128, "num_res_blocks": 2}, "embed_dim": 4})
+    latent = torch.randn(1, 4, 16, 12, generator=torch.Generator().manual_seed(0))
+    results, streaming = [], 0
+    for vae in vaes(pack, load_vae(model), splits=3, threshold=0.0):
+        patcher = vae.patcher
+        patcher.patch_model(patcher.load_device, lowvram_model_memory=1)
+        streaming += sum(getattr(module, "comfy_cast_weights", False) for module in vae.first_stage_model.modules())
+        results.append(vae.first_stage_model.decode(latent.to(patcher.load_device, vae.vae_dtype)).float())
+        patcher.unpatch_model(patcher.offload_device)
+    whole, strips = results
+    return {
+        "difference": float((whole - strips).abs().max() / (whole.max() - whole.min())),
+        "streaming": streaming,
+    }
+
+
+@torch.inference_mode()
+def memory(pack: str, checkpoint: str, size: str) -> dict[str, int]:
+    recorder = importlib.import_module(f"{pack}.comfyui_patchconv.measure").Recorder
+    plain, patched = vaes(pack, load_vae(checkpoint=checkpoint), splits=0, threshold=16.0)
+    latent = torch.randn(1, 4, int(size) // 8, int(size) // 8)
+    answer = {}
+    for name, vae in (("plain", plain), ("patched", patched)):
+        vae.decode(latent[..., :8, :8])
+        answer[f"{name} estimate"] = int(vae.memory_used_decode(latent.shape, vae.vae_dtype))
+        with recorder(vae.device) as recorded:
+            vae.decode(latent)
+        answer[f"{name} measured"] = recorded.peak
+        answer[f"{name} seconds"] = round(recorded.seconds, 1)
+    return answer
+
+
+if __name__ == "__main__":
+    path, question, *arguments = sys.argv[1:]
+    package = start_host(path)
+    print(json.dumps({"halves": halves, "streamed": streamed, "memory": memory}[question](package, *arguments)))

@@ -1,0 +1,41 @@
+"""ComfyUI's own classes and patchers, asked from inside by `probe.py`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import python
+
+
+def probe(checkout: Path, *question: str) -> Any:
+    command = [python(), str(Path(__file__).with_name("probe.py")), str(checkout), *question]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_halves_of_all_families(checkout: Path) -> None:
+    """The half that a convolution's name says is the one that calls it, and both can be counted on fake tensors."""
+    answer = probe(checkout, "halves")
+    wrong = {family: found for family, found in answer.items() if found and "not in this ComfyUI" not in found}
+    assert not wrong
+    assert sum(not found for found in answer.values()) >= 10
+
+
+def test_weights_streamed_at_every_use(checkout: Path) -> None:
+    answer = probe(checkout, "streamed")
+    assert answer["streaming"] > 100
+    assert answer["difference"] <= 1e-5
+
+
+@pytest.mark.slow
+def test_stated_memory(checkout: Path, checkpoint: str) -> None:
+    """What the patched VAE asks the host for is enough, and nearer to the need than the host's own estimate."""
+    answer = probe(checkout, "memory", str(checkout / "models" / "checkpoints" / checkpoint), "512")
+    print(answer)
+    assert answer["patched measured"] <= answer["patched estimate"] < answer["plain estimate"]
