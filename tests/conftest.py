@@ -1,0 +1,15 @@
+"""Lets the tests import their helpers and an uninstalled package, and keeps them quick and steady on a busy machine."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from hypothesis import HealthCheck, settings
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+settings.register_profile("patchconv", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patchconv")
+torch.set_num_threads(1)  # small tensors, and several test processes at a time
