@@ -32,7 +32,7 @@ def convert_model(
 
     Converting again changes the settings of the convolutions that are chosen, and only those.
 
-    splits: strips per convolution, at most; 0 chooses by size and device.
+    splits: strips per convolution; 0 chooses by size and device. See `Tiling`.
     sequential: one strip after the other, or False for all strips in one batched call (faster for small ones, no
         less memory than plain).
     threshold: input elements (C·H·W, times depth for 3-D) from which a convolution runs in strips.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import threading
@@ -85,10 +86,8 @@ def peak_resident() -> int:
 
 
 def _reset_peak_resident() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM to the present VmRSS
-    except OSError:
-        pass  # elsewhere the peak is that of the process, which is why each case gets a fresh one
+    with contextlib.suppress(OSError):  # elsewhere the peak is the process's own: hence a fresh one for each case
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM back to VmRSS
 
 
 def _status(field: str) -> int:

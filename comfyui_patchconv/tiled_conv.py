@@ -23,7 +23,8 @@ OnStrip = Callable[[nn.Module, int, int], None]
 class Tiling:
     """How a convolution is cut.
 
-    splits: strips to cut the output into, at most; 0 for as many as `planner.strip_rows` finds best.
+    splits: strips to cut the output into; 0 for as many as `planner.strip_rows` finds best. Strips are equal, so a
+        height that `splits` does not divide may need fewer; on a CPU, large strips are cut further (planner.py).
     sequential: one strip after the other (least memory), or False for all strips in one batched call.
     threshold: input elements (C·H·W, times depth for 3-D) from which strips are used. Below it nothing changes, unless
         input or output pass `planner.MAX_ELEMENTS`.
