@@ -50,12 +50,13 @@ def test_depth_counts_towards_the_threshold() -> None:
     assert len(module.seen) == 5
 
 
-def test_automatic_strips_fit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("splits", [0, 2])
+def test_strips_on_a_cpu_are_no_larger_than_suits_it(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(planner.STRIP_BYTES, "cpu", 4096)
     module, input = Counting(3, 5, 3, padding=1), torch.randn(1, 3, 40, 16)
     expected = run(module, input)
     module.seen.clear()
-    assert_same(run(convert_model(module, 0, threshold=0), input), expected)
+    assert_same(run(convert_model(module, splits, threshold=0), input), expected)
     rows = max(shape[2] for shape in module.seen) - 2
     assert 4096 / 2 < rows * 4 * 16 * (3 + 5) <= 4096
 

@@ -172,13 +172,15 @@ import json, os, re, resource
 import torch
 from pathlib import Path
 from torch import nn
-from comfyui_patchconv import patched
+from comfyui_patchconv import patched, planner
+
+planner.strip_rows = lambda rows, splits, *_: -(-rows // splits)  # whatever suits the device
 
 
 def attempt(conv, input):
     try:
         return conv(input)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         return str(error)
 
 
@@ -202,7 +204,7 @@ for megabytes in (30, 64, 100):
     if os.fork() == 0:
         child(megabytes)
         os._exit(0)
-    os.wait()
+    assert os.wait()[1] == 0
 """
 
 

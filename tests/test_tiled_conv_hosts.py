@@ -210,6 +210,19 @@ def test_an_extension_that_enlarges_its_output_runs_whole() -> None:
         assert_same(tile(module)(input), expected, 1e-5)
 
 
+@pytest.mark.parametrize("of_input", [False, True])
+def test_an_extensions_own_parameter_gets_its_gradient(of_input: bool) -> None:
+    module, input = square(nn.Conv2d)
+    scale = nn.Parameter(torch.tensor(2.0))
+    another: Any = module
+    another._conv_forward = lambda x, w, b: nn.functional.conv2d(x, w * scale, b, padding=1)
+    module.requires_grad_(False)
+    input.requires_grad_(of_input)
+    (expected,) = torch.autograd.grad(module(input).square().sum(), scale)
+    (actual,) = torch.autograd.grad(tile(module)(input).square().sum(), scale)
+    assert_same(actual, expected, 1e-5)
+
+
 def test_weight_parametrizations_are_kept() -> None:
     module, input = square(nn.Conv2d)
     nn.utils.parametrizations.weight_norm(module)
