@@ -12,24 +12,22 @@ from typing import Any
 import torch
 
 
-def run_fresh(script: str, case: dict[str, Any]) -> dict[str, Any]:
-    """What `script --worker CASE` prints as its last line, in a process of its own; `{"error": …}` if it fails."""
-    done = subprocess.run(
-        [sys.executable, script, "--worker", json.dumps(case)], capture_output=True, text=True, check=False
-    )
+def run_fresh(case: dict[str, Any], command: list[str]) -> dict[str, Any]:
+    """What `command --worker CASE` prints as its last line, in a process of its own; `{"error": …}` if it fails."""
+    done = subprocess.run([*command, "--worker", json.dumps(case)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
         return {"error": "out of memory" if done.returncode == -9 else lines[-1][:200]}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def rounds(script: str, cases: list[dict[str, Any]], times: int) -> list[dict[str, Any]]:
+def rounds(cases: list[dict[str, Any]], commands: list[list[str]], times: int) -> list[dict[str, Any]]:
     """For each case: median `seconds` and largest `peak` over `times` fresh processes, the cases taken in turn."""
     results: list[list[dict[str, Any]]] = [[] for _ in cases]
     for number in range(times):
-        for case, found in zip(cases, results):
+        for case, command, found in zip(cases, commands, results):
             if number == 0 or "error" not in found[0]:
-                found.append(run_fresh(script, case))
+                found.append(run_fresh(case, command))
                 print(f"  {number + 1}/{times} {case} -> {found[-1]}", file=sys.stderr, flush=True)
     merged = []
     for found in results:

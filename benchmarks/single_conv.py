@@ -25,13 +25,12 @@ from torch import nn
 from comfyui_patchconv import convert_model
 from comfyui_patchconv.measure import Recorder
 
-METHODS = ("plain", "patch_conv", "ours")
-
 
 def patch_conv_module() -> Any:
     """`patch_conv`'s own code, with its built-in threshold of 2^30 elements replaced by 0."""
     spec = importlib.util.find_spec("patch_conv.module")
-    assert spec is not None and spec.origin is not None
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("patch_conv is not installed: pip install patch_conv==0.0.1b0.")
     source = Path(spec.origin).read_text()
     changed = source.replace("(1 << 30)", "0")
     assert changed != source, "patch_conv's threshold was not found in its source"
@@ -91,7 +90,7 @@ def main() -> None:
             case = dict(device=args.device, dtype=dtype, channels=channels, size=size, kernel=kernel)
             methods = [("plain", 1), ("patch_conv", args.splits[0]), *(("ours", splits) for splits in args.splits)]
             cases = [case | dict(method=m, splits=splits, repeat=args.repeat) for m, splits in methods]
-            found = rounds(__file__, cases, args.rounds)
+            found = rounds(cases, [[sys.executable, __file__]] * len(cases), args.rounds)
             plain = found[0]
             for (method, splits), result in zip(methods, found):
                 label = method if method == "plain" else f"{method}, {splits or 'automatic'} splits"

@@ -1,0 +1,55 @@
+"""One decode by ComfyUI's own nodes, in the host's Python: `comfyui_decode.py --worker CASE`, for `vae_decode.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+PACK = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(PACK), str(PACK / "tests" / "comfyui")]
+
+import torch
+from launch import prepare
+
+from comfyui_patchconv.measure import Recorder
+
+
+def host(checkout: str) -> Any:
+    """ComfyUI's module `nodes`, with this pack loaded as the host loads it."""
+    sys.path[0] = checkout
+    prepare()
+    sys.argv = ["comfyui", *([] if torch.cuda.is_available() else ["--cpu"])]
+    importlib.import_module("comfy.options").enable_args_parsing()
+    nodes = importlib.import_module("nodes")
+    assert asyncio.run(nodes.load_custom_node(str(PACK)))
+    return nodes
+
+
+@torch.inference_mode()
+def worker(case: dict[str, Any]) -> dict[str, Any]:
+    nodes = host(case["checkout"])
+    state = importlib.import_module("comfy.utils").load_torch_file(case["vae"])
+    dtype = getattr(torch, case["dtype"])
+    vae = importlib.import_module("comfy.sd").VAE(sd=state, dtype=dtype)
+    torch.manual_seed(0)
+    side = case["size"] // 8
+    latent = {"samples": torch.randn(1, 4, side, side)}
+    if case["method"] == "comfyui_ours":
+        (vae,) = nodes.NODE_CLASS_MAPPINGS["PatchConv_VAE"].execute(vae, splits=0, threshold=16.0, half="both").result
+    if case["method"] == "comfyui_tiled":
+        node, more = nodes.VAEDecodeTiled(), {"tile_size": 512, "overlap": 64}
+    else:
+        node, more = nodes.VAEDecode(), {}
+    vae.decode(latent["samples"][..., :8, :8])  # the libraries' own start-up
+    with Recorder(vae.device) as record:
+        (image,) = node.decode(vae, latent, **more)
+    torch.save(image.movedim(-1, 1).float().cpu(), case["image"])
+    return {"peak": record.peak, "seconds": [record.seconds]}
+
+
+if __name__ == "__main__":
+    print(json.dumps(worker(json.loads(sys.argv[2]))))

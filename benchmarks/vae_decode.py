@@ -1,0 +1,143 @@
+"""Decoding with the SD VAE: plain, `patch_conv`, ours, diffusers' tiling, and ComfyUI's nodes, in fresh processes.
+
+    python benchmarks/vae_decode.py [--sizes 512 1024] [--rounds 3] [--device cuda] [--dtype float16]
+    COMFYUI_PATH=… COMFYUI_PYTHON=… python benchmarks/vae_decode.py     (with ComfyUI's two decode nodes)
+
+The VAE is AutoencoderKL at full width with seeded random weights. Peak is memory beyond the loaded model and the
+latent. The error is the largest difference to plain (for ComfyUI to its VAE Decode), relative to the range of plain's
+output. `patch_conv` acts from 2^30 input elements only, which a decode of 1024² never reaches; the row "threshold 0"
+is with that limit removed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import torch
+from harness import machine, rounds, table
+from safetensors.torch import save_file
+from single_conv import patch_conv_module
+
+from comfyui_patchconv import convert_model
+from comfyui_patchconv.files import random_vae
+from comfyui_patchconv.measure import Recorder
+
+METHODS = {
+    "plain": "plain",
+    "patch_conv": "patch_conv 0.0.1b0, 4 splits",
+    "patch_conv_0": "patch_conv, 4 splits, threshold 0",
+    "ours_4": "ours, 4 splits",
+    "ours": "ours, automatic",
+    "diffusers_tiled": "diffusers enable_tiling",
+}
+HOST_METHODS = {
+    "comfyui": "ComfyUI VAE Decode",
+    "comfyui_ours": "ComfyUI VAE Decode + Patch Conv",
+    "comfyui_tiled": "ComfyUI VAE Decode (Tiled)",
+}
+
+
+def decoder(method: str, device: str, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What decodes a latent `[1, 4, H, W]` to an image `[1, 3, 8H, 8W]` by `method`."""
+    vae = random_vae(0).to(device, dtype)
+    if method == "ours":
+        convert_model(vae.decoder, splits=0)
+    elif method == "ours_4":
+        convert_model(vae.decoder, splits=4)
+    elif method == "diffusers_tiled":
+        vae.enable_tiling()
+    elif method == "patch_conv":
+        from patch_conv import convert_model as convert_with_peer
+
+        convert_with_peer(vae.decoder, splits=4)
+    elif method == "patch_conv_0":
+        replace_convolutions(vae.decoder, patch_conv_module().PatchConv2d)
+    return lambda latent: vae.decode(latent, return_dict=False)[0]
+
+
+def replace_convolutions(model: torch.nn.Module, wrapper: Any) -> None:
+    """What `patch_conv.convert_model` does, with a wrapper of a changed threshold."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, torch.nn.Conv2d) and min(child.kernel_size) > 1 and not isinstance(module, wrapper):
+                setattr(module, name, wrapper(splits=4, conv2d=child))
+
+
+def worker(case: dict[str, Any]) -> dict[str, Any]:
+    """One decode in this process; the image goes to a file for comparison."""
+    torch.manual_seed(0)
+    side = case["size"] // 8
+    latent = torch.randn(1, 4, side, side).to(case["device"], getattr(torch, case["dtype"]))
+    decode = decoder(case["method"], case["device"], latent.dtype)
+    with torch.inference_mode():
+        decode(latent[..., :8, :8])  # the libraries' own start-up
+        with Recorder(case["device"]) as record:
+            image = decode(latent)
+    torch.save(image.float().cpu(), case["image"])
+    return {"peak": record.peak, "seconds": [record.seconds]}
+
+
+def difference(path: Path, plain: Path) -> str:
+    image, reference = (torch.load(file, weights_only=True) for file in (path, plain))
+    return f"{(image - reference).abs().max() / (reference.max() - reference.min()):.1e}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(worker(json.loads(args.worker))))
+        return
+    labels, commands = dict(METHODS), {method: [sys.executable, __file__] for method in METHODS}
+    checkout = os.environ.get("COMFYUI_PATH")
+    if checkout:
+        labels |= HOST_METHODS
+        script = str(Path(__file__).with_name("comfyui_decode.py"))
+        host = [os.environ.get("COMFYUI_PYTHON", sys.executable), script]
+        commands |= {method: host for method in HOST_METHODS}
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder, "vae.safetensors")
+        save_file(random_vae(0).state_dict(), weights)
+        for size in args.sizes:
+            images = {method: Path(folder, f"{method}-{size}.pt") for method in labels}
+            shared = dict(device=args.device, dtype=args.dtype, size=size, checkout=checkout, vae=str(weights))
+            cases = [shared | dict(method=method, image=str(image)) for method, image in images.items()]
+            results = dict(zip(labels, rounds(cases, [commands[method] for method in labels], args.rounds)))
+            for method, result in results.items():
+                reference = "comfyui" if method in HOST_METHODS else "plain"
+                base = results[reference]
+                if "error" in result or "error" in base:
+                    rows.append([f"{size}²", labels[method], result.get("error", "no plain result"), "", "", "", ""])
+                    continue
+                rows.append(
+                    [
+                        f"{size}²",
+                        labels[method],
+                        f"{result['peak'] / 1e6:.0f}",
+                        f"{result['peak'] / base['peak']:.2f}",
+                        f"{result['seconds']:.1f}",
+                        f"{result['seconds'] / base['seconds']:.2f}",
+                        difference(images[method], images[reference]),
+                    ]
+                )
+    print(f"{machine(args.device)}, {args.dtype}, median of {args.rounds} interleaved rounds\n")
+    print(table(["image", "method", "peak MB", "/ plain", "s", "/ plain", "largest error"], rows))
+
+
+if __name__ == "__main__":
+    main()
