@@ -10,6 +10,6 @@ from hypothesis import HealthCheck, settings
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-settings.register_profile("patchconv", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("patchconv", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patchconv")
 torch.set_num_threads(1)  # small tensors, and several test processes at a time

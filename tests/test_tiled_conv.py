@@ -26,18 +26,21 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from comfyui_patchconv.tiled_conv import Convolution
-
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same")
 
 
 # Every setting
 
 
-@given(convolutions_and_inputs(), SPLITS, st.booleans())
-@settings(max_examples=150)
-def test_every_setting_gives_the_whole_result(case: tuple[Convolution, Tensor], splits: int, sequential: bool) -> None:
-    module, input = case
+@pytest.mark.parametrize("padding", ["number", "same", "valid"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=12)
+@given(data=st.data(), splits=SPLITS, sequential=st.booleans())
+def test_every_setting_gives_the_whole_result(
+    kind: Kind, mode: str, padding: str, data: st.DataObject, splits: int, sequential: bool
+) -> None:
+    module, input = data.draw(convolutions_and_inputs(kind, mode, padding))
     expected = attempt(module, input)
     actual = attempt(tile(module, splits, sequential), input)
     if isinstance(expected, Tensor) and isinstance(actual, Tensor):
@@ -46,12 +49,15 @@ def test_every_setting_gives_the_whole_result(case: tuple[Convolution, Tensor], 
         assert actual == expected  # what PyTorch refuses is refused
 
 
-@given(convolutions_and_inputs(), SPLITS, st.booleans())
-@settings(max_examples=60)
+@pytest.mark.parametrize("padding", ["number", "same", "valid"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=4)
+@given(data=st.data(), splits=SPLITS, sequential=st.booleans())
 def test_every_setting_gives_the_same_gradients(
-    case: tuple[Convolution, Tensor], splits: int, sequential: bool
+    kind: Kind, mode: str, padding: str, data: st.DataObject, splits: int, sequential: bool
 ) -> None:
-    module, input = case
+    module, input = data.draw(convolutions_and_inputs(kind, mode, padding))
     assume(isinstance(attempt(module, input), Tensor))
     expected = gradients(module, input)
     for ours, plain in zip(gradients(tile(module, splits, sequential), input), expected, strict=True):
@@ -181,6 +187,18 @@ def test_backward_after_autocast_has_ended_still_runs_in_half_precision() -> Non
     assert {piece.dtype for piece in calls.inputs} == {torch.bfloat16}
     assert input.grad is not None
     assert input.grad.dtype == torch.float32
+
+
+def test_a_second_derivative_after_autocast_has_ended_still_runs_in_half_precision() -> None:
+    module, input = square(nn.Conv2d)
+    input.requires_grad_()
+    tile(module)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = module(input).float().pow(2).sum()
+    with Calls() as calls:
+        (slope,) = torch.autograd.grad(loss, input, create_graph=True)
+    assert slope.requires_grad
+    assert {piece.dtype for piece in calls.inputs} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("sequential", [True, False])
