@@ -10,7 +10,7 @@ from typing import Any, Optional, TypeVar
 from torch import nn
 
 from .planner import DEFAULT_THRESHOLD
-from .tiled_conv import Convolution, OnStrip, TiledForward, Tiling
+from .tiled_conv import Convolution, OnStrip, TiledForward, Tiling, tiled_forward
 
 Model = TypeVar("Model", bound=nn.Module)
 CONVOLUTIONS: tuple[type[Convolution], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -23,7 +23,7 @@ def convert_model(
     sequential: bool = True,
     threshold: int = DEFAULT_THRESHOLD,
     *,
-    names: Optional[Sequence[str]] = None,
+    names: str | Sequence[str] | None = None,
     types: tuple[type[Convolution], ...] = CONVOLUTIONS,
     predicate: Optional[Callable[[str, Convolution], bool]] = None,
     on_strip: Optional[OnStrip] = None,
@@ -49,7 +49,6 @@ def convert_model(
             "there is nothing to run in strips."
         )
     for _, module in found:
-        # Not by setattr: a module would refuse nothing, but this is what restore_model takes away again.
         module.__dict__[_ATTRIBUTE] = tiled_forward(module, getattr(module, _ATTRIBUTE), tiling)
     return model
 
@@ -75,16 +74,17 @@ def patched(model: Model, *args: Any, **kwargs: Any) -> Iterator[Model]:
 def convolutions(
     model: nn.Module,
     *,
-    names: Optional[Sequence[str]] = None,
+    names: str | Sequence[str] | None = None,
     types: tuple[type[Convolution], ...] = CONVOLUTIONS,
     predicate: Optional[Callable[[str, Convolution], bool]] = None,
 ) -> Iterator[tuple[str, Convolution]]:
     """Name and module of each convolution in `model`, `model` itself included, whose kernel is larger than 1.
 
-    names: shell patterns, of which the dotted name must match one (`"decoder.*"`).
+    names: shell patterns, of which the dotted name must match one (`"decoder.*"`); one alone may be a string.
     types: classes to take, subclasses included.
     predicate: `predicate(name, module)` decides the rest; with one, kernels of size 1 are asked about too.
     """
+    names = [names] if isinstance(names, str) else names
     for name, module in model.named_modules():
         if not isinstance(module, types):
             continue
@@ -92,17 +92,6 @@ def convolutions(
             continue
         if predicate(name, module) if predicate is not None else max(module.kernel_size) > 1:
             yield name, module
-
-
-def tiled_forward(module: Convolution, current: Callable[..., Any], tiling: Tiling) -> TiledForward:
-    """What to put in place of `current`, the `_conv_forward` that `module` has now: ours again, its own, or another's.
-
-    For hosts that set and take back attributes themselves.
-    """
-    if isinstance(current, TiledForward):
-        return TiledForward(module, tiling, current.inner)
-    own = getattr(current, "__func__", None) is type(module)._conv_forward  # type: ignore[attr-defined]
-    return TiledForward(module, tiling, None if own else current)
 
 
 def _state(module: nn.Module) -> Any:

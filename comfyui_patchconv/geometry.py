@@ -96,9 +96,10 @@ class Axis:
         that are dropped. At an edge it gets the rows at both ends of the image and nothing in between: a short image
         whose padding, of whatever mode, is that of the long one.
         """
-        low, high = self.reach(first, last)
-        edge = self.before + self.after + 1  # rows enough for reflect and circular padding at either end
-        spare = -(-self.before // self.stride)
+        padding = self.before + self.after
+        low, high = first * self.stride - padding, (last - 1) * self.stride + self.span  # however it is shared out
+        edge = 2 * padding + 1  # rows enough for reflect and circular padding at either end
+        spare = -(-padding // self.stride)
         start = (first - spare) * self.stride
         if start >= 0 and max(high, start + edge) <= size:
             return Window(range(start, max(high, start + edge)), skip=spare)
@@ -113,6 +114,11 @@ class Axis:
             return Window(range(size), skip=first)
         skip = first - (tail - head) // self.stride if at_bottom else first
         return Window(tuple(chain(range(head), range(tail, size))), skip=skip)
+
+    @property
+    def opaque_rows(self) -> int:
+        """Input rows at most that `opaque_window` gives beyond the stride's share of each output row."""
+        return self.span + 5 * (self.before + self.after) + 2 * self.stride + 2
 
 
 def padded_row(row: int, size: int, mode: str) -> int:
@@ -129,12 +135,18 @@ def padded_row(row: int, size: int, mode: str) -> int:
 def strips(size: int, rows: int) -> Iterator[tuple[int, int]]:
     """`[first, last)` of strips of `rows` rows that cover `size` rows; only the last one may be shorter.
 
-    Equal strips, because some backends search a kernel for each new shape.
+    Equal strips, because some backends search a kernel for each new shape. Raises ValueError for fewer than 1 row.
     """
-    for first in range(0, size, rows):
-        yield first, min(first + rows, size)
+    _check_rows(rows)
+    return ((first, min(first + rows, size)) for first in range(0, size, rows))
 
 
 def equal_strips(size: int, rows: int) -> list[tuple[int, int]]:
     """As `strips`, but all of `rows` rows: the last one starts earlier and overlaps its neighbour."""
+    _check_rows(rows)
     return [(min(first, max(size - rows, 0)), min(first + rows, size)) for first in range(0, size, rows)]
+
+
+def _check_rows(rows: int) -> None:
+    if rows < 1:
+        raise ValueError(f"strips of {rows} rows are impossible: use at least 1.")

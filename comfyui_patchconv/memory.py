@@ -19,6 +19,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 def release(device: torch.device) -> None:
     """Hand freed blocks of the device's caching allocator back, so that a smaller request can use them."""
     gc.collect()
-    backend = getattr(torch, device.type, None)
-    if hasattr(backend, "empty_cache"):
-        backend.empty_cache()
+    empty_cache = getattr(getattr(torch, device.type, None), "empty_cache", None)
+    if empty_cache is not None:
+        empty_cache()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Optional
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import planner
-from .geometry import Axis, Window, equal_strips, strips
+from .geometry import Axis, Window, equal_strips
 from .memory import is_out_of_memory, release
 
 Convolution = nn.modules.conv._ConvNd
 OnStrip = Callable[[nn.Module, int, int], None]
+_CHANNELS_LAST = (torch.channels_last, torch.channels_last_3d)
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ class Tiling:
         if not isinstance(self.sequential, bool):
             raise ValueError(f"sequential is {self.sequential!r}: use True or False.")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tiling:
+        return self  # a copied model reports to the same listener, not to a copy of it
+
 
 class TiledForward:
     """What stands in for `_conv_forward` on one convolution.
@@ -66,15 +71,28 @@ class TiledForward:
         the host passes on to the module's own `_conv_forward`."""
         call = _Call(self, args, kwargs)
         rows = call.strip_rows(input, weight)
-        if rows is None:
+        grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
+        if rows is None or (grad and _transformed()):
             output = call.whole(input, weight, bias)
-        elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
-            output = _Differentiable.apply(call, rows, input, weight, bias)
-        else:
-            output = call.tiled(input, weight, bias, rows)
-        if rows is None and self.tiling.on_strip is not None:
-            self.tiling.on_strip(self.module, 1, 1)
-        return output
+            call.report(1, 1)
+            return output
+        try:
+            if grad:
+                return _Differentiable.apply(call, rows, input, weight, bias)
+            return call.tiled(input, weight, bias, rows)
+        except _OwnWaysError:
+            return call.whole(input, weight, bias)
+
+
+def tiled_forward(module: Convolution, current: Callable[..., Any], tiling: Tiling) -> TiledForward:
+    """What to put in place of `current`, the `_conv_forward` that `module` has now: ours again, its own, or another's.
+
+    For `convert_model`, and for hosts that set and take back attributes themselves.
+    """
+    if isinstance(current, TiledForward):
+        return TiledForward(module, tiling, current.inner)
+    own = getattr(current, "__func__", None) is type(module)._conv_forward  # type: ignore[attr-defined]
+    return TiledForward(module, tiling, None if own else current)
 
 
 class PatchConv2d(nn.Conv2d):
@@ -104,10 +122,9 @@ class PatchConv2d(nn.Conv2d):
             if not plain or (kind._conv_forward is not nn.Conv2d._conv_forward):
                 raise TypeError(f"conv2d is a {kind.__name__}: give a torch.nn.Conv2d, or use convert_model on it.")
             nn.Module.__init__(self)
-            state = {key: value for key, value in conv2d.__dict__.items() if key != "_conv_forward"}
-            self.__dict__.update(state)
+            self.__dict__.update(conv2d.__dict__)
             self._parameters = dict(conv2d._parameters)
-        self.__dict__["_conv_forward"] = TiledForward(self, tiling)
+        self.__dict__["_conv_forward"] = tiled_forward(self, self._conv_forward, tiling)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in self._parameters:
@@ -145,46 +162,74 @@ class _Call:
         size = input.shape[self.dim]
         rows = self.axis.output_size(size)
         reflected = self.mode in ("reflect", "circular") and max(self.axis.before, self.axis.after) >= size
-        if rows < 2 or reflected:
+        if rows < 1 or reflected:
             return None
         in_row, out_row = self._row_elements(input, weight)
         legal = max(in_row * size, out_row * rows) <= planner.MAX_ELEMENTS
-        if legal and input.shape[-sides - 1 :].numel() < self.tiling.threshold:
+        if legal and (rows < 2 or input.shape[-sides - 1 :].numel() < self.tiling.threshold):
             return None
         row_bytes = (in_row * self.axis.stride + out_row) * input.element_size()
         strip = planner.strip_rows(rows, self.tiling.splits, row_bytes, input.device.type)
         if not legal:
-            strip = max(min(strip, self._legal_rows(in_row, out_row)), 1)
+            return max(min(strip, self._legal_rows(in_row, out_row)), 1)
         return strip if strip < rows else None
 
     def tiled(self, input: Tensor, weight: Tensor, bias: Optional[Tensor], strip_rows: int) -> Tensor:
-        """The whole output, strip by strip. An allocation that fails halves the strips and goes on where it failed."""
-        rows = self.axis.output_size(input.shape[self.dim])
+        """The whole output, strip by strip. Raises `_OwnWaysError` where strips would not be the convolution."""
+        rows, size = self.axis.output_size(input.shape[self.dim]), input.shape[self.dim]
         if not self.tiling.sequential and (batched := self._batched(input, weight, bias, strip_rows)) is not None:
             return batched
         output: Optional[Tensor] = None
         groups = self._legal_batches(input, weight)
         for index, (start, count) in enumerate(groups):
             samples = input if len(groups) == 1 else input.narrow(0, start, count)
-            first = 0
-            while first < rows:
-                last = min(first + strip_rows, rows)
-                result = self._attempt(samples, weight, bias, first, last)
-                if result is None:
-                    release(input.device)
-                    strip_rows = (last - first + 1) // 2
-                    continue
+
+            def work(first: int, last: int, samples: Tensor = samples, start: int = start, count: int = count) -> None:
+                nonlocal output
+                window = self.window(first, last, size)
+                result = self.strip(self.read(samples, window), window, last - first, weight, bias)
+                if result.requires_grad:  # by parameters of the forward's own, whose gradients strips would lose
+                    raise _OwnWaysError
                 if output is None:
-                    if result.shape[self.dim] != last - first:
-                        return self.whole(input, weight, bias)  # a forward with a geometry of its own
-                    output = self._allocate(result, rows, input)
+                    output = self._allocate(result, rows, input, weight)
                 target = output if len(groups) == 1 else output.narrow(0, start, count)
                 target.narrow(self.dim, first, last - first).copy_(result)
-                del result  # before the next strip needs its room
-                first = last
-                self._report(index * rows + first, len(groups) * rows)
+
+            for done in self.each_strip(work, input, rows, strip_rows):
+                self.report(index * rows + done, len(groups) * rows)
         assert output is not None
         return output
+
+    def each_strip(self, work: Callable[[int, int], None], input: Tensor, rows: int, strip_rows: int) -> Iterator[int]:
+        """Call `work(first, last)` for strips that cover `rows` rows, yielding the rows done after each.
+
+        Where memory runs out, what the strip held is freed, strips are halved, and the work goes on from there; where
+        it does for a single row, the error is raised with a sentence. `work` must change nothing before it has all
+        the memory that it needs.
+        """
+        first = 0
+        while first < rows:
+            last = min(first + strip_rows, rows)
+            if self._fits(work, first, last, input):
+                first = last
+                yield first
+            else:
+                release(input.device)
+                strip_rows = (last - first + 1) // 2
+
+    def _fits(self, work: Callable[[int, int], None], first: int, last: int, input: Tensor) -> bool:
+        try:
+            work(first, last)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if last - first > 1:
+                return False
+            raise type(error)(
+                f"Out of memory in {self.module}, input {tuple(input.shape)} of {input.dtype}: its output and a strip "
+                f"of one row do not fit on {input.device}; free memory or make the image smaller."
+            ) from None
+        return True
 
     def read(self, input: Tensor, window: Window) -> Tensor:
         """The strip's input rows: a view, but for the few strips whose rows have to be gathered."""
@@ -200,28 +245,23 @@ class _Call:
     def strip(self, piece: Tensor, window: Window, count: int, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
         """`count` output rows from the input rows of their window."""
         if self.opaque:
-            return self.whole(piece, weight, bias).narrow(self.dim, window.skip, count)
+            result = self.whole(piece, weight, bias)
+            self._check(result, self.axis.output_size(piece.shape[self.dim]))
+            return result.narrow(self.dim, window.skip, count)
         pads = list(self._uneven)
         pads[-2 * self.dim - 2] += window.before
         pads[-2 * self.dim - 1] += window.after
         if any(pads):
             piece = F.pad(piece, pads)
         forward = type(self.module)._conv_forward  # type: ignore[attr-defined]
-        return forward(self._strip_module, piece, weight, bias, *self._args, **self._kwargs)
+        result = forward(self._strip_module, piece, weight, bias, *self._args, **self._kwargs)
+        self._check(result, count)
+        return result
 
-    def _attempt(
-        self, input: Tensor, weight: Tensor, bias: Optional[Tensor], first: int, last: int
-    ) -> Optional[Tensor]:
-        """Output rows `[first, last)`, or None where memory runs out. Raises where it does for a single row."""
-        window = self.window(first, last, input.shape[self.dim])
-        try:
-            return self.strip(self.read(input, window), window, last - first, weight, bias)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if last - first == 1:
-                raise self._too_large(error, input, "a strip of one row") from None
-        return None
+    def _check(self, result: Tensor, rows: int) -> None:
+        """Raises `_OwnWaysError` for a forward that gives other rows than its module's settings say."""
+        if result.shape[self.dim] != rows:
+            raise _OwnWaysError
 
     def _batched(self, input: Tensor, weight: Tensor, bias: Optional[Tensor], strip_rows: int) -> Optional[Tensor]:
         """All strips as one batch, in one call; None where that is impossible or does not fit."""
@@ -229,10 +269,11 @@ class _Call:
         rows = self.axis.output_size(size)
         if self.opaque or input.dim() != len(self.module.kernel_size) + 2:
             return None
-        in_row, out_row = self._row_elements(input, weight)
-        if max(in_row * (size + self.axis.span * (rows // strip_rows + 1)), out_row * rows) > planner.MAX_ELEMENTS:
-            return None
         ranges = equal_strips(rows, strip_rows)
+        in_row, out_row = self._row_elements(input, weight)
+        in_rows, out_rows = len(ranges) * (strip_rows * self.axis.stride + self.axis.span), len(ranges) * strip_rows
+        if max(in_row * in_rows, out_row * out_rows) > planner.MAX_ELEMENTS:
+            return None
         try:
             pieces = []
             for first, last in ranges:
@@ -242,38 +283,29 @@ class _Call:
                 pieces.append(F.pad(piece, pad) if any(pad) else piece)
             batch = torch.cat(pieces)
             del pieces, piece
-            whole_window = Window(range(batch.shape[self.dim]))
-            result = self.strip(batch, whole_window, strip_rows, weight, bias)
-            output = self._allocate(result, rows, input, batch=input.shape[0])
+            result = self.strip(batch, Window(range(batch.shape[self.dim])), strip_rows, weight, bias)
+            output = self._allocate(result, rows, input, weight)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return None
         for (first, last), part in zip(ranges, result.split(input.shape[0])):
             output.narrow(self.dim, first, last - first).copy_(part)
-        self._report(rows, rows)
+        self.report(rows, rows)
         return output
 
-    def _allocate(self, result: Tensor, rows: int, input: Tensor, batch: Optional[int] = None) -> Tensor:
+    def _allocate(self, result: Tensor, rows: int, input: Tensor, weight: Tensor) -> Tensor:
         """Room for the whole output, in the shape, type and memory format of one strip's `result`."""
+        format = _memory_format(result)
+        if result.shape[1:].numel() == 1:  # one pixel has the strides of either format
+            format = max(_memory_format(input), _memory_format(weight), key=_CHANNELS_LAST.__contains__)
         shape = list(result.shape)
         shape[self.dim] = rows
         if len(shape) == len(self.module.kernel_size) + 2:
-            shape[0] = input.shape[0] if batch is None else batch
-        try:
-            return torch.empty(shape, dtype=result.dtype, device=result.device, memory_format=_memory_format(result))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise self._too_large(error, input, f"its output {tuple(shape)}") from None
+            shape[0] = input.shape[0]
+        return torch.empty(shape, dtype=result.dtype, device=result.device, memory_format=format)
 
-    def _too_large(self, error: BaseException, input: Tensor, what: str) -> BaseException:
-        return type(error)(
-            f"Out of memory in {self.module}, input {tuple(input.shape)} of {input.dtype}: {what} does not fit on "
-            f"{input.device}; free memory or make the image smaller."
-        )
-
-    def _report(self, done: int, total: int) -> None:
+    def report(self, done: int, total: int) -> None:
         if self.tiling.on_strip is not None:
             self.tiling.on_strip(self.module, done, total)
 
@@ -286,13 +318,15 @@ class _Call:
             if dim != self.dim:
                 axis = Axis(module.kernel_size[dim], module.stride[dim], module.dilation[dim], *pad)
                 in_row *= input.shape[dim] + sum(pad)
-                out_row *= axis.output_size(input.shape[dim])
+                out_row *= max(axis.output_size(input.shape[dim]), 1)  # a host may cut the kernel to fit
         return in_row, out_row
 
     def _legal_rows(self, in_row: int, out_row: int) -> int:
         """Output rows whose input and output both stay within `planner.MAX_ELEMENTS`; 0 if not even one does."""
-        halo = in_row * (self.axis.span - self.axis.stride)
-        return min(planner.legal_rows(in_row * self.axis.stride, halo), planner.legal_rows(out_row))
+        extra = self.axis.opaque_rows if self.opaque else self.axis.span - self.axis.stride
+        extra_out = out_row * (extra // self.axis.stride + 1) if self.opaque else 0
+        in_rows = planner.legal_rows(in_row * self.axis.stride, in_row * extra)
+        return min(in_rows, planner.legal_rows(out_row, extra_out))
 
     def _legal_batches(self, input: Tensor, weight: Tensor) -> list[tuple[int, int]]:
         """`(start, count)` of the groups of samples that run one after the other: one, unless a row is too large."""
@@ -305,6 +339,10 @@ class _Call:
         return [(start, min(count, batch - start)) for start in range(0, batch, count)]
 
 
+class _OwnWaysError(Exception):
+    """The forward that was to run in strips does more than its module's settings say: it is to run whole."""
+
+
 class _Differentiable(torch.autograd.Function):
     """Strips forward and strips backward. Keeps for backward what a plain convolution keeps: input, weight and bias."""
 
@@ -312,9 +350,10 @@ class _Differentiable(torch.autograd.Function):
     def forward(
         ctx: Any, call: _Call, strip_rows: int, input: Tensor, weight: Tensor, bias: Optional[Tensor]
     ) -> Tensor:
-        ctx.call, ctx.strip_rows, ctx.autocast = call, strip_rows, _autocast_state(input.device.type)
+        ctx.call, ctx.strip_rows, ctx.autocast = call, strip_rows, _same_autocast(input.device.type)
         ctx.save_for_backward(input, weight, bias)
-        return call.tiled(input, weight, bias, strip_rows)
+        with torch.enable_grad():  # of nothing here: shows whether the forward has parameters of its own
+            return call.tiled(input.detach(), weight.detach(), None if bias is None else bias.detach(), strip_rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Optional[Tensor], ...]:
@@ -323,55 +362,69 @@ class _Differentiable(torch.autograd.Function):
         needed = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # a second derivative is wanted: differentiate the whole convolution
             wanted = [tensor for tensor, need in zip(tensors, needed) if need]
-            with torch.autocast(**ctx.autocast):
+            with ctx.autocast():
                 output = call.whole(*tensors)
             found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
             return (None, None, *(next(found) if need else None for need in needed))
         input, weight, bias = tensors
         # Sums over strips: in float32 at least, so that halves do not lose what a whole convolution keeps.
         sums = [
-            None if not need else torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+            torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)) if need else None
             for tensor, need in zip(tensors, needed)
         ]
         size, rows = input.shape[call.dim], grad.shape[call.dim]
-        for first, last in strips(rows, ctx.strip_rows):
+
+        def work(first: int, last: int) -> None:
             window = call.window(first, last, size)
-            piece = call.read(input, window)
-            leaves = [None if t is None else t.detach() for t in (piece, weight, bias)]
+            leaves = [None if t is None else t.detach() for t in (call.read(input, window), weight, bias)]
             wanted = [leaf.requires_grad_() for leaf, need in zip(leaves, needed) if leaf is not None and need]
-            with torch.enable_grad(), torch.autocast(**ctx.autocast):
+            with torch.enable_grad(), ctx.autocast():
                 result = call.strip(leaves[0], window, last - first, leaves[1], leaves[2])
-            found = iter(torch.autograd.grad(result, wanted, grad.narrow(call.dim, first, last - first)))
-            for total, position in zip(sums, ("input", "weight", "bias")):
-                if total is None:
-                    continue
-                part = next(found).to(total.dtype)
-                if position != "input":
+            found = torch.autograd.grad(result, wanted, grad.narrow(call.dim, first, last - first))
+            totals = [total for total in sums if total is not None]
+            parts = [part.to(total.dtype) for part, total in zip(found, totals)]
+            for total, part in zip(totals, parts):
+                if total is not sums[0]:
                     total += part
                 elif isinstance(window.rows, range):
                     total.narrow(call.dim, window.rows.start, len(window.rows)).add_(part)
                 else:
                     total.index_add_(call.dim, torch.tensor(window.rows, device=total.device), part)
-            del result, part, piece, leaves, wanted
+
+        for _ in call.each_strip(work, input, rows, ctx.strip_rows):
+            pass
         return (None, None, *(None if s is None else s.to(t.dtype) for s, t in zip(sums, tensors)))
 
 
-def _autocast_state(device_type: str) -> dict[str, Any]:
-    """Arguments of `torch.autocast` that bring the current state back; torch before 2.4 asks per device."""
+def _transformed() -> bool:
+    """Whether `torch.func` or forward-mode differentiation is at work, which `_Differentiable` has no rules for."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _same_autocast(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
+    """What makes a context with the present state of autocast; torch before 2.4 asks for it per device."""
+    if device_type == "meta":
+        return nullcontext
     try:
         enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
     except (TypeError, AttributeError):
         cpu = device_type == "cpu"
         enabled = torch.is_autocast_cpu_enabled() if cpu else torch.is_autocast_enabled()
         dtype = torch.get_autocast_cpu_dtype() if cpu else torch.get_autocast_gpu_dtype()
-    return {"device_type": device_type, "enabled": enabled, "dtype": dtype}
+    return partial(torch.autocast, device_type, dtype, enabled)
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
-    if last is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=last):
+    """channels_last where PyTorch itself takes the strides for that (`is_channels_last_strides_2d`, `_3d`)."""
+    if tensor.dim() not in (4, 5):
         return torch.contiguous_format
-    return last
+    least = 0
+    for dim in (1, *range(tensor.dim() - 1, 1, -1), 0):
+        stride, size = tensor.stride(dim), tensor.shape[dim]
+        if size == 0 or stride < least or (dim == 0 and least == tensor.stride(1)):
+            return torch.contiguous_format
+        least = stride * size
+    return _CHANNELS_LAST[tensor.dim() - 4]
 
 
 def _pads(module: Convolution) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from torch import nn
 
 from ..comfyui_patchconv import Tiling, convolutions, planner
-from ..comfyui_patchconv.convert import tiled_forward
+from ..comfyui_patchconv.tiled_conv import tiled_forward
 from .host import MODEL_CATEGORY, VAE_CATEGORY, advanced, schema
 from .progress import Progress, interruptible
 from .vae_half import HALVES, half_of
