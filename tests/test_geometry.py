@@ -81,7 +81,7 @@ def test_opaque_window_of_a_tall_image_stays_small(axis: Axis, count: int, posit
     first = min(position, rows - count)
     window = axis.opaque_window(first, first + count, size)
     assert len(window.rows) <= count * axis.stride + axis.opaque_rows  # what the element limit reckons with
-    assert isinstance(window.rows, range) or first < 2 * axis.before + 2 or first + count > rows - 20
+    assert isinstance(window.rows, range) or first < 2 * (axis.before + axis.after) + 2 or first + count > rows - 20
 
 
 @given(AXES, st.integers(1, 40))
