@@ -1,8 +1,10 @@
-"""Out-of-memory errors: how to recognise one, and how to give back what a device's cache still holds."""
+"""Out-of-memory errors and what freed memory costs to have again."""
 
 from __future__ import annotations
 
 import gc
+from contextlib import suppress
+from functools import cache
 
 import torch
 
@@ -22,3 +24,15 @@ def release(device: torch.device) -> None:
     empty_cache = getattr(getattr(torch, device.type, None), "empty_cache", None)
     if empty_cache is not None:
         empty_cache()
+
+
+@cache
+def keep_freed_blocks() -> None:
+    """Have glibc keep freed blocks of strip size for the next strip, once for this process.
+
+    It maps blocks above a threshold anew each time, zeroed page by page, and raises that threshold to the size of a
+    freed block, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD). Freeing one of that size, never touched, made 64 -> 64
+    channels at 2048² take 0.80 of plain's time instead of 1.2. Other allocators lose nothing.
+    """
+    with suppress(RuntimeError, MemoryError):
+        torch.empty(31 << 20, dtype=torch.uint8, device="cpu")

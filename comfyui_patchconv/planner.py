@@ -9,9 +9,8 @@ MAX_ELEMENTS = 2**31 - 1
 """Largest tensor that every backend indexes: PyTorch's `canUse32BitIndexMath`, INT_MAX on MPS."""
 
 STRIP_BYTES = {"cpu": 32 << 20}
-"""Bytes of input and output of one strip that suit a device type. CPU: blocks of 32 MiB and more come fresh from the
-system each time (glibc's largest mmap threshold), zeroed page by page; strips of half that size each way ran in 0.8 to
-1.05 of plain's time, strips of 64 MiB in 1.1 to 1.4."""
+"""Bytes of input and output of one strip that suit a device type. CPU: half of it each way is what the allocator can
+hand out again (memory.py); so strips ran in 0.80 to 0.98 of plain's time, and in 1.1 to 1.4 with 64 MiB each way."""
 
 STRIP_BYTES_ELSEWHERE = 64 << 20
 """The same for other devices: enough rows to fill a GPU, little beside what it holds anyway. Not measured yet."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from . import planner
 from .geometry import Axis, Window, equal_strips
-from .memory import is_out_of_memory, release
+from .memory import is_out_of_memory, keep_freed_blocks, release
 
 Convolution = nn.modules.conv._ConvNd
 OnStrip = Callable[[nn.Module, int, int], None]
@@ -179,6 +179,8 @@ class _Call:
         rows, size = self.axis.output_size(input.shape[self.dim]), input.shape[self.dim]
         if not self.tiling.sequential and (batched := self._batched(input, weight, bias, strip_rows)) is not None:
             return batched
+        if input.device.type == "cpu":
+            keep_freed_blocks()
         output: Optional[Tensor] = None
         groups = self._legal_batches(input, weight)
         for index, (start, count) in enumerate(groups):
