@@ -1,0 +1,236 @@
+"""`patchconv demo | decode | encode`: the package without a host."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Optional, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import files
+from .convert import convolutions, patched
+from .measure import Recorder
+from .memory import is_out_of_memory
+from .planner import DEFAULT_THRESHOLD
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+MB = 1e6
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+WRONG_INPUT, OUT_OF_MEMORY, INTERRUPTED = 2, 3, 130
+"""Exit codes; 0 is success."""
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command line `argv` (default: this process's) and return the exit code.
+
+    0: done. 2: wrong input, said in one sentence on stderr before any work. 3: out of memory. 130: interrupted.
+    """
+    try:
+        args = parser().parse_args(argv)
+        with torch.inference_mode():
+            args.run(args)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    except KeyboardInterrupt:
+        return _fail("stopped.", INTERRUPTED)
+    except ModuleNotFoundError as error:
+        if error.name not in ("diffusers", "matplotlib", "numpy", "PIL"):
+            raise
+        return _fail(f"{error.name} is not installed: run pip install 'patchconv[demo]'.", WRONG_INPUT)
+    except (ValueError, OSError) as error:
+        return _fail(str(error), WRONG_INPUT)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _fail(f"out of memory ({_first_line(error)}): {_LESS_MEMORY}", OUT_OF_MEMORY)
+    return 0
+
+
+_LESS_MEMORY = "try --dtype bfloat16, more --splits, or --device cpu."
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = _Parser(prog="patchconv", description="Convolutions in strips: the same pixels in less memory.")
+    commands = top.add_subparsers(required=True, metavar="demo | decode | encode")
+
+    decode = commands.add_parser("decode", help="a latent to an image", description=_decode.__doc__)
+    decode.add_argument("--vae", type=Path, required=True, help="VAE or checkpoint, LDM or diffusers layout")
+    decode.add_argument("--latent", type=Path, required=True, help="ComfyUI's .latent, or a safetensors tensor")
+    decode.add_argument("--out", type=Path, required=True, help="PNG to write; numbered if the latent is a batch")
+    decode.set_defaults(run=_decode)
+
+    encode = commands.add_parser("encode", help="an image to a latent", description=_encode.__doc__)
+    encode.add_argument("--vae", type=Path, required=True, help="VAE or checkpoint, LDM or diffusers layout")
+    encode.add_argument("--image", type=Path, required=True, help="PNG, JPEG, WebP …")
+    encode.add_argument("--out", type=Path, required=True, help=".latent to write, which ComfyUI's LoadLatent reads")
+    encode.set_defaults(run=_encode)
+
+    demo = commands.add_parser("demo", help="plain and Patch Conv side by side", description=_demo.__doc__)
+    demo.add_argument(
+        "--size", type=int, default=768, help="pixels of a synthetic latent's side (default: %(default)s)"
+    )
+    demo.add_argument("--vae", type=Path, help="VAE or checkpoint (default: Stable Diffusion's VAE, random weights)")
+    demo.add_argument("--latent", type=Path, help="ComfyUI's .latent or a safetensors tensor (default: synthetic)")
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder to write to (default: %(default)s)")
+    demo.set_defaults(run=_demo)
+
+    for command in (decode, encode, demo):
+        command.add_argument("--splits", type=_natural, default=0, help="strips per convolution; 0 chooses (default)")
+        command.add_argument(
+            "--threshold",
+            type=_natural,
+            default=DEFAULT_THRESHOLD,
+            help="input elements from which a convolution runs in strips (default: %(default)s)",
+        )
+        command.add_argument("--device", type=_device, default=None, help="default: cuda if there is one, else cpu")
+        command.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    for command in (decode, encode):
+        command.add_argument("--plain", action="store_true", help="without strips, to compare")
+    return top
+
+
+def decode(
+    vae: AutoencoderKL, latent: Tensor, *, splits: int = 0, threshold: int = DEFAULT_THRESHOLD, plain: bool = False
+) -> Tensor:
+    """The images `[B, 3, H, W]` of `latent` `[B, C, h, w]`, on the VAE's device: plain, or in strips."""
+    with _in_strips(vae.decoder, splits, threshold, plain):
+        return vae.decode(cast(Any, latent.to(vae.device, vae.dtype)), return_dict=False)[0]
+
+
+def encode(
+    vae: AutoencoderKL, image: Tensor, *, splits: int = 0, threshold: int = DEFAULT_THRESHOLD, plain: bool = False
+) -> Tensor:
+    """The latent `[B, C, h, w]` of `image` `[B, 3, H, W]`: the mean of its distribution, as ComfyUI has it."""
+    with _in_strips(vae.encoder, splits, threshold, plain):
+        return vae.encode(image.to(vae.device, vae.dtype), return_dict=False)[0].mode()
+
+
+def scale(vae: AutoencoderKL) -> int:
+    """Pixels to a latent's pixel, on either side."""
+    return 2 ** (len(vae.config["block_out_channels"]) - 1)
+
+
+def check_channels(vae: AutoencoderKL, latent: Tensor, path: Optional[Path] = None) -> None:
+    """Raises ValueError unless `vae` decodes latents of `latent`'s channels."""
+    channels = vae.config["latent_channels"]
+    if latent.shape[1] != channels:
+        raise ValueError(
+            f"{path or 'the latent'} has {latent.shape[1]} channels and the VAE decodes {channels}: give the VAE of "
+            "the model that made it."
+        )
+
+
+def _decode(args: argparse.Namespace) -> None:
+    """Decode a latent to a PNG: the picture that the host would make, in less memory."""
+    _check_output(args.out, ".png")
+    latent = files.load_latent(args.latent)
+    vae = files.load_vae(args.vae, DTYPES[args.dtype], args.device or _default_device())
+    check_channels(vae, latent, args.latent)
+    for number, sample in enumerate(latent, 1):
+        name = args.out if len(latent) == 1 else args.out.with_stem(f"{args.out.stem}-{number:04}")
+        with Recorder(vae.device) as recorder:
+            image = decode(vae, sample[None], splits=args.splits, threshold=args.threshold, plain=args.plain)[0]
+        files.save_image(name, image)
+        _say(f"{name}: {image.shape[2]}x{image.shape[1]}", recorder)
+
+
+def _encode(args: argparse.Namespace) -> None:
+    """Encode an image to ComfyUI's .latent: what VAEEncode and SaveLatent would make, in less memory."""
+    _check_output(args.out, ".latent", ".safetensors")
+    vae = files.load_vae(args.vae, DTYPES[args.dtype], args.device or _default_device())
+    image = files.load_image(args.image, multiple=scale(vae))
+    with Recorder(vae.device) as recorder:
+        latent = encode(vae, image, splits=args.splits, threshold=args.threshold, plain=args.plain)
+    files.save_latent(args.out, latent)
+    _say(f"{args.out}: {list(latent.shape)}", recorder)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    """Decode one latent plain and with Patch Conv, each in its own process; compare memory, time and pixels."""
+    from .demo import Settings, run
+
+    if args.latent is None and not 64 <= args.size <= 16384:
+        raise ValueError(f"--size is {args.size}: use 64 to 16384 pixels.")
+    device = str(args.device or _default_device())
+    run(Settings(args.vae, args.latent, args.size, args.splits, args.threshold, device, args.dtype), args.out)
+
+
+def _in_strips(model: nn.Module, splits: int, threshold: int, plain: bool) -> Any:
+    if plain:
+        return nullcontext()
+    return patched(model, splits, threshold=threshold, on_strip=_progress(model))
+
+
+def _progress(model: nn.Module) -> Optional[Callable[[nn.Module, int, int], None]]:
+    """A counter of finished convolutions on stderr, where somebody is watching."""
+    if not sys.stderr.isatty():
+        return None
+    total, done = sum(1 for _ in convolutions(model)), 0
+
+    def show(_: nn.Module, rows_done: int, rows: int) -> None:
+        nonlocal done
+        done += rows_done == rows
+        end = "\r" if done < total else "\r\x1b[K"
+        print(f"convolution {min(done + 1, total)} of {total}: {rows_done / rows:4.0%}", end=end, file=sys.stderr)
+
+    return show
+
+
+def _say(what: str, recorder: Recorder) -> None:
+    print(f"{what}, {recorder.seconds:.1f} s, peak {recorder.peak / MB:.0f} MB beyond the weights")
+
+
+def _check_output(path: Path, *suffixes: str) -> None:
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"--out is {path}: its name must end in {' or '.join(suffixes)}.")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out is {path} and the folder {path.parent} does not exist: create it first.")
+    if path.is_dir():
+        raise ValueError(f"--out is {path}, which is a folder: give the name of a file.")
+
+
+def _natural(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({_first_line(error)})") from None
+    return device
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"patchconv: {message}", file=sys.stderr)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without the whole usage in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(WRONG_INPUT, f"{self.prog}: {message}; see {self.prog} --help.\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""The main job, to see for oneself: one latent decoded plain and with Patch Conv, each in a fresh process."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import files
+from .cli import DTYPES, MB, check_channels, decode, scale
+from .measure import Recorder
+from .memory import is_out_of_memory
+from .planner import DEFAULT_THRESHOLD
+
+NAMES = {True: "plain", False: "Patch Conv"}
+_COLOURS = {"plain": "#9a9a9a", "Patch Conv": "#1668c7"}
+_INTERVAL = 0.02
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to decode and how.
+
+    vae: file, or None for Stable Diffusion's VAE with random weights. latent: file, or None for a synthetic one whose
+    image has sides of `size` pixels. splits, threshold: see `Tiling`. device, dtype: as torch names them.
+    """
+
+    vae: Optional[Path] = None
+    latent: Optional[Path] = None
+    size: int = 768
+    splits: int = 0
+    threshold: int = DEFAULT_THRESHOLD
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One decode: peak in bytes beyond the weights, time in seconds, memory over time, and the image `[3, H, W]`."""
+
+    peak: int
+    seconds: float
+    timeline: list[tuple[float, int]] = field(repr=False)
+    pixels: Any = field(repr=False)  # numpy: a tensor would reach the parent through memory that dies with the child
+
+    @property
+    def image(self) -> Tensor:
+        return torch.from_numpy(self.pixels)
+
+
+def run(settings: Settings, out: Path) -> dict[str, Optional[Result]]:
+    """Decode both ways, print the table, and write `image.png` and `memory.png` to the folder `out`.
+
+    Returns both results by name; None for one that did not fit into memory. Raises ValueError for files that cannot be
+    used, and MemoryError if neither fits.
+    """
+    import matplotlib  # noqa: F401  before the work, not after it, if it is missing
+
+    out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Optional[Result]] = {}
+    for plain, name in NAMES.items():
+        print(f"Decoding, {name} …", flush=True)
+        results[name] = _in_fresh_process(settings, plain)
+    done = [result for result in results.values() if result is not None]
+    if not done:
+        raise MemoryError("out of memory, plain and with Patch Conv alike")
+    print(f"\n{table(results)}\n\n{difference(results)}")
+    files.save_image(out / "image.png", done[-1].image)
+    plot(results, settings, out / "memory.png")
+    print(f"\nWritten: {out / 'image.png'} (the image), {out / 'memory.png'} (memory over time)")
+    return results
+
+
+def table(results: dict[str, Optional[Result]]) -> str:
+    """Peak memory and time of each result, one row each."""
+    lines = [f"{'':<12}{'peak memory':>14}{'time':>11}"]
+    for name, result in results.items():
+        figures = f"{'out of memory':>14}"
+        if result is not None:
+            figures = f"{result.peak / MB:>11.0f} MB{result.seconds:>9.1f} s"
+        lines.append(f"{name:<12}{figures}")
+    plain, strips = results["plain"], results["Patch Conv"]
+    if plain is not None and strips is not None:
+        memory, seconds = strips.peak / max(plain.peak, 1) - 1, strips.seconds / plain.seconds - 1
+        lines.append(f"{'':<12}{memory:>+13.0%} {seconds:>+10.0%}")
+    return "\n".join(lines)
+
+
+def difference(results: dict[str, Optional[Result]]) -> str:
+    """A sentence on the largest difference between the two images."""
+    plain, strips = results["plain"], results["Patch Conv"]
+    if plain is None or strips is None:
+        return "Only one of the two images could be made: there is nothing to compare."
+    largest = (plain.image - strips.image).abs().max().item()
+    low, high = plain.image.aminmax()
+    return f"Largest difference between the images: {largest:.2g} (their values go from {low:.2f} to {high:.2f})."
+
+
+def plot(results: dict[str, Optional[Result]], settings: Settings, path: Path) -> None:
+    """Memory over time of each result as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for name, result in results.items():
+        if result is None:
+            axes.plot([], [], color=_COLOURS[name], label=f"{name}: out of memory")
+            continue
+        seconds, used = zip((0.0, 0), *result.timeline)
+        megabytes = [value / MB for value in used]
+        label = f"{name}: peak {result.peak / MB:.0f} MB, {result.seconds:.1f} s"
+        axes.plot(seconds, megabytes, color=_COLOURS[name], linewidth=1.6, label=label)
+        axes.fill_between(seconds, megabytes, color=_COLOURS[name], alpha=0.15, linewidth=0)
+        axes.axhline(result.peak / MB, color=_COLOURS[name], linewidth=1, linestyle=(0, (4, 3)))
+    image = next(result.image for result in results.values() if result is not None)
+    axes.set_title(
+        f"Decoding {image.shape[2]}x{image.shape[1]} pixels in {settings.dtype} on {settings.device}", loc="left"
+    )
+    axes.set_xlabel("time (s)")
+    axes.set_ylabel("memory in use beyond the weights (MB)")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.margins(y=0.1)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+    figure.savefig(path)
+
+
+def synthetic_latent(channels: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """A latent `[1, channels, height, width]` drawn from `seed`: shapes of all sizes, as in a picture."""
+    generator = torch.Generator().manual_seed(seed)
+    latent = torch.zeros(1, channels, height, width)
+    for cells, weight in ((2, 3.0), (4, 2.0), (8, 1.0), (32, 0.5)):
+        noise = torch.randn(1, channels, cells, cells, generator=generator)
+        latent += weight * F.interpolate(noise, (height, width), mode="bicubic")
+    return latent
+
+
+def _in_fresh_process(settings: Settings, plain: bool) -> Optional[Result]:
+    """The result, or None where memory ran out: the process said so, or the system ended it."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_measure, settings, plain).result()
+        except BrokenProcessPool:
+            return None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+
+
+@torch.inference_mode()
+def _measure(settings: Settings, plain: bool) -> Result:
+    dtype = DTYPES[settings.dtype]
+    vae = files.load_vae(settings.vae, dtype) if settings.vae else files.random_vae(dtype=dtype)
+    if settings.latent is not None:
+        latent = files.load_latent(settings.latent)[:1]
+        check_channels(vae, latent, settings.latent)
+    else:
+        side = settings.size // scale(vae)
+        latent = synthetic_latent(vae.config["latent_channels"], side, side)
+    nn.Module.to(vae, settings.device)
+    decode(vae, latent[:, :, :8, :8], plain=True)  # what libraries set up once is not the decode's
+    with Recorder(settings.device, _INTERVAL) as recorder:
+        image = decode(vae, latent, splits=settings.splits, threshold=settings.threshold, plain=plain)
+    return Result(recorder.peak, recorder.seconds, recorder.timeline, image[0].float().cpu().numpy())
