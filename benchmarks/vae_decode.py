@@ -1,6 +1,6 @@
 """Decoding with the SD VAE: plain, `patch_conv`, ours, diffusers' tiling, and ComfyUI's nodes, in fresh processes.
 
-    python benchmarks/vae_decode.py [--sizes 512 1024] [--rounds 3] [--device cuda] [--dtype float16]
+    python benchmarks/vae_decode.py [--sizes 512 1024] [--rounds 3] [--device cuda] [--dtype float16] [--methods …]
     COMFYUI_PATH=… COMFYUI_PYTHON=… python benchmarks/vae_decode.py     (with ComfyUI's two decode nodes)
 
 The VAE is AutoencoderKL at full width with seeded random weights. Peak is memory beyond the loaded model and the
@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *HOST_METHODS], help="default: all that are there")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -109,6 +110,8 @@ def main() -> None:
         script = str(Path(__file__).with_name("comfyui_decode.py"))
         host = [os.environ.get("COMFYUI_PYTHON", sys.executable), script]
         commands |= {method: host for method in HOST_METHODS}
+    if args.methods:
+        labels = {method: label for method, label in labels.items() if method in args.methods}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder, "vae.safetensors")
@@ -120,7 +123,7 @@ def main() -> None:
             results = dict(zip(labels, rounds(cases, [commands[method] for method in labels], args.rounds)))
             for method, result in results.items():
                 reference = "comfyui" if method in HOST_METHODS else "plain"
-                base = results[reference]
+                base = results.get(reference, {"error": "not run"})
                 if "error" in result or "error" in base:
                     rows.append([f"{size}²", labels[method], result.get("error", "no plain result"), "", "", "", ""])
                     continue
