@@ -120,12 +120,16 @@ class _Twins:
         if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
             return types.MethodType(value.__func__, self.of(value.__self__))
         if isinstance(value, dict):
+            items = {key: self.of(item) for key, item in value.items()}
+            if all(items[key] is item for key, item in value.items()):
+                return value  # a configuration, say, which may refuse to be changed
             twin = copy.copy(value)
-            twin.update((key, self.of(item)) for key, item in value.items())
+            twin.update(items)
             return twin
         for kind in (list, tuple, set):
             if type(value) is kind:
-                return kind(self.of(item) for item in value)
+                twins = [self.of(item) for item in value]
+                return value if all(twin is item for twin, item in zip(twins, value)) else kind(twins)
         return value
 
     def _module(self, module: nn.Module) -> nn.Module:

@@ -143,3 +143,15 @@ def test_shared_modules_and_weights_stay_shared() -> None:
 def test_code_that_looks_at_values_raises() -> None:
     with pytest.raises(Exception):  # noqa: B017 - which one depends on the torch version
         peak_live_bytes(lambda: torch.ones(1).item() + int(torch.empty(1).item()))
+
+
+def test_a_configuration_that_refuses_to_change_stays_what_it_is() -> None:
+    class Frozen(dict[str, object]):
+        def update(self, *args: object, **kwargs: object) -> None:
+            raise TypeError("frozen")
+
+    model = nn.Conv2d(2, 2, 1)
+    model.config = Frozen(widths=[1, 2])  # type: ignore[assignment]
+    found = []
+    peak_activations(model, lambda twin: found.append(twin.config), device=torch.device("cpu"))
+    assert found[0] is model.config
