@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from .memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -32,6 +34,17 @@ _PICKLES = {".bin", ".ckpt", ".pt", ".pth"}
 _PREFIXES = ("", "first_stage_model.", "vae.")
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_LDM_NAMES = (
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.(down|up)\.(\d+)\.block\.", r".\1_blocks.\2.resnets."),
+    (r"\.(down|up)\.(\d+)\.(down|up)sample\.", r".\1_blocks.\2.\3samplers.0."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+)
 _GROUPS = 32  # of every group norm; LDM's code has it fixed, and no tensor's shape shows it
 _LAYOUTS = {
     "ldm": ("encoder.down.{}.block.{}.conv1.weight", "decoder.mid.attn_1.q.weight"),
@@ -44,7 +57,7 @@ def random_vae(seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would set those of the GPUs too
         vae = AutoencoderKL(**_config((128, 256, 512, 512), layers=2, latent=4))
     return _ready(vae, dtype, device)
 
@@ -67,7 +80,9 @@ def load_vae(
     shapes, prefix = _vae_shapes(path, header)
     layout, config = _detect(path, shapes)
     state = {name: read(prefix + name).to(device, dtype) for name in shapes}
-    state = _from_ldm(state, config) if layout == "ldm" else _from_old_diffusers(state)
+    if layout == "ldm":
+        state = _from_ldm(state, len(config["block_out_channels"]))
+    state = _today(state)
     with torch.device("meta"):
         vae = AutoencoderKL(**config)
     _check_state(path, state, vae)
@@ -95,15 +110,15 @@ def load_latent(path: str | os.PathLike[str]) -> Tensor:
     name = (known or names)[0]
     dtype, shape = header[name]
     if dtype not in FLOATS:
-        raise ValueError(f"{path}: {name} is of type {dtype}: a latent is of float32, float16 or bfloat16.")
+        raise ValueError(f"{path}: {_short(name)} is of type {dtype}: a latent is of float32, float16 or bfloat16.")
     if len(shape) not in (3, 4) or 0 in shape:
         raise ValueError(
-            f"{path}: {name} has the shape {list(shape)}: a latent image is [batch, channels, height, width]."
+            f"{path}: {_short(name)} has the shape {list(shape)}: a latent image is [batch, channels, height, width]."
         )
     with safe_open(path, "pt") as file:
         latent = file.get_tensor(name).to(torch.float32)
     if not torch.isfinite(latent).all():
-        raise ValueError(f"{path}: {name} holds NaN or infinity: it cannot be decoded, make it anew.")
+        raise ValueError(f"{path}: {_short(name)} holds NaN or infinity: it cannot be decoded, make it anew.")
     if name == "latent_tensor" and "latent_format_version_0" not in header:
         latent = latent / SCALE
     return latent if latent.dim() == 4 else latent[None]
@@ -112,7 +127,12 @@ def load_latent(path: str | os.PathLike[str]) -> Tensor:
 def save_latent(path: str | os.PathLike[str], latent: Tensor) -> None:
     """Write `latent` `[N, C, H, W]` as ComfyUI's `.latent`, which its LoadLatent reads, in float32."""
     tensors = {"latent_tensor": latent.float().cpu().contiguous(), "latent_format_version_0": torch.tensor([])}
-    save_file(tensors, path)
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(
+            f"{path} cannot be written ({_short(str(error))}): is there space, and may you write there?"
+        ) from None
 
 
 def load_image(path: str | os.PathLike[str], multiple: int = 8) -> Tensor:
@@ -132,8 +152,12 @@ def load_image(path: str | os.PathLike[str], multiple: int = 8) -> Tensor:
             image = ImageOps.exif_transpose(file).convert("RGB")
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not an image that Pillow can read: give a PNG, JPEG or WebP file.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({error}): it is damaged or too large.") from None
+    except Exception as error:  # a damaged or hostile image raises anything
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"{path} cannot be read as an image ({_short(str(error))}): it is damaged or too large."
+        ) from None
     if min(image.size) < multiple:
         raise ValueError(f"{path} is {image.width}x{image.height} pixels: at least {multiple}x{multiple} are needed.")
     width, height = (side - side % multiple for side in image.size)
@@ -143,9 +167,14 @@ def load_image(path: str | os.PathLike[str], multiple: int = 8) -> Tensor:
 
 
 def save_image(path: str | os.PathLike[str], image: Tensor) -> None:
-    """Write what a VAE decoded, `image` `[3, H, W]` from -1 to 1, to `path`; what lies outside is clipped."""
+    """Write what a VAE decoded, `image` `[3, H, W]` from -1 to 1, to `path`; what lies outside is clipped.
+
+    Raises ValueError if it holds NaN, which would be a black image.
+    """
     from PIL import Image
 
+    if image.isnan().any():
+        raise ValueError(f"{path} is not written, the image holds NaN: use float32 or bfloat16, float16 is too narrow.")
     pixels = image.float().add(1).mul_(127.5).round_().clamp_(0, 255).to("cpu", torch.uint8)
     Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(path)
 
@@ -183,7 +212,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         with safe_open(path, "pt"):  # its own checks: overlaps, gaps, sizes that do not match shapes
             pass
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}): download or export it again.") from None
+        raise ValueError(f"{path} is damaged ({_short(str(error))}): download or export it again.") from None
     return {name: (dtype, shape) for name, (dtype, shape, _, _) in tensors.items()}
 
 
@@ -208,19 +237,26 @@ def _opened(path: Path) -> tuple[Header, Callable[[str], Tensor]]:
     """Type and shape of each tensor in a checkpoint, and the function that reads one."""
     if path.suffix.lower() not in _PICKLES:
         return read_header(path), safe_open(path, "pt").get_tensor
+    path = _existing(path)
     try:
-        content = torch.load(_existing(path), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except Exception as error:  # a damaged or hostile pickle raises anything
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
             f"{path} cannot be read safely, as weights alone ({type(error).__name__}): use a .safetensors file of it."
         ) from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     pairs = content.items() if isinstance(content, dict) else ()
-    tensors = {str(name): value for name, value in pairs if isinstance(value, Tensor)}
+    tensors = {str(name): value for name, value in pairs if isinstance(value, Tensor) and _plain(value)}
     kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     header = {name: (kinds.get(value.dtype, str(value.dtype)), tuple(value.shape)) for name, value in tensors.items()}
     return header, tensors.__getitem__
+
+
+def _plain(value: Tensor) -> bool:
+    return value.layout is torch.strided and value.device.type == "cpu"
 
 
 def _vae_shapes(path: Path, header: Header) -> tuple[Shapes, str]:
@@ -284,14 +320,19 @@ def _config(widths: Sequence[int], layers: int, latent: int, **rest: Any) -> dic
     }
 
 
-def _from_ldm(state: State, config: dict[str, Any]) -> State:
-    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+def _from_ldm(state: State, levels: int) -> State:
+    """The tensors of an LDM VAE by diffusers' names; LDM counts the decoder's levels from the image's side."""
 
-    return convert_ldm_vae_checkpoint(state, config)
+    def renamed(name: str) -> str:
+        for pattern, replacement in _LDM_NAMES:
+            name = re.sub(pattern, replacement, name, flags=re.ASCII)
+        return re.sub(r"(?<=\.up_blocks\.)\d{1,3}", lambda level: str(levels - 1 - int(level[0])), name)
+
+    return {renamed(name): value for name, value in state.items()}
 
 
-def _from_old_diffusers(state: State) -> State:
-    """Attention's names before diffusers 0.18 (`query`, `proj_attn`), which published VAEs still have, as today's."""
+def _today(state: State) -> State:
+    """Attention as diffusers has it since 0.18: published VAEs still have `query` and `proj_attn`, LDM convolutions."""
     pattern = re.compile(rf"(?<=attentions\.0\.)({'|'.join(_OLD_ATTENTION)})(?=\.)")
     renamed = {pattern.sub(lambda match: _OLD_ATTENTION[match[0]], name): value for name, value in state.items()}
     return {
