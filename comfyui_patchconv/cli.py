@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Optional, cast
 
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from . import files
-from .convert import convolutions, patched
+from .convert import patched
 from .measure import Recorder
 from .memory import is_out_of_memory
 from .planner import DEFAULT_THRESHOLD
+from .tiled_conv import OnStrip
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -45,7 +46,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             raise
         return _fail(f"{error.name} is not installed: run pip install 'patchconv[demo]'.", WRONG_INPUT)
     except (ValueError, OSError) as error:
-        return _fail(str(error), WRONG_INPUT)
+        return _fail(_sentence(error), WRONG_INPUT)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -163,23 +164,28 @@ def _demo(args: argparse.Namespace) -> None:
     run(Settings(args.vae, args.latent, args.size, args.splits, args.threshold, device, args.dtype), args.out)
 
 
-def _in_strips(model: nn.Module, splits: int, threshold: int, plain: bool) -> Any:
+@contextmanager
+def _in_strips(model: nn.Module, splits: int, threshold: int, plain: bool) -> Iterator[None]:
     if plain:
-        return nullcontext()
-    return patched(model, splits, threshold=threshold, on_strip=_progress(model))
+        yield
+        return
+    watched = sys.stderr.isatty()
+    with patched(model, splits, threshold=threshold, on_strip=_progress() if watched else None):
+        try:
+            yield
+        finally:
+            if watched:
+                print(end="\r\x1b[K", file=sys.stderr, flush=True)
 
 
-def _progress(model: nn.Module) -> Optional[Callable[[nn.Module, int, int], None]]:
-    """A counter of finished convolutions on stderr, where somebody is watching."""
-    if not sys.stderr.isatty():
-        return None
-    total, done = sum(1 for _ in convolutions(model)), 0
+def _progress() -> OnStrip:
+    """A line on stderr that counts the convolutions that run in strips."""
+    done = 0
 
     def show(_: nn.Module, rows_done: int, rows: int) -> None:
         nonlocal done
+        print(f"\rconvolution {done + 1}: {rows_done / rows:4.0%}", end="", file=sys.stderr, flush=True)
         done += rows_done == rows
-        end = "\r" if done < total else "\r\x1b[K"
-        print(f"convolution {min(done + 1, total)} of {total}: {rows_done / rows:4.0%}", end=end, file=sys.stderr)
 
     return show
 
@@ -214,6 +220,12 @@ def _device(text: str) -> torch.device:
 
 def _default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+    return str(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import os
+import signal
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Optional
 
@@ -63,15 +64,18 @@ def run(settings: Settings, out: Path) -> dict[str, Optional[Result]]:
     """
     import matplotlib  # noqa: F401  before the work, not after it, if it is missing
 
-    out.mkdir(parents=True, exist_ok=True)
+    _check_folder(out)
+    for path in filter(None, (settings.vae, settings.latent)):
+        files.existing(path)
     results: dict[str, Optional[Result]] = {}
     for plain, name in NAMES.items():
         print(f"Decoding, {name} …", flush=True)
         results[name] = _in_fresh_process(settings, plain)
     done = [result for result in results.values() if result is not None]
     if not done:
-        raise MemoryError("out of memory, plain and with Patch Conv alike")
+        raise MemoryError("plain and with Patch Conv alike")
     print(f"\n{table(results)}\n\n{difference(results)}")
+    out.mkdir(parents=True, exist_ok=True)
     files.save_image(out / "image.png", done[-1].image)
     plot(results, settings, out / "memory.png")
     print(f"\nWritten: {out / 'image.png'} (the image), {out / 'memory.png'} (memory over time)")
@@ -144,17 +148,50 @@ def synthetic_latent(channels: int, height: int, width: int, seed: int = 0) -> T
     return latent
 
 
+def _check_folder(folder: Path) -> None:
+    """Raises ValueError unless `folder` can be written to, or made."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"--out is {folder} and {existing} is not a folder that can be written to: choose another.")
+
+
 def _in_fresh_process(settings: Settings, plain: bool) -> Optional[Result]:
     """The result, or None where memory ran out: the process said so, or the system ended it."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(_measure, settings, plain).result()
-        except BrokenProcessPool:
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, settings, plain), daemon=True)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process alone, which ends the other
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    sender.close()
+    try:
+        result = receiver.recv()
+    except EOFError:
+        process.join()
+        if process.exitcode == -9:
             return None
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return None
+        raise ChildProcessError(f"the process that decodes ended with exit code {process.exitcode}.") from None
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _send(sender: Connection, settings: Settings, plain: bool) -> None:
+    """Send the result, None where memory ran out, or the exception for wrong input; any other ends this process."""
+    try:
+        result = _measure(settings, plain)
+    except (ValueError, OSError, ImportError) as error:
+        result = error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        result = None
+    sender.send(result)
 
 
 @torch.inference_mode()

@@ -145,7 +145,7 @@ def load_image(path: str | os.PathLike[str], multiple: int = 8) -> Tensor:
     import numpy as np
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    path = _existing(path)
+    path = existing(path)
     Image.MAX_IMAGE_PIXELS = 2**30  # large images are what this package is for; Pillow refuses twice this number
     try:
         with Image.open(path) as file:
@@ -184,7 +184,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
     Raises FileNotFoundError, or ValueError if the file is no safetensors file, cut short, or contradicts itself.
     """
-    path = _existing(path)
+    path = existing(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -224,7 +224,8 @@ def _entry(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
     return entry["dtype"], tuple(entry["shape"]), start, stop
 
 
-def _existing(path: str | os.PathLike[str]) -> Path:
+def existing(path: str | os.PathLike[str]) -> Path:
+    """`path`, if it is a file. Raises FileNotFoundError or ValueError if not."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: check the name and the folder.")
@@ -237,7 +238,7 @@ def _opened(path: Path) -> tuple[Header, Callable[[str], Tensor]]:
     """Type and shape of each tensor in a checkpoint, and the function that reads one."""
     if path.suffix.lower() not in _PICKLES:
         return read_header(path), safe_open(path, "pt").get_tensor
-    path = _existing(path)
+    path = existing(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except Exception as error:  # a damaged or hostile pickle raises anything
