@@ -37,6 +37,9 @@ def main(argv: list[str]) -> int:
     job, rest = (argv[0], argv[1:]) if argv else ("", [])
     if not job:
         return install_for_host()
+    if job in ("-h", "--help"):
+        print(__doc__)
+        return 0
     if job not in ("demo", "test"):
         return fail(f"{job!r} is not a job: use 'demo', 'test' or nothing.", 2)
     python = environment_python()
@@ -120,18 +123,19 @@ def numbers(version: str) -> tuple[int, ...]:
 
 def environment_python() -> str:
     """The Python that `demo` and `test` use: this one in an environment (venv, conda), else that of `.venv`."""
-    if sys.prefix != sys.base_prefix or os.environ.get("CONDA_PREFIX"):
+    if sys.prefix != sys.base_prefix or Path(sys.prefix, "conda-meta").is_dir():
         return sys.executable
     return str(VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
 
 
 def run_in_venv(python: str, argv: list[str]) -> int:
     """Run this file again in `.venv`, which is made first where it is missing."""
-    if not works(python):
+    make = [sys.executable, "-m", "venv", "--clear", str(VENV)]
+    if runs(python, ""):
+        make = [python, "-m", "ensurepip"]  # uv's have no pip, and what an interrupted run has left
+    if not runs(python, "import pip"):
         say(f"Making the environment {VENV}")
-        shutil.rmtree(VENV, ignore_errors=True)  # what an interrupted run, or a Python since removed, has left
-        if subprocess.call([sys.executable, "-m", "venv", str(VENV)]):
-            shutil.rmtree(VENV, ignore_errors=True)
+        if call(make):
             return fail(
                 f"{sys.executable} cannot make an environment: install its venv module (on Debian and Ubuntu: "
                 "apt install python3-venv), or run this in an environment of your own."
@@ -139,11 +143,11 @@ def run_in_venv(python: str, argv: list[str]) -> int:
     return call([python, str(Path(__file__).resolve()), *argv])
 
 
-def works(python: str) -> bool:
-    """Whether `python` runs and has pip."""
+def runs(python: str, code: str) -> bool:
+    """Whether `python` runs `code` without an error."""
     if not Path(python).exists():
         return False
-    return subprocess.run([python, "-c", "import pip"], stderr=subprocess.DEVNULL).returncode == 0
+    return subprocess.run([python, "-c", code], stderr=subprocess.DEVNULL).returncode == 0
 
 
 def set_up(extra: str) -> int:
