@@ -15,18 +15,19 @@ LEVELS = 4
 
 def small_vae(channels: int = 4, quant_conv: bool = True, attention: bool = True, seed: int = 0) -> AutoencoderKL:
     """An AutoencoderKL of the usual four levels, in widths of 32 and 64."""
+    config: dict[str, Any] = {
+        "block_out_channels": (32, 32, 64, 64),
+        "down_block_types": ("DownEncoderBlock2D",) * LEVELS,
+        "up_block_types": ("UpDecoderBlock2D",) * LEVELS,
+        "layers_per_block": 1,
+        "latent_channels": channels,
+        "use_quant_conv": quant_conv,
+        "use_post_quant_conv": quant_conv,
+        "mid_block_add_attention": attention,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = AutoencoderKL(
-            block_out_channels=(32, 32, 64, 64),
-            down_block_types=("DownEncoderBlock2D",) * LEVELS,
-            up_block_types=("UpDecoderBlock2D",) * LEVELS,
-            layers_per_block=1,
-            latent_channels=channels,
-            use_quant_conv=quant_conv,
-            use_post_quant_conv=quant_conv,
-            mid_block_add_attention=attention,
-        )
+        vae = AutoencoderKL(**config)
     return vae.requires_grad_(False).eval()
 
 
