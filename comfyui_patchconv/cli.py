@@ -213,8 +213,9 @@ def _device(text: str) -> torch.device:
     try:
         device = torch.device(text)
         torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({_first_line(error)})") from None
+    except Exception as error:  # each backend has its own way to be missing
+        reason = _first_line(error).split(". ")[0]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({reason})") from None
     return device
 
 

@@ -128,6 +128,7 @@ def assert_refused(argv: list[str], word: str, capsys: pytest.CaptureFixture[str
     assert out == ""
     assert re.fullmatch(r"patchconv[^\n]*: [^\n]+\.\n", err), err
     assert word in err
+    assert len(err) < 600
     assert snapshot(folder) == before
 
 
@@ -155,6 +156,8 @@ def assert_refused(argv: list[str], word: str, capsys: pytest.CaptureFixture[str
         ("dtype", "float64", "float64"),
         ("device", "tpu", "tpu"),
         ("device", "meta", "meta"),
+        ("device", "hpu", "hpu"),
+        ("device", "xla", "xla"),
         ("device", "cuda:99", "cuda:99"),
         ("device", "", "cannot be used"),
         ("speed", "fast", "speed"),
