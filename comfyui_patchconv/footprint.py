@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import types
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -119,17 +120,15 @@ class _Twins:
             return self._twins[id(value)] if id(value) in self._twins else self._module(value)
         if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
             return types.MethodType(value.__func__, self.of(value.__self__))
-        if isinstance(value, dict):
-            items = {key: self.of(item) for key, item in value.items()}
-            if all(items[key] is item for key, item in value.items()):
-                return value  # a configuration, say, which may refuse to be changed
+        # New containers in any case: a run that notes something in one leaves the original be. Only of these types,
+        # because others, such as a frozen configuration, need not work once copied.
+        if type(value) in (dict, OrderedDict, defaultdict):
             twin = copy.copy(value)
-            twin.update(items)
+            twin.update((key, self.of(item)) for key, item in value.items())
             return twin
         for kind in (list, tuple, set):
             if type(value) is kind:
-                twins = [self.of(item) for item in value]
-                return value if all(twin is item for twin, item in zip(twins, value)) else kind(twins)
+                return kind(self.of(item) for item in value)
         return value
 
     def _module(self, module: nn.Module) -> nn.Module:

@@ -155,3 +155,16 @@ def test_a_configuration_that_refuses_to_change_stays_what_it_is() -> None:
     found = []
     peak_activations(model, lambda twin: found.append(twin.config), device=torch.device("cpu"))
     assert found[0] is model.config
+
+
+def test_what_a_run_notes_in_its_model_stays_in_the_copy() -> None:
+    model = nn.Identity()
+    model.cache, model.frames = {}, []  # type: ignore[assignment]
+
+    def run(twin: Any) -> None:
+        twin.cache["last"] = torch.empty(1)
+        twin.frames.append(torch.empty(1))
+
+    peak_activations(model, run, device=CPU)
+    assert not model.cache
+    assert not model.frames
