@@ -106,6 +106,7 @@ def _threshold_input() -> Any:
     return advanced(
         io.Float,
         "threshold",
+        display_name="threshold (millions)",
         default=planner.DEFAULT_THRESHOLD / _MILLION,
         min=0.0,
         max=100_000.0,

@@ -61,9 +61,10 @@ class StripMemory:
 
     def _working_set(self, activations: int, dtype: torch.dtype) -> int:
         """Bytes that a convolution needs besides its input and output: of one strip, or whole below the threshold."""
+        suitable = planner.STRIP_BYTES.get(self.device.type, planner.STRIP_BYTES_ELSEWHERE)
+        strip = suitable
         if self.tiling.splits:
             strip = activations // self.tiling.splits
-        else:
-            strip = planner.STRIP_BYTES.get(self.device.type, planner.STRIP_BYTES_ELSEWHERE)
+            strip = min(strip, suitable) if self.device.type == "cpu" else strip
         whole = min(2 * self.tiling.threshold * dtype.itemsize, activations)
         return max(_STRIP_COPIES * strip, whole)
