@@ -13,7 +13,7 @@ PACK = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(PACK), str(PACK / "tests" / "comfyui")]
 
 import torch
-from launch import prepare
+from launch import prepare  # pyright: ignore[reportMissingImports]
 
 from comfyui_patchconv.measure import Recorder
 

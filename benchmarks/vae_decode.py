@@ -48,7 +48,7 @@ HOST_METHODS = {
 
 def decoder(method: str, device: str, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
     """What decodes a latent `[1, 4, H, W]` to an image `[1, 3, 8H, 8W]` by `method`."""
-    vae = random_vae(0).to(device, dtype)
+    vae: Any = random_vae(0, dtype, device)
     if method == "ours":
         convert_model(vae.decoder, splits=0)
     elif method == "ours_4":

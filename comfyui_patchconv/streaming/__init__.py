@@ -1,0 +1,52 @@
+"""Whole networks in strips: only what a normalisation or an unknown operator needs whole is ever stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from . import operators
+from .tensor import CannotStreamError, LazyTensor, evaluated
+
+__all__ = ["CannotStreamError", "stream", "streamed"]
+
+
+def streamed(function: Callable[..., Any], report: Optional[dict[str, int]] = None) -> Callable[..., Any]:
+    """`function`, with the feature maps among its arguments, and all that is computed from them, in strips.
+
+    The result is that of `function`, in less memory. Gradients are off.
+
+    report: filled with the operators that were evaluated whole, and how often.
+    """
+    found = {} if report is None else report
+
+    def enter(value: Any) -> Any:
+        maps = isinstance(value, Tensor) and value.dim() in (4, 5) and value.is_floating_point()
+        return LazyTensor.of(operators.leaf(value), found) if maps else value
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            try:
+                return tree_map(evaluated, function(*tree_map(enter, args), **tree_map(enter, kwargs)))
+            except CannotStreamError:
+                return function(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def stream(module: nn.Module, report: Optional[dict[str, int]] = None) -> Iterator[nn.Module]:
+    """Within the `with` block, `module` computes in strips; afterwards it is as it was. See `streamed`."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = streamed(module.forward, report)
+    try:
+        yield module
+    finally:
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before

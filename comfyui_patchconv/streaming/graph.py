@@ -1,0 +1,153 @@
+"""Computations on feature maps that have not been carried out yet, row by row.
+
+A `Node` is a feature map `[N, C, H, W]` or `[N, C, D, H, W]`: stored, or a step that can compute any of its rows from
+rows of its inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..geometry import Axis, padded_row
+from .rows import Rows, Statistics
+
+Piece = Callable[[Sequence[Tensor]], Tensor]
+
+
+class Step:
+    """How rows of a map come from rows of its inputs."""
+
+    def needs(self, first: int, last: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
+        """For each input, of `sizes` rows, the rows that output rows `[first, last)` read: none beyond its edges."""
+        return [(first, last)] * len(sizes)
+
+    def compute(self, first: int, last: int, pieces: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        """Output rows `[first, last)` from the rows of `needs`."""
+        raise NotImplementedError
+
+
+class RowLocal(Step):
+    """An operator that treats each row by itself: `function` of the same rows of every input."""
+
+    def __init__(self, function: Piece) -> None:
+        self.function = function
+
+    def compute(self, first: int, last: int, pieces: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        return self.function(pieces)
+
+
+class Convolve(Step):
+    """A convolution with zero padding; `call` runs it on a piece whose rows are padded already."""
+
+    def __init__(self, axis: Axis, call: Piece) -> None:
+        self.axis, self.call = axis, call
+
+    def needs(self, first: int, last: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
+        return [_clipped(*self.axis.reach(first, last), sizes[0])]
+
+    def compute(self, first: int, last: int, pieces: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        window = self.axis.window(first, last, sizes[0])
+        piece = pieces[0].narrow(-2, 0, len(window.rows))
+        if window.before or window.after:
+            piece = F.pad(piece, (0, 0, window.before, window.after))
+        return self.call([piece])
+
+
+class Resample(Step):
+    """Each `down` input rows become `up` output rows, by themselves: nearest upsampling, pixel shuffle, pooling."""
+
+    def __init__(self, up: int, down: int, call: Piece) -> None:
+        self.up, self.down, self.call = up, down, call
+
+    def needs(self, first: int, last: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
+        return [(first // self.up * self.down, ((last - 1) // self.up + 1) * self.down)]
+
+    def compute(self, first: int, last: int, pieces: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        return self.call(pieces).narrow(-2, first % self.up, last - first)
+
+
+class Pad(Step):
+    """Padding with `before` rows at the top and `after` below, in any mode but circular.
+
+    `call` pads a piece on its other sides. mode: `constant` (with `value`), `reflect` or `replicate`.
+    """
+
+    def __init__(self, before: int, after: int, mode: str, value: float, call: Piece) -> None:
+        self.before, self.after, self.mode, self.value, self.call = before, after, mode, value, call
+
+    def needs(self, first: int, last: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
+        low, high = first - self.before, last - self.before
+        if self.mode == "reflect":  # the rows at either end are read backwards
+            low = 0 if low < self.before else min(low, sizes[0] - 1 - self.after)
+            high = max(high, self.before + 1)
+        return [_clipped(low, high, sizes[0])]
+
+    def compute(self, first: int, last: int, pieces: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        size, ((start, _),) = sizes[0], self.needs(first, last, sizes)
+        low, high = first - self.before, last - self.before
+        if self.mode == "constant":
+            inside = max(min(high, size) - max(low, 0), 0)
+            above, below = min(high, 0) - min(low, 0), max(high, size) - max(low, size)
+            piece = F.pad(pieces[0].narrow(-2, 0, inside), (0, 0, above, below), value=self.value)
+        else:
+            rows = [padded_row(row, size, self.mode) - start for row in range(low, high)]
+            piece = pieces[0].index_select(-2, torch.tensor(rows, device=pieces[0].device))
+        return self.call([piece])
+
+
+def _clipped(low: int, high: int, size: int) -> tuple[int, int]:
+    """The rows of `[low, high)` that exist; one row of the image where none of them does."""
+    low = min(max(low, 0), size - 1)
+    return low, max(min(high, size), low + 1)
+
+
+class Node:
+    """A feature map: `rows` once it is stored, else `step` and `inputs`.
+
+    users: live tensors and nodes that refer to it; it decides when a stored map may be given up row by row.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        step: Optional[Step] = None,
+        inputs: Sequence[Node] = (),
+        rows: Optional[Rows] = None,
+    ) -> None:
+        self.shape, self.dtype, self.device = tuple(shape), dtype, device
+        self.step, self.inputs, self.rows = step, tuple(inputs), rows
+        self.statistics: dict[int, Statistics] = {}
+        self.users = 0
+        for node in self.inputs:
+            node.users += 1
+
+    def __del__(self) -> None:
+        self._let_go()
+
+    def store(self, rows: Rows) -> None:
+        """From now on the map is `rows`: it needs its inputs no longer."""
+        self._let_go()
+        self.step, self.inputs, self.rows = None, (), rows
+
+    def _let_go(self) -> None:
+        for node in self.inputs:
+            node.users -= 1
+
+    @property
+    def height(self) -> int:
+        return self.shape[-2]
+
+    @property
+    def row_bytes(self) -> int:
+        return torch.Size(self.shape).numel() // max(self.height, 1) * self.dtype.itemsize
+
+    @property
+    def sizes(self) -> list[int]:
+        return [node.height for node in self.inputs]

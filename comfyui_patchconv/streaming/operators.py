@@ -1,0 +1,344 @@
+"""What each operator does to rows: the table that the lazy tensor looks into.
+
+An operator that is not here, or is called in a way that is not, is evaluated whole: always right, at worst not thrifty.
+Operators come composite (`aten.conv2d`, in inference mode) or decomposed (`aten.convolution`): both are here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..geometry import Axis
+from . import engine
+from .graph import Convolve, Node, Pad, Resample, RowLocal, Step
+from .rows import Rows
+
+aten = torch.ops.aten
+
+POINTWISE = frozenset(
+    """
+    silu relu relu6 leaky_relu elu gelu mish hardswish sigmoid tanh hardtanh softplus clamp clamp_min clamp_max neg abs
+    exp log sqrt rsqrt square pow mul add sub rsub div maximum minimum lerp where addcmul reciprocal nan_to_num to
+    _to_copy clone
+    """.split()  # noqa: SIM905
+)
+"""Operators of one element, or of elements at one place; their in-place forms are taken too."""
+
+OVER_CHANNELS = ("mean", "sum", "linalg_vector_norm", "norm", "var", "amax", "amin", "softmax", "_softmax")
+"""Reductions, row-local if they run over channels alone, which dimension 1 is."""
+
+ARRANGING = (
+    "permute", "movedim", "transpose", "expand", "expand_as", "repeat", "view", "_unsafe_view", "reshape", "flatten",
+    "unflatten",
+)  # fmt: skip
+"""Operators that may leave the last two dimensions as they are."""
+
+SAME = ("alias", "detach", "contiguous", "lift_fresh")
+"""Operators whose result is their input."""
+
+Operator = Callable[..., Any]
+_CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
+
+
+def build(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[tuple[Node, ...]]:
+    """The nodes of what `func` returns, its tensor arguments being `Node`s where they are deferred; None if unknown."""
+    name = func.overloadpacket.__name__
+    special = _SPECIAL.get(name)
+    if special is not None:
+        node = special(func, *args, **kwargs)
+        return None if node is None else (node,)
+    plain = name.rstrip("_") if not name.startswith("_") else name
+    if plain in POINTWISE or (plain in OVER_CHANNELS and _over_channels(args, kwargs)):
+        return _row_local(getattr(getattr(aten, plain), func._overloadname), args, kwargs)
+    if name in _ALONG and _not_along_rows(name, args, kwargs):
+        return _row_local(func, args, kwargs)
+    return None
+
+
+def _row_local(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[tuple[Node, ...]]:
+    flat, spec = tree_flatten((list(args), dict(kwargs)))
+    height = next(value.height for value in flat if isinstance(value, Node))
+    places: list[int] = []
+    inputs: list[Node] = []
+    for place, value in enumerate(flat):
+        if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[-2] != 1:
+            value = leaf(value)
+        if isinstance(value, torch.device) and value != next(iter(_nodes(flat))).device:
+            return None
+        if isinstance(value, Node):
+            if value.height != height and value.height != 1:
+                return None
+            if value.height == 1 != height:
+                flat[place] = engine.whole(value)
+                continue
+            places.append(place)
+            inputs.append(value)
+
+    def call(pieces: Sequence[Any], flat: Sequence[Any] = tuple(flat)) -> Any:
+        values = list(flat)
+        for place, piece in zip(places, pieces):
+            values[place] = piece
+        positional, named = tree_unflatten(values, spec)
+        return func(*positional, **named)
+
+    meta = call([_meta(node.shape, node.dtype) for node in inputs], [_as_meta(value) for value in flat])
+    outputs = [meta] if isinstance(meta, Tensor) else list(meta)
+    if any(output.dim() < 3 or output.shape[-2] != height for output in outputs):
+        return None
+    device = inputs[0].device
+    if isinstance(meta, Tensor):
+        return (Node(meta.shape, meta.dtype, device, RowLocal(call), inputs),)
+    steps = [RowLocal(lambda pieces, index=index: call(pieces)[index]) for index in range(len(outputs))]
+    return tuple(Node(out.shape, out.dtype, device, step, inputs) for out, step in zip(outputs, steps))
+
+
+def _convolution(
+    func: Any,
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    *rest: Any,
+) -> Optional[Node]:
+    """`aten.conv2d`, `conv3d` (groups follow) and `convolution` (transposed, output padding and groups follow)."""
+    transposed, groups = (rest[0], rest[2]) if len(rest) == 3 else (False, rest[0] if rest else 1)
+    if not isinstance(input, Node) or isinstance(weight, Node) or transposed or isinstance(padding, str):
+        return None
+    sides = len(input.shape) - 2
+    stride, padding, dilation = (_each(value, sides) for value in (stride, padding, dilation))
+    axis = Axis.of(weight.shape[-2], stride[-2], dilation[-2], padding[-2])
+    if axis.output_size(input.height) < 1 or weight.dim() != len(input.shape):
+        return None
+    # Hosts stream weights through buffers that they use again: what is not a parameter may change before it is read.
+    weight, bias = (
+        value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
+        for value in (weight, bias)
+    )
+    convolve = _CONVOLVE[sides - 1]
+    inner = [*padding[:-2], 0, padding[-1]]
+
+    def call(pieces: Sequence[Tensor]) -> Tensor:
+        return convolve(pieces[0], weight, bias, stride, inner, dilation, groups)
+
+    return _shaped(input, Convolve(axis, call), lambda x: convolve(
+        x, _as_meta(weight), _as_meta(bias), stride, padding, dilation, groups
+    ))  # fmt: skip
+
+
+def _group_norm(
+    func: Any, input: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *rest: Any
+) -> Optional[Node]:
+    """The input is stored, for its statistics; with these known, a normalisation is one multiply-add per channel."""
+    if not isinstance(input, Node):
+        return None
+    engine.store(input, groups)
+    statistics = input.statistics[groups]
+    batch, channels = input.shape[:2]
+    scale = (statistics.variance + eps).rsqrt()
+    shift = -statistics.mean * scale
+    scale, shift = (value.repeat_interleave(channels // groups, 1) for value in (scale, shift))
+    if weight is not None:
+        scale, shift = scale * weight.double(), shift * weight.double()
+    if bias is not None:
+        shift = shift + bias.double()
+    shape = (batch, channels, *(1,) * (len(input.shape) - 2))
+    wide = torch.promote_types(input.dtype, torch.float32)
+    scale, shift = (value.to(wide).reshape(shape) for value in (scale, shift))
+
+    def call(pieces: Sequence[Tensor]) -> Tensor:
+        return torch.addcmul(shift, pieces[0].to(wide), scale).to(input.dtype)
+
+    return Node(input.shape, input.dtype, input.device, RowLocal(call), [input])
+
+
+def _upsample(func: Any, input: Any, size: Any = None, *rest: Any) -> Optional[Node]:
+    scales = next((value for value in rest if isinstance(value, (list, tuple))), rest or None)
+    if not isinstance(input, Node) or len(input.shape) not in (4, 5):
+        return None
+    sides = len(input.shape) - 2
+    if size is None:
+        factors = [float(value) for value in scales or ()]
+    else:
+        factors = [out / side for out, side in zip(size, input.shape[2:])]
+    if len(factors) != sides or any(factor != int(factor) or factor < 1 for factor in factors):
+        return None
+
+    def call(pieces: Sequence[Tensor]) -> Tensor:
+        return F.interpolate(pieces[0], scale_factor=factors, mode="nearest")
+
+    return _shaped(input, Resample(int(factors[-2]), 1, call), lambda x: call([x]))
+
+
+def _shuffle(func: Any, input: Any, factor: int) -> Optional[Node]:
+    if not isinstance(input, Node):
+        return None
+    up, down = (factor, 1) if func.overloadpacket.__name__ == "pixel_shuffle" else (1, factor)
+    return _shaped(input, Resample(up, down, lambda pieces: func(pieces[0], factor)), lambda x: func(x, factor))
+
+
+def _average(func: Any, input: Any, kernel: Any, stride: Any = (), padding: Any = 0, *rest: Any) -> Optional[Node]:
+    if not isinstance(input, Node):
+        return None
+    kernel, padding = (_each(value, len(input.shape) - 2) for value in (kernel, padding))
+    if (stride and _each(stride, len(kernel)) != kernel) or any(padding) or input.height % kernel[-2]:
+        return None
+
+    def call(pieces: Sequence[Tensor]) -> Tensor:
+        return func(pieces[0], kernel, kernel, padding, *rest)
+
+    return _shaped(input, Resample(1, kernel[-2], call), lambda x: call([x]))
+
+
+def _pad(func: Any, input: Any, pad: Sequence[int], *rest: Any) -> Optional[Node]:
+    name = func.overloadpacket.__name__
+    mode = {"r": "replicate" if name.startswith("replic") else "reflect"}.get(name[0], "constant")
+    if rest and isinstance(rest[0], str):
+        mode = rest[0]
+    if not isinstance(input, Node) or mode == "circular" or min(pad) < 0:
+        return None
+    value = next((float(one) for one in rest if isinstance(one, (int, float))), 0.0)
+    left, right, before, after, *others = [*pad, *(0,) * (4 - len(pad))]
+    if mode == "reflect" and max(before, after) >= input.height:
+        return None
+
+    def pad_with(piece: Tensor, above: int, below: int) -> Tensor:
+        edges = (left, right, above, below, *others)
+        return F.pad(piece, edges, mode, value if mode == "constant" else None) if any(edges) else piece
+
+    step = Pad(before, after, mode, value, lambda pieces: pad_with(pieces[0], 0, 0))
+    return _shaped(input, step, lambda x: pad_with(x, before, after))
+
+
+def _arranged(func: Any, input: Any, *args: Any, **kwargs: Any) -> Optional[Node]:
+    """Operators that arrange the map anew and leave rows and columns, the last two dimensions, as they are."""
+    name = func.overloadpacket.__name__
+    if not isinstance(input, Node) or any(isinstance(value, Tensor) for value in args):
+        return None
+    values = [_as_meta(value) for value in args]
+    shape = func(_meta(input.shape, input.dtype), *values, **kwargs).shape
+    if tuple(shape[-2:]) != input.shape[-2:]:
+        return None
+    if name in ("permute", "movedim", "transpose"):  # of what stays last two, none may have come from elsewhere
+        probe = func(_meta(range(2, 2 + len(input.shape)), input.dtype), *values, **kwargs).shape
+        if tuple(probe[-2:]) != (len(input.shape), len(input.shape) + 1):
+            return None
+
+        def call(pieces: Sequence[Tensor]) -> Tensor:
+            return func(pieces[0], *values, **kwargs)
+    elif name in ("expand", "expand_as", "repeat"):
+
+        def call(pieces: Sequence[Tensor]) -> Tensor:
+            rows = pieces[0].shape[-2]
+            if name == "repeat":
+                return func(pieces[0], *values, **kwargs)
+            return pieces[0].expand(*shape[:-2], rows, shape[-1])
+    else:
+
+        def call(pieces: Sequence[Tensor]) -> Tensor:
+            return pieces[0].reshape(*shape[:-2], pieces[0].shape[-2], shape[-1])
+
+    return Node(shape, input.dtype, input.device, RowLocal(call), [input])
+
+
+def _type_as(func: Any, input: Any, other: Any) -> Optional[Node]:
+    if not isinstance(input, Node) or input.device != other.device:
+        return None
+    dtype = other.dtype
+    return Node(input.shape, dtype, input.device, RowLocal(lambda pieces: pieces[0].to(dtype)), [input])
+
+
+def _dropout(func: Any, input: Any, p: float, train: bool) -> Optional[Node]:
+    return None if train or not isinstance(input, Node) else _identity(input)
+
+
+def _identity(input: Node) -> Node:
+    return Node(input.shape, input.dtype, input.device, RowLocal(lambda pieces: pieces[0]), [input])
+
+
+_SPECIAL: dict[str, Operator] = {
+    "conv2d": _convolution,
+    "conv3d": _convolution,
+    "convolution": _convolution,
+    "group_norm": _group_norm,
+    "upsample_nearest2d": _upsample,
+    "upsample_nearest3d": _upsample,
+    "_upsample_nearest_exact2d": _upsample,
+    "_upsample_nearest_exact3d": _upsample,
+    "pixel_shuffle": _shuffle,
+    "pixel_unshuffle": _shuffle,
+    "avg_pool2d": _average,
+    "avg_pool3d": _average,
+    "pad": _pad,
+    "constant_pad_nd": _pad,
+    "replication_pad2d": _pad,
+    "replication_pad3d": _pad,
+    "reflection_pad2d": _pad,
+    "reflection_pad3d": _pad,
+    **dict.fromkeys(ARRANGING, _arranged),
+    "type_as": _type_as,
+    "dropout": _dropout,
+    "feature_dropout": _dropout,
+}
+
+
+def leaf(tensor: Tensor) -> Node:
+    """A stored node of a tensor that is there already."""
+    return Node(tensor.shape, tensor.dtype, tensor.device, rows=Rows.of(tensor))
+
+
+def _shaped(input: Node, step: Step, plain: Callable[[Tensor], Tensor]) -> Node:
+    meta = plain(_meta(input.shape, input.dtype))
+    return Node(meta.shape, meta.dtype, input.device, step, [input])
+
+
+def _meta(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(tuple(shape), dtype=dtype, device="meta")
+
+
+def _as_meta(value: Any) -> Any:
+    if isinstance(value, torch.device):
+        return torch.device("meta")
+    return _meta(value.shape, value.dtype) if isinstance(value, (Node, Tensor)) else value
+
+
+def _nodes(values: Any) -> list[Node]:
+    return [value for value in values if isinstance(value, Node)]
+
+
+def _each(value: Any, sides: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * sides if len(values) == 1 else values
+
+
+def _over_channels(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    dims = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, (list, tuple))]
+    if "softmax" in kwargs or not dims:
+        return isinstance(args[0], Node) and 1 in args[1:2]
+    return list(dims[0]) == [1]
+
+
+_ALONG = {
+    "cat": 1, "concat": 1, "concatenate": 1, "slice": 1, "narrow": 1, "select": 1, "unbind": 1, "unsqueeze": 1,
+    "squeeze": 1, "split": 2, "split_with_sizes": 2, "chunk": 2, "repeat_interleave": 2,
+}  # fmt: skip
+"""Operators along one dimension, and where among their arguments it stands."""
+
+
+def _not_along_rows(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether an operator of `_ALONG` leaves the rows, second from last, what they are and where they are."""
+    nodes = _nodes(args[0] if isinstance(args[0], (list, tuple)) else args[:1])
+    place = _ALONG[name]
+    dim = kwargs.get("dim", args[place] if len(args) > place else 0)
+    if not nodes or not isinstance(dim, int):
+        return False
+    dims = len(nodes[0].shape) + (name == "unsqueeze")
+    removed = name in ("select", "unbind", "squeeze")
+    return dim % dims < dims - 2 if removed or name == "unsqueeze" else dim % dims != dims - 2

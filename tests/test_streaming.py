@@ -1,0 +1,229 @@
+"""Networks that stream: plain's result, whatever the strips, with little evaluated whole."""
+
+from __future__ import annotations
+
+import random
+import threading
+from typing import Any
+
+import pytest
+import torch
+from conv_helpers import assert_same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_zoo import CASES, draw_weights
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from comfyui_patchconv import planner
+from comfyui_patchconv.streaming import stream, streamed
+
+WHOLE = {
+    "kl decode": {"view": 1},
+    "kl encode": {"view": 1},
+    "tiny decode": {},
+    "tiny encode": {},
+    "vq decode": {"view": 1},
+    "cogvideox decode": {},
+    "unet": {"permute": 4, "reshape": 4},
+}
+"""What of these models is evaluated whole, in inference mode: the attention's change of layout."""
+
+
+@pytest.fixture(params=[1, 6_000, 1 << 25], ids=["one row", "few rows", "one strip"])
+def strip_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setitem(planner.STRIP_BYTES, "cpu", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("inference", [True, False], ids=["inference", "no grad"])
+@pytest.mark.parametrize("name", CASES)
+def test_models(name: str, inference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, run, input = CASES[name]
+    model = draw_weights(build())
+    monkeypatch.setitem(planner.STRIP_BYTES, "cpu", 6_000)
+    with torch.inference_mode(inference), torch.no_grad():
+        expected = run(model, input)
+        report: dict[str, int] = {}
+        result = streamed(lambda x: run(model, x), report)(input)
+    assert type(result) is Tensor
+    assert_same(result, expected, 1e-5)
+    if inference and name in WHOLE:
+        assert report == WHOLE[name]
+
+
+def random_network(seed: int) -> tuple[list[Any], int]:
+    """Operators drawn from `seed`, each a function of a map and an earlier map of its shape; and the channels."""
+    draw = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    channels = draw.choice([2, 4])
+
+    def weights(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64) / shape[1] ** 0.5
+
+    def convolution() -> Any:
+        k, d = draw.choice([1, 3, 5]), draw.choice([1, 2])
+        weight, bias = weights(channels, channels, k, k), weights(1, channels)[0]
+        return lambda x, old: F.conv2d(x, weight, bias, padding=d * (k // 2), dilation=d)
+
+    def down() -> Any:
+        weight = weights(channels, channels, 3, 3)
+        return lambda x, old: F.conv2d(F.pad(x, (0, 1, 0, 1)), weight, stride=2) if x.shape[-2] > 6 else x
+
+    def norm() -> Any:
+        weight, bias = weights(1, channels)[0], weights(1, channels)[0]
+        return lambda x, old: F.group_norm(x, 2, weight, bias)
+
+    def padded() -> Any:
+        mode, top, bottom = draw.choice(["constant", "reflect", "replicate"]), draw.randint(0, 2), draw.randint(0, 2)
+        weight = weights(channels, channels, top + bottom + 1, 3)
+        return lambda x, old: F.conv2d(F.pad(x, (1, 1, top, bottom), mode), weight)
+
+    makers = [
+        convolution, convolution, convolution, norm, down, padded,
+        lambda: lambda x, old: F.silu(x),
+        lambda: lambda x, old: F.silu(x.clone(), inplace=True),
+        lambda: lambda x, old: x + old if old.shape == x.shape else x,
+        lambda: lambda x, old: old.mul_(0.5).add_(x) if old.shape == x.shape else x,
+        lambda: lambda x, old: torch.cat([x, old], 1)[:, ::2] if old.shape == x.shape else x,
+        lambda: lambda x, old: F.interpolate(x, scale_factor=2.0, mode="nearest") if x.shape[-2] < 40 else x,
+        lambda: lambda x, old: F.normalize(x, dim=1),
+        lambda: lambda x, old: F.pixel_shuffle(x.repeat(1, 4, 1, 1), 2) if x.shape[-2] < 40 else x,
+        lambda: lambda x, old: x - x.mean((2, 3), keepdim=True),
+        lambda: lambda x, old: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    ]  # fmt: skip
+    return [draw.choice(makers)() for _ in range(draw.randint(2, 12))], channels
+
+
+def run_network(operators: list[Any], x: Tensor, holds: int) -> Tensor:
+    """The operators in turn, each also given the map from `holds` operators before."""
+    maps = [x]
+    for operator in operators:
+        maps.append(operator(maps[-1], maps[max(len(maps) - holds, 0)].clone()))
+        del maps[: max(len(maps) - holds - 1, 0)]
+    return maps[-1]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([1, 500, 4_000]), st.integers(1, 3), st.integers(6, 17), st.booleans())
+def test_random_networks(seed: int, strip_bytes: int, holds: int, height: int, inference: bool) -> None:
+    operators, channels = random_network(seed)
+    x = torch.randn(2, channels, height, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    before = planner.STRIP_BYTES["cpu"]
+    planner.STRIP_BYTES["cpu"] = strip_bytes
+    try:
+        with torch.inference_mode(inference), torch.no_grad():
+            expected = run_network(operators, x.clone(), holds)
+            result = streamed(lambda map: run_network(operators, map, holds))(x.clone())
+    finally:
+        planner.STRIP_BYTES["cpu"] = before
+    assert_same(result, expected, 1e-9)
+
+
+@pytest.mark.usefixtures("strip_bytes")
+class TestAliases:
+    """A map that somebody still holds never shows what is written elsewhere."""
+
+    def test_a_held_input_stays(self) -> None:
+        weight = torch.randn(3, 3, 3, 3)
+
+        def run(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            y = F.conv2d(x, weight, padding=1)
+            z = y + x
+            y.mul_(2)
+            return x, y, z
+
+        x = torch.randn(1, 3, 9, 5)
+        for result, expected in zip(streamed(run)(x.clone()), run(x.clone())):
+            assert_same(result, expected, 1e-6)
+
+    def test_the_caller_s_tensor_is_not_written_to(self) -> None:
+        x = torch.randn(1, 2, 9, 5)
+        before = x.clone()
+        streamed(lambda map: F.group_norm(map, 2) + map)(x)
+        assert torch.equal(x, before)
+
+    def test_a_write_through_a_view_runs_plain(self) -> None:
+        def run(x: Tensor) -> Tensor:
+            y = x * 2
+            y[:, :1].add_(1)
+            return F.silu(y)
+
+        x = torch.randn(1, 2, 9, 5)
+        assert torch.equal(streamed(run)(x), run(x))
+
+    def test_detach_shares(self) -> None:
+        def run(x: Tensor) -> Tensor:
+            y = x * 2
+            y.detach().add_(1)
+            return F.silu(y)
+
+        x = torch.randn(1, 2, 9, 5)
+        assert_same(streamed(run)(x), run(x), 1e-6)
+
+
+def block() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 4, 3, padding=1)]
+    return nn.Sequential(*layers).requires_grad_(False)
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> list[BaseException]:
+    """Errors that the next convolutions raise, one each."""
+    errors: list[BaseException] = []
+    plain = F.conv2d
+
+    def conv2d(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if errors and input.device.type != "meta" and type(input) is Tensor:
+            raise errors.pop(0)
+        return plain(input, *args, **kwargs)
+
+    monkeypatch.setitem(planner.STRIP_BYTES, "cpu", 2_000)
+    monkeypatch.setattr("comfyui_patchconv.streaming.operators._CONVOLVE", (F.conv1d, conv2d, F.conv3d))
+    return errors
+
+
+def test_a_strip_that_does_not_fit_is_halved(failing: list[BaseException]) -> None:
+    model, x = block(), torch.randn(1, 4, 40, 9)
+    expected = model(x)
+    failing += [torch.cuda.OutOfMemoryError("CUDA out of memory"), MemoryError()]
+    with stream(model):
+        assert_same(model(x), expected, 1e-6)
+    assert not failing
+
+
+def test_an_error_leaves_the_model_as_it_was(failing: list[BaseException]) -> None:
+    model, x = block(), torch.randn(1, 4, 40, 9)
+    expected = model(x)
+    failing.append(RuntimeError("stop"))
+    with pytest.raises(RuntimeError, match="stop"), stream(model):
+        model(x)
+    assert "forward" not in model.__dict__
+    assert torch.equal(model(x), expected)
+
+
+def test_threads_share_a_model() -> None:
+    model = block()
+    inputs = [torch.randn(1, 4, 20 + index, 9) for index in range(4)]
+    expected = [model(x) for x in inputs]
+    results: dict[int, Tensor] = {}
+    with stream(model):
+        threads = [threading.Thread(target=lambda i=i: results.update({i: model(inputs[i])})) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for index, one in enumerate(expected):
+        assert_same(results[index], one, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_as_near_to_float64_as_plain(dtype: torch.dtype) -> None:
+    model, x = block().double(), torch.randn(1, 4, 64, 48, dtype=torch.float64)
+    model, x = model.to(dtype), x.to(dtype)
+    exact = block().to(dtype).double()(x.double())
+    plain = (model(x).double() - exact).square().mean().sqrt()
+    with stream(model):
+        ours = (model(x).double() - exact).square().mean().sqrt()
+    assert ours <= 1.05 * plain
