@@ -162,6 +162,19 @@ class TestAliases:
         assert_same(streamed(run)(x), run(x), 1e-6)
 
 
+@pytest.mark.usefixtures("strip_bytes")
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_upsampling_into_a_convolution(groups: int, bias: bool) -> None:
+    conv = nn.Conv2d(4, 6, 3, padding=1, groups=groups, bias=bias).requires_grad_(False)
+
+    def run(x: Tensor) -> Tensor:
+        return conv(F.interpolate(conv(x)[:, :4], scale_factor=2.0, mode="nearest"))
+
+    x = torch.randn(2, 4, 9, 5)
+    assert_same(streamed(run)(x), run(x), 1e-6)
+
+
 def block() -> nn.Module:
     torch.manual_seed(0)
     layers = [nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 4, 3, padding=1)]

@@ -201,7 +201,7 @@ def _dying(root: Node, order: list[Node]) -> list[Node]:
 
 
 def _strip_rows(root: Node, order: list[Node]) -> int:
-    """Rows of `root` in a strip, so that no step's share of it is larger than suits the device."""
-    target = planner.STRIP_BYTES.get(root.device.type, planner.STRIP_BYTES_ELSEWHERE) // 2
+    """Rows of `root` in a strip: a few steps' results are in use at a time, and together suit the device."""
+    target = planner.STRIP_BYTES.get(root.device.type, planner.STRIP_BYTES_ELSEWHERE) // 4
     per_row = max(node.row_bytes * node.height for node in order) // max(root.height, 1)
     return min(max(target // max(per_row, 1), 1), root.height)

@@ -59,16 +59,55 @@ class Convolve(Step):
 
 
 class Resample(Step):
-    """Each `down` input rows become `up` output rows, by themselves: nearest upsampling, pixel shuffle, pooling."""
+    """Each `down` input rows become `up` output rows, by themselves: nearest upsampling, pixel shuffle, pooling.
 
-    def __init__(self, up: int, down: int, call: Piece) -> None:
-        self.up, self.down, self.call = up, down, call
+    nearest: the factors of every side, first side first, where it is nearest upsampling.
+    """
+
+    def __init__(self, up: int, down: int, call: Piece, nearest: tuple[float, ...] = ()) -> None:
+        self.up, self.down, self.call, self.nearest = up, down, call, nearest
 
     def needs(self, first: int, last: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
         return [(first // self.up * self.down, ((last - 1) // self.up + 1) * self.down)]
 
     def compute(self, first: int, last: int, pieces: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         return self.call(pieces).narrow(-2, first % self.up, last - first)
+
+
+class UpsampledConvolve(Step):
+    """Nearest 2x upsampling and a 3x3 convolution with padding 1 behind it, as four 2x2 convolutions of the small map.
+
+    Each output pixel sees at most 2x2 different small pixels; which of the kernel's rows and columns fall on the same
+    one depends on whether it is even or odd. 2.25 times fewer multiplications, and no upsampled map.
+    `call(piece, kernel)` convolves without padding or bias.
+    """
+
+    def __init__(self, weight: Tensor, bias: Optional[Tensor], call: Callable[[Tensor, Tensor], Tensor]) -> None:
+        sums = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64, device=weight.device)
+        self.kernels = [
+            [torch.einsum("ocyx,ay,bx->ocab", weight.double(), sums[y], sums[x]).to(weight.dtype) for x in (0, 1)]
+            for y in (0, 1)
+        ]
+        self.bias, self.call = bias, call
+
+    def needs(self, first: int, last: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
+        return [_clipped(first // 2 - 1, (last - 1) // 2 + 2, sizes[0])]
+
+    def compute(self, first: int, last: int, pieces: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        low, high = first // 2, (last - 1) // 2 + 1
+        piece = F.pad(pieces[0], (1, 1, int(low == 0), int(high == sizes[0])))
+        count, width = high - low, pieces[0].shape[-1]
+        output: Optional[Tensor] = None
+        for y in (0, 1):
+            for x in (0, 1):
+                part = self.call(piece[..., y : y + count + 1, x : x + width + 1], self.kernels[y][x])
+                if output is None:
+                    output = part.new_empty((*part.shape[:-2], 2 * count, 2 * width))
+                output[..., y::2, x::2] = part
+        assert output is not None
+        if self.bias is not None:
+            output += self.bias.view(-1, 1, 1)
+        return output.narrow(-2, first - 2 * low, last - first)
 
 
 class Pad(Step):

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..geometry import Axis
 from . import engine
-from .graph import Convolve, Node, Pad, Resample, RowLocal, Step
+from .graph import Convolve, Node, Pad, Resample, RowLocal, Step, UpsampledConvolve
 from .rows import Rows
 
 aten = torch.ops.aten
@@ -124,6 +124,13 @@ def _convolution(
     )
     convolve = _CONVOLVE[sides - 1]
     inner = [*padding[:-2], 0, padding[-1]]
+    same = (list(weight.shape[2:]), stride, padding, dilation) == _SAME_3X3
+    # Not in half precision: sums of kernels would be rounded once more than plain's.
+    if same and _doubles(input.step) and weight.dtype in (torch.float32, torch.float64):
+        (small,) = input.inputs
+        doubled = UpsampledConvolve(weight, bias, lambda x, kernel: convolve(x, kernel, groups=groups))
+        shape = (input.shape[0], weight.shape[0], *input.shape[2:])
+        return Node(shape, input.dtype, input.device, doubled, [small])
 
     def call(pieces: Sequence[Tensor]) -> Tensor:
         return convolve(pieces[0], weight, bias, stride, inner, dilation, groups)
@@ -131,6 +138,14 @@ def _convolution(
     return _shaped(input, Convolve(axis, call), lambda x: convolve(
         x, _as_meta(weight), _as_meta(bias), stride, padding, dilation, groups
     ))  # fmt: skip
+
+
+_SAME_3X3 = ([3, 3], [1, 1], [1, 1], [1, 1])
+
+
+def _doubles(step: Optional[Step]) -> bool:
+    """Whether a step is nearest upsampling to twice the height and width."""
+    return isinstance(step, Resample) and step.nearest == (2.0, 2.0)
 
 
 def _group_norm(
@@ -174,7 +189,7 @@ def _upsample(func: Any, input: Any, size: Any = None, *rest: Any) -> Optional[N
     def call(pieces: Sequence[Tensor]) -> Tensor:
         return F.interpolate(pieces[0], scale_factor=factors, mode="nearest")
 
-    return _shaped(input, Resample(int(factors[-2]), 1, call), lambda x: call([x]))
+    return _shaped(input, Resample(int(factors[-2]), 1, call, tuple(factors)), lambda x: call([x]))
 
 
 def _shuffle(func: Any, input: Any, factor: int) -> Optional[Node]:
