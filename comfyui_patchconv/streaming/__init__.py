@@ -19,7 +19,8 @@ __all__ = ["CannotStreamError", "stream", "streamed"]
 def streamed(function: Callable[..., Any], report: Optional[dict[str, int]] = None) -> Callable[..., Any]:
     """`function`, with the feature maps among its arguments, and all that is computed from them, in strips.
 
-    The result is that of `function`, in less memory. Gradients are off.
+    The result is that of `function`, in less memory. Gradients are off. Work is put off as long as possible, until the
+    frames that hold intermediate maps are left and these can be given up as they are read.
 
     report: filled with the operators that were evaluated whole, and how often.
     """
@@ -30,11 +31,13 @@ def streamed(function: Callable[..., Any], report: Optional[dict[str, int]] = No
         return LazyTensor.of(operators.leaf(value), found) if maps else value
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with torch.inference_mode():  # operators arrive whole there: one convolution, one group norm
+                result = function(*tree_map(enter, args), **tree_map(enter, kwargs))
+        except CannotStreamError:
+            result = function(*args, **kwargs)
         with torch.no_grad():
-            try:
-                return tree_map(evaluated, function(*tree_map(enter, args), **tree_map(enter, kwargs)))
-            except CannotStreamError:
-                return function(*args, **kwargs)
+            return tree_map(evaluated, result)
 
     return run
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import planner
 from ..memory import is_out_of_memory, release
-from .graph import Node
+from .graph import Node, Normalise
 from .rows import Rows, Statistics
 
 
@@ -65,7 +65,7 @@ def evaluate(root: Node, sink: Callable[[Tensor], None]) -> None:
 
     Stored maps that nothing but this evaluation refers to are freed as it passes them.
     """
-    order = _producers_first(root)
+    order = _with_statistics(root)
     dying = _dying(root, order)
     state = _State(dict.fromkeys(order, 0), {})
     strip_rows, first = _strip_rows(root, order), 0
@@ -169,6 +169,20 @@ def _next_row(source: Node, order: list[Node], state: _State) -> int:
                 if one is source:
                     low = min(low, a)
     return low
+
+
+def _with_statistics(root: Node) -> list[Node]:
+    """`_producers_first`, once every normalisation among the steps has the statistics of its stored input."""
+    while True:
+        # No list of the steps may outlive this line: what it holds would count as in use.
+        node = next(
+            (one for one in _producers_first(root) if isinstance(one.step, Normalise) and not one.step.prepared), None
+        )
+        if node is None:
+            return _producers_first(root)
+        assert isinstance(node.step, Normalise)
+        store(node.inputs[0], node.step.groups)
+        node.step.prepare(node.inputs[0])
 
 
 def _producers_first(root: Node) -> list[Node]:

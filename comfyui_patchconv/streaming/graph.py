@@ -74,6 +74,37 @@ class Resample(Step):
         return self.call(pieces).narrow(-2, first % self.up, last - first)
 
 
+class Normalise(Step):
+    """Group normalisation: with statistics of the whole map known, one multiply-add per channel."""
+
+    def __init__(self, groups: int, weight: Optional[Tensor], bias: Optional[Tensor], eps: float) -> None:
+        self.groups, self.weight, self.bias, self.eps = groups, weight, bias, eps
+        self._line: Optional[tuple[Tensor, Tensor]] = None
+
+    def prepare(self, node: Node) -> None:
+        """Take the statistics of the input, `node`, which is stored."""
+        statistics, channels, dims = node.statistics[self.groups], node.shape[1], len(node.shape)
+        scale = (statistics.variance + self.eps).rsqrt()
+        shift = -statistics.mean * scale
+        scale, shift = (value.repeat_interleave(channels // self.groups, 1) for value in (scale, shift))
+        if self.weight is not None:
+            scale, shift = scale * self.weight.double(), shift * self.weight.double()
+        if self.bias is not None:
+            shift = shift + self.bias.double()
+        wide = torch.promote_types(node.dtype, torch.float32)
+        scale, shift = (value.to(wide).reshape(*value.shape, *(1,) * (dims - 2)) for value in (scale, shift))
+        self._line = scale, shift
+
+    @property
+    def prepared(self) -> bool:
+        return self._line is not None
+
+    def compute(self, first: int, last: int, pieces: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        assert self._line is not None
+        scale, shift = self._line
+        return torch.addcmul(shift, pieces[0].to(scale.dtype), scale).to(pieces[0].dtype)
+
+
 class UpsampledConvolve(Step):
     """Nearest 2x upsampling and a 3x3 convolution with padding 1 behind it, as four 2x2 convolutions of the small map.
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..geometry import Axis
 from . import engine
-from .graph import Convolve, Node, Pad, Resample, RowLocal, Step, UpsampledConvolve
+from .graph import Convolve, Node, Normalise, Pad, Resample, RowLocal, Step, UpsampledConvolve
 from .rows import Rows
 
 aten = torch.ops.aten
@@ -117,11 +117,7 @@ def _convolution(
     axis = Axis.of(weight.shape[-2], stride[-2], dilation[-2], padding[-2])
     if axis.output_size(input.height) < 1 or weight.dim() != len(input.shape):
         return None
-    # Hosts stream weights through buffers that they use again: what is not a parameter may change before it is read.
-    weight, bias = (
-        value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
-        for value in (weight, bias)
-    )
+    weight, bias = _own(weight), _own(bias)
     convolve = _CONVOLVE[sides - 1]
     inner = [*padding[:-2], 0, padding[-1]]
     same = (list(weight.shape[2:]), stride, padding, dilation) == _SAME_3X3
@@ -140,6 +136,11 @@ def _convolution(
     ))  # fmt: skip
 
 
+def _own(weight: Any) -> Any:
+    """A weight that stays what it is: hosts stream them through buffers that they use again, parameters excepted."""
+    return weight.clone() if isinstance(weight, Tensor) and not isinstance(weight, nn.Parameter) else weight
+
+
 _SAME_3X3 = ([3, 3], [1, 1], [1, 1], [1, 1])
 
 
@@ -151,27 +152,10 @@ def _doubles(step: Optional[Step]) -> bool:
 def _group_norm(
     func: Any, input: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *rest: Any
 ) -> Optional[Node]:
-    """The input is stored, for its statistics; with these known, a normalisation is one multiply-add per channel."""
     if not isinstance(input, Node):
         return None
-    engine.store(input, groups)
-    statistics = input.statistics[groups]
-    batch, channels = input.shape[:2]
-    scale = (statistics.variance + eps).rsqrt()
-    shift = -statistics.mean * scale
-    scale, shift = (value.repeat_interleave(channels // groups, 1) for value in (scale, shift))
-    if weight is not None:
-        scale, shift = scale * weight.double(), shift * weight.double()
-    if bias is not None:
-        shift = shift + bias.double()
-    shape = (batch, channels, *(1,) * (len(input.shape) - 2))
-    wide = torch.promote_types(input.dtype, torch.float32)
-    scale, shift = (value.to(wide).reshape(shape) for value in (scale, shift))
-
-    def call(pieces: Sequence[Tensor]) -> Tensor:
-        return torch.addcmul(shift, pieces[0].to(wide), scale).to(input.dtype)
-
-    return Node(input.shape, input.dtype, input.device, RowLocal(call), [input])
+    step = Normalise(groups, _own(weight), _own(bias), eps)
+    return Node(input.shape, input.dtype, input.device, step, [input])
 
 
 def _upsample(func: Any, input: Any, size: Any = None, *rest: Any) -> Optional[Node]:

@@ -76,8 +76,6 @@ class LazyTensor(Tensor):
             deferred = tree_map(
                 lambda value: value._hold.node if isinstance(value, LazyTensor) else value, (args, kwargs)
             )
-            if name == "native_group_norm":
-                return _native_group_norm(func, lazy[0], args, kwargs)
             nodes = operators.build(func, *deferred)
             del deferred
         report = lazy[0].report
@@ -96,8 +94,11 @@ class LazyTensor(Tensor):
 
 
 def evaluated(value: Any) -> Any:
-    """`value`, or the tensor that it stands for."""
-    return engine.whole(value._hold.node) if isinstance(value, LazyTensor) else value
+    """`value`, or the tensor that it stands for; outside inference mode none that belongs to it."""
+    if isinstance(value, LazyTensor):
+        value = engine.whole(value._hold.node)
+    own = isinstance(value, Tensor) and value.is_inference() and not torch.is_inference_mode_enabled()
+    return value.clone() if own else value
 
 
 def _whole(func: Any, name: str, target: Any, args: Any, kwargs: Any, report: dict[str, int]) -> Any:
@@ -116,13 +117,3 @@ def _whole(func: Any, name: str, target: Any, args: Any, kwargs: Any, report: di
 def _lazy_again(value: Any, report: dict[str, int]) -> Any:
     maps = isinstance(value, Tensor) and not isinstance(value, LazyTensor) and value.dim() in (4, 5)
     return LazyTensor.of(operators.leaf(value), report) if maps and value.is_floating_point() else value
-
-
-def _native_group_norm(func: Any, input: LazyTensor, args: Any, kwargs: Any) -> Any:
-    _, weight, bias, _, _, _, groups, eps = args
-    node = input._hold.node
-    output = operators.build(torch.ops.aten.group_norm.default, (node, groups, weight, bias, eps), {})
-    assert output is not None
-    statistics = node.statistics[groups]
-    mean, rstd = (value.to(input.dtype) for value in (statistics.mean, (statistics.variance + eps).rsqrt()))
-    return LazyTensor.of(output[0], input.report), mean, rstd
