@@ -117,8 +117,11 @@ def _threshold_input() -> Any:
 
 
 def _patch(patcher: Any, model: nn.Module, tiling: Tiling, chosen: Callable[[str], bool]) -> int:
-    """Have the host put strips into the chosen convolutions of `model`; their number."""
-    found = [(name, module) for name, module in convolutions(model) if chosen(name)]
+    """Have the host put strips into the chosen convolutions of `model`; their number.
+
+    Those with a kernel of 1 too: a backend copies their whole input and output as it does for larger kernels.
+    """
+    found = list(convolutions(model, predicate=lambda name, _: chosen(name)))
     for name, module in found:
         key = f"{name}._conv_forward"
         patcher.add_object_patch(key, tiled_forward(module, patcher.get_model_object(key), tiling))
@@ -127,20 +130,19 @@ def _patch(patcher: Any, model: nn.Module, tiling: Tiling, chosen: Callable[[str
 
 def _patch_half(vae: Any, half: str, method: str, splits: int, threshold: int) -> int:
     """Strips and estimate of one half of `vae`, a copy made for it; the number of convolutions."""
-    names = [name for name, _ in convolutions(vae.first_stage_model) if half_of(name) == half]
-    if names:
-        progress = Progress(len(names))
-        tiling = Tiling(splits, threshold=threshold, on_strip=progress)
-        _patch(vae.patcher, vae.first_stage_model, tiling, set(names).__contains__)
+    progress = Progress()
+    tiling = Tiling(splits, threshold=threshold, on_strip=progress)
+    progress.convolutions = _patch(vae.patcher, vae.first_stage_model, tiling, lambda name: half_of(name) == half)
+    if progress.convolutions:
         estimate = getattr(vae, f"memory_used_{method}")
         host = estimate.host if isinstance(estimate, StripMemory) else estimate
         setattr(vae, f"memory_used_{method}", StripMemory(vae, method, host, tiling, progress))
-    return len(names)
+    return progress.convolutions
 
 
 def _nothing_found(kind: str, name: str, half: str = "both") -> str:
     where, other = ("", "") if half == "both" else (f" in its {half}", " or choose another half")
     return (
-        f"This {kind} ({name}) has no convolution of kernel larger than 1{where}, so nothing can run in strips: "
+        f"This {kind} ({name}) has no convolution{where}, so nothing can run in strips: "
         f"connect it without Patch Conv{other}."
     )

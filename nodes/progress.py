@@ -30,7 +30,7 @@ class Progress:
     Raises the host's InterruptProcessingException when the user asks to stop.
     """
 
-    def __init__(self, convolutions: int, delay: float = 1.0, interval: float = 0.1) -> None:
+    def __init__(self, convolutions: int = 1, delay: float = 1.0, interval: float = 0.1) -> None:
         self.convolutions, self.delay, self.interval = convolutions, delay, interval
         self.start()
 

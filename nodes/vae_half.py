@@ -7,12 +7,17 @@ HALVES = ("decoder", "encoder")
 _OF_ENCODER = ("quant_conv", "in_block", "down_blocks")
 """Encoder parts that do not say so: of the KL VAEs, and of Stable Cascade's stage A."""
 
+_ENCODER_OUTPUT = "conv1"
+"""Behind Wan's encoder, beside it in the model; `conv2` is in front of the decoder."""
+
 
 def half_of(name: str) -> str:
     """`"decoder"` or `"encoder"` for a dotted module name inside a VAE; the first part that tells decides.
 
     What no part tells about is the decoder's (`vocoder`, `previewer`, `up_blocks`, a VAE that can only decode).
     """
+    if name == _ENCODER_OUTPUT:
+        return "encoder"
     for part in name.split("."):
         if "decoder" in part:
             return "decoder"

@@ -79,7 +79,7 @@ def called(pack: str, model: torch.nn.Module, method: str, shape: tuple[int, ...
     names: set[str] = set()
 
     def run(twin: Any) -> None:
-        for name, module in core.convolutions(twin):
+        for name, module in core.convolutions(twin, predicate=lambda name, module: True):
             module._conv_forward = noting(name, module._conv_forward)
         getattr(twin, method)(torch.empty(shape))
 
