@@ -30,6 +30,7 @@ from single_conv import patch_conv_module
 from comfyui_patchconv import convert_model
 from comfyui_patchconv.files import random_vae
 from comfyui_patchconv.measure import Recorder
+from comfyui_patchconv.streaming import streamed
 
 METHODS = {
     "plain": "plain",
@@ -37,6 +38,7 @@ METHODS = {
     "patch_conv_0": "patch_conv, 4 splits, threshold 0",
     "ours_4": "ours, 4 splits",
     "ours": "ours, automatic",
+    "streamed": "ours, streamed",
     "diffusers_tiled": "diffusers enable_tiling",
 }
 HOST_METHODS = {
@@ -50,9 +52,11 @@ def decoder(method: str, device: str, dtype: torch.dtype) -> Callable[[torch.Ten
     """What decodes a latent `[1, 4, H, W]` to an image `[1, 3, 8H, 8W]` by `method`."""
     vae: Any = random_vae(0, dtype, device)
     if method == "ours":
-        convert_model(vae.decoder, splits=0)
+        convert_model(vae.decoder, splits=0, predicate=lambda *_: True)
     elif method == "ours_4":
-        convert_model(vae.decoder, splits=4)
+        convert_model(vae.decoder, splits=4, predicate=lambda *_: True)
+    elif method == "streamed":
+        vae.decoder.forward = streamed(vae.decoder.forward)
     elif method == "diffusers_tiled":
         vae.enable_tiling()
     elif method == "patch_conv":

@@ -101,9 +101,9 @@ def test_help_page(server: Server, kind: str) -> None:
 
 
 def test_two_branches(server: Server, checkpoint: str) -> None:
-    latent = server.latent("branches", 256)
+    latent = server.latent("branches", 192)
     alone = server.run(decoding(checkpoint, latent, plain=True))
-    both = decoding(checkpoint, server.latent("again", 256), plain=True, patched=ALWAYS)
+    both = decoding(checkpoint, server.latent("again", 192), plain=True, patched=ALWAYS)
     images = server.run(both)
     assert np.array_equal(read_image(alone["plain"]), read_image(images["plain"]))
     assert_same_image(images["plain"], images["patched"])
