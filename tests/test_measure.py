@@ -18,10 +18,10 @@ from comfyui_patchconv import convert_model
 from comfyui_patchconv.measure import Recorder
 
 torch.manual_seed(0)
-conv, input = nn.Conv2d(64, 64, 3, padding=1), torch.randn(1, 64, 512, 512)
+conv, input = nn.Conv2d(64, 64, 3, padding=1), torch.randn(1, 64, 1024, 1024)
 peaks = []
 with torch.inference_mode():
-    for splits in (0, 16):
+    for splits in (0, 64):
         if splits:
             convert_model(conv, splits, threshold=0)
         conv(input[..., :64, :])
@@ -37,7 +37,7 @@ def test_strips_take_little_more_memory_than_the_output() -> None:
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("this system has no /proc/self/clear_refs to reset a process's peak memory")
     whole, tiled = (float(peak) for peak in run_python(PEAKS).split())
-    assert 1 <= tiled < 1.25
+    assert 1 <= tiled < 1.2
     assert whole > 1.5
 
 

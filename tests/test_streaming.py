@@ -233,8 +233,11 @@ def test_threads_share_a_model() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_as_near_to_float64_as_plain(dtype: torch.dtype) -> None:
-    model, x = block().double(), torch.randn(1, 4, 64, 48, dtype=torch.float64)
-    model, x = model.to(dtype), x.to(dtype)
+    model, x = block().to(dtype), torch.randn(1, 4, 64, 48).to(dtype)
+    try:
+        model(x)
+    except RuntimeError as error:
+        pytest.skip(f"this torch has no {dtype} on the CPU: {error}")
     exact = block().to(dtype).double()(x.double())
     plain = (model(x).double() - exact).square().mean().sqrt()
     with stream(model):
