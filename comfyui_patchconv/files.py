@@ -149,7 +149,10 @@ def load_image(path: str | os.PathLike[str], multiple: int = 8) -> Tensor:
     Image.MAX_IMAGE_PIXELS = 2**30  # large images are what this package is for; Pillow refuses twice this number
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
+                image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+            image = image.convert("RGB")
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not an image that Pillow can read: give a PNG, JPEG or WebP file.") from None
     except Exception as error:  # a damaged or hostile image raises anything
