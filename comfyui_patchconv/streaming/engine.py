@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import planner
-from ..memory import is_out_of_memory, release
+from ..geometry import strips
+from ..memory import is_out_of_memory, keep_freed_blocks, release
 from .graph import Node, Normalise
 from .rows import Rows, Statistics
 
@@ -33,9 +34,8 @@ def store(node: Node, groups: int = 0) -> None:
         evaluate(node, keep)
         node.store(rows)
     elif statistics is not None:
-        step = max(1, planner.STRIP_BYTES["cpu"] // max(node.row_bytes, 1))
-        for first in range(0, node.height, step):
-            statistics.add(node.rows.read(first, min(first + step, node.height)))
+        for first, last in strips(node.height, _rows_that_suit(node, node.row_bytes)):
+            statistics.add(node.rows.read(first, last))
     if statistics is not None:
         node.statistics[groups] = statistics
 
@@ -65,6 +65,8 @@ def evaluate(root: Node, sink: Callable[[Tensor], None]) -> None:
 
     Stored maps that nothing but this evaluation refers to are freed as it passes them.
     """
+    if root.device.type == "cpu":
+        keep_freed_blocks()
     order = _with_statistics(root)
     dying = _dying(root, order)
     state = _State(dict.fromkeys(order, 0), {})
@@ -215,7 +217,10 @@ def _dying(root: Node, order: list[Node]) -> list[Node]:
 
 
 def _strip_rows(root: Node, order: list[Node]) -> int:
-    """Rows of `root` in a strip: a few steps' results are in use at a time, and together suit the device."""
-    target = planner.STRIP_BYTES.get(root.device.type, planner.STRIP_BYTES_ELSEWHERE) // 4
-    per_row = max(node.row_bytes * node.height for node in order) // max(root.height, 1)
-    return min(max(target // max(per_row, 1), 1), root.height)
+    """Rows of `root` in a strip: what its steps make of one, a few of them at a time, together suits the device."""
+    return _rows_that_suit(root, max(node.row_bytes * node.height for node in order) // max(root.height, 1))
+
+
+def _rows_that_suit(node: Node, row_bytes: int) -> int:
+    target = planner.STRIP_BYTES.get(node.device.type, planner.STRIP_BYTES_ELSEWHERE) // 4
+    return min(max(target // max(row_bytes, 1), 1), max(node.height, 1))
