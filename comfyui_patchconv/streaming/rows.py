@@ -18,10 +18,12 @@ class Rows:
     @classmethod
     def of(cls, tensor: Tensor) -> Rows:
         rows = cls()
-        rows.append(tensor)
+        rows._strips, rows.end = [(0, tensor)], tensor.shape[-2]
         return rows
 
     def append(self, strip: Tensor) -> None:
+        if strip.untyped_storage().nbytes() > strip.numel() * strip.element_size():
+            strip = strip.clone()  # a part would keep the whole that it was cut from
         self._strips.append((self.end, strip))
         self.end += strip.shape[-2]
 
