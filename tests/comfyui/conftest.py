@@ -94,7 +94,7 @@ class Server:
     def queue(self, graph: Graph) -> str:
         return self.get("/prompt", {"prompt": graph, "client_id": "tests"})["prompt_id"]
 
-    def result(self, prompt: str, seconds: float = 200) -> Any:
+    def result(self, prompt: str, seconds: float = 600) -> Any:
         """The history of a prompt once it has ended, one way or another."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:

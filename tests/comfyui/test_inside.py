@@ -14,7 +14,7 @@ from .conftest import python
 
 def probe(checkout: Path, *question: str) -> Any:
     command = [python(), str(Path(__file__).with_name("probe.py")), str(checkout), *question]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -35,7 +35,11 @@ def test_weights_streamed_at_every_use(checkout: Path) -> None:
 
 @pytest.mark.slow
 def test_stated_memory(checkout: Path, checkpoint: str) -> None:
-    """What the patched VAE asks the host for is enough, and nearer to the need than the host's own estimate."""
+    """What the patched VAE asks the host for is enough, and nearer to the need than the host's own estimate.
+
+    Resident memory, the measure on a CPU, has up to a tenth of what the allocator keeps for itself in it.
+    """
     answer = probe(checkout, "memory", str(checkout / "models" / "checkpoints" / checkpoint), "512")
     print(answer)
-    assert answer["patched measured"] <= answer["patched estimate"] < answer["plain estimate"]
+    assert answer["patched measured"] <= answer["patched estimate"] * 1.1
+    assert answer["patched estimate"] < answer["plain estimate"] / 2
