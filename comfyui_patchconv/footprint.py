@@ -123,8 +123,8 @@ class _Twins:
         # New containers in any case: a run that notes something in one leaves the original be. Only of these types,
         # because others, such as a frozen configuration, need not work once copied.
         if type(value) in (dict, OrderedDict, defaultdict):
-            twin = copy.copy(value)
-            twin.update((key, self.of(item)) for key, item in value.items())
+            twin: Any = copy.copy(value)
+            twin.update([(key, self.of(item)) for key, item in twin.items()])
             return twin
         for kind in (list, tuple, set):
             if type(value) is kind:
