@@ -192,7 +192,8 @@ class Node:
         rows: Optional[Rows] = None,
     ) -> None:
         self.shape, self.dtype, self.device = tuple(shape), dtype, device
-        self.step, self.inputs, self.rows = step, tuple(inputs), rows
+        self.step, self.rows = step, rows
+        self.inputs: tuple[Node, ...] = tuple(inputs)
         self.statistics: dict[int, Statistics] = {}
         self.users = 0
         for node in self.inputs:
