@@ -58,8 +58,20 @@ def peak_activations(
     dtype: of floating-point weights; None for their own. attributes: set on each module of the copy that has them.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    twin = _Twins(mode, device, dtype, attributes or {}).of(module)
-    return peak_live_bytes(lambda: run(twin), device=device, mode=mode, seconds=seconds)
+    copied = twin(module, mode, device=device, dtype=dtype, attributes=attributes)
+    return peak_live_bytes(lambda: run(copied), device=device, mode=mode, seconds=seconds)
+
+
+def twin(
+    module: Any,
+    mode: FakeTensorMode,
+    *,
+    device: torch.device,
+    dtype: Optional[torch.dtype] = None,
+    attributes: Optional[dict[str, Any]] = None,
+) -> Any:
+    """The copy that `peak_activations` runs, of a module or a method of one; its weights are fake tensors of `mode`."""
+    return _Twins(mode, device, dtype, attributes or {}).of(module)
 
 
 class _Live(TorchDispatchMode):

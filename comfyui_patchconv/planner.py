@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 DEFAULT_THRESHOLD = 16_000_000
 """Input elements (C·H·W, times depth for 3-D) from which a convolution is run in strips."""
 
@@ -28,6 +30,11 @@ def strip_rows(rows: int, splits: int, row_bytes: int, device_type: str) -> int:
         return min(suitable, rows)
     asked = -(-rows // min(splits, rows))
     return min(asked, suitable) if device_type == "cpu" else asked
+
+
+def fits(budget: Optional[int], held: int, freed: int, new: int) -> bool:
+    """Whether `new` bytes can be added to `held` within `budget`, while `freed` of them go at the same pace."""
+    return budget is None or held + max(new - freed, 0) <= budget
 
 
 def legal_rows(row_elements: int, fixed_elements: int = 0) -> int:

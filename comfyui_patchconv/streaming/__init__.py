@@ -2,54 +2,104 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
-from . import operators
-from .tensor import CannotStreamError, LazyTensor, evaluated
+from .dry_run import choose, enter
+from .run import OnProgress, Plan, Run
+from .tensor import CannotStreamError, evaluated
 
-__all__ = ["CannotStreamError", "stream", "streamed"]
+__all__ = ["CannotStreamError", "Plan", "choose", "stream", "streamed"]
 
 
-def streamed(function: Callable[..., Any], report: Optional[dict[str, int]] = None) -> Callable[..., Any]:
+def streamed(
+    function: Callable[..., Any],
+    *,
+    budget: Optional[int] = None,
+    report: Optional[dict[str, int]] = None,
+    on_progress: Optional[OnProgress] = None,
+) -> Callable[..., Any]:
     """`function`, with the feature maps among its arguments, and all that is computed from them, in strips.
 
     The result is that of `function`, in less memory. Gradients are off. Work is put off as long as possible, until the
     frames that hold intermediate maps are left and these can be given up as they are read.
 
-    report: filled with the operators that were evaluated whole, and how often.
+    budget: bytes of the device, beyond weights and arguments, to stay within: maps that do not fit are kept in host
+    memory, or in a file where the device is the CPU. None for no limit. Where even a strip does not fit, more is used.
+    report: filled with the operators that were evaluated whole, and how often. on_progress: see `OnProgress`; what it
+    raises ends the call. Raises ValueError for a budget that is not a whole number above 0.
     """
-    found = {} if report is None else report
-
-    def enter(value: Any) -> Any:
-        maps = isinstance(value, Tensor) and value.dim() in (4, 5) and value.is_floating_point()
-        return LazyTensor.of(operators.leaf(value), found) if maps else value
+    if budget is not None and (not isinstance(budget, int) or budget <= 0):
+        raise ValueError(f"budget is {budget!r}: give a whole number of bytes above 0, or None for no limit.")
+    plans: dict[Any, Plan] = {}
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        key = _key((args, kwargs))
+        if key not in plans:
+            plans[key] = _plan(function, args, kwargs, budget)
+        current = Run(plans[key], report, on_progress)
         try:
             with torch.inference_mode():  # operators arrive whole there: one convolution, one group norm
-                result = function(*tree_map(enter, args), **tree_map(enter, kwargs))
+                lazy = [enter(value, current) for value in args]
+                result = function(*lazy, **{name: enter(value, current) for name, value in kwargs.items()})
+                del lazy
         except CannotStreamError:
             result = function(*args, **kwargs)
         with torch.no_grad():
-            return tree_map(evaluated, result)
+            return tree_map(lambda value: evaluated(value, result=True), result)
 
     return run
 
 
 @contextmanager
-def stream(module: nn.Module, report: Optional[dict[str, int]] = None) -> Iterator[nn.Module]:
-    """Within the `with` block, `module` computes in strips; afterwards it is as it was. See `streamed`."""
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = streamed(module.forward, report)
+def stream(
+    target: Union[nn.Module, Callable[..., Any]],
+    *,
+    budget: Optional[int] = None,
+    report: Optional[dict[str, int]] = None,
+    on_progress: Optional[OnProgress] = None,
+) -> Iterator[Any]:
+    """Within the `with` block, or the decorated function, `target` computes in strips; afterwards it is as it was.
+
+    target: a module, or a method of an object (`vae.decode`). The other arguments are those of `streamed`.
+    Raises TypeError for anything else.
+    """
+    owner, name = (target, "forward") if isinstance(target, nn.Module) else _method(target)
+    before = owner.__dict__.get(name)
+    method = streamed(getattr(owner, name), budget=budget, report=report, on_progress=on_progress)
+    owner.__dict__[name] = method
     try:
-        yield module
+        yield target
     finally:
-        del module.__dict__["forward"]
+        del owner.__dict__[name]
         if before is not None:
-            module.__dict__["forward"] = before
+            owner.__dict__[name] = before
+
+
+def _method(target: Any) -> tuple[Any, str]:
+    owner, name = getattr(target, "__self__", None), getattr(target, "__name__", "")
+    if owner is None or not hasattr(owner, "__dict__"):
+        raise TypeError(f"{target!r} cannot be streamed: give a module, or a method of an object such as vae.decode.")
+    return owner, name
+
+
+def _plan(function: Callable[..., Any], args: Any, kwargs: Any, budget: Optional[int]) -> Plan:
+    try:
+        return choose(function, args, kwargs, budget=budget)
+    except Exception as error:  # code that looks at values; it streams all the same
+        logging.getLogger(__name__).info("No plan for %r (%s: %s).", function, type(error).__name__, error)
+        return Plan(budget)
+
+
+def _key(values: Any) -> Any:
+    """What a plan depends on: the shapes, types and devices of tensors."""
+    return tuple(
+        (tuple(value.shape), value.dtype, value.device) if isinstance(value, Tensor) else type(value)
+        for value in tree_flatten(values)[0]
+    )

@@ -16,72 +16,165 @@ from torch import Tensor
 from .. import planner
 from ..geometry import strips
 from ..memory import is_out_of_memory, keep_freed_blocks, release
-from .graph import Node, Normalise
+from .buffers import FileBuffer
+from .graph import Attend, Node, Normalise
 from .rows import Rows, Statistics
 
+Sink = Callable[[Tensor], None]
 
-def store(node: Node, groups: int = 0) -> None:
-    """Make `node` a stored map, with statistics of `groups` groups of channels if that is not 0."""
+
+def store(node: Node, groups: int = 0, above: Optional[Node] = None) -> None:
+    """Make `node` a stored map, with statistics of `groups` groups of channels if that is not 0.
+
+    A map that is cheap to have again may be left unstored, as the run's plan says: it then has its statistics only.
+    above: a node whose evaluation this is a part of. What else in it reads the same unstored maps, and is smaller, is
+    stored too.
+    """
     statistics = Statistics(groups) if groups and groups not in node.statistics else None
     if node.rows is None:
-        rows = Rows()
-
-        def keep(strip: Tensor) -> None:
-            if statistics is not None:
-                statistics.add(strip)
-            rows.append(strip)
-
-        evaluate(node, keep)
-        node.store(rows)
-    elif statistics is not None:
+        if statistics is not None and _leave_unstored(node):
+            Sweep([node], keep=True).run([statistics.add])
+        else:
+            _store_together([node, *_beside(node, above)], statistics)
+    elif statistics is not None and not node.run.dry:
         for first, last in strips(node.height, _rows_that_suit(node, node.row_bytes)):
             statistics.add(node.rows.read(first, last))
     if statistics is not None:
         node.statistics[groups] = statistics
 
 
-def whole(node: Node) -> Tensor:
-    """The map of `node` as one tensor."""
+def whole(node: Node, result: bool = False) -> Tensor:
+    """The map of `node` as one tensor. result: of the whole computation, which is never put elsewhere."""
     if node.rows is None:
-        result: Optional[Tensor] = None
-        first = 0
-
-        def write(strip: Tensor) -> None:
-            nonlocal result, first
-            if result is None:
-                result = torch.empty(node.shape, dtype=strip.dtype, device=strip.device)
-            result.narrow(-2, first, strip.shape[-2]).copy_(strip)
-            first += strip.shape[-2]
-
-        evaluate(node, write)
-        assert result is not None
-        node.store(Rows.of(result))
+        node.store(_as_one(node, node.shape, lambda tensor, first, last: tensor.narrow(-2, first, last - first), result))
     assert node.rows is not None
     return node.rows.whole()
 
 
-def evaluate(root: Node, sink: Callable[[Tensor], None]) -> None:
-    """Give the rows of `root`, a node that is not stored, to `sink` in strips from top to bottom.
+def _store_together(nodes: list[Node], statistics: Optional[Statistics]) -> None:
+    sweep = Sweep(nodes)
+    stored = [
+        Rows(node.run, node.shape, node.dtype, node.device, elsewhere)
+        for node, elsewhere in zip(nodes, sweep.places([node.bytes for node in nodes]))
+    ]
 
-    Stored maps that nothing but this evaluation refers to are freed as it passes them.
+    def keep(strip: Tensor) -> None:
+        if statistics is not None:
+            statistics.add(strip)
+        stored[0].append(strip)
+
+    sweep.run([keep, *(rows.append for rows in stored[1:])])
+    for node, rows in zip(nodes, stored):
+        if node.run.dry:
+            rows.pretend()
+        node.store(rows)
+
+
+def _as_one(
+    node: Node, shape: tuple[int, ...], part: Callable[[Tensor, int, int], Tensor], result: bool = False
+) -> Rows:
+    """`node` evaluated into one new tensor of `shape`; `part(tensor, first, last)` is where rows go."""
+    sweep = Sweep([node])
+    (elsewhere,) = [False] if result else sweep.places([node.bytes])
+    elsewhere = elsewhere and node.device.type == "cpu"
+    if elsewhere and not node.run.dry:
+        tensor = FileBuffer(node.bytes).empty(shape, node.dtype)
+    else:
+        tensor = torch.empty(shape, dtype=node.dtype, device=node.device)
+    rows = Rows.of(tensor, node.run, counted=not elsewhere)
+    first = 0
+
+    def write(strip: Tensor) -> None:
+        nonlocal first
+        part(tensor, first, first + strip.shape[-2]).copy_(strip)
+        first += strip.shape[-2]
+
+    sweep.run([write])
+    return rows
+
+
+def _all_tokens(node: Node) -> Rows:
+    """A map `[B, C, H, W]` as `[B, pixels, C]`."""
+    batch, channels, height, width = node.shape
+
+    def part(tensor: Tensor, first: int, last: int) -> Tensor:
+        rows = tensor.narrow(1, first * width, (last - first) * width)
+        return rows.transpose(1, 2).unflatten(2, (last - first, width))
+
+    return _as_one(node, (batch, height * width, channels), part)
+
+
+class Sweep:
+    """One evaluation of maps of equal height, from top to bottom.
+
+    Stored maps that nothing else refers to are given up as it passes them, unless `keep`.
     """
-    if root.device.type == "cpu":
-        keep_freed_blocks()
-    order = _with_statistics(root)
-    dying = _dying(root, order)
-    state = _State(dict.fromkeys(order, 0), {})
-    strip_rows, first = _strip_rows(root, order), 0
-    while first < root.height:
-        last = min(first + strip_rows, root.height)
-        ahead = _State(dict(state.done), dict(state.lines))
-        if not _fits(root, order, ahead, first, last, sink):
-            release(root.device)
-            strip_rows = (last - first + 1) // 2
-            continue
-        state, first = ahead, last
-        for node in dying:
-            assert node.rows is not None
-            node.rows.give_up(_next_row(node, order, state))
+
+    def __init__(self, roots: list[Node], keep: bool = False) -> None:
+        self.roots, self.run_of = roots, roots[0].run
+        for root in roots:
+            _prepare(root)
+        self.order = _producers_first(roots)
+        self.dying = [] if keep else _dying(roots, self.order)
+        self.strip_rows = _strip_rows(roots[0], self.order)
+        self.workspace = _workspace(roots[0], self.order, self.strip_rows)
+
+    def places(self, sizes: list[int]) -> list[bool]:
+        """For each new map, of `sizes` bytes: whether it has to lie elsewhere than on the device."""
+        run = self.run_of
+        held, freed = run.held + self.workspace, sum(node.rows.bytes_held for node in self.dying if node.rows)
+        places = []
+        for size in sizes:
+            places.append(not planner.fits(run.plan.budget, held, freed, size))
+            if places[-1]:
+                run.moved += size
+            else:
+                held += size
+        self._new = sum(size for size, elsewhere in zip(sizes, places) if not elsewhere) - freed
+        return places
+
+    _new = 0
+
+    def run(self, sinks: list[Sink]) -> None:
+        """Give the rows of each root to its sink, in strips from top to bottom."""
+        run, root = self.run_of, self.roots[0]
+        run.note(self.workspace + max(self._new, 0))
+        total = sum(node.bytes for node in self.order)
+        if run.dry:
+            run.progress(total)
+            for node in self.dying:
+                assert node.rows is not None
+                node.rows.give_up(node.height)
+            return
+        if root.device.type == "cpu":
+            keep_freed_blocks()
+        state = _State(dict.fromkeys(self.order, 0), {})
+        strip_rows, first = self.strip_rows, 0
+        while first < root.height:
+            last = min(first + strip_rows, root.height)
+            ahead = _State(dict(state.done), dict(state.lines))
+            strips_made = self._strips(ahead, first, last)
+            if strips_made is None:
+                release(root.device)
+                strip_rows = (last - first + 1) // 2
+                continue
+            for sink in sinks:
+                sink(strips_made.pop(0))
+            state = ahead
+            for node in self.dying:
+                assert node.rows is not None
+                node.rows.give_up(_next_row(node, self.order, state))
+            run.progress(total * last // root.height - total * first // root.height)
+            first = last
+
+    def _strips(self, state: _State, first: int, last: int) -> Optional[list[Tensor]]:
+        """Rows of the roots; None where memory ran out, which is raised for a single row."""
+        try:
+            return _strip(self.roots, self.order, state, first, last)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or last - first == 1:
+                raise
+            return None
 
 
 @dataclass
@@ -92,20 +185,9 @@ class _State:
     lines: dict[Node, tuple[int, Tensor]]
 
 
-def _fits(root: Node, order: list[Node], state: _State, first: int, last: int, sink: Callable[[Tensor], None]) -> bool:
-    """Evaluate one strip; False where memory ran out, which is raised for a single row."""
-    try:
-        sink(_strip(root, order, state, first, last))
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or last - first == 1:
-            raise
-        return False
-    return True
-
-
-def _strip(root: Node, order: list[Node], state: _State, first: int, last: int) -> Tensor:
+def _strip(roots: list[Node], order: list[Node], state: _State, first: int, last: int) -> list[Tensor]:
     done, lines = state.done, state.lines
-    wanted = {root: (first, last)}
+    wanted = dict.fromkeys(roots, (first, last))
     for node in reversed(order):  # consumers before producers
         low, high = wanted.get(node, (done[node], done[node]))
         start = max(low, done[node])
@@ -130,9 +212,9 @@ def _strip(root: Node, order: list[Node], state: _State, first: int, last: int) 
         pieces[node] = (low, parts[0] if len(parts) == 1 else torch.cat(parts, -2))
         del parts
         for source in set(node.inputs):  # what no later step of this strip reads goes now
-            if source in pieces and _last_reader(source, order, wanted) is node:
+            if source in pieces and source not in roots and _last_reader(source, order, wanted) is node:
                 _keep_line(source, order, state, *pieces.pop(source))
-    return pieces.pop(root)[1]
+    return [pieces.pop(root)[1] for root in roots]
 
 
 def _compute(node: Node, start: int, high: int, pieces: dict[Node, tuple[int, Tensor]]) -> Tensor:
@@ -173,25 +255,60 @@ def _next_row(source: Node, order: list[Node], state: _State) -> int:
     return low
 
 
-def _with_statistics(root: Node) -> list[Node]:
-    """`_producers_first`, once every normalisation among the steps has the statistics of its stored input."""
+def _prepare(root: Node) -> None:
+    """Give every normalisation among the steps to `root` its statistics, and attention its keys and values."""
     while True:
         # No list of the steps may outlive this line: what it holds would count as in use.
-        node = next(
-            (one for one in _producers_first(root) if isinstance(one.step, Normalise) and not one.step.prepared), None
-        )
+        node = next((one for one in _producers_first([root]) if not getattr(one.step, "prepared", True)), None)
         if node is None:
-            return _producers_first(root)
-        assert isinstance(node.step, Normalise)
-        store(node.inputs[0], node.step.groups)
-        node.step.prepare(node.inputs[0])
+            return
+        if isinstance(node.step, Normalise):
+            store(node.inputs[0], node.step.groups, root)
+            node.step.prepare(node.inputs[0])
+        elif isinstance(node.step, Attend):
+            node.step.prepare(*(_all_tokens(source) for source in node.inputs[1:]))
+            node.let_go(1)
 
 
-def _producers_first(root: Node) -> list[Node]:
-    """The steps that lead to `root`, inputs before what reads them; stored maps are not steps."""
+def _leave_unstored(node: Node) -> bool:
+    """Whether `node` is cheap to have again and the plan has it computed wherever it is read.
+
+    Cheap is what a few steps make of a map of half its size or less. That one is stored then.
+    """
+    source = node
+    while 2 * source.bytes > node.bytes:
+        if len(source.inputs) != 1 or isinstance(source.step, (Normalise, Attend)):
+            return False
+        source = source.inputs[0]
+    if not node.run.leaves_unstored(node.bytes):
+        return False
+    if source.rows is None:
+        _store_together([source], None)
+    return True
+
+
+def _beside(node: Node, above: Optional[Node]) -> list[Node]:
+    """What on the way to `above` reads an unstored map that `node` is computed from, and takes less room than that."""
+    if above is None or node.run.plan.unstored_from is None:
+        return []
+    own = _producers_first([node])
+    unstored = [one for one in own if one.statistics]
+    return [
+        one
+        for one in _producers_first([above])
+        if one is not above
+        and one not in own
+        and one.height == node.height
+        and any(source in unstored and one.bytes < source.bytes for source in one.inputs)
+        and all(getattr(step.step, "prepared", True) for step in _producers_first([one]))
+    ]
+
+
+def _producers_first(roots: list[Node]) -> list[Node]:
+    """The steps that lead to `roots`, inputs before what reads them; stored maps are not steps."""
     order: list[Node] = []
     seen: set[int] = set()
-    stack = [(root, False)]
+    stack = [(root, False) for root in roots]
     while stack:
         node, expanded = stack.pop()
         if expanded:
@@ -203,12 +320,12 @@ def _producers_first(root: Node) -> list[Node]:
     return order
 
 
-def _dying(root: Node, order: list[Node]) -> list[Node]:
+def _dying(roots: list[Node], order: list[Node]) -> list[Node]:
     """Stored maps that go with this evaluation: each of their users is a step that nothing else refers to."""
     references: dict[Node, int] = {}
     stored = []
     for node in reversed(order):
-        if node is root or references.get(node, 0) == node.users:
+        if node in roots or references.get(node, 0) == node.users:
             for source in node.inputs:
                 references[source] = references.get(source, 0) + 1
                 if source.rows is not None and source not in stored:
@@ -218,9 +335,25 @@ def _dying(root: Node, order: list[Node]) -> list[Node]:
 
 def _strip_rows(root: Node, order: list[Node]) -> int:
     """Rows of `root` in a strip: what its steps make of one, a few of them at a time, together suits the device."""
-    return _rows_that_suit(root, max(node.row_bytes * node.height for node in order) // max(root.height, 1))
+    return _rows_that_suit(root, max(_row_bytes(node) * node.height for node in order) // max(root.height, 1))
+
+
+def _row_bytes(node: Node) -> int:
+    return node.row_bytes + (node.step.row_bytes if node.step is not None else 0)
 
 
 def _rows_that_suit(node: Node, row_bytes: int) -> int:
     target = planner.STRIP_BYTES.get(node.device.type, planner.STRIP_BYTES_ELSEWHERE) // 4
     return min(max(target // max(row_bytes, 1), 1), max(node.height, 1))
+
+
+def _workspace(root: Node, order: list[Node], strip_rows: int) -> int:
+    """Bytes that an evaluation takes beside stored maps: the widest step's strips, and the rows kept between strips."""
+    share = strip_rows / max(root.height, 1)
+    strips_of = [_row_bytes(node) * (share * node.height + 2) for node in order]
+    lines = sum(2 * node.row_bytes for node in order)
+    return int(_STRIPS_AT_ONCE * max(strips_of) + lines)
+
+
+_STRIPS_AT_ONCE = 5
+"""Strips of the widest step alive at once: with their halo rows, its result, and what a backend copies of them."""

@@ -15,12 +15,18 @@ from torch.nn import functional as F
 
 from ..geometry import Axis, padded_row
 from .rows import Rows, Statistics
+from .run import Run
 
 Piece = Callable[[Sequence[Tensor]], Tensor]
 
 
 class Step:
-    """How rows of a map come from rows of its inputs."""
+    """How rows of a map come from rows of its inputs.
+
+    row_bytes: bytes that an output row takes while it is computed, beside itself and what it is computed from.
+    """
+
+    row_bytes = 0
 
     def needs(self, first: int, last: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
         """For each input, of `sizes` rows, the rows that output rows `[first, last)` read: none beyond its edges."""
@@ -79,10 +85,14 @@ class Normalise(Step):
 
     def __init__(self, groups: int, weight: Optional[Tensor], bias: Optional[Tensor], eps: float) -> None:
         self.groups, self.weight, self.bias, self.eps = groups, weight, bias, eps
+        self.prepared = False
         self._line: Optional[tuple[Tensor, Tensor]] = None
 
     def prepare(self, node: Node) -> None:
-        """Take the statistics of the input, `node`, which is stored."""
+        """Take the statistics of the input, `node`; in a dry run there are none."""
+        self.prepared = True
+        if node.run.dry:
+            return
         statistics, channels, dims = node.statistics[self.groups], node.shape[1], len(node.shape)
         scale = (statistics.variance + self.eps).rsqrt()
         shift = -statistics.mean * scale
@@ -95,14 +105,38 @@ class Normalise(Step):
         scale, shift = (value.to(wide).reshape(*value.shape, *(1,) * (dims - 2)) for value in (scale, shift))
         self._line = scale, shift
 
-    @property
-    def prepared(self) -> bool:
-        return self._line is not None
-
     def compute(self, first: int, last: int, pieces: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         assert self._line is not None
         scale, shift = self._line
         return torch.addcmul(shift, pieces[0].to(scale.dtype), scale).to(pieces[0].dtype)
+
+
+class Attend(Step):
+    """Scaled dot-product attention between all pixels: any rows of the queries with all keys and values.
+
+    Inputs are queries, keys and values `[B, C, H, W]` of `heads` heads; once prepared, the queries alone.
+    """
+
+    def __init__(self, heads: int, scale: Optional[float]) -> None:
+        self.heads, self.scale = heads, scale
+        self.prepared = False
+        self._others: list[Rows] = []
+
+    def prepare(self, *others: Rows) -> None:
+        """Take keys and values, `[B, pixels, C]` each."""
+        self.prepared = True
+        self._others = list(others)
+
+    def compute(self, first: int, last: int, pieces: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        (piece,) = pieces
+        queries = self._split(piece.flatten(2).transpose(1, 2).contiguous())
+        tokens = F.scaled_dot_product_attention(
+            queries, *(self._split(tokens.whole()) for tokens in self._others), scale=self.scale
+        )
+        return tokens.transpose(2, 3).reshape(piece.shape[0], -1, *piece.shape[2:])
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
 class UpsampledConvolve(Step):
@@ -184,6 +218,7 @@ class Node:
 
     def __init__(
         self,
+        run: Run,
         shape: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
@@ -191,7 +226,7 @@ class Node:
         inputs: Sequence[Node] = (),
         rows: Optional[Rows] = None,
     ) -> None:
-        self.shape, self.dtype, self.device = tuple(shape), dtype, device
+        self.run, self.shape, self.dtype, self.device = run, tuple(shape), dtype, device
         self.step, self.rows = step, rows
         self.inputs: tuple[Node, ...] = tuple(inputs)
         self.statistics: dict[int, Statistics] = {}
@@ -199,17 +234,28 @@ class Node:
         for node in self.inputs:
             node.users += 1
 
+    @classmethod
+    def of(cls, tensor: Tensor, run: Run, counted: bool = True) -> Node:
+        """A stored node of a tensor that is there already; see `Rows.of`."""
+        return cls(run, tensor.shape, tensor.dtype, tensor.device, rows=Rows.of(tensor, run, counted))
+
+    def then(self, step: Step, shape: Sequence[int], dtype: Optional[torch.dtype] = None) -> Node:
+        """What `step` makes of this map alone."""
+        return Node(self.run, shape, dtype or self.dtype, self.device, step, [self])
+
     def __del__(self) -> None:
-        self._let_go()
+        self.let_go()
 
     def store(self, rows: Rows) -> None:
         """From now on the map is `rows`: it needs its inputs no longer."""
-        self._let_go()
-        self.step, self.inputs, self.rows = None, (), rows
+        self.let_go()
+        self.step, self.rows = None, rows
 
-    def _let_go(self) -> None:
-        for node in self.inputs:
+    def let_go(self, first: int = 0) -> None:
+        """Need the inputs from number `first` on no longer."""
+        for node in self.inputs[first:]:
             node.users -= 1
+        self.inputs = self.inputs[:first]
 
     @property
     def height(self) -> int:
@@ -218,6 +264,10 @@ class Node:
     @property
     def row_bytes(self) -> int:
         return torch.Size(self.shape).numel() // max(self.height, 1) * self.dtype.itemsize
+
+    @property
+    def bytes(self) -> int:
+        return self.row_bytes * self.height
 
     @property
     def sizes(self) -> list[int]:

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..geometry import Axis
 from . import engine
 from .graph import Convolve, Node, Normalise, Pad, Resample, RowLocal, Step, UpsampledConvolve
-from .rows import Rows
 
 aten = torch.ops.aten
 
@@ -63,12 +62,12 @@ def build(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[tu
 
 def _row_local(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[tuple[Node, ...]]:
     flat, spec = tree_flatten((list(args), dict(kwargs)))
-    height = next(value.height for value in flat if isinstance(value, Node))
+    height, run = next((value.height, value.run) for value in flat if isinstance(value, Node))
     places: list[int] = []
     inputs: list[Node] = []
     for place, value in enumerate(flat):
         if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[-2] != 1:
-            value = leaf(value)
+            value = Node.of(value, run, counted=False)
         if isinstance(value, torch.device) and value != next(iter(_nodes(flat))).device:
             return None
         if isinstance(value, Node):
@@ -93,9 +92,9 @@ def _row_local(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Option
         return None
     device = inputs[0].device
     if isinstance(meta, Tensor):
-        return (Node(meta.shape, meta.dtype, device, RowLocal(call), inputs),)
+        return (Node(run, meta.shape, meta.dtype, device, RowLocal(call), inputs),)
     steps = [RowLocal(lambda pieces, index=index: call(pieces)[index]) for index in range(len(outputs))]
-    return tuple(Node(out.shape, out.dtype, device, step, inputs) for out, step in zip(outputs, steps))
+    return tuple(Node(run, out.shape, out.dtype, device, step, inputs) for out, step in zip(outputs, steps))
 
 
 def _convolution(
@@ -117,7 +116,7 @@ def _convolution(
     axis = Axis.of(weight.shape[-2], stride[-2], dilation[-2], padding[-2])
     if axis.output_size(input.height) < 1 or weight.dim() != len(input.shape):
         return None
-    weight, bias = _own(weight), _own(bias)
+    weight, bias = own(weight), own(bias)
     convolve = _CONVOLVE[sides - 1]
     inner = [*padding[:-2], 0, padding[-1]]
     same = (list(weight.shape[2:]), stride, padding, dilation) == _SAME_3X3
@@ -126,7 +125,7 @@ def _convolution(
         (small,) = input.inputs
         doubled = UpsampledConvolve(weight, bias, lambda x, kernel: convolve(x, kernel, groups=groups))
         shape = (input.shape[0], weight.shape[0], *input.shape[2:])
-        return Node(shape, input.dtype, input.device, doubled, [small])
+        return small.then(doubled, shape)
 
     def call(pieces: Sequence[Tensor]) -> Tensor:
         return convolve(pieces[0], weight, bias, stride, inner, dilation, groups)
@@ -136,7 +135,7 @@ def _convolution(
     ))  # fmt: skip
 
 
-def _own(weight: Any) -> Any:
+def own(weight: Any) -> Any:
     """A weight that stays what it is: hosts stream them through buffers that they use again, parameters excepted."""
     return weight.clone() if isinstance(weight, Tensor) and not isinstance(weight, nn.Parameter) else weight
 
@@ -154,8 +153,8 @@ def _group_norm(
 ) -> Optional[Node]:
     if not isinstance(input, Node):
         return None
-    step = Normalise(groups, _own(weight), _own(bias), eps)
-    return Node(input.shape, input.dtype, input.device, step, [input])
+    step = Normalise(groups, own(weight), own(bias), eps)
+    return input.then(step, input.shape)
 
 
 def _upsample(func: Any, input: Any, size: Any = None, *rest: Any) -> Optional[Node]:
@@ -222,8 +221,9 @@ def _arranged(func: Any, input: Any, *args: Any, **kwargs: Any) -> Optional[Node
     if not isinstance(input, Node) or any(isinstance(value, Tensor) for value in args):
         return None
     values = [_as_meta(value) for value in args]
-    shape = func(_meta(input.shape, input.dtype), *values, **kwargs).shape
-    if tuple(shape[-2:]) != input.shape[-2:]:
+    arranged = func(_meta(input.shape, input.dtype), *values, **kwargs)
+    shape = arranged.shape
+    if tuple(shape[-2:]) != input.shape[-2:] or arranged.dtype != input.dtype:
         return None
     if name in ("permute", "movedim", "transpose"):  # of what stays last two, none may have come from elsewhere
         probe = func(_meta(range(2, 2 + len(input.shape)), input.dtype), *values, **kwargs).shape
@@ -244,14 +244,14 @@ def _arranged(func: Any, input: Any, *args: Any, **kwargs: Any) -> Optional[Node
         def call(pieces: Sequence[Tensor]) -> Tensor:
             return pieces[0].reshape(*shape[:-2], pieces[0].shape[-2], shape[-1])
 
-    return Node(shape, input.dtype, input.device, RowLocal(call), [input])
+    return input.then(RowLocal(call), shape)
 
 
 def _type_as(func: Any, input: Any, other: Any) -> Optional[Node]:
     if not isinstance(input, Node) or input.device != other.device:
         return None
     dtype = other.dtype
-    return Node(input.shape, dtype, input.device, RowLocal(lambda pieces: pieces[0].to(dtype)), [input])
+    return input.then(RowLocal(lambda pieces: pieces[0].to(dtype)), input.shape, dtype)
 
 
 def _dropout(func: Any, input: Any, p: float, train: bool) -> Optional[Node]:
@@ -259,7 +259,7 @@ def _dropout(func: Any, input: Any, p: float, train: bool) -> Optional[Node]:
 
 
 def _identity(input: Node) -> Node:
-    return Node(input.shape, input.dtype, input.device, RowLocal(lambda pieces: pieces[0]), [input])
+    return input.then(RowLocal(lambda pieces: pieces[0]), input.shape)
 
 
 _SPECIAL: dict[str, Operator] = {
@@ -288,14 +288,9 @@ _SPECIAL: dict[str, Operator] = {
 }
 
 
-def leaf(tensor: Tensor) -> Node:
-    """A stored node of a tensor that is there already."""
-    return Node(tensor.shape, tensor.dtype, tensor.device, rows=Rows.of(tensor))
-
-
 def _shaped(input: Node, step: Step, plain: Callable[[Tensor], Tensor]) -> Node:
     meta = plain(_meta(input.shape, input.dtype))
-    return Node(meta.shape, meta.dtype, input.device, step, [input])
+    return input.then(step, meta.shape, meta.dtype)
 
 
 def _meta(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

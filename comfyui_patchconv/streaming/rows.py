@@ -2,55 +2,110 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from collections.abc import Sequence
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
 
+from .buffers import FileBuffer, HostBuffer
+from .run import Run
+
 
 class Rows:
-    """A feature map as strips of rows, which are added in order and can be given up in order."""
+    """A feature map as strips of rows, which are added in order and can be given up in order.
 
-    def __init__(self) -> None:
-        self._strips: list[tuple[int, Tensor]] = []
+    elsewhere: keep them in host memory, or in a file where the device is the CPU. What lies on the device counts as
+    held by `run`. In a dry run the strips are numbers only.
+    """
+
+    def __init__(
+        self, run: Run, shape: Sequence[int], dtype: torch.dtype, device: torch.device, elsewhere: bool = False
+    ) -> None:
+        self.run, self.shape, self.dtype, self.device, self.elsewhere = run, tuple(shape), dtype, device, elsewhere
         self.end = 0
+        self._strips: list[tuple[int, int, Optional[Tensor]]] = []  # first row, rows, values
+        self._buffer: Optional[Union[HostBuffer, FileBuffer]] = None
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Rows:
-        rows = cls()
-        rows._strips, rows.end = [(0, tensor)], tensor.shape[-2]
+    def of(cls, tensor: Tensor, run: Run, counted: bool = True) -> Rows:
+        """A tensor that is there already; one of the caller's is not counted."""
+        rows = cls(run, tensor.shape, tensor.dtype, tensor.device, elsewhere=not counted)
+        rows._strips, rows.end = [(0, tensor.shape[-2], tensor)], tensor.shape[-2]
+        rows._count(tensor.shape[-2])
         return rows
 
+    def __del__(self) -> None:
+        self.give_up(self.end)
+
+    @property
+    def row_bytes(self) -> int:
+        return torch.Size(self.shape).numel() // max(self.shape[-2], 1) * self.dtype.itemsize
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes that it takes on the device."""
+        return 0 if self.elsewhere else sum(rows for _, rows, _ in self._strips) * self.row_bytes
+
     def append(self, strip: Tensor) -> None:
-        if strip.untyped_storage().nbytes() > strip.numel() * strip.element_size():
-            strip = strip.clone()  # a part would keep the whole that it was cut from
-        self._strips.append((self.end, strip))
-        self.end += strip.shape[-2]
+        rows = strip.shape[-2]
+        if self.elsewhere:
+            if self._buffer is None:
+                size = self.row_bytes * self.shape[-2]
+                self._buffer = FileBuffer(size) if self.device.type == "cpu" else HostBuffer()
+            strip = self._buffer.keep(strip)
+        elif _is_borrowed(strip):
+            strip = strip.clone()
+        self._strips.append((self.end, rows, strip))
+        self.end += rows
+        self._count(rows)
+
+    def pretend(self) -> None:
+        """In a dry run: all rows are there."""
+        self._strips, self.end = [(0, self.shape[-2], None)], self.shape[-2]
+        self._count(self.end)
 
     def read(self, first: int, last: int) -> Tensor:
-        """Rows `[first, last)`: a view where one strip has them all."""
-        parts = [
-            strip.narrow(-2, max(first - start, 0), min(last, start + strip.shape[-2]) - max(first, start))
-            for start, strip in self._strips
-            if start < last and start + strip.shape[-2] > first
-        ]
+        """Rows `[first, last)`, on the device: a view where one strip has them all."""
+        parts = []
+        for start, rows, strip in self._strips:
+            if start < last and start + rows > first:
+                assert strip is not None
+                part = strip.narrow(-2, max(first - start, 0), min(last, start + rows) - max(first, start))
+                parts.append(part.to(self.device, non_blocking=True))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
     def give_up(self, before: int) -> None:
         """Free the strips that lie wholly above row `before`."""
-        while self._strips and self._strips[0][0] + self._strips[0][1].shape[-2] <= before:
-            del self._strips[0]
+        while self._strips and sum(self._strips[0][:2]) <= before:
+            _, rows, strip = self._strips.pop(0)
+            self._count(-rows)
+            if self._buffer is not None and strip is not None:
+                self._buffer.discard(strip)
 
     def whole(self) -> Tensor:
-        """The whole map as one tensor, which then is all that is stored."""
-        if len(self._strips) != 1:
-            first = self._strips[0][1]
-            shape = (*first.shape[:-2], self.end, first.shape[-1])
-            tensor = torch.empty(shape, dtype=first.dtype, device=first.device)
-            for start, strip in self._strips:
-                tensor.narrow(-2, start, strip.shape[-2]).copy_(strip)
-            self._strips = [(0, tensor)]
-        return self._strips[0][1]
+        """The whole map as one tensor, which then is all that is stored; in a dry run one without values."""
+        if len(self._strips) != 1 or self._strips[0][2] is None or self._buffer is not None:
+            tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            for start, rows, strip in self._strips:
+                if strip is not None:
+                    tensor.narrow(-2, start, rows).copy_(strip)
+            self.give_up(self.end)
+            self._strips, self._buffer, self.elsewhere = [(0, self.end, tensor)], None, False
+            self._count(self.end)
+        tensor = self._strips[0][2]
+        assert tensor is not None
+        return tensor
+
+    def _count(self, rows: int) -> None:
+        if not self.elsewhere:
+            self.run.held += rows * self.row_bytes
+
+
+def _is_borrowed(strip: Tensor) -> bool:
+    """Whether a strip lies in memory that is more than its own, or not torch's: a part of a file that may be given up."""
+    storage = strip.untyped_storage()
+    return not storage.resizable() or storage.nbytes() > strip.numel() * strip.element_size()
 
 
 class Statistics:

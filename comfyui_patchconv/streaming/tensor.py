@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from . import engine, operators
+from . import engine, operators, tokens
 from .graph import Node
+from .run import Run
+from .scores import Scores
 
 _SEVERAL = ("split", "split_with_sizes", "chunk", "unbind")
 _VIEWS = (*_SEVERAL, *operators.ARRANGING, "slice", "narrow", "select", "unsqueeze", "squeeze")
@@ -37,22 +39,25 @@ class _Hold:
 
 
 class LazyTensor(Tensor):
-    """Stands for the feature map of a node; its shape, type and device are known, its values may not be yet."""
+    """Stands for the feature map of a node; its shape, type and device are known, its values may not be yet.
+
+    _layout: None for the map as it is, else how this tensor looks at it (see `tokens`).
+    """
 
     _hold: _Hold
-    report: dict[str, int]
+    _layout: Optional[Tensor]
 
     @staticmethod
-    def __new__(cls, hold: _Hold, report: dict[str, int]) -> LazyTensor:
+    def __new__(cls, hold: _Hold, layout: Optional[Tensor] = None) -> LazyTensor:
         node = hold.node
-        tensor = Tensor._make_wrapper_subclass(cls, node.shape, dtype=node.dtype, device=node.device)
-        tensor._hold = hold
-        tensor.report = report
+        shape = node.shape if layout is None else layout.shape
+        tensor = Tensor._make_wrapper_subclass(cls, shape, dtype=node.dtype, device=node.device)
+        tensor._hold, tensor._layout = hold, layout
         return tensor
 
     @classmethod
-    def of(cls, node: Node, report: dict[str, int]) -> LazyTensor:
-        return cls(_Hold(node), report)
+    def of(cls, node: Node, layout: Optional[Tensor] = None) -> LazyTensor:
+        return cls(_Hold(node), layout)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -66,54 +71,77 @@ class LazyTensor(Tensor):
         name = func.overloadpacket.__name__
         first: Any = args[0] if args else None
         if name in operators.SAME and isinstance(first, LazyTensor):
-            return LazyTensor(first._hold, first.report)  # one map: what is written into either is seen in both
+            return LazyTensor(first._hold, first._layout)  # one map: what is written into either is seen in both
         lazy = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, LazyTensor)]
         in_place = name.endswith("_") and not name.startswith("_") and isinstance(first, LazyTensor)
         if in_place and first._hold.viewed:
             raise CannotStreamError(f"{name} writes through a view")
-        nodes = None
-        if kwargs.get("out") is None:
-            deferred = tree_map(
-                lambda value: value._hold.node if isinstance(value, LazyTensor) else value, (args, kwargs)
-            )
-            nodes = operators.build(func, *deferred)
-            del deferred
-        report = lazy[0].report
-        if nodes is None:
-            return _whole(func, name, first if in_place else None, args, kwargs, report)
+        results = None if kwargs.get("out") is not None else _deferred(func, args, kwargs, lazy)
+        if results is None:
+            run = lazy[0]._hold.node.run
+            return _whole(func, name, first if in_place else None, args, kwargs, run)
         if in_place:
-            if nodes[0].shape != tuple(first.shape) or nodes[0].dtype != first.dtype:
-                return _whole(func, name, first, args, kwargs, report)
-            first._hold.become(nodes[0])
+            result = results[0]
+            if result.shape != first.shape or result.dtype != first.dtype:
+                return _whole(func, name, first, args, kwargs, first._hold.node.run)
+            first._hold.become(result._hold.node)
             return first
-        results = [LazyTensor.of(node, report) for node in nodes]
         if name in _VIEWS:
             for tensor in (*results, *lazy):
                 tensor._hold.viewed = True
         return results if name in _SEVERAL else results[0]
 
 
-def evaluated(value: Any) -> Any:
-    """`value`, or the tensor that it stands for; outside inference mode none that belongs to it."""
+def _deferred(func: Any, args: Any, kwargs: Any, lazy: list[LazyTensor]) -> Optional[list[LazyTensor]]:
+    """What `func` returns, not computed yet; None where it has to be."""
+    if all(tensor._layout is None for tensor in lazy):
+        nodes = operators.build(func, *tree_map(_node, (args, kwargs)))
+        if nodes is not None:
+            return [LazyTensor.of(node) for node in nodes]
+    viewed = tokens.build(func, *tree_map(_viewed, (args, kwargs)))
+    if viewed is None:
+        return None
+    node, layout = viewed
+    return [LazyTensor.of(node, None if tokens.is_map(node, layout) else layout)]
+
+
+def _node(value: Any) -> Any:
+    return value._hold.node if isinstance(value, LazyTensor) else value
+
+
+def _viewed(value: Any) -> Any:
+    if not isinstance(value, LazyTensor):
+        return value
+    node = value._hold.node
+    return node, tokens.layout_of(node) if value._layout is None else value._layout
+
+
+def evaluated(value: Any, result: bool = False) -> Any:
+    """`value`, or the tensor that it stands for; outside inference mode none that belongs to it. result: see `whole`."""
     if isinstance(value, LazyTensor):
-        value = engine.whole(value._hold.node)
+        tensor = engine.whole(value._hold.node, result)
+        value = tensor if value._layout is None else tokens.evaluated(tensor, value._layout)
     own = isinstance(value, Tensor) and value.is_inference() and not torch.is_inference_mode_enabled()
     return value.clone() if own else value
 
 
-def _whole(func: Any, name: str, target: Any, args: Any, kwargs: Any, report: dict[str, int]) -> Any:
+def _whole(func: Any, name: str, target: Any, args: Any, kwargs: Any, run: Run) -> Any:
     """Run `func` on evaluated tensors; feature maps that come of it are lazy again."""
-    report[name] = report.get(name, 0) + 1
+    if target is not None and target._layout is not None:
+        raise CannotStreamError(f"{name} writes through a view")
     args, kwargs = tree_map(evaluated, (args, kwargs))
+    if name == "bmm" and not kwargs and args[0].dim() == 3 and not any(isinstance(value, Scores) for value in args):
+        return Scores(*args)
+    run.report[name] = run.report.get(name, 0) + 1
     if target is not None:
         args = (args[0].clone(), *args[1:])  # other steps may read the stored map as it is
     result = func(*args, **kwargs)
     if target is not None:
-        target._hold.become(operators.leaf(result))
+        target._hold.become(Node.of(result, run))
         return target
-    return tree_map(lambda value: _lazy_again(value, report), result)
+    return tree_map(lambda value: _lazy_again(value, run), result)
 
 
-def _lazy_again(value: Any, report: dict[str, int]) -> Any:
+def _lazy_again(value: Any, run: Run) -> Any:
     maps = isinstance(value, Tensor) and not isinstance(value, LazyTensor) and value.dim() in (4, 5)
-    return LazyTensor.of(operators.leaf(value), report) if maps and value.is_floating_point() else value
+    return LazyTensor.of(Node.of(value, run)) if maps and value.is_floating_point() else value

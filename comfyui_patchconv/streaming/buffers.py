@@ -1,0 +1,60 @@
+"""Where stored maps lie when the device shall not hold them: host memory, or a file where the host is the device."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+
+class HostBuffer:
+    """Copies of strips in host memory, page-locked for CUDA so that they need not wait for each other."""
+
+    def keep(self, strip: Tensor) -> Tensor:
+        copy = torch.empty(strip.shape, dtype=strip.dtype, device="cpu", pin_memory=strip.device.type == "cuda")
+        return copy.copy_(strip, non_blocking=copy.is_pinned())
+
+    def discard(self, strip: Tensor) -> None:
+        """The memory of a strip goes with it."""
+
+
+class FileBuffer:
+    """Strips in a file of `size` bytes without a name, mapped into memory: it is gone when nothing reads it any more.
+
+    The system writes it out and reads it as it sees fit; none of it counts as this process's own memory. It lies where
+    temporary files do (`TMPDIR`). Raises OSError where there is no room for it.
+    """
+
+    def __init__(self, size: int) -> None:
+        with tempfile.TemporaryFile(prefix="patchconv-") as file:
+            if hasattr(os, "posix_fallocate"):  # room that is missing is an error now, not a crash when it is written
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+            self._map = mmap.mmap(file.fileno(), size)
+        self._end = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The next part of the file as a tensor."""
+        count = torch.Size(shape).numel()
+        tensor = torch.frombuffer(self._map, dtype=dtype, count=count, offset=self._end).view(shape)
+        self._end += count * dtype.itemsize
+        return tensor
+
+    def keep(self, strip: Tensor) -> Tensor:
+        return self.empty(tuple(strip.shape), strip.dtype).copy_(strip)
+
+    def discard(self, strip: Tensor) -> None:
+        """Give the pages of a strip that was kept here back, before they are written out for nothing."""
+        start = torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr()
+        first = strip.data_ptr() - start
+        last = first + strip.numel() * strip.element_size()
+        first, last = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
+        remove = getattr(mmap, "MADV_REMOVE", None)
+        if remove is not None and first < last:
+            with suppress(OSError):  # not every file system can
+                self._map.madvise(remove, first, last - first)

@@ -1,0 +1,81 @@
+"""What a call will take, found by running it without values, and the plan that suits it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
+
+from ..footprint import twin
+from .graph import Node
+from .run import Plan, Run
+from .tensor import LazyTensor, evaluated
+
+_WORTH = 0.95
+"""A plan that computes more has to save this much of the peak."""
+
+_TRIALS = 4
+
+
+def choose(
+    function: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    *,
+    budget: Optional[int] = None,
+    device: Optional[torch.device] = None,
+    dtype: Optional[torch.dtype] = None,
+    attributes: Optional[dict[str, Any]] = None,
+) -> Plan:
+    """The plan for `function(*args, **kwargs)`: the least work of those that stay within `budget`.
+
+    Where no plan does, the one that puts least elsewhere; without a budget, the one of the lowest peak. Tensors among
+    the arguments may be fake; none is read. `function` runs on copies of its modules with weights that take no memory.
+    device, dtype, attributes: see `footprint.peak_activations`. Raises whatever `function` raises without values.
+    """
+    if device is None:
+        device = next(iter(_tensors((args, kwargs)))).device
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    copied = twin(function, mode, device=device, dtype=dtype, attributes=attributes)
+
+    def trial(unstored_from: Optional[int]) -> tuple[Plan, set[int]]:
+        run = Run(Plan(budget, unstored_from), dry=True)
+        with torch.inference_mode(), mode:
+            fakes = tree_map(lambda value: _fake(value, run), (args, kwargs))
+            tree_map(lambda value: evaluated(value, result=True), copied(*fakes[0], **fakes[1]))
+        return replace(run.plan, peak=run.peak, moved=run.moved, work=run.work), run.again
+
+    first, again = trial(None)
+    if budget is not None and first.peak <= budget:
+        return first
+    sizes = sorted((size for size in again if size >= first.peak / 8), reverse=True)[:_TRIALS]
+    plans = [first, *(trial(size)[0] for size in sizes)]
+    if budget is not None:
+        return min(plans, key=lambda plan: (plan.peak > budget, plan.moved, plan.work))
+    least = min(plan.peak for plan in plans)
+    return next(plan for plan in plans if plan.peak * _WORTH <= least)
+
+
+def enter(value: Any, run: Run) -> Any:
+    """A feature map becomes lazy; anything else is itself."""
+    maps = type(value) is not LazyTensor and isinstance(value, Tensor) and value.dim() in (4, 5)
+    return LazyTensor.of(Node.of(value, run, counted=False)) if maps and value.is_floating_point() else value
+
+
+def _fake(value: Any, run: Run) -> Any:
+    return enter(torch.empty(value.shape, dtype=value.dtype, device=value.device), run) if _is(value) else value
+
+
+def _is(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    tree_map(lambda value: found.append(value) if isinstance(value, Tensor) else None, values)
+    return found

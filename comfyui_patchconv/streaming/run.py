@@ -1,0 +1,60 @@
+"""One streamed call: what it may take, what it holds at the moment, and what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Optional
+
+OnProgress = Callable[[int, int], None]
+"""Called after each strip with the work done and the work in all, in bytes of maps computed (0: not known)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to run, and what that is expected to take.
+
+    budget: bytes of the device to stay within; None for no limit. unstored_from: maps of so many bytes, if they are
+    cheap to have again from a smaller one, are computed anew wherever they are read. peak: bytes expected at once,
+    beyond inputs and weights. moved: bytes of maps that are kept elsewhere. work: bytes of maps computed in all.
+    """
+
+    budget: Optional[int] = None
+    unstored_from: Optional[int] = None
+    peak: int = 0
+    moved: int = 0
+    work: int = 0
+
+
+class Run:
+    """State of one call. `held`: bytes of stored maps on the device now. The other figures are those of a `Plan`.
+
+    dry: maps are counted, not computed. again: sizes of the maps that `unstored_from` could be about.
+    """
+
+    def __init__(
+        self,
+        plan: Plan = Plan(),
+        report: Optional[dict[str, int]] = None,
+        on_progress: Optional[OnProgress] = None,
+        dry: bool = False,
+    ) -> None:
+        self.plan, self.dry = plan, dry
+        self.report = {} if report is None else report
+        self.held = self.peak = self.moved = self.work = 0
+        self.again: set[int] = set()
+        self._on_progress = on_progress
+
+    def note(self, more: int) -> None:
+        """At this moment `more` bytes are in use beside what is held."""
+        self.peak = max(self.peak, self.held + more)
+
+    def leaves_unstored(self, size: int) -> bool:
+        """Whether a map of `size` bytes that is cheap to have again is better not stored."""
+        self.again.add(size)
+        return self.plan.unstored_from is not None and size >= self.plan.unstored_from
+
+    def progress(self, done: int) -> None:
+        self.work += done
+        if self._on_progress is not None:
+            self._on_progress(self.work, self.plan.work)
