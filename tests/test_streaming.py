@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 from typing import Any
 
@@ -12,6 +11,7 @@ from conv_helpers import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_zoo import CASES, draw_weights
+from network_helpers import random_network, run_network
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,58 +50,6 @@ def test_models(name: str, inference: bool, monkeypatch: pytest.MonkeyPatch) -> 
     assert_same(result, expected, 1e-5)
     if inference and name in WHOLE:
         assert report == WHOLE[name]
-
-
-def random_network(seed: int) -> tuple[list[Any], int]:
-    """Operators drawn from `seed`, each a function of a map and an earlier map of its shape; and the channels."""
-    draw = random.Random(seed)
-    generator = torch.Generator().manual_seed(seed)
-    channels = draw.choice([2, 4])
-
-    def weights(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64) / shape[1] ** 0.5
-
-    def convolution() -> Any:
-        k, d = draw.choice([1, 3, 5]), draw.choice([1, 2])
-        weight, bias = weights(channels, channels, k, k), weights(1, channels)[0]
-        return lambda x, old: F.conv2d(x, weight, bias, padding=d * (k // 2), dilation=d)
-
-    def down() -> Any:
-        weight = weights(channels, channels, 3, 3)
-        return lambda x, old: F.conv2d(F.pad(x, (0, 1, 0, 1)), weight, stride=2) if x.shape[-2] > 6 else x
-
-    def norm() -> Any:
-        weight, bias = weights(1, channels)[0], weights(1, channels)[0]
-        return lambda x, old: F.group_norm(x, 2, weight, bias)
-
-    def padded() -> Any:
-        mode, top, bottom = draw.choice(["constant", "reflect", "replicate"]), draw.randint(0, 2), draw.randint(0, 2)
-        weight = weights(channels, channels, top + bottom + 1, 3)
-        return lambda x, old: F.conv2d(F.pad(x, (1, 1, top, bottom), mode), weight)
-
-    makers = [
-        convolution, convolution, convolution, norm, down, padded,
-        lambda: lambda x, old: F.silu(x),
-        lambda: lambda x, old: F.silu(x.clone(), inplace=True),
-        lambda: lambda x, old: x + old if old.shape == x.shape else x,
-        lambda: lambda x, old: old.mul_(0.5).add_(x) if old.shape == x.shape else x,
-        lambda: lambda x, old: torch.cat([x, old], 1)[:, ::2] if old.shape == x.shape else x,
-        lambda: lambda x, old: F.interpolate(x, scale_factor=2.0, mode="nearest") if x.shape[-2] < 40 else x,
-        lambda: lambda x, old: F.normalize(x, dim=1),
-        lambda: lambda x, old: F.pixel_shuffle(x.repeat(1, 4, 1, 1), 2) if x.shape[-2] < 40 else x,
-        lambda: lambda x, old: x - x.mean((2, 3), keepdim=True),
-        lambda: lambda x, old: x.transpose(-1, -2).contiguous().transpose(-1, -2),
-    ]  # fmt: skip
-    return [draw.choice(makers)() for _ in range(draw.randint(2, 12))], channels
-
-
-def run_network(operators: list[Any], x: Tensor, holds: int) -> Tensor:
-    """The operators in turn, each also given the map from `holds` operators before."""
-    maps = [x]
-    for operator in operators:
-        maps.append(operator(maps[-1], maps[max(len(maps) - holds, 0)].clone()))
-        del maps[: max(len(maps) - holds - 1, 0)]
-    return maps[-1]
 
 
 @settings(max_examples=150, deadline=None)

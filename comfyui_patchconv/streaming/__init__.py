@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional, Union
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
-from .dry_run import choose, enter
+from .call import carry_out
+from .dry_run import choose
 from .run import OnProgress, Plan, Run
-from .tensor import CannotStreamError, evaluated
+from .tensor import CannotStreamError
 
 __all__ = ["CannotStreamError", "Plan", "choose", "stream", "streamed"]
 
@@ -43,16 +43,7 @@ def streamed(
         key = _key((args, kwargs))
         if key not in plans:
             plans[key] = _plan(function, args, kwargs, budget)
-        current = Run(plans[key], report, on_progress)
-        try:
-            with torch.inference_mode():  # operators arrive whole there: one convolution, one group norm
-                lazy = [enter(value, current) for value in args]
-                result = function(*lazy, **{name: enter(value, current) for name, value in kwargs.items()})
-                del lazy
-        except CannotStreamError:
-            result = function(*args, **kwargs)
-        with torch.no_grad():
-            return tree_map(lambda value: evaluated(value, result=True), result)
+        return carry_out(function, args, kwargs, Run(plans[key], report, on_progress))
 
     return run
 

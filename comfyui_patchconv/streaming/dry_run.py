@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from ..footprint import twin
-from .graph import Node
+from .call import enter
 from .run import Plan, Run
-from .tensor import LazyTensor, evaluated
+from .tensor import finish
 
 _WORTH = 0.95
 """A plan that computes more has to save this much of the peak."""
@@ -47,7 +47,7 @@ def choose(
         run = Run(Plan(budget, unstored_from), dry=True)
         with torch.inference_mode(), mode:
             fakes = tree_map(lambda value: _fake(value, run), (args, kwargs))
-            tree_map(lambda value: evaluated(value, result=True), copied(*fakes[0], **fakes[1]))
+            finish((copied(*fakes[0], **fakes[1]), fakes))
         return replace(run.plan, peak=run.peak, moved=run.moved, work=run.work), run.again
 
     first, again = trial(None)
@@ -59,12 +59,6 @@ def choose(
         return min(plans, key=lambda plan: (plan.peak > budget, plan.moved, plan.work))
     least = min(plan.peak for plan in plans)
     return next(plan for plan in plans if plan.peak * _WORTH <= least)
-
-
-def enter(value: Any, run: Run) -> Any:
-    """A feature map becomes lazy; anything else is itself."""
-    maps = type(value) is not LazyTensor and isinstance(value, Tensor) and value.dim() in (4, 5)
-    return LazyTensor.of(Node.of(value, run, counted=False)) if maps and value.is_floating_point() else value
 
 
 def _fake(value: Any, run: Run) -> Any:

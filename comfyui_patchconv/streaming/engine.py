@@ -1,57 +1,85 @@
-"""Evaluates a node strip by strip; every row of every step on the way is computed once.
-
-Between two strips each step keeps the last rows that the next strip will read again (a line buffer), so halos cost
-neither repeated work nor, through residual branches, work that doubles with depth.
-"""
+"""Decides what is stored, and where: what a normalisation or an operator needs whole, what the plan says, no more."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Optional
 
 import torch
 from torch import Tensor
 
-from .. import planner
 from ..geometry import strips
-from ..memory import is_out_of_memory, keep_freed_blocks, release
 from .buffers import FileBuffer
-from .graph import Attend, Node, Normalise
+from .graph import Attend, Node, Normalise, RowLocal
 from .rows import Rows, Statistics
+from .sweep import Sweep, producers_first, rows_that_suit
 
-Sink = Callable[[Tensor], None]
+Part = Callable[[Tensor, int, int], Tensor]
 
 
-def store(node: Node, groups: int = 0, above: Optional[Node] = None) -> None:
-    """Make `node` a stored map, with statistics of `groups` groups of channels if that is not 0.
-
-    A map that is cheap to have again may be left unstored, as the run's plan says: it then has its statistics only.
-    above: a node whose evaluation this is a part of. What else in it reads the same unstored maps, and is smaller, is
-    stored too.
-    """
-    statistics = Statistics(groups) if groups and groups not in node.statistics else None
+def whole(node: Node) -> Tensor:
+    """The map of `node` as one tensor."""
     if node.rows is None:
-        if statistics is not None and _leave_unstored(node):
-            Sweep([node], keep=True).run([statistics.add])
-        else:
-            _store_together([node, *_beside(node, above)], statistics)
-    elif statistics is not None and not node.run.dry:
-        for first, last in strips(node.height, _rows_that_suit(node, node.row_bytes)):
-            statistics.add(node.rows.read(first, last))
-    if statistics is not None:
-        node.statistics[groups] = statistics
-
-
-def whole(node: Node, result: bool = False) -> Tensor:
-    """The map of `node` as one tensor. result: of the whole computation, which is never put elsewhere."""
-    if node.rows is None:
-        node.store(_as_one(node, node.shape, lambda tensor, first, last: tensor.narrow(-2, first, last - first), result))
+        _prepare(node)
+        node.store(_into_tensors([(node, node.shape, _rows_of)])[0])
     assert node.rows is not None
     return node.rows.whole()
 
 
-def _store_together(nodes: list[Node], statistics: Optional[Statistics]) -> None:
+def finish(nodes: Sequence[Node]) -> None:
+    """Store what a whole computation results in, each map as one tensor on the device, all in one pass."""
+    nodes = [node for node in dict.fromkeys(nodes) if node.rows is None]
+    for node in nodes:
+        _prepare(node)
+    nodes = [node for node in nodes if node.rows is None]
+    for device in dict.fromkeys(node.device for node in nodes):
+        together = [node for node in nodes if node.device == device]
+        results = _into_tensors([(node, node.shape, _rows_of) for node in together], results=True)
+        for node, rows in zip(together, results):
+            node.store(rows)
+
+
+def _prepare(root: Node) -> None:
+    """Give every normalisation among the steps to `root` its statistics, and attention its keys and values."""
+    while True:
+        # No list of the steps may outlive this line: what it holds would count as in use.
+        node = next((one for one in producers_first([root]) if not _is_prepared(one)), None)
+        if node is None:
+            return
+        if isinstance(node.step, Normalise):
+            _gather(node.inputs[0], node.step.groups, root)
+            node.step.prepare(node.inputs[0])
+        elif isinstance(node.step, Attend):
+            node.step.prepare(*(_all_tokens(source) for source in node.inputs[1:]))
+            node.let_go(1)
+
+
+def _is_prepared(node: Node) -> bool:
+    return getattr(node.step, "prepared", True)
+
+
+def _gather(node: Node, groups: int, above: Node) -> None:
+    """Statistics of `groups` groups of channels of `node`, which is stored with that, unless the plan says otherwise.
+
+    above: the node whose evaluation this is a part of. What else in it reads the same unstored maps, and is smaller,
+    is stored too.
+    """
+    if groups in node.statistics:
+        return
+    statistics = Statistics(groups)
+    if node.rows is None:
+        if _leave_unstored(node):
+            Sweep([node], keep=True).run([statistics.add])
+        else:
+            _store([node, *_beside(node, above)], statistics)
+    elif not node.run.dry:
+        for first, last in strips(node.height, rows_that_suit(node, node.row_bytes)):
+            statistics.add(node.rows.read(first, last))
+    node.statistics[groups] = statistics
+
+
+def _store(nodes: list[Node], statistics: Optional[Statistics] = None) -> None:
+    """Store `nodes`, all in one pass; `statistics` are those of the first."""
     sweep = Sweep(nodes)
     stored = [
         Rows(node.run, node.shape, node.dtype, node.device, elsewhere)
@@ -70,206 +98,6 @@ def _store_together(nodes: list[Node], statistics: Optional[Statistics]) -> None
         node.store(rows)
 
 
-def _as_one(
-    node: Node, shape: tuple[int, ...], part: Callable[[Tensor, int, int], Tensor], result: bool = False
-) -> Rows:
-    """`node` evaluated into one new tensor of `shape`; `part(tensor, first, last)` is where rows go."""
-    sweep = Sweep([node])
-    (elsewhere,) = [False] if result else sweep.places([node.bytes])
-    elsewhere = elsewhere and node.device.type == "cpu"
-    if elsewhere and not node.run.dry:
-        tensor = FileBuffer(node.bytes).empty(shape, node.dtype)
-    else:
-        tensor = torch.empty(shape, dtype=node.dtype, device=node.device)
-    rows = Rows.of(tensor, node.run, counted=not elsewhere)
-    first = 0
-
-    def write(strip: Tensor) -> None:
-        nonlocal first
-        part(tensor, first, first + strip.shape[-2]).copy_(strip)
-        first += strip.shape[-2]
-
-    sweep.run([write])
-    return rows
-
-
-def _all_tokens(node: Node) -> Rows:
-    """A map `[B, C, H, W]` as `[B, pixels, C]`."""
-    batch, channels, height, width = node.shape
-
-    def part(tensor: Tensor, first: int, last: int) -> Tensor:
-        rows = tensor.narrow(1, first * width, (last - first) * width)
-        return rows.transpose(1, 2).unflatten(2, (last - first, width))
-
-    return _as_one(node, (batch, height * width, channels), part)
-
-
-class Sweep:
-    """One evaluation of maps of equal height, from top to bottom.
-
-    Stored maps that nothing else refers to are given up as it passes them, unless `keep`.
-    """
-
-    def __init__(self, roots: list[Node], keep: bool = False) -> None:
-        self.roots, self.run_of = roots, roots[0].run
-        for root in roots:
-            _prepare(root)
-        self.order = _producers_first(roots)
-        self.dying = [] if keep else _dying(roots, self.order)
-        self.strip_rows = _strip_rows(roots[0], self.order)
-        self.workspace = _workspace(roots[0], self.order, self.strip_rows)
-
-    def places(self, sizes: list[int]) -> list[bool]:
-        """For each new map, of `sizes` bytes: whether it has to lie elsewhere than on the device."""
-        run = self.run_of
-        held, freed = run.held + self.workspace, sum(node.rows.bytes_held for node in self.dying if node.rows)
-        places = []
-        for size in sizes:
-            places.append(not planner.fits(run.plan.budget, held, freed, size))
-            if places[-1]:
-                run.moved += size
-            else:
-                held += size
-        self._new = sum(size for size, elsewhere in zip(sizes, places) if not elsewhere) - freed
-        return places
-
-    _new = 0
-
-    def run(self, sinks: list[Sink]) -> None:
-        """Give the rows of each root to its sink, in strips from top to bottom."""
-        run, root = self.run_of, self.roots[0]
-        run.note(self.workspace + max(self._new, 0))
-        total = sum(node.bytes for node in self.order)
-        if run.dry:
-            run.progress(total)
-            for node in self.dying:
-                assert node.rows is not None
-                node.rows.give_up(node.height)
-            return
-        if root.device.type == "cpu":
-            keep_freed_blocks()
-        state = _State(dict.fromkeys(self.order, 0), {})
-        strip_rows, first = self.strip_rows, 0
-        while first < root.height:
-            last = min(first + strip_rows, root.height)
-            ahead = _State(dict(state.done), dict(state.lines))
-            strips_made = self._strips(ahead, first, last)
-            if strips_made is None:
-                release(root.device)
-                strip_rows = (last - first + 1) // 2
-                continue
-            for sink in sinks:
-                sink(strips_made.pop(0))
-            state = ahead
-            for node in self.dying:
-                assert node.rows is not None
-                node.rows.give_up(_next_row(node, self.order, state))
-            run.progress(total * last // root.height - total * first // root.height)
-            first = last
-
-    def _strips(self, state: _State, first: int, last: int) -> Optional[list[Tensor]]:
-        """Rows of the roots; None where memory ran out, which is raised for a single row."""
-        try:
-            return _strip(self.roots, self.order, state, first, last)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or last - first == 1:
-                raise
-            return None
-
-
-@dataclass
-class _State:
-    """How far an evaluation has come: rows done of each step, and the last rows of those that are read again."""
-
-    done: dict[Node, int]
-    lines: dict[Node, tuple[int, Tensor]]
-
-
-def _strip(roots: list[Node], order: list[Node], state: _State, first: int, last: int) -> list[Tensor]:
-    done, lines = state.done, state.lines
-    wanted = dict.fromkeys(roots, (first, last))
-    for node in reversed(order):  # consumers before producers
-        low, high = wanted.get(node, (done[node], done[node]))
-        start = max(low, done[node])
-        if start < high:
-            assert node.step is not None
-            for source, (a, b) in zip(node.inputs, node.step.needs(start, high, node.sizes)):
-                c, d = wanted.get(source, (a, b))
-                wanted[source] = (min(a, c), max(b, d))
-    pieces: dict[Node, tuple[int, Tensor]] = {}
-    for node in order:
-        if node not in wanted:
-            continue
-        low, high = wanted[node]
-        start = max(low, done[node])
-        parts = []
-        if node in lines:
-            low, line = lines[node]
-            parts.append(line)
-        if start < high:
-            parts.append(_compute(node, start, high, pieces))
-            done[node] = high
-        pieces[node] = (low, parts[0] if len(parts) == 1 else torch.cat(parts, -2))
-        del parts
-        for source in set(node.inputs):  # what no later step of this strip reads goes now
-            if source in pieces and source not in roots and _last_reader(source, order, wanted) is node:
-                _keep_line(source, order, state, *pieces.pop(source))
-    return [pieces.pop(root)[1] for root in roots]
-
-
-def _compute(node: Node, start: int, high: int, pieces: dict[Node, tuple[int, Tensor]]) -> Tensor:
-    assert node.step is not None
-    inputs = []
-    for source, (a, b) in zip(node.inputs, node.step.needs(start, high, node.sizes)):
-        if source.rows is not None:
-            inputs.append(source.rows.read(a, b))
-        else:
-            begin, piece = pieces[source]
-            inputs.append(piece.narrow(-2, a - begin, b - a))
-    return node.step.compute(start, high, inputs, node.sizes)
-
-
-def _last_reader(source: Node, order: list[Node], wanted: dict[Node, tuple[int, int]]) -> Optional[Node]:
-    readers = [node for node in order if node in wanted and source in node.inputs]
-    return readers[-1] if readers else None
-
-
-def _keep_line(node: Node, order: list[Node], state: _State, begin: int, rows: Tensor) -> None:
-    """Keep of `node`, of which `rows` from row `begin` on are there, what the next strip reads again."""
-    low, done = max(_next_row(node, order, state), begin), state.done[node]
-    state.lines.pop(node, None)
-    if low < done:
-        state.lines[node] = (low, rows.narrow(-2, low - begin, done - low).clone())
-
-
-def _next_row(source: Node, order: list[Node], state: _State) -> int:
-    """The first row of `source` that is still to be read."""
-    low = source.height
-    for node in order:
-        done = state.done[node]
-        if done < node.height:
-            assert node.step is not None
-            for one, (a, _) in zip(node.inputs, node.step.needs(done, done + 1, node.sizes)):
-                if one is source:
-                    low = min(low, a)
-    return low
-
-
-def _prepare(root: Node) -> None:
-    """Give every normalisation among the steps to `root` its statistics, and attention its keys and values."""
-    while True:
-        # No list of the steps may outlive this line: what it holds would count as in use.
-        node = next((one for one in _producers_first([root]) if not getattr(one.step, "prepared", True)), None)
-        if node is None:
-            return
-        if isinstance(node.step, Normalise):
-            store(node.inputs[0], node.step.groups, root)
-            node.step.prepare(node.inputs[0])
-        elif isinstance(node.step, Attend):
-            node.step.prepare(*(_all_tokens(source) for source in node.inputs[1:]))
-            node.let_go(1)
-
-
 def _leave_unstored(node: Node) -> bool:
     """Whether `node` is cheap to have again and the plan has it computed wherever it is read.
 
@@ -283,77 +111,73 @@ def _leave_unstored(node: Node) -> bool:
     if not node.run.leaves_unstored(node.bytes):
         return False
     if source.rows is None:
-        _store_together([source], None)
+        _store([source])
     return True
 
 
-def _beside(node: Node, above: Optional[Node]) -> list[Node]:
+def _beside(node: Node, above: Node) -> list[Node]:
     """What on the way to `above` reads an unstored map that `node` is computed from, and takes less room than that."""
-    if above is None or node.run.plan.unstored_from is None:
+    if node.run.plan.unstored_from is None:
         return []
-    own = _producers_first([node])
+    own = producers_first([node])
     unstored = [one for one in own if one.statistics]
     return [
         one
-        for one in _producers_first([above])
+        for one in producers_first([above])
         if one is not above
         and one not in own
-        and one.height == node.height
         and any(source in unstored and one.bytes < source.bytes for source in one.inputs)
-        and all(getattr(step.step, "prepared", True) for step in _producers_first([one]))
+        and all(_is_prepared(step) for step in producers_first([one]))
     ]
 
 
-def _producers_first(roots: list[Node]) -> list[Node]:
-    """The steps that lead to `roots`, inputs before what reads them; stored maps are not steps."""
-    order: list[Node] = []
-    seen: set[int] = set()
-    stack = [(root, False) for root in roots]
-    while stack:
-        node, expanded = stack.pop()
-        if expanded:
-            order.append(node)
-        elif node.rows is None and id(node) not in seen:
-            seen.add(id(node))
-            stack.append((node, True))
-            stack.extend((source, False) for source in node.inputs)
-    return order
+def _all_tokens(node: Node) -> Rows:
+    """A map `[B, C, H, W]` as `[B, pixels, C]`."""
+    batch, channels, height, width = node.shape
+
+    def part(tensor: Tensor, first: int, last: int) -> Tensor:
+        rows = tensor.narrow(1, first * width, (last - first) * width)
+        return rows.transpose(1, 2).unflatten(2, (last - first, width))
+
+    if node.rows is not None:
+        node = node.then(_SAME, node.shape)
+    return _into_tensors([(node, (batch, height * width, channels), part)])[0]
 
 
-def _dying(roots: list[Node], order: list[Node]) -> list[Node]:
-    """Stored maps that go with this evaluation: each of their users is a step that nothing else refers to."""
-    references: dict[Node, int] = {}
-    stored = []
-    for node in reversed(order):
-        if node in roots or references.get(node, 0) == node.users:
-            for source in node.inputs:
-                references[source] = references.get(source, 0) + 1
-                if source.rows is not None and source not in stored:
-                    stored.append(source)
-    return [node for node in stored if references[node] == node.users]
+_SAME = RowLocal(lambda pieces: pieces[0])
 
 
-def _strip_rows(root: Node, order: list[Node]) -> int:
-    """Rows of `root` in a strip: what its steps make of one, a few of them at a time, together suits the device."""
-    return _rows_that_suit(root, max(_row_bytes(node) * node.height for node in order) // max(root.height, 1))
+def _rows_of(tensor: Tensor, first: int, last: int) -> Tensor:
+    return tensor.narrow(-2, first, last - first)
 
 
-def _row_bytes(node: Node) -> int:
-    return node.row_bytes + (node.step.row_bytes if node.step is not None else 0)
+def _into_tensors(targets: list[tuple[Node, tuple[int, ...], Part]], results: bool = False) -> list[Rows]:
+    """Each node evaluated into one new tensor of a shape; `part(tensor, first, last)` is where its rows go.
+
+    results: these are the results of the computation, which lie on the device whatever the budget.
+    """
+    nodes = [node for node, _, _ in targets]
+    sweep = Sweep(nodes)
+    places = sweep.places([node.bytes for node in nodes], movable=not results and nodes[0].device.type == "cpu")
+    stored, sinks = [], []
+    for (node, shape, part), elsewhere in zip(targets, places):
+        if elsewhere and not node.run.dry:
+            tensor = FileBuffer(node.bytes).empty(shape, node.dtype)
+        else:
+            tensor = torch.empty(shape, dtype=node.dtype, device=node.device)
+        stored.append(Rows.of(tensor, node.run, counted=not elsewhere))
+        sinks.append(_Writer(tensor, part))
+    sweep.run(sinks)
+    return stored
 
 
-def _rows_that_suit(node: Node, row_bytes: int) -> int:
-    target = planner.STRIP_BYTES.get(node.device.type, planner.STRIP_BYTES_ELSEWHERE) // 4
-    return min(max(target // max(row_bytes, 1), 1), max(node.height, 1))
+class _Writer:
+    """A sink that writes rows into a tensor."""
 
+    def __init__(self, tensor: Tensor, part: Part) -> None:
+        self._tensor, self._part, self._first = tensor, part, 0
 
-def _workspace(root: Node, order: list[Node], strip_rows: int) -> int:
-    """Bytes that an evaluation takes beside stored maps: the widest step's strips, and the rows kept between strips."""
-    share = strip_rows / max(root.height, 1)
-    strips_of = [_row_bytes(node) * (share * node.height + 2) for node in order]
-    lines = sum(2 * node.row_bytes for node in order)
-    return int(_STRIPS_AT_ONCE * max(strips_of) + lines)
-
-
-_STRIPS_AT_ONCE = 5
-"""Strips of the widest step alive at once: with their halo rows, its result, and what a backend copies of them."""
+    def __call__(self, strip: Tensor) -> None:
+        last = self._first + strip.shape[-2]
+        self._part(self._tensor, self._first, last).copy_(strip)
+        self._first = last

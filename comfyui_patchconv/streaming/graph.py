@@ -130,9 +130,8 @@ class Attend(Step):
     def compute(self, first: int, last: int, pieces: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         (piece,) = pieces
         queries = self._split(piece.flatten(2).transpose(1, 2).contiguous())
-        tokens = F.scaled_dot_product_attention(
-            queries, *(self._split(tokens.whole()) for tokens in self._others), scale=self.scale
-        )
+        keys, values = (self._split(tokens.whole()) for tokens in self._others)
+        tokens = F.scaled_dot_product_attention(queries, keys, values, scale=self.scale)
         return tokens.transpose(2, 3).reshape(piece.shape[0], -1, *piece.shape[2:])
 
     def _split(self, tokens: Tensor) -> Tensor:

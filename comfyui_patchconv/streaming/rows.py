@@ -31,8 +31,7 @@ class Rows:
     def of(cls, tensor: Tensor, run: Run, counted: bool = True) -> Rows:
         """A tensor that is there already; one of the caller's is not counted."""
         rows = cls(run, tensor.shape, tensor.dtype, tensor.device, elsewhere=not counted)
-        rows._strips, rows.end = [(0, tensor.shape[-2], tensor)], tensor.shape[-2]
-        rows._count(tensor.shape[-2])
+        rows._fill(tensor.shape[-2], tensor)
         return rows
 
     def __del__(self) -> None:
@@ -62,8 +61,7 @@ class Rows:
 
     def pretend(self) -> None:
         """In a dry run: all rows are there."""
-        self._strips, self.end = [(0, self.shape[-2], None)], self.shape[-2]
-        self._count(self.end)
+        self._fill(self.shape[-2], None)
 
     def read(self, first: int, last: int) -> Tensor:
         """Rows `[first, last)`, on the device: a view where one strip has them all."""
@@ -91,11 +89,16 @@ class Rows:
                 if strip is not None:
                     tensor.narrow(-2, start, rows).copy_(strip)
             self.give_up(self.end)
-            self._strips, self._buffer, self.elsewhere = [(0, self.end, tensor)], None, False
-            self._count(self.end)
+            self._buffer, self.elsewhere = None, False
+            self._fill(self.end, tensor)
         tensor = self._strips[0][2]
         assert tensor is not None
         return tensor
+
+    def _fill(self, rows: int, values: Optional[Tensor]) -> None:
+        self._strips = [(0, rows, values)]
+        self.end = rows
+        self._count(rows)
 
     def _count(self, rows: int) -> None:
         if not self.elsewhere:
@@ -103,7 +106,7 @@ class Rows:
 
 
 def _is_borrowed(strip: Tensor) -> bool:
-    """Whether a strip lies in memory that is more than its own, or not torch's: a part of a file that may be given up."""
+    """Whether a strip lies in memory that is more than its own, or not torch's (a part of a file may be given up)."""
     storage = strip.untyped_storage()
     return not storage.resizable() or storage.nbytes() > strip.numel() * strip.element_size()
 

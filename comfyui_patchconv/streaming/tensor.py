@@ -116,10 +116,15 @@ def _viewed(value: Any) -> Any:
     return node, tokens.layout_of(node) if value._layout is None else value._layout
 
 
-def evaluated(value: Any, result: bool = False) -> Any:
-    """`value`, or the tensor that it stands for; outside inference mode none that belongs to it. result: see `whole`."""
+def finish(values: Any) -> None:
+    """Evaluate what a computation returns or leaves behind, in one pass."""
+    engine.finish([value._hold.node for value in tree_flatten(values)[0] if isinstance(value, LazyTensor)])
+
+
+def evaluated(value: Any) -> Any:
+    """`value`, or the tensor that it stands for; outside inference mode none that belongs to it."""
     if isinstance(value, LazyTensor):
-        tensor = engine.whole(value._hold.node, result)
+        tensor = engine.whole(value._hold.node)
         value = tensor if value._layout is None else tokens.evaluated(tensor, value._layout)
     own = isinstance(value, Tensor) and value.is_inference() and not torch.is_inference_mode_enabled()
     return value.clone() if own else value

@@ -173,4 +173,3 @@ def _meta(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> T
 def is_map(node: Node, layout: Tensor) -> bool:
     """Whether a layout shows the map as it is."""
     return _lies(layout, node.shape, layout_of(node).stride())
-

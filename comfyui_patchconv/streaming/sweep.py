@@ -1,0 +1,233 @@
+"""One pass over feature maps from top to bottom, strip by strip; every row of every step on the way is computed once.
+
+Between two strips each step keeps the last rows that the next strip will read again (a line buffer), so halos cost
+neither repeated work nor, through residual branches, work that doubles with depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from .. import planner
+from ..memory import is_out_of_memory, keep_freed_blocks, release
+from .graph import Node, RowLocal
+
+Sink = Callable[[Tensor], None]
+
+_STRIPS_AT_ONCE = 5
+"""Strips of the widest step alive at once: with their halo rows, its result, and what a backend copies of them."""
+
+
+def producers_first(roots: list[Node]) -> list[Node]:
+    """The steps that lead to `roots`, inputs before what reads them; stored maps are not steps."""
+    order: list[Node] = []
+    seen: set[int] = set()
+    stack = [(root, False) for root in roots]
+    while stack:
+        node, expanded = stack.pop()
+        if expanded:
+            order.append(node)
+        elif node.rows is None and id(node) not in seen:
+            seen.add(id(node))
+            stack.append((node, True))
+            stack.extend((source, False) for source in node.inputs)
+    return order
+
+
+def rows_that_suit(node: Node, row_bytes: int) -> int:
+    """Rows of `node` in a strip, where one of them stands for `row_bytes` bytes."""
+    target = planner.STRIP_BYTES.get(node.device.type, planner.STRIP_BYTES_ELSEWHERE) // 4
+    return min(max(target // max(row_bytes, 1), 1), max(node.height, 1))
+
+
+@dataclass
+class _State:
+    """How far a pass has come: rows done of each step, and the last rows of those that are read again."""
+
+    done: dict[Node, int]
+    lines: dict[Node, tuple[int, Tensor]]
+
+
+class Sweep:
+    """Computes `roots`, whose steps are all prepared, in strips of equal share.
+
+    Stored maps that nothing else refers to are given up as it passes them, unless `keep`.
+    """
+
+    def __init__(self, roots: list[Node], keep: bool = False) -> None:
+        self._run = roots[0].run
+        order = producers_first(roots)
+        read = {source for node in order for source in node.inputs}
+        # A root that others read too goes to its sink through a step of its own, which tells how far that has come.
+        self._roots = [
+            Node(root.run, root.shape, root.dtype, root.device, RowLocal(lambda pieces: pieces[0]), [root])
+            if root in read
+            else root
+            for root in roots
+        ]
+        self._order = producers_first(self._roots)
+        self._readers: dict[Node, list[Node]] = {}
+        for node in self._order:
+            for source in dict.fromkeys(node.inputs):
+                self._readers.setdefault(source, []).append(node)
+        self._dying = [] if keep else self._that_die()
+        self._main = max(self._roots, key=lambda root: root.height)
+        share = max(_row_bytes(node) * node.height for node in self._order) // max(self._main.height, 1)
+        self._strip_rows = rows_that_suit(self._main, share)
+        self._workspace = self._bytes_beside_maps()
+        self._growth = 0
+
+    def places(self, sizes: list[int], movable: bool = True) -> list[bool]:
+        """For each new map, of `sizes` bytes: whether it has to lie elsewhere than on the device, if it may."""
+        run = self._run
+        held, freed = run.held + self._workspace, sum(node.rows.bytes_held for node in self._dying if node.rows)
+        places = []
+        for size in sizes:
+            places.append(movable and not planner.fits(run.plan.budget, held, freed, size))
+            if places[-1]:
+                run.moved += size
+            else:
+                held += size
+                self._growth += size
+        self._growth -= freed
+        return places
+
+    def run(self, sinks: list[Sink]) -> None:
+        """Give the rows of each root to its sink, from top to bottom."""
+        run, height = self._run, self._main.height
+        run.note(self._workspace + max(self._growth, 0))
+        work = sum(node.bytes for node in self._order)
+        if run.dry:
+            for node in self._dying:
+                assert node.rows is not None
+                node.rows.give_up(node.height)
+            run.progress(work)
+            return
+        if self._main.device.type == "cpu":
+            keep_freed_blocks()
+        state = _State(dict.fromkeys(self._order, 0), {})
+        strip_rows, first = self._strip_rows, 0
+        while first < height:
+            last = min(first + strip_rows, height)
+            ahead = _State(dict(state.done), dict(state.lines))
+            strips = self._strips(ahead, first, last)
+            if strips is None:
+                release(self._main.device)
+                strip_rows = (last - first + 1) // 2
+                continue
+            for sink in sinks:
+                strip = strips.pop(0)
+                if strip is not None:
+                    sink(strip)
+                del strip
+            state = ahead
+            for node in self._dying:
+                assert node.rows is not None
+                node.rows.give_up(self._next_row(node, state))
+            run.progress(work * last // height - work * first // height)
+            first = last
+
+    def _strips(self, state: _State, first: int, last: int) -> Optional[list[Optional[Tensor]]]:
+        """The next rows of each root; None where memory ran out, which is raised for a single row."""
+        try:
+            return self._advance(state, first, last)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or last - first == 1:
+                raise
+            return None
+
+    def _advance(self, state: _State, first: int, last: int) -> list[Optional[Tensor]]:
+        done, height = state.done, self._main.height
+        wanted: dict[Node, tuple[int, int]] = {}
+        for root in self._roots:
+            rows = done[root], root.height * last // height
+            if rows[0] < rows[1]:
+                wanted[root] = rows
+        for node in reversed(self._order):  # consumers before producers
+            low, high = wanted.get(node, (done[node], done[node]))
+            start = max(low, done[node])
+            if start < high:
+                assert node.step is not None
+                for source, (a, b) in zip(node.inputs, node.step.needs(start, high, node.sizes)):
+                    c, d = wanted.get(source, (a, b))
+                    wanted[source] = (min(a, c), max(b, d))
+        pieces: dict[Node, tuple[int, Tensor]] = {}
+        for node in self._order:
+            if node not in wanted:
+                continue
+            low, high = wanted[node]
+            start = max(low, done[node])
+            parts = []
+            if node in state.lines:
+                low, line = state.lines[node]
+                parts.append(line)
+            if start < high:
+                parts.append(_compute(node, start, high, pieces))
+                done[node] = high
+            pieces[node] = (low, parts[0] if len(parts) == 1 else torch.cat(parts, -2))
+            del parts
+            for source in dict.fromkeys(node.inputs):  # what no later step of this strip reads goes now
+                if source in pieces and self._last_reader(source, wanted) is node:
+                    self._keep_line(source, state, *pieces.pop(source))
+        return [pieces.pop(root)[1] if root in wanted else None for root in self._roots]
+
+    def _last_reader(self, source: Node, wanted: dict[Node, tuple[int, int]]) -> Optional[Node]:
+        return next((node for node in reversed(self._readers[source]) if node in wanted), None)
+
+    def _keep_line(self, node: Node, state: _State, begin: int, rows: Tensor) -> None:
+        """Keep of `node`, of which `rows` from row `begin` on are there, what the next strip reads again."""
+        low, done = max(self._next_row(node, state), begin), state.done[node]
+        state.lines.pop(node, None)
+        if low < done:
+            state.lines[node] = (low, rows.narrow(-2, low - begin, done - low).clone())
+
+    def _next_row(self, source: Node, state: _State) -> int:
+        """The first row of `source` that is still to be read."""
+        low = source.height
+        for node in self._readers[source]:
+            done = state.done[node]
+            if done < node.height:
+                assert node.step is not None
+                for one, (a, _) in zip(node.inputs, node.step.needs(done, done + 1, node.sizes)):
+                    if one is source:
+                        low = min(low, a)
+        return low
+
+    def _that_die(self) -> list[Node]:
+        """Stored maps that go with this pass: each of their users is a step that nothing else refers to."""
+        references: dict[Node, int] = {}
+        stored = []
+        for node in reversed(self._order):
+            if node in self._roots or references.get(node, 0) == node.users:
+                for source in node.inputs:
+                    references[source] = references.get(source, 0) + 1
+                    if source.rows is not None and source not in stored:
+                        stored.append(source)
+        return [node for node in stored if references[node] == node.users]
+
+    def _bytes_beside_maps(self) -> int:
+        """Bytes taken beside stored maps: the widest step's strips, and the rows kept between strips."""
+        share = self._strip_rows / max(self._main.height, 1)
+        strips = [_row_bytes(node) * (share * node.height + 2) for node in self._order]
+        return int(_STRIPS_AT_ONCE * max(strips) + sum(2 * node.row_bytes for node in self._order))
+
+
+def _compute(node: Node, start: int, high: int, pieces: dict[Node, tuple[int, Tensor]]) -> Tensor:
+    assert node.step is not None
+    inputs = []
+    for source, (a, b) in zip(node.inputs, node.step.needs(start, high, node.sizes)):
+        if source.rows is not None:
+            inputs.append(source.rows.read(a, b))
+        else:
+            begin, piece = pieces[source]
+            inputs.append(piece.narrow(-2, a - begin, b - a))
+    return node.step.compute(start, high, inputs, node.sizes)
+
+
+def _row_bytes(node: Node) -> int:
+    return node.row_bytes + (node.step.row_bytes if node.step is not None else 0)

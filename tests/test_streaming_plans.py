@@ -1,0 +1,162 @@
+"""Whatever a plan says, the result is the same; and what it expects to take is what a run takes."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conv_helpers import assert_same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_zoo import CASES, draw_weights, image, kl, wan
+from network_helpers import random_network, run_network
+from torch import Tensor
+
+from comfyui_patchconv import planner
+from comfyui_patchconv.streaming import Plan, choose, stream
+from comfyui_patchconv.streaming.buffers import FileBuffer, HostBuffer
+from comfyui_patchconv.streaming.call import carry_out
+from comfyui_patchconv.streaming.run import Run
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([1, 500, 4_000]),
+    st.one_of(st.none(), st.integers(1, 40_000)),
+    st.one_of(st.none(), st.integers(1, 10_000)),
+)
+def test_the_result_never_depends_on_the_plan(
+    seed: int, strip_bytes: int, budget: int | None, unstored_from: int | None
+) -> None:
+    operators, channels = random_network(seed)
+    x = torch.randn(2, channels, 13, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    before = planner.STRIP_BYTES["cpu"]
+    planner.STRIP_BYTES["cpu"] = strip_bytes
+    try:
+        expected = run_network(operators, x.clone(), 2)
+        run = Run(Plan(budget, unstored_from))
+        result = carry_out(lambda map: run_network(operators, map, 2), (x.clone(),), {}, run)
+    finally:
+        planner.STRIP_BYTES["cpu"] = before
+    assert_same(result, expected, 1e-9)
+
+
+@pytest.mark.parametrize("budget", [None, 1, 300_000, 10**9])
+@pytest.mark.parametrize("name", ["kl decode", "kl encode", "tiny decode", "hunyuan decode", "qwen encode"])
+def test_a_run_takes_what_the_plan_expects(name: str, budget: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(planner.STRIP_BYTES, "cpu", 20_000)
+    build, call, input = CASES[name]
+    model = draw_weights(build())
+    plan = choose(lambda x: call(model, x), (input,), {}, budget=budget)
+    run = Run(plan)
+    result = carry_out(lambda x: call(model, x), (input,), {}, run)
+    assert_same(result, call(model, input), 1e-5)
+    assert (run.peak, run.moved, run.work) == (plan.peak, plan.moved, plan.work)
+    assert plan.peak > 0
+
+
+def test_a_budget_moves_maps_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(planner.STRIP_BYTES, "cpu", 4_000)
+    model: Any = draw_weights(kl(4))
+    latent = image(4, 64, 64)
+    free = choose(model.decode, (latent,), {})
+    tight = choose(model.decode, (latent,), {}, budget=free.peak * 3 // 4)
+    assert free.moved == 0 < tight.moved
+    assert tight.peak <= free.peak * 3 // 4
+
+
+def test_the_largest_map_is_left_unstored_where_that_lowers_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(planner.STRIP_BYTES, "cpu", 20_000)
+    model: Any = draw_weights(kl(4))
+    latent = image(4, 64, 64)
+    plan = choose(model.decode, (latent,), {})
+    assert plan.unstored_from is not None
+    stored = Run(Plan(), dry=False)
+    carry_out(model.decode, (latent,), {}, stored)
+    assert plan.peak < 0.95 * stored.peak
+
+
+def test_frames_that_a_model_keeps_become_tensors() -> None:
+    """Wan decodes frame by frame and hands its decoder a list, in which each convolution keeps frames for the next."""
+    model: Any = draw_weights(wan())
+    latent = image(16, 3, 7, 6)
+    expected = model.decode(latent, return_dict=False)[0]
+    kept: list[Any] = []
+    plain = model.decoder.forward
+
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        kept[:] = kwargs["feat_cache"]
+        return plain(*args, **kwargs)
+
+    model.decoder.forward = watch
+    with stream(model.decoder):
+        result = model.decode(latent, return_dict=False)[0]
+    assert_same(result, expected, 1e-5)
+    frames = [one for one in kept if isinstance(one, Tensor)]
+    assert frames
+    assert all(type(one) is Tensor for one in frames)
+
+
+@pytest.mark.parametrize("budget", [0, -1, 1.5, "2GiB"])
+def test_a_wrong_budget(budget: Any) -> None:
+    with (
+        pytest.raises(ValueError, match=r"budget is .* give a whole number of bytes above 0"),
+        stream(kl(4), budget=budget),
+    ):
+        pass
+
+
+def test_only_modules_and_methods_are_streamed() -> None:
+    with pytest.raises(TypeError, match="cannot be streamed: give a module, or a method"), stream(3):  # type: ignore
+        pass
+
+
+class TestFiles:
+    @pytest.fixture(autouse=True)
+    def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        return tmp_path
+
+    def test_nothing_is_left(self, folder: Path) -> None:
+        buffer = FileBuffer(4 * 12)
+        strips = [buffer.keep(torch.full((1, 2, 3), float(n))) for n in range(2)]
+        assert [strip.unique().item() for strip in strips] == [0.0, 1.0]
+        assert list(folder.iterdir()) == []
+
+    def test_a_discarded_strip_leaves_its_neighbours(self) -> None:
+        buffer = FileBuffer(3 * 4 * 5000)
+        first, second, third = (buffer.keep(torch.full((5000,), float(n + 1))) for n in range(3))
+        buffer.discard(second)
+        assert first.unique().tolist() == [1.0]
+        assert third.unique().tolist() == [3.0]
+
+    def test_no_room_is_said_before_work(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(OSError, match=r"space|large"):
+            FileBuffer(1 << 60)
+
+    def test_an_interrupted_run_leaves_nothing(self, folder: Path) -> None:
+        model: Any = draw_weights(kl(4))
+        latent = image(4, 19, 16)
+        steps = 0
+
+        def stop(done: int, work: int) -> None:
+            nonlocal steps
+            steps += 1
+            if steps == 5:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt), stream(model.decoder, budget=1, on_progress=stop):
+            model.decode(latent)
+        assert list(folder.iterdir()) == []
+        assert "forward" not in model.decoder.__dict__
+
+
+def test_host_memory_keeps_values() -> None:
+    strip = torch.randn(2, 3, 4, 5)
+    kept = HostBuffer().keep(strip)
+    assert torch.equal(kept, strip)
+    assert kept.data_ptr() != strip.data_ptr()
