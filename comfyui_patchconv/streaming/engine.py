@@ -159,16 +159,15 @@ def _into_tensors(targets: list[tuple[Node, tuple[int, ...], Part]], results: bo
     nodes = [node for node, _, _ in targets]
     sweep = Sweep(nodes)
     places = sweep.places([node.bytes for node in nodes], movable=not results and nodes[0].device.type == "cpu")
-    stored, sinks = [], []
-    for (node, shape, part), elsewhere in zip(targets, places):
+    tensors = []
+    for (node, shape, _), elsewhere in zip(targets, places):
         if elsewhere and not node.run.dry:
             tensor = FileBuffer(node.bytes).empty(shape, node.dtype)
         else:
             tensor = torch.empty(shape, dtype=node.dtype, device=node.device)
-        stored.append(Rows.of(tensor, node.run, counted=not elsewhere))
-        sinks.append(_Writer(tensor, part))
-    sweep.run(sinks)
-    return stored
+        tensors.append(tensor)
+    sweep.run([_Writer(tensor, part) for tensor, (_, _, part) in zip(tensors, targets)])
+    return [Rows.of(tensor, nodes[0].run, counted=not elsewhere) for tensor, elsewhere in zip(tensors, places)]
 
 
 class _Writer:

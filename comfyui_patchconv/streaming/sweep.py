@@ -214,7 +214,20 @@ class Sweep:
         """Bytes taken beside stored maps: the widest step's strips, and the rows kept between strips."""
         share = self._strip_rows / max(self._main.height, 1)
         strips = [_row_bytes(node) * (share * node.height + 2) for node in self._order]
-        return int(_STRIPS_AT_ONCE * max(strips) + sum(2 * node.row_bytes for node in self._order))
+        lines = 0
+        for node, readers in self._readers.items():
+            if node.rows is None:
+                lines += node.row_bytes * max(_rows_again(node, reader) for reader in readers)
+        return int(_STRIPS_AT_ONCE * max(strips) + lines)
+
+
+def _rows_again(source: Node, reader: Node) -> int:
+    """How many rows of `source` two rows of `reader` in succession share."""
+    assert reader.step is not None
+    middle = reader.height // 2
+    places = [place for place, node in enumerate(reader.inputs) if node is source]
+    one, next_one = (reader.step.needs(row, row + 1, reader.sizes) for row in (middle, middle + 1))
+    return max(max(one[place][1] - next_one[place][0], 0) for place in places)
 
 
 def _compute(node: Node, start: int, high: int, pieces: dict[Node, tuple[int, Tensor]]) -> Tensor:
