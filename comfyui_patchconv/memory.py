@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from contextlib import suppress
 from functools import cache
+from typing import Optional
 
 import torch
 
@@ -36,3 +38,35 @@ def keep_freed_blocks() -> None:
     """
     with suppress(RuntimeError, MemoryError):
         torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
+
+
+class _Mallinfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks")),
+        ("uordblks", ctypes.c_size_t),
+        ("fordblks", ctypes.c_size_t),
+        ("keepcost", ctypes.c_size_t),
+    ]
+
+
+@cache
+def _glibc() -> Optional[ctypes.CDLL]:
+    """glibc from 2.33 on, None where it is another library."""
+    with suppress(OSError, AttributeError, TypeError):
+        library = ctypes.CDLL(None)
+        library.mallinfo2.restype = _Mallinfo
+        library.malloc_trim.argtypes = [ctypes.c_size_t]
+        return library
+    return None
+
+
+def trim(limit: int) -> None:
+    """Hand what the C library keeps of freed memory back to the system, if that is more than `limit` bytes.
+
+    Strips of many sizes, allocated in turn, leave gaps between them that add up to several times what is in use.
+    """
+    library = _glibc()
+    if library is not None and library.mallinfo2().fordblks > limit:
+        library.malloc_trim(0)

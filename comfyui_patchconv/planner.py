@@ -18,6 +18,10 @@ STRIP_BYTES_ELSEWHERE = 64 << 20
 """The same for other devices: enough rows to fill a GPU, little beside what it holds anyway. Not measured yet."""
 
 
+ALLOCATOR_BYTES = {"cpu": 128 << 20}
+"""What an allocator keeps of freed strips, beside those in use: glibc's, measured over decodes of 512² to 1024²."""
+
+
 def strip_rows(rows: int, splits: int, row_bytes: int, device_type: str) -> int:
     """Output rows of one strip, from 1 to `rows`.
 

@@ -17,9 +17,7 @@ from .run import Plan, Run
 from .tensor import finish
 
 _WORTH = 0.95
-"""A plan that computes more has to save this much of the peak."""
-
-_TRIALS = 4
+"""A plan that computes more has to take less than this share of the other's memory."""
 
 
 def choose(
@@ -53,12 +51,20 @@ def choose(
     first, again = trial(None)
     if budget is not None and first.peak <= budget:
         return first
-    sizes = sorted((size for size in again if size >= first.peak / 8), reverse=True)[:_TRIALS]
-    plans = [first, *(trial(size)[0] for size in sizes)]
-    if budget is not None:
-        return min(plans, key=lambda plan: (plan.peak > budget, plan.moved, plan.work))
-    least = min(plan.peak for plan in plans)
-    return next(plan for plan in plans if plan.peak * _WORTH <= least)
+    best = first
+    for size in sorted((size for size in again if size >= first.peak / 8), reverse=True):
+        plan, _ = trial(size)
+        if not _better(plan, best, budget):
+            break
+        best = plan
+    return best
+
+
+def _better(plan: Plan, best: Plan, budget: Optional[int]) -> bool:
+    """Whether a plan that computes more is worth it."""
+    if budget is None:
+        return plan.peak < _WORTH * best.peak
+    return (plan.peak > budget, plan.moved) < (best.peak > budget, _WORTH * best.moved)
 
 
 def _fake(value: Any, run: Run) -> Any:

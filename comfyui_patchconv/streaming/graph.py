@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..geometry import Axis, padded_row
+from .order import has_channels_last
 from .rows import Rows, Statistics
 from .run import Run
 
@@ -143,15 +144,11 @@ class UpsampledConvolve(Step):
 
     Each output pixel sees at most 2x2 different small pixels; which of the kernel's rows and columns fall on the same
     one depends on whether it is even or odd. 2.25 times fewer multiplications, and no upsampled map.
-    `call(piece, kernel)` convolves without padding or bias.
+    `call(piece, kernel)` convolves without bias, with a padding of 1 at the left and the right.
     """
 
     def __init__(self, weight: Tensor, bias: Optional[Tensor], call: Callable[[Tensor, Tensor], Tensor]) -> None:
-        sums = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64, device=weight.device)
-        self.kernels = [
-            [torch.einsum("ocyx,ay,bx->ocab", weight.double(), sums[y], sums[x]).to(weight.dtype) for x in (0, 1)]
-            for y in (0, 1)
-        ]
+        self.kernels = [[_summed(weight, y, x) for x in (0, 1)] for y in (0, 1)]
         self.bias, self.call = bias, call
 
     def needs(self, first: int, last: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
@@ -159,19 +156,37 @@ class UpsampledConvolve(Step):
 
     def compute(self, first: int, last: int, pieces: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         low, high = first // 2, (last - 1) // 2 + 1
-        piece = F.pad(pieces[0], (1, 1, int(low == 0), int(high == sizes[0])))
-        count, width = high - low, pieces[0].shape[-1]
+        piece, edges = pieces[0], (0, 0, int(low == 0), int(high == sizes[0]))
+        piece = F.pad(piece, edges) if any(edges) else piece
+        count, width = high - low, piece.shape[-1]
         output: Optional[Tensor] = None
         for y in (0, 1):
             for x in (0, 1):
-                part = self.call(piece[..., y : y + count + 1, x : x + width + 1], self.kernels[y][x])
+                part = self.call(piece.narrow(-2, y, count + 1), self.kernels[y][x])
                 if output is None:
-                    output = part.new_empty((*part.shape[:-2], 2 * count, 2 * width))
-                output[..., y::2, x::2] = part
+                    output = _empty((*part.shape[:-2], 2 * count, 2 * width), part)
+                output[..., y::2, x::2] = part[..., x : x + width]
         assert output is not None
         if self.bias is not None:
             output += self.bias.view(-1, 1, 1)
         return output.narrow(-2, first - 2 * low, last - first)
+
+
+def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    order = torch.channels_last if has_channels_last(like) else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=order)
+
+
+def _summed(weight: Tensor, odd_row: int, odd_column: int) -> Tensor:
+    """The 2x2 kernel that a 3x3 kernel is for output pixels of odd or even places, summed in float64 part by part."""
+    rows, columns = (((0, 1), (1, 3)) if not odd else ((0, 2), (2, 3)) for odd in (odd_row, odd_column))
+    kernel = weight.new_empty((*weight.shape[:2], 2, 2))
+    for part, whole in zip(kernel.split(64), weight.split(64)):
+        wide = whole.double()
+        for y, (top, bottom) in enumerate(rows):
+            for x, (left, right) in enumerate(columns):
+                part[..., y, x] = wide[..., top:bottom, left:right].sum((-2, -1))
+    return kernel
 
 
 class Pad(Step):

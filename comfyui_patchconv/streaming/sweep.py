@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import planner
-from ..memory import is_out_of_memory, keep_freed_blocks, release
+from ..memory import is_out_of_memory, keep_freed_blocks, release, trim
+from .buffers import lasting
 from .graph import Node, RowLocal
 
 Sink = Callable[[Tensor], None]
@@ -81,6 +82,7 @@ class Sweep:
         self._strip_rows = rows_that_suit(self._main, share)
         self._workspace = self._bytes_beside_maps()
         self._growth = 0
+        self._lines: dict[Node, list[Optional[Tensor]]] = {}
 
     def places(self, sizes: list[int], movable: bool = True) -> list[bool]:
         """For each new map, of `sizes` bytes: whether it has to lie elsewhere than on the device, if it may."""
@@ -110,6 +112,8 @@ class Sweep:
             return
         if self._main.device.type == "cpu":
             keep_freed_blocks()
+            if run.plan.budget is not None:
+                trim(planner.ALLOCATOR_BYTES["cpu"])
         state = _State(dict.fromkeys(self._order, 0), {})
         strip_rows, first = self._strip_rows, 0
         while first < height:
@@ -182,9 +186,22 @@ class Sweep:
     def _keep_line(self, node: Node, state: _State, begin: int, rows: Tensor) -> None:
         """Keep of `node`, of which `rows` from row `begin` on are there, what the next strip reads again."""
         low, done = max(self._next_row(node, state), begin), state.done[node]
-        state.lines.pop(node, None)
+        _, before = state.lines.pop(node, (0, None))
         if low < done:
-            state.lines[node] = (low, rows.narrow(-2, low - begin, done - low).clone())
+            again = rows.narrow(-2, low - begin, done - low)
+            state.lines[node] = (low, self._other_line(node, before, again).copy_(again))
+
+    def _other_line(self, node: Node, line: Optional[Tensor], rows: Tensor) -> Tensor:
+        """Room for `rows` of `node`: of the two parts that take turns, the one that does not hold `line`.
+
+        Always the same two: new ones in each strip would leave gaps between the strips that the allocator cannot use.
+        """
+        pair = self._lines.setdefault(node, [None, None])
+        index = int(line is not None and pair[0] is not None and line.data_ptr() == pair[0].data_ptr())
+        room = pair[index]
+        if room is None or room.shape[-2] < rows.shape[-2]:
+            room = pair[index] = lasting(rows)
+        return room.narrow(-2, 0, rows.shape[-2])
 
     def _next_row(self, source: Node, state: _State) -> int:
         """The first row of `source` that is still to be read."""
@@ -218,7 +235,8 @@ class Sweep:
         for node, readers in self._readers.items():
             if node.rows is None:
                 lines += node.row_bytes * max(_rows_again(node, reader) for reader in readers)
-        return int(_STRIPS_AT_ONCE * max(strips) + lines)
+        kept = planner.ALLOCATOR_BYTES.get(self._main.device.type, 0)
+        return int(_STRIPS_AT_ONCE * max(strips) + lines) + kept
 
 
 def _rows_again(source: Node, reader: Node) -> int:
