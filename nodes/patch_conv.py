@@ -6,17 +6,21 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from torch import nn
 
 from ..comfyui_patchconv import Tiling, convolutions, planner
-from ..comfyui_patchconv.tiled_conv import tiled_forward
+from ..comfyui_patchconv.tiled_conv import TiledForward, tiled_forward
 from .host import MODEL_CATEGORY, VAE_CATEGORY, advanced, schema
-from .progress import Progress, interruptible
+from .progress import Progress, StreamProgress, interruptible
+from .streamed_half import StreamedForward, StreamMemory, part_of
 from .vae_half import HALVES, half_of
 from .vae_memory import StripMemory
 
+MODES = ("patch", "stream")
 _MILLION = 1_000_000
+_GIB = 2**30
 
 
 class PatchConvVAE(io.ComfyNode):
@@ -43,18 +47,47 @@ class PatchConvVAE(io.ComfyNode):
                     tooltip="Which half of the VAE runs in strips: the decoder (VAE Decode), the encoder (VAE Encode) "
                     "or both.",
                 ),
+                # Behind the others and optional: workflows saved without them go on loading.
+                io.Combo.Input(
+                    "mode",
+                    options=[*MODES],
+                    default="patch",
+                    optional=True,
+                    tooltip="patch: each large convolution in strips, splits and threshold apply. stream: the whole "
+                    "decoder or encoder in strips, everything between its convolutions too: far less memory, the "
+                    "strips are chosen for you.",
+                ),
+                io.Float.Input(
+                    "budget",
+                    display_name="budget (GiB)",
+                    default=0.0,
+                    min=0.0,
+                    max=1024.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="For stream: memory of the device to stay within, beside the VAE's weights. What does not "
+                    "fit is kept in the computer's memory, or in a file when the VAE runs on the CPU. 0 takes what is "
+                    "free.",
+                ),
             ],
             outputs=[io.Vae.Output(tooltip="A copy of the VAE that works in strips.")],
         )
 
     @classmethod
-    def execute(cls, vae: Any, splits: int, threshold: float, half: str) -> io.NodeOutput:
+    def execute(
+        cls, vae: Any, splits: int, threshold: float, half: str, mode: str = "patch", budget: float = 0.0
+    ) -> io.NodeOutput:
         vae.throw_exception_if_invalid()
         patched = copy.copy(vae)
         patched.patcher = vae.patcher.clone()
         count = 0
         for name, method in zip(HALVES, ("decode", "encode")):
-            if half in (name, "both"):
+            if half not in (name, "both"):
+                continue
+            _leave(patched, name, method)
+            if mode == "stream":
+                count += _stream_half(patched, name, method, round(budget * _GIB))
+            else:
                 count += _patch_half(patched, name, method, splits, round(threshold * _MILLION))
         if not count:
             raise ValueError(_nothing_found("VAE", type(vae.first_stage_model).__name__, half))
@@ -134,10 +167,37 @@ def _patch_half(vae: Any, half: str, method: str, splits: int, threshold: int) -
     tiling = Tiling(splits, threshold=threshold, on_strip=progress)
     progress.convolutions = _patch(vae.patcher, vae.first_stage_model, tiling, lambda name: half_of(name) == half)
     if progress.convolutions:
-        estimate = getattr(vae, f"memory_used_{method}")
-        host = estimate.host if isinstance(estimate, StripMemory) else estimate
+        host = getattr(vae, f"memory_used_{method}")
         setattr(vae, f"memory_used_{method}", StripMemory(vae, method, host, tiling, progress))
     return progress.convolutions
+
+
+def _stream_half(vae: Any, half: str, method: str, budget: int) -> int:
+    """Streaming and estimate of one half of `vae`, a copy made for it; the number of convolutions in that half."""
+    count = sum(half_of(name) == half for name, _ in convolutions(vae.first_stage_model, predicate=lambda *_: True))
+    if count:
+        key = part_of(vae.first_stage_model, half, method)
+        forward = vae.patcher.get_model_object(key)
+        streamed = StreamedForward(forward, torch.device(vae.device), budget, StreamProgress())
+        vae.patcher.add_object_patch(key, streamed)
+        host = getattr(vae, f"memory_used_{method}")
+        setattr(vae, f"memory_used_{method}", StreamMemory(vae, method, host, streamed))
+    return count
+
+
+def _leave(vae: Any, half: str, method: str) -> None:
+    """Take off what a node of ours before this one has put on this half of `vae`, a copy: the last node counts."""
+    estimate = getattr(vae, f"memory_used_{method}")
+    if not isinstance(estimate, (StripMemory, StreamMemory)):
+        return
+    setattr(vae, f"memory_used_{method}", estimate.host)
+    for key, patch in list(vae.patcher.object_patches.items()):
+        if isinstance(patch, StreamedForward) and key == part_of(vae.first_stage_model, half, method):
+            vae.patcher.add_object_patch(key, patch.forward)
+        elif isinstance(patch, TiledForward) and half_of(key.rpartition(".")[0]) == half:
+            del vae.patcher.object_patches[key]
+            if patch.inner is not None:
+                vae.patcher.add_object_patch(key, patch.inner)
 
 
 def _nothing_found(kind: str, name: str, half: str = "both") -> str:

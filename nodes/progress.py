@@ -11,6 +11,7 @@ from comfy.model_management import (  # pyright: ignore[reportMissingImports]
 from comfy.utils import ProgressBar  # pyright: ignore[reportMissingImports]
 from torch import nn
 
+_STEPS = 1000  # of the bar of a streamed call
 _UNITS = 100  # of the bar per convolution: its values are whole numbers
 
 
@@ -56,6 +57,38 @@ class Progress:
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold the settings and not the pass: the host's bar leads to its server."""
         return {"convolutions": self.convolutions, "delay": self.delay, "interval": self.interval}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+
+class StreamProgress:
+    """Shows how far a streamed call is; an `on_progress`. The bar appears once it has lasted `delay` seconds.
+
+    Raises the host's InterruptProcessingException when the user asks to stop.
+    """
+
+    def __init__(self, delay: float = 1.0, interval: float = 0.1) -> None:
+        self.delay, self.interval = delay, interval
+        self.start()
+
+    def start(self) -> None:
+        """A call begins, whatever became of the one before."""
+        self._next = time.monotonic() + self.delay
+        self._bar: Optional[Any] = None
+
+    def __call__(self, done: int, work: int) -> None:
+        throw_exception_if_processing_interrupted()
+        now = time.monotonic()
+        if now < self._next or not work:
+            return
+        self._next = now + self.interval
+        bar = self._bar = self._bar or ProgressBar(_STEPS)
+        bar.update_absolute(min(done * _STEPS // work, _STEPS), _STEPS)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As for `Progress`."""
+        return {"delay": self.delay, "interval": self.interval}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)

@@ -13,9 +13,12 @@ from ..comfyui_patchconv.footprint import peak_activations
 from ..comfyui_patchconv.tiled_conv import Tiling
 from .progress import Progress
 
-_MARGIN = 1.1
+MARGIN = 1.1
 _STRIP_COPIES = 3  # a strip's rows, its result, and the reordered copies that a backend makes of them
 _SECONDS = 5.0  # the longest a count may take: video in many chunks is thousands of operators
+
+HOST_ATTRIBUTES = {"comfy_cast_weights": False, "weight_function": [], "bias_function": []}
+"""Of modules in a copy that is counted: its weights are where and what they should be, nothing to cast or to move."""
 
 Estimate = Callable[[Any, torch.dtype], float]
 
@@ -51,13 +54,12 @@ class StripMemory:
                 device=self.device,
                 dtype=dtype,
                 seconds=_SECONDS,
-                # The copy's weights are where and what they should be: nothing for the host to cast, move or patch.
-                attributes={"comfy_cast_weights": False, "weight_function": [], "bias_function": []},
+                attributes=HOST_ATTRIBUTES,
             )
         except Exception as error:  # the host's code is free to do what fake tensors cannot
             logging.info("Patch Conv: %s of %s not counted (%s).", self.method, type(self.model).__name__, error)
             return float("inf")
-        return (activations + self._working_set(activations, dtype)) * _MARGIN
+        return (activations + self._working_set(activations, dtype)) * MARGIN
 
     def _working_set(self, activations: int, dtype: torch.dtype) -> int:
         """Bytes that a convolution needs besides its input and output: of one strip, or whole below the threshold."""

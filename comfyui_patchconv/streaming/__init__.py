@@ -15,7 +15,7 @@ from .dry_run import choose
 from .run import OnProgress, Plan, Run
 from .tensor import CannotStreamError
 
-__all__ = ["CannotStreamError", "Plan", "choose", "stream", "streamed"]
+__all__ = ["CannotStreamError", "Plan", "Run", "carry_out", "choose", "signature", "stream", "streamed"]
 
 
 def streamed(
@@ -40,7 +40,7 @@ def streamed(
     plans: dict[Any, Plan] = {}
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        key = _key((args, kwargs))
+        key = signature((args, kwargs))
         if key not in plans:
             plans[key] = _plan(function, args, kwargs, budget)
         return carry_out(function, args, kwargs, Run(plans[key], report, on_progress))
@@ -88,7 +88,7 @@ def _plan(function: Callable[..., Any], args: Any, kwargs: Any, budget: Optional
         return Plan(budget)
 
 
-def _key(values: Any) -> Any:
+def signature(values: Any) -> Any:
     """What a plan depends on: the shapes, types and devices of tensors."""
     return tuple(
         (tuple(value.shape), value.dtype, value.device) if isinstance(value, Tensor) else type(value)

@@ -21,7 +21,8 @@ def carry_out(function: Callable[..., Any], args: Any, kwargs: Any, run: Run) ->
             lazy = [enter(value, run) for value in args]
             result = function(*lazy, **{name: enter(value, run) for name, value in kwargs.items()})
             del lazy
-    except CannotStreamError:
+    except CannotStreamError as error:
+        run.report[str(error)] = 1
         result = function(*args, **kwargs)
     with torch.no_grad():
         finish((result, args, kwargs))

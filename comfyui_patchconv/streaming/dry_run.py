@@ -33,8 +33,9 @@ def choose(
     """The plan for `function(*args, **kwargs)`: the least work of those that stay within `budget`.
 
     Where no plan does, the one that puts least elsewhere; without a budget, the one of the lowest peak. Tensors among
-    the arguments may be fake; none is read. `function` runs on copies of its modules with weights that take no memory.
-    device, dtype, attributes: see `footprint.peak_activations`. Raises whatever `function` raises without values.
+    the arguments may be on the meta device; none is read. `function` runs on copies of its modules with weights that
+    take no memory. device, dtype, attributes: see `footprint.peak_activations`; the device is that of the first tensor
+    by default. Raises whatever `function` raises without values.
     """
     if device is None:
         device = next(iter(_tensors((args, kwargs)))).device
@@ -44,7 +45,7 @@ def choose(
     def trial(unstored_from: Optional[int]) -> tuple[Plan, set[int]]:
         run = Run(Plan(budget, unstored_from), dry=True)
         with torch.inference_mode(), mode:
-            fakes = tree_map(lambda value: _fake(value, run), (args, kwargs))
+            fakes = tree_map(lambda value: _fake(value, device, run), (args, kwargs))
             finish((copied(*fakes[0], **fakes[1]), fakes))
         return replace(run.plan, peak=run.peak, moved=run.moved, work=run.work), run.again
 
@@ -67,12 +68,10 @@ def _better(plan: Plan, best: Plan, budget: Optional[int]) -> bool:
     return (plan.peak > budget, plan.moved) < (best.peak > budget, _WORTH * best.moved)
 
 
-def _fake(value: Any, run: Run) -> Any:
-    return enter(torch.empty(value.shape, dtype=value.dtype, device=value.device), run) if _is(value) else value
-
-
-def _is(value: Any) -> bool:
-    return isinstance(value, Tensor)
+def _fake(value: Any, device: torch.device, run: Run) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return enter(torch.empty(value.shape, dtype=value.dtype, device=device), run)
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -287,6 +287,7 @@ _SPECIAL: dict[str, Operator] = {
     **dict.fromkeys(ARRANGING, _arranged),
     "type_as": _type_as,
     "dropout": _dropout,
+    "dropout_": _dropout,
     "feature_dropout": _dropout,
 }
 

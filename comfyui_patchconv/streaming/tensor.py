@@ -16,6 +16,9 @@ from .scores import Scores
 _SEVERAL = ("split", "split_with_sizes", "chunk", "unbind")
 _VIEWS = (*_SEVERAL, *operators.ARRANGING, "slice", "narrow", "select", "unsqueeze", "squeeze")
 
+_NEW = ("empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full")
+"""What makes a tensor of its own, often to write parts of it: nothing to put off."""
+
 
 class CannotStreamError(RuntimeError):
     """A write through a view of a deferred map: the computation has to run plain."""
@@ -135,8 +138,8 @@ def _whole(func: Any, name: str, target: Any, args: Any, kwargs: Any, run: Run) 
     if target is not None and target._layout is not None:
         raise CannotStreamError(f"{name} writes through a view")
     args, kwargs = tree_map(evaluated, (args, kwargs))
-    if name == "bmm" and not kwargs and args[0].dim() == 3 and not any(isinstance(value, Scores) for value in args):
-        return Scores(*args)
+    if name == "bmm" and not kwargs:
+        return func(*args) if any(isinstance(value, Scores) for value in args) else Scores(*args)
     run.report[name] = run.report.get(name, 0) + 1
     if target is not None:
         args = (args[0].clone(), *args[1:])  # other steps may read the stored map as it is
@@ -144,6 +147,8 @@ def _whole(func: Any, name: str, target: Any, args: Any, kwargs: Any, run: Run) 
     if target is not None:
         target._hold.become(Node.of(result, run))
         return target
+    if name in _NEW:
+        return result
     return tree_map(lambda value: _lazy_again(value, run), result)
 
 

@@ -3,6 +3,8 @@
 halves: per VAE family, the convolutions that decode or encode call and that `half_of` gives to the other half.
 streamed: largest difference, of the output's range, between a VAE's plain decode and its decode in strips while the
     host streams its weights in at every use.
+whole: per VAE family, decode and encode in stream mode: the largest difference to plain, of the output's range, and
+    what was evaluated whole.
 memory CHECKPOINT SIZE: bytes for a decode: the patched VAE's estimate, the host's, and the measured peak of both ways.
 """
 
@@ -145,6 +147,49 @@ def streamed(pack: str) -> dict[str, float]:
 
 
 @torch.inference_mode()
+def whole(pack: str) -> dict[str, Any]:
+    streaming = importlib.import_module(f"{pack}.comfyui_patchconv.streaming")
+    part_of = importlib.import_module(f"{pack}.nodes.streamed_half").part_of
+    answer: dict[str, Any] = {}
+    for path, options, latent, pixels in FAMILIES:
+        if len(latent) < 4:
+            continue  # sound
+        try:
+            model = build(path, options).to_empty(device="cpu").float().eval()
+        except ModuleNotFoundError as error:
+            answer[path] = f"not in this ComfyUI ({error})"
+            continue
+        draw(model)
+        for method, half, shape in (("decode", "decoder", latent), ("encode", "encoder", pixels)):
+            input = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            report: dict[str, int] = {}
+            owner, _, name = part_of(model, half, method).rpartition(".")
+            part = model.get_submodule(owner)
+            try:
+                plain = tensor(getattr(model, method)(input.clone()))
+                with streaming.stream(getattr(part, name), report=report):
+                    result = tensor(getattr(model, method)(input.clone()))
+                error = float((result - plain).abs().max() / (plain.max() - plain.min()))
+                answer[f"{path} {method}"] = {"difference": error, "whole": report}
+            except Exception as error:
+                answer[f"{path} {method}"] = f"{type(error).__name__}: {str(error)[:300]}"
+    return answer
+
+
+def draw(model: torch.nn.Module) -> None:
+    """Seeded weights that keep every layer's output alive."""
+    generator = torch.Generator().manual_seed(0)
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        drawn = torch.randn(value.shape, generator=generator)
+        drawn /= max(drawn[0].numel(), 1) ** 0.5 if value.dim() > 1 else 10
+        value.data.copy_(drawn + (1.0 if value.dim() == 1 and not name.endswith("bias") else 0.0))
+
+
+def tensor(result: Any) -> torch.Tensor:
+    return result if isinstance(result, torch.Tensor) else result[0]
+
+
+@torch.inference_mode()
 def memory(pack: str, checkpoint: str, size: str) -> dict[str, int]:
     recorder = importlib.import_module(f"{pack}.comfyui_patchconv.measure").Recorder
     plain, patched = vaes(pack, load_vae(checkpoint=checkpoint), splits=0, threshold=16.0)
@@ -163,4 +208,8 @@ def memory(pack: str, checkpoint: str, size: str) -> dict[str, int]:
 if __name__ == "__main__":
     path, question, *arguments = sys.argv[1:]
     package = start_host(path)
-    print(json.dumps({"halves": halves, "streamed": streamed, "memory": memory}[question](package, *arguments)))
+    print(
+        json.dumps(
+            {"halves": halves, "streamed": streamed, "whole": whole, "memory": memory}[question](package, *arguments)
+        )
+    )
