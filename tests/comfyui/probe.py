@@ -1,11 +1,11 @@
 """Looks at ComfyUI from inside, in its own Python: `probe.py CHECKOUT QUESTION [ARGUMENTS]` prints one line of JSON.
 
 halves: per VAE family, the convolutions that decode or encode call and that `half_of` gives to the other half.
-streamed: largest difference, of the output's range, between a VAE's plain decode and its decode in strips while the
-    host streams its weights in at every use.
+streamed: largest difference, of the output's range, between a VAE's plain decode and its decodes in strips, of
+    convolutions and of the whole, while the host streams its weights in at every use.
 whole: per VAE family, decode and encode in stream mode: the largest difference to plain, of the output's range, and
     what was evaluated whole.
-memory CHECKPOINT SIZE: bytes for a decode: the patched VAE's estimate, the host's, and the measured peak of both ways.
+memory CHECKPOINT SIZE: bytes for a decode: the host's estimate, ours, and the peaks measured.
 """
 
 from __future__ import annotations
@@ -113,10 +113,11 @@ def halves(pack: str) -> dict[str, Any]:
 
 
 def vaes(pack: str, vae: Any, **settings: Any) -> Iterator[Any]:
-    """`vae` and a patched copy of it, by the node."""
+    """`vae` and, by the node, a patched and a streaming copy of it."""
     node = importlib.import_module(f"{pack}.nodes.patch_conv").PatchConvVAE
     yield vae
     yield node.execute(vae=vae, half="both", **settings).result[0]
+    yield node.execute(vae=vae, half="both", mode="stream", **settings).result[0]
 
 
 def load_vae(model: torch.nn.Module | None = None, checkpoint: str = "") -> Any:
@@ -139,9 +140,9 @@ def streamed(pack: str) -> dict[str, float]:
         streaming += sum(getattr(module, "comfy_cast_weights", False) for module in vae.first_stage_model.modules())
         results.append(vae.first_stage_model.decode(latent.to(patcher.load_device, vae.vae_dtype)).float())
         patcher.unpatch_model(patcher.offload_device)
-    whole, strips = results
+    plain, *others = results
     return {
-        "difference": float((whole - strips).abs().max() / (whole.max() - whole.min())),
+        "difference": max(float((plain - other).abs().max() / (plain.max() - plain.min())) for other in others),
         "streaming": streaming,
     }
 
@@ -192,10 +193,10 @@ def tensor(result: Any) -> torch.Tensor:
 @torch.inference_mode()
 def memory(pack: str, checkpoint: str, size: str) -> dict[str, int]:
     recorder = importlib.import_module(f"{pack}.comfyui_patchconv.measure").Recorder
-    plain, patched = vaes(pack, load_vae(checkpoint=checkpoint), splits=0, threshold=16.0)
+    every = vaes(pack, load_vae(checkpoint=checkpoint), splits=0, threshold=16.0)
     latent = torch.randn(1, 4, int(size) // 8, int(size) // 8)
     answer = {}
-    for name, vae in (("plain", plain), ("patched", patched)):
+    for name, vae in zip(("plain", "patched", "streamed"), every):
         vae.decode(latent[..., :8, :8])
         answer[f"{name} estimate"] = int(vae.memory_used_decode(latent.shape, vae.vae_dtype))
         with recorder(vae.device) as recorded:

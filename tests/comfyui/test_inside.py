@@ -27,6 +27,17 @@ def test_halves_of_all_families(checkout: Path) -> None:
     assert sum(not found for found in answer.values()) >= 10
 
 
+def test_stream_mode_of_all_families(checkout: Path) -> None:
+    """Every VAE that this ComfyUI can build, image and video, both ways: equal to plain, and really streamed."""
+    answer = probe(checkout, "whole")
+    there = {family: found for family, found in answer.items() if "not in this ComfyUI" not in found}
+    for family, found in there.items():
+        print(family, found)
+    assert all(isinstance(found, dict) and found["difference"] <= 1e-5 for found in there.values())
+    assert not [family for family, found in there.items() if any("through a view" in one for one in found["whole"])]
+    assert len(there) >= 18
+
+
 def test_weights_streamed_at_every_use(checkout: Path) -> None:
     answer = probe(checkout, "streamed")
     assert answer["streaming"] > 100
@@ -43,3 +54,5 @@ def test_stated_memory(checkout: Path, checkpoint: str) -> None:
     print(answer)
     assert answer["patched measured"] <= answer["patched estimate"] * 1.1
     assert answer["patched estimate"] < answer["plain estimate"] / 2
+    assert answer["streamed measured"] <= answer["streamed estimate"] * 1.1
+    assert answer["streamed estimate"] < answer["patched estimate"] / 1.5

@@ -16,6 +16,7 @@ from .conftest import Graph, Server, read_image, read_latent
 VAE, MODEL = "PatchConv_VAE", "PatchConv_Model"
 ALWAYS: Graph = {"splits": 5, "threshold": 0.0}
 DEFAULTS: Graph = {"splits": 0, "threshold": 16.0}
+STREAM: Graph = DEFAULTS | {"mode": "stream"}
 
 
 def node(kind: str, **inputs: Any) -> Graph:
@@ -92,6 +93,9 @@ def test_object_info(server: Server) -> None:
         assert inputs["threshold"][1]["default"] == DEFAULTS["threshold"]
         if "search_aliases" in info["VAEDecode"]:
             assert "patchconv" in shown["search_aliases"]
+        later = shown["input"].get("optional", {})
+        assert list(later) == (["mode", "budget"] if kind == VAE else [])
+        assert all(options["tooltip"] for _, options in later.values())
 
 
 @pytest.mark.parametrize("kind", [VAE, MODEL])
@@ -126,6 +130,51 @@ def test_decode_in_less_memory(server: Server, checkpoint: str) -> None:
     print(f"512: plain {plain_peak / 2**20:.0f} MiB, patched {peak / 2**20:.0f} MiB")
     assert_same_image(plain["plain"], patched["patched"])
     assert peak < plain_peak
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.1], ids=["free memory", "0.1 GiB"])
+def test_stream(server: Server, checkpoint: str, budget: float) -> None:
+    server.run(decoding(checkpoint, server.latent("warm", 64), plain=True))
+    latent = server.latent("small", 512)
+    plain, plain_peak = server.peak_of(lambda: server.run(decoding(checkpoint, latent, plain=True)))
+    graph = decoding(checkpoint, latent, patched=STREAM | {"budget": budget})
+    with server.messages() as messages:
+        streamed, peak = server.peak_of(lambda: server.run(graph))
+    print(f"512: plain {plain_peak / 2**20:.0f} MiB, streamed {peak / 2**20:.0f} MiB")
+    assert_same_image(plain["plain"], streamed["patched"])
+    assert peak < 0.7 * plain_peak
+    shown = [m["data"] for m in messages if m["type"] == "progress" and m["data"]["node"] == "patched_decode"]
+    values = [entry["value"] / entry["max"] for entry in shown]
+    assert len(values) > 5
+    assert values == sorted(values)
+
+
+@pytest.mark.parametrize(("first", "last"), [(STREAM, ALWAYS), (ALWAYS, STREAM), (STREAM, STREAM)])
+def test_the_last_mode_counts(server: Server, checkpoint: str, first: Graph, last: Graph) -> None:
+    graph = decoding(checkpoint, server.latent("modes", 128), plain=True, patched=last)
+    graph["first"] = node(VAE, vae=["load", 2], half="both", **first)
+    graph["patch"]["inputs"]["vae"] = ["first", 0]
+    graph |= decode("between", ["first", 0], ["latent", 0])
+    images = server.run(graph)
+    assert_same_image(images["plain"], images["patched"])
+    assert_same_image(images["plain"], images["between"])
+
+
+def test_interrupted_stream(server: Server, checkpoint: str) -> None:
+    graph = decoding(checkpoint, server.latent("long", 1024, seed=5), patched=STREAM)
+    with server.messages() as messages:
+        prompt = server.queue(graph)
+        while not any(m["type"] == "progress" and m["data"]["node"] == "patched_decode" for m in messages):
+            time.sleep(0.05)
+        asked = time.monotonic()
+        server.get("/interrupt", {})
+        history = server.result(prompt)
+    seconds = time.monotonic() - asked
+    print(f"stopped after {seconds:.2f} s")
+    assert history["status"]["messages"][-1][0] == "execution_interrupted"
+    assert seconds < 3
+    images = server.run(decoding(checkpoint, server.latent("next", 256, seed=6), plain=True, patched=STREAM))
+    assert_same_image(images["plain"], images["patched"])
 
 
 @pytest.mark.slow
@@ -180,11 +229,13 @@ def test_encode(server: Server, checkpoint: str) -> None:
     Image.fromarray(pixels).save(server.folder / "input" / "noise.png")
     graph = loader(checkpoint) | {"image": node("LoadImage", image="noise.png")}
     graph["patch"] = node(VAE, vae=["load", 2], half="encoder", **ALWAYS)
-    for name, vae in (("plain", ["load", 2]), ("patched", ["patch", 0])):
+    graph["stream"] = node(VAE, vae=["load", 2], half="encoder", **STREAM)
+    for name, vae in (("plain", ["load", 2]), ("patched", ["patch", 0]), ("streamed", ["stream", 0])):
         graph[f"{name}_encode"] = node("VAEEncode", pixels=["image", 0], vae=vae)
         graph[name] = node("SaveLatent", samples=[f"{name}_encode", 0], filename_prefix=name)
     latents = server.run(graph)
     assert_same_latent(latents["plain"], latents["patched"])
+    assert_same_latent(latents["plain"], latents["streamed"])
 
 
 def lora(path: Path) -> None:
