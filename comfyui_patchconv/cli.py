@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Optional, cast
 
@@ -17,6 +19,7 @@ from .convert import patched
 from .measure import Recorder
 from .memory import is_out_of_memory
 from .planner import DEFAULT_THRESHOLD
+from .streaming import stream
 from .tiled_conv import OnStrip
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 MB = 1e6
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MODES = ("patch", "stream", "plain")
 WRONG_INPUT, OUT_OF_MEMORY, INTERRUPTED = 2, 3, 130
 """Exit codes; 0 is success."""
 
@@ -54,7 +58,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return 0
 
 
-_LESS_MEMORY = "try --dtype bfloat16, more --splits, or --device cpu."
+_LESS_MEMORY = "try --mode stream with a --budget, --dtype bfloat16, or --device cpu."
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     encode.add_argument("--out", type=Path, required=True, help=".latent to write, which ComfyUI's LoadLatent reads")
     encode.set_defaults(run=_encode)
 
-    demo = commands.add_parser("demo", help="plain and Patch Conv side by side", description=_demo.__doc__)
+    demo = commands.add_parser("demo", help="plain, Patch Conv and streaming side by side", description=_demo.__doc__)
     demo.add_argument(
         "--size", type=int, default=768, help="pixels of a synthetic latent's side (default: %(default)s)"
     )
@@ -94,23 +98,39 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--device", type=_device, default=None, help="default: cuda if there is one, else cpu")
         command.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     for command in (decode, encode):
-        command.add_argument("--plain", action="store_true", help="without strips, to compare")
+        command.add_argument(
+            "--mode",
+            choices=MODES,
+            default="patch",
+            help="patch: each large convolution in strips (default); stream: everything in strips; plain: nothing",
+        )
+        command.add_argument(
+            "--budget",
+            type=_size,
+            help="memory beside the weights for --mode stream to stay within, such as 2GiB or 800MB; default: no limit",
+        )
     return top
 
 
-def decode(
-    vae: AutoencoderKL, latent: Tensor, *, splits: int = 0, threshold: int = DEFAULT_THRESHOLD, plain: bool = False
-) -> Tensor:
-    """The images `[B, 3, H, W]` of `latent` `[B, C, h, w]`, on the VAE's device: plain, or in strips."""
-    with _in_strips(vae.decoder, splits, threshold, plain):
+@dataclass(frozen=True)
+class Strips:
+    """How to decode or encode. mode: one of `MODES`. splits, threshold: see `Tiling`. budget: see `streamed`."""
+
+    mode: str = "patch"
+    splits: int = 0
+    threshold: int = DEFAULT_THRESHOLD
+    budget: Optional[int] = None
+
+
+def decode(vae: AutoencoderKL, latent: Tensor, strips: Strips = Strips()) -> Tensor:
+    """The images `[B, 3, H, W]` of `latent` `[B, C, h, w]`, on the VAE's device."""
+    with _in_strips(vae.decoder, strips):
         return vae.decode(cast(Any, latent.to(vae.device, vae.dtype)), return_dict=False)[0]
 
 
-def encode(
-    vae: AutoencoderKL, image: Tensor, *, splits: int = 0, threshold: int = DEFAULT_THRESHOLD, plain: bool = False
-) -> Tensor:
+def encode(vae: AutoencoderKL, image: Tensor, strips: Strips = Strips()) -> Tensor:
     """The latent `[B, C, h, w]` of `image` `[B, 3, H, W]`: the mean of its distribution, as ComfyUI has it."""
-    with _in_strips(vae.encoder, splits, threshold, plain):
+    with _in_strips(vae.encoder, strips):
         return vae.encode(image.to(vae.device, vae.dtype), return_dict=False)[0].mode()
 
 
@@ -131,6 +151,7 @@ def check_channels(vae: AutoencoderKL, latent: Tensor, path: Optional[Path] = No
 
 def _decode(args: argparse.Namespace) -> None:
     """Decode a latent to a PNG: the picture that the host would make, in less memory."""
+    strips = _strips(args)
     _check_output(args.out, ".png")
     latent = files.load_latent(args.latent)
     vae = files.load_vae(args.vae, DTYPES[args.dtype], args.device or _default_device())
@@ -138,24 +159,25 @@ def _decode(args: argparse.Namespace) -> None:
     for number, sample in enumerate(latent, 1):
         name = args.out if len(latent) == 1 else args.out.with_stem(f"{args.out.stem}-{number:04}")
         with Recorder(vae.device) as recorder:
-            image = decode(vae, sample[None], splits=args.splits, threshold=args.threshold, plain=args.plain)[0]
+            image = decode(vae, sample[None], strips)[0]
         files.save_image(name, image)
         _say(f"{name}: {image.shape[2]}x{image.shape[1]}", recorder)
 
 
 def _encode(args: argparse.Namespace) -> None:
     """Encode an image to ComfyUI's .latent: what VAEEncode and SaveLatent would make, in less memory."""
+    strips = _strips(args)
     _check_output(args.out, ".latent", ".safetensors")
     vae = files.load_vae(args.vae, DTYPES[args.dtype], args.device or _default_device())
     image = files.load_image(args.image, multiple=scale(vae))
     with Recorder(vae.device) as recorder:
-        latent = encode(vae, image, splits=args.splits, threshold=args.threshold, plain=args.plain)
+        latent = encode(vae, image, strips)
     files.save_latent(args.out, latent)
     _say(f"{args.out}: {list(latent.shape)}", recorder)
 
 
 def _demo(args: argparse.Namespace) -> None:
-    """Decode one latent plain and with Patch Conv, each in its own process; compare memory, time and pixels."""
+    """Decode one latent plain, with Patch Conv and streamed, in fresh processes; compare memory, time and pixels."""
     from .demo import Settings, run
 
     if args.latent is None and not 64 <= args.size <= 16384:
@@ -164,19 +186,37 @@ def _demo(args: argparse.Namespace) -> None:
     run(Settings(args.vae, args.latent, args.size, args.splits, args.threshold, device, args.dtype), args.out)
 
 
+def _strips(args: argparse.Namespace) -> Strips:
+    if args.budget is not None and args.mode != "stream":
+        raise ValueError(
+            f"--budget is for --mode stream and the mode is {args.mode}: leave it out, or choose that mode."
+        )
+    return Strips(args.mode, args.splits, args.threshold, args.budget)
+
+
 @contextmanager
-def _in_strips(model: nn.Module, splits: int, threshold: int, plain: bool) -> Iterator[None]:
-    if plain:
+def _in_strips(model: nn.Module, strips: Strips) -> Iterator[None]:
+    if strips.mode == "plain":
         yield
         return
     watched = sys.stderr.isatty()
-    every = {"predicate": lambda *_: True}  # kernels of 1 too: backends copy their input and output all the same
-    with patched(model, splits, threshold=threshold, on_strip=_progress() if watched else None, **every):
+    if strips.mode == "stream":
+        working = stream(model, budget=strips.budget, on_progress=_percent if watched else None)
+    else:
+        every = {"predicate": lambda *_: True}  # kernels of 1 too: backends copy their input and output all the same
+        on_strip = _progress() if watched else None
+        working = patched(model, strips.splits, threshold=strips.threshold, on_strip=on_strip, **every)
+    with working:
         try:
             yield
         finally:
             if watched:
                 print(end="\r\x1b[K", file=sys.stderr, flush=True)
+
+
+def _percent(done: int, work: int) -> None:
+    if work:
+        print(f"\r{done / work:4.0%}", end="", file=sys.stderr, flush=True)
 
 
 def _progress() -> OnStrip:
@@ -208,6 +248,17 @@ def _natural(text: str) -> int:
     if not text.isascii() or not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
     return int(text)
+
+
+def _size(text: str) -> int:
+    """Bytes of `2GiB`, `1.5 GB`, `800MB` or a bare number."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B|B|)", text, re.ASCII | re.IGNORECASE)
+    unit = found[2].lower() if found else ""
+    scale = (1024 if "i" in unit else 1000) ** (" kmgt".index(unit[0]) if unit not in ("", "b") else 0)
+    size = round(float(found[1]) * scale) if found else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size above 0 such as 2GiB or 800MB")
+    return size
 
 
 def _device(text: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""The main job, to see for oneself: one latent decoded plain and with Patch Conv, each in a fresh process."""
+"""The main job, to see for oneself: one latent decoded plain, with Patch Conv and streamed, in fresh processes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import files
-from .cli import DTYPES, MB, check_channels, decode, scale
+from .cli import DTYPES, MB, Strips, check_channels, decode, scale
 from .measure import Recorder
 from .memory import is_out_of_memory
 from .planner import DEFAULT_THRESHOLD
 
-NAMES = {True: "plain", False: "Patch Conv"}
-_COLOURS = {"plain": "#9a9a9a", "Patch Conv": "#1668c7"}
+NAMES = {"plain": "plain", "patch": "Patch Conv", "stream": "streaming"}
+_COLOURS = {"plain": "#9a9a9a", "patch": "#1668c7", "stream": "#1a7f37"}
 _INTERVAL = 0.02
 
 
@@ -57,10 +57,10 @@ class Result:
 
 
 def run(settings: Settings, out: Path) -> dict[str, Optional[Result]]:
-    """Decode both ways, print the table, and write `image.png` and `memory.png` to the folder `out`.
+    """Decode in each of the modes, print the table, and write `image.png` and `memory.png` to the folder `out`.
 
-    Returns both results by name; None for one that did not fit into memory. Raises ValueError for files that cannot be
-    used, and MemoryError if neither fits.
+    Returns the results by mode; None for one that did not fit into memory. Raises ValueError for files that cannot be
+    used, and MemoryError if none fits.
     """
     import matplotlib  # noqa: F401  before the work, not after it, if it is missing
 
@@ -68,12 +68,12 @@ def run(settings: Settings, out: Path) -> dict[str, Optional[Result]]:
     for path in filter(None, (settings.vae, settings.latent)):
         files.existing(path)
     results: dict[str, Optional[Result]] = {}
-    for plain, name in NAMES.items():
+    for mode, name in NAMES.items():
         print(f"Decoding, {name} …", flush=True)
-        results[name] = _in_fresh_process(settings, plain)
+        results[mode] = _in_fresh_process(settings, mode)
     done = [result for result in results.values() if result is not None]
     if not done:
-        raise MemoryError("plain and with Patch Conv alike")
+        raise MemoryError("in every mode")
     print(f"\n{table(results)}\n\n{difference(results)}")
     out.mkdir(parents=True, exist_ok=True)
     files.save_image(out / "image.png", done[-1].image)
@@ -83,28 +83,29 @@ def run(settings: Settings, out: Path) -> dict[str, Optional[Result]]:
 
 
 def table(results: dict[str, Optional[Result]]) -> str:
-    """Peak memory and time of each result, one row each."""
+    """Peak memory and time of each result, one row each, and what they are beside plain's."""
     lines = [f"{'':<12}{'peak memory':>14}{'time':>11}"]
-    for name, result in results.items():
-        figures = f"{'out of memory':>14}"
+    plain = results["plain"]
+    for mode, result in results.items():
+        line = f"{NAMES[mode]:<12}" + f"{'out of memory':>14}"
         if result is not None:
-            figures = f"{result.peak / MB:>11.0f} MB{result.seconds:>9.1f} s"
-        lines.append(f"{name:<12}{figures}")
-    plain, strips = results["plain"], results["Patch Conv"]
-    if plain is not None and strips is not None:
-        memory, seconds = strips.peak / max(plain.peak, 1) - 1, strips.seconds / plain.seconds - 1
-        lines.append(f"{'':<12}{memory:>+13.0%} {seconds:>+10.0%}")
+            line = f"{NAMES[mode]:<12}{result.peak / MB:>11.0f} MB{result.seconds:>9.1f} s"
+            if plain is not None and result is not plain:
+                memory, seconds = result.peak / max(plain.peak, 1) - 1, result.seconds / plain.seconds - 1
+                line += f"   {memory:+.0%} memory, {seconds:+.0%} time"
+        lines.append(line)
     return "\n".join(lines)
 
 
 def difference(results: dict[str, Optional[Result]]) -> str:
-    """A sentence on the largest difference between the two images."""
-    plain, strips = results["plain"], results["Patch Conv"]
-    if plain is None or strips is None:
-        return "Only one of the two images could be made: there is nothing to compare."
-    largest = (plain.image - strips.image).abs().max().item()
+    """A sentence on the largest difference of each image to plain's."""
+    plain = results["plain"]
+    others = [(NAMES[mode], result) for mode, result in results.items() if mode != "plain" and result is not None]
+    if plain is None or not others:
+        return "Only some of the images could be made: there is nothing to compare with plain."
     low, high = plain.image.aminmax()
-    return f"Largest difference between the images: {largest:.2g} (their values go from {low:.2f} to {high:.2f})."
+    largest = ", ".join(f"{(plain.image - result.image).abs().max():.2g} ({name})" for name, result in others)
+    return f"Largest difference to the plain image: {largest}; its values go from {low:.2f} to {high:.2f}."
 
 
 def plot(results: dict[str, Optional[Result]], settings: Settings, path: Path) -> None:
@@ -113,16 +114,17 @@ def plot(results: dict[str, Optional[Result]], settings: Settings, path: Path) -
 
     figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    for name, result in results.items():
+    for mode, result in results.items():
+        name, colour = NAMES[mode], _COLOURS[mode]
         if result is None:
-            axes.plot([], [], color=_COLOURS[name], label=f"{name}: out of memory")
+            axes.plot([], [], color=colour, label=f"{name}: out of memory")
             continue
         seconds, used = zip((0.0, 0), *result.timeline)
         megabytes = [value / MB for value in used]
         label = f"{name}: peak {result.peak / MB:.0f} MB, {result.seconds:.1f} s"
-        axes.plot(seconds, megabytes, color=_COLOURS[name], linewidth=1.6, label=label)
-        axes.fill_between(seconds, megabytes, color=_COLOURS[name], alpha=0.15, linewidth=0)
-        axes.axhline(result.peak / MB, color=_COLOURS[name], linewidth=1, linestyle=(0, (4, 3)))
+        axes.plot(seconds, megabytes, color=colour, linewidth=1.6, label=label)
+        axes.fill_between(seconds, megabytes, color=colour, alpha=0.15, linewidth=0)
+        axes.axhline(result.peak / MB, color=colour, linewidth=1, linestyle=(0, (4, 3)))
     image = next(result.image for result in results.values() if result is not None)
     axes.set_title(
         f"Decoding {image.shape[2]}x{image.shape[1]} pixels in {settings.dtype} on {settings.device}", loc="left"
@@ -134,7 +136,7 @@ def plot(results: dict[str, Optional[Result]], settings: Settings, path: Path) -
     axes.margins(y=0.1)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
     figure.savefig(path)
 
 
@@ -155,11 +157,11 @@ def _check_folder(folder: Path) -> None:
         raise ValueError(f"--out is {folder} and {existing} is not a folder that can be written to: choose another.")
 
 
-def _in_fresh_process(settings: Settings, plain: bool) -> Optional[Result]:
+def _in_fresh_process(settings: Settings, mode: str) -> Optional[Result]:
     """The result, or None where memory ran out: the process said so, or the system ended it."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sender, settings, plain), daemon=True)
+    process = context.Process(target=_send, args=(sender, settings, mode), daemon=True)
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process alone, which ends the other
     try:
         process.start()
@@ -181,10 +183,10 @@ def _in_fresh_process(settings: Settings, plain: bool) -> Optional[Result]:
     return result
 
 
-def _send(sender: Connection, settings: Settings, plain: bool) -> None:
+def _send(sender: Connection, settings: Settings, mode: str) -> None:
     """Send the result, None where memory ran out, or the exception for wrong input; any other ends this process."""
     try:
-        result = _measure(settings, plain)
+        result = _measure(settings, mode)
     except (ValueError, OSError, ImportError) as error:
         result = error
     except (RuntimeError, MemoryError) as error:
@@ -195,7 +197,7 @@ def _send(sender: Connection, settings: Settings, plain: bool) -> None:
 
 
 @torch.inference_mode()
-def _measure(settings: Settings, plain: bool) -> Result:
+def _measure(settings: Settings, mode: str) -> Result:
     dtype = DTYPES[settings.dtype]
     vae = files.load_vae(settings.vae, dtype) if settings.vae else files.random_vae(dtype=dtype)
     if settings.latent is not None:
@@ -205,7 +207,7 @@ def _measure(settings: Settings, plain: bool) -> Result:
         side = settings.size // scale(vae)
         latent = synthetic_latent(vae.config["latent_channels"], side, side)
     nn.Module.to(vae, settings.device)
-    decode(vae, latent[:, :, :8, :8], plain=True)  # what libraries set up once is not the decode's
+    decode(vae, latent[:, :, :8, :8], Strips("plain"))  # what libraries set up once is not the decode's
     with Recorder(settings.device, _INTERVAL) as recorder:
-        image = decode(vae, latent, splits=settings.splits, threshold=settings.threshold, plain=plain)
+        image = decode(vae, latent, Strips(mode, settings.splits, settings.threshold))
     return Result(recorder.peak, recorder.seconds, recorder.timeline, image[0].float().cpu().numpy())

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from vae_helpers import ldm_state, random_latent, small_vae, write, write_vae
 
-from comfyui_patchconv import cli, files
+from comfyui_patchconv import cli, files, streaming
 
 TILED = ["--splits", "3", "--threshold", "0"]
 
@@ -58,7 +59,7 @@ def test_decode_writes_the_same_image_in_strips_and_plain(
 ) -> None:
     strips, plain = tmp_path / "strips.png", tmp_path / "plain.png"
     run(*arguments("decode", vae=vae, latent=latent, out=strips), *TILED)
-    run(*arguments("decode", vae=vae, latent=latent, out=plain), "--plain")
+    run(*arguments("decode", vae=vae, latent=latent, out=plain), "--mode", "plain")
     assert pixels(strips).shape == (72, 56, 3)
     assert np.ptp(pixels(plain)) > 8
     assert np.abs(pixels(strips) - pixels(plain)).max() <= 1
@@ -79,10 +80,48 @@ def test_strips_are_used(tmp_path: Path, vae: Path, latent: Path, monkeypatch: p
     heights: list[int] = []
     monkeypatch.setattr(cli, "_progress", lambda: lambda module, rows_done, rows: heights.append(rows))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    run(*arguments("decode", vae=vae, latent=latent, out=tmp_path / "out.png"), "--plain")
+    run(*arguments("decode", vae=vae, latent=latent, out=tmp_path / "out.png"), "--mode", "plain")
     assert not heights
     run(*arguments("decode", vae=vae, latent=latent, out=tmp_path / "out.png"), *TILED)
     assert set(heights) == {9, 18, 36, 72}
+
+
+@pytest.mark.parametrize("budget", [(), ("--budget", "1KB")], ids=["no budget", "files"])
+def test_streaming_makes_the_same(
+    tmp_path: Path, vae: Path, latent: Path, image: Path, budget: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[int] = []
+    plain_call = streaming.carry_out
+
+    def watch(function: Any, args: Any, kwargs: Any, run: streaming.Run) -> Any:
+        result = plain_call(function, args, kwargs, run)
+        moved.append(run.moved)
+        return result
+
+    monkeypatch.setattr(streaming, "carry_out", watch)
+    for job, given, suffix in (("decode", {"latent": latent}, "png"), ("encode", {"image": image}, "latent")):
+        one, other = tmp_path / f"streamed.{suffix}", tmp_path / f"plain.{suffix}"
+        run(*arguments(job, vae=vae, out=one, **given), "--mode", "stream", *budget)
+        run(*arguments(job, vae=vae, out=other, **given), "--mode", "plain")
+    assert np.abs(pixels(tmp_path / "streamed.png") - pixels(tmp_path / "plain.png")).max() <= 1
+    first, second = (files.load_latent(tmp_path / f"{name}.latent") for name in ("streamed", "plain"))
+    assert torch.allclose(first, second, atol=1e-5)
+    assert [size > 0 for size in moved] == [bool(budget)] * 2
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("2GiB", 2 << 30), ("1.5 gb", 1_500_000_000), ("800MB", 800_000_000), ("7", 7), ("3KiB", 3072)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert cli._size(text) == size
+
+
+def test_a_budget_is_for_streaming(
+    tmp_path: Path, vae: Path, latent: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = arguments("decode", vae="vae.safetensors", latent="in.latent", out="out.png", budget="1GiB")
+    assert_refused(argv, "--mode stream", capsys, tmp_path)
 
 
 def test_a_batch_becomes_numbered_images(tmp_path: Path, vae: Path) -> None:
@@ -98,7 +137,7 @@ def test_a_batch_becomes_numbered_images(tmp_path: Path, vae: Path) -> None:
 def test_encode_writes_the_same_latent_in_strips_and_plain(tmp_path: Path, vae: Path, image: Path) -> None:
     strips, plain = tmp_path / "strips.latent", tmp_path / "plain.latent"
     run(*arguments("encode", vae=vae, image=image, out=strips), *TILED)
-    run(*arguments("encode", vae=vae, image=image, out=plain), "--plain")
+    run(*arguments("encode", vae=vae, image=image, out=plain), "--mode", "plain")
     first, second = files.load_latent(strips), files.load_latent(plain)
     assert first.shape == (1, 4, 9, 7)
     assert second.std() > 0.01
@@ -161,6 +200,9 @@ def assert_refused(argv: list[str], word: str, capsys: pytest.CaptureFixture[str
         ("device", "cuda:99", "cuda:99"),
         ("device", "", "cannot be used"),
         ("speed", "fast", "speed"),
+        ("mode", "tiled", "tiled"),
+        ("budget", "0", "above 0"),
+        ("budget", "lots", "2GiB"),
     ],
 )
 def test_a_wrong_option_of_decode(
@@ -268,8 +310,9 @@ def test_the_process_says_one_sentence_and_ends_with_2(tmp_path: Path, vae: Path
 
 LIMITED = """
 import resource, sys
-from comfyui_patchconv import cli, files
+from comfyui_patchconv import cli, files, streaming
 from pathlib import Path
+from typing import Any
 import diffusers.models.autoencoders.autoencoder_kl
 def limit(kind, size):
     resource.setrlimit(kind, (size, size))
@@ -296,15 +339,20 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, vae: Path, image: Path) -> 
     assert not (tmp_path / "out.latent").exists()
 
 
-def test_demo_writes_both_images_and_prints_the_table(tmp_path: Path, vae: Path) -> None:
+def test_demo_writes_the_images_and_prints_the_table(tmp_path: Path, vae: Path) -> None:
     argv = arguments("demo", vae=vae, size=64, threshold=0, splits=3, out="new/folder")
     done = start("-m|comfyui_patchconv.cli", *argv, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert re.search(r"peak memory +time\nplain +\d+ MB +\d+\.\d s\nPatch Conv +\d+ MB +\d+\.\d s\n", done.stdout)
-    difference = re.search(r"Largest difference between the images: (\S+) ", done.stdout)
-    assert difference is not None
-    assert float(difference[1]) < 1e-4
+    figures = r" +\d+ MB +\d+\.\d s"
+    beside = rf"{figures} +[+-]\d+% memory, [+-]\d+% time"
+    rows = rf"peak memory +time\nplain{figures}\nPatch Conv{beside}\nstreaming{beside}\n"
+    assert re.search(rows, done.stdout), done.stdout
+    differences = re.search(
+        r"Largest difference to the plain image: (\S+) \(Patch Conv\), (\S+) \(streaming\);", done.stdout
+    )
+    assert differences is not None
+    assert all(float(value) < 1e-4 for value in differences.groups())
     assert pixels(tmp_path / "new" / "folder" / "image.png").shape == (64, 64, 3)
     assert np.ptp(pixels(tmp_path / "new" / "folder" / "memory.png")) > 100
 
