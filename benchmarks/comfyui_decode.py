@@ -38,8 +38,10 @@ def worker(case: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     side = case["size"] // 8
     latent = {"samples": torch.randn(1, 4, side, side)}
-    if case["method"] == "comfyui_ours":
-        (vae,) = nodes.NODE_CLASS_MAPPINGS["PatchConv_VAE"].execute(vae, splits=0, threshold=16.0, half="both").result
+    modes = {"comfyui_ours": "patch", "comfyui_streamed": "stream"}
+    if case["method"] in modes:
+        patch_conv = nodes.NODE_CLASS_MAPPINGS["PatchConv_VAE"]
+        (vae,) = patch_conv.execute(vae, splits=0, threshold=16.0, half="both", mode=modes[case["method"]]).result
     if case["method"] == "comfyui_tiled":
         node, more = nodes.VAEDecodeTiled(), {"tile_size": 512, "overlap": 64}
     else:

@@ -44,6 +44,7 @@ METHODS = {
 HOST_METHODS = {
     "comfyui": "ComfyUI VAE Decode",
     "comfyui_ours": "ComfyUI VAE Decode + Patch Conv",
+    "comfyui_streamed": "ComfyUI VAE Decode + Patch Conv, stream",
     "comfyui_tiled": "ComfyUI VAE Decode (Tiled)",
 }
 
