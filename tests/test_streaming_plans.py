@@ -16,7 +16,7 @@ from network_helpers import random_network, run_network
 from torch import Tensor
 
 from comfyui_patchconv import planner
-from comfyui_patchconv.streaming import Plan, choose, stream
+from comfyui_patchconv.streaming import Plan, choose, stream, streamed
 from comfyui_patchconv.streaming.buffers import FileBuffer, HostBuffer
 from comfyui_patchconv.streaming.call import carry_out
 from comfyui_patchconv.streaming.run import Run
@@ -56,13 +56,39 @@ def test_the_result_never_depends_on_the_plan(
 def test_a_run_takes_what_the_plan_expects(name: str, budget: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(planner.STRIP_BYTES, "cpu", 20_000)
     build, call, input = CASES[name]
-    model = draw_weights(build())
-    plan = choose(lambda x: call(model, x), (input,), {}, budget=budget)
+    model: Any = draw_weights(build())
+    method = getattr(model, name.split()[1])
+    plan = choose(method, (input,), {}, budget=budget)
     run = Run(plan)
-    result = carry_out(lambda x: call(model, x), (input,), {}, run)
-    assert_same(result, call(model, input), 1e-5)
+    expected = call(model, input)
+    with torch.no_grad():
+        setattr(model, method.__name__, lambda x, **kwargs: carry_out(method, (x,), kwargs, run))
+        result = call(model, input)
+    assert type(result) is Tensor
+    assert_same(result, expected, 1e-5)
     assert (run.peak, run.moved, run.work) == (plan.peak, plan.moved, plan.work)
     assert plan.peak > 0
+
+
+def test_only_methods_of_modules_are_planned() -> None:
+    with pytest.raises(TypeError, match="cannot be planned"):
+        choose(lambda x: x, (torch.ones(1, 1, 2, 2),), {})
+
+
+def test_what_cannot_be_streamed_leaves_no_trace() -> None:
+    """A call that turns out to write through a view runs again, plain, on the caller's lists as they were."""
+
+    def run(x: Tensor, kept: list[Tensor]) -> Tensor:
+        kept.append(x * 2)
+        y = kept[0] + kept[1]
+        y[:, :1].add_(1)
+        return y
+
+    x, kept = torch.randn(1, 2, 9, 5), [torch.ones(1, 2, 9, 5)]
+    result = streamed(run)(x, kept)
+    again = [torch.ones(1, 2, 9, 5)]
+    assert torch.equal(result, run(x, again))
+    assert [torch.equal(one, other) for one, other in zip(kept, again, strict=True)] == [True, True]
 
 
 def test_a_budget_moves_maps_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .graph import Node
@@ -16,6 +16,8 @@ from .tensor import CannotStreamError, LazyTensor, evaluated, finish
 
 def carry_out(function: Callable[..., Any], args: Any, kwargs: Any, run: Run) -> Any:
     """What `function(*args, **kwargs)` returns, computed in strips as `run` says."""
+    given = (*args, *kwargs.values())
+    before = [pair for value in given for pair in _contents(value)]
     try:
         with torch.inference_mode():  # operators arrive whole there: one convolution, one group norm
             lazy = [enter(value, run) for value in args]
@@ -23,12 +25,24 @@ def carry_out(function: Callable[..., Any], args: Any, kwargs: Any, run: Run) ->
             del lazy
     except CannotStreamError as error:
         run.report[str(error)] = 1
+        for container, content in before:
+            container.clear()
+            container.update(content) if isinstance(container, dict) else container.extend(content)
         result = function(*args, **kwargs)
     with torch.no_grad():
-        finish((result, args, kwargs))
-        for value in (*args, *kwargs.values()):
-            _settle(value)
+        found: list[LazyTensor] = []
+        _settle((result, *given), lambda tensor: found.append(tensor) or tensor)
+        finish(found)
+        _settle((result, *given), evaluated)
         return tree_map(evaluated, result)
+
+
+def _contents(value: Any) -> list[tuple[Any, Any]]:
+    """The lists and dictionaries of an argument, which a call may change, and a copy of each."""
+    if not isinstance(value, (list, dict)):
+        return []
+    inner = value.values() if isinstance(value, dict) else value
+    return [(value, value.copy()), *(pair for one in inner for pair in _contents(one))]
 
 
 def enter(value: Any, run: Run) -> Any:
@@ -37,9 +51,18 @@ def enter(value: Any, run: Run) -> Any:
     return LazyTensor.of(Node.of(value, run, counted=False)) if maps and value.is_floating_point() else value
 
 
-def _settle(container: Any) -> None:
-    """Maps that were left in the caller's lists and dictionaries (video models keep frames there) become tensors."""
-    if isinstance(container, (list, dict)):
-        for key, value in list(container.items() if isinstance(container, dict) else enumerate(container)):
-            container[key] = evaluated(value)
-            _settle(value)
+def _settle(value: Any, put: Callable[[LazyTensor], Any], depth: int = 4) -> None:
+    """Put something in the place of each map that is left in lists, dictionaries and objects.
+
+    Video models keep frames for the next call in the caller's lists; an encoder's result may be a distribution.
+    """
+    if isinstance(value, (Tensor, nn.Module)) or depth == 0:
+        return
+    inside = value if isinstance(value, (list, dict, tuple)) else getattr(value, "__dict__", {})
+    for key, one in list(inside.items() if isinstance(inside, dict) else enumerate(inside)):
+        if not isinstance(one, LazyTensor):
+            _settle(one, put, depth - 1)
+        elif isinstance(inside, tuple):
+            put(one)  # in a result, which is mapped as a whole
+        else:
+            inside[key] = put(one)

@@ -7,14 +7,13 @@ from dataclasses import replace
 from typing import Any, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from ..footprint import twin
-from .call import enter
+from .call import carry_out
 from .run import Plan, Run
-from .tensor import finish
 
 _WORTH = 0.95
 """A plan that computes more has to take less than this share of the other's memory."""
@@ -32,11 +31,15 @@ def choose(
 ) -> Plan:
     """The plan for `function(*args, **kwargs)`: the least work of those that stay within `budget`.
 
-    Where no plan does, the one that puts least elsewhere; without a budget, the one of the lowest peak. Tensors among
-    the arguments may be on the meta device; none is read. `function` runs on copies of its modules with weights that
-    take no memory. device, dtype, attributes: see `footprint.peak_activations`; the device is that of the first tensor
-    by default. Raises whatever `function` raises without values.
+    Where no plan does, the one that puts least elsewhere; without a budget, the one of the lowest peak.
+
+    function: a module or a method of one, which runs on a copy with weights that take no memory. args, kwargs: none of
+    their tensors is read; they may be on the meta device. device, dtype, attributes: see `footprint.peak_activations`;
+    the device is that of the first tensor by default. Raises TypeError for any other function, because it would see
+    tensors without values itself, and whatever the method raises when it does.
     """
+    if not isinstance(getattr(function, "__self__", function), nn.Module):
+        raise TypeError(f"{function!r} cannot be planned: give a module or a method of one.")
     if device is None:
         device = next(iter(_tensors((args, kwargs)))).device
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -45,8 +48,8 @@ def choose(
     def trial(unstored_from: Optional[int]) -> tuple[Plan, set[int]]:
         run = Run(Plan(budget, unstored_from), dry=True)
         with torch.inference_mode(), mode:
-            fakes = tree_map(lambda value: _fake(value, device, run), (args, kwargs))
-            finish((copied(*fakes[0], **fakes[1]), fakes))
+            positional, named = tree_map(lambda value: _fake(value, device), (args, kwargs))
+            carry_out(copied, positional, named, run)
         return replace(run.plan, peak=run.peak, moved=run.moved, work=run.work), run.again
 
     first, again = trial(None)
@@ -68,10 +71,8 @@ def _better(plan: Plan, best: Plan, budget: Optional[int]) -> bool:
     return (plan.peak > budget, plan.moved) < (best.peak > budget, _WORTH * best.moved)
 
 
-def _fake(value: Any, device: torch.device, run: Run) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return enter(torch.empty(value.shape, dtype=value.dtype, device=device), run)
+def _fake(value: Any, device: torch.device) -> Any:
+    return torch.empty(value.shape, dtype=value.dtype, device=device) if isinstance(value, Tensor) else value
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -119,9 +119,9 @@ def _viewed(value: Any) -> Any:
     return node, tokens.layout_of(node) if value._layout is None else value._layout
 
 
-def finish(values: Any) -> None:
+def finish(tensors: list[LazyTensor]) -> None:
     """Evaluate what a computation returns or leaves behind, in one pass."""
-    engine.finish([value._hold.node for value in tree_flatten(values)[0] if isinstance(value, LazyTensor)])
+    engine.finish([tensor._hold.node for tensor in tensors])
 
 
 def evaluated(value: Any) -> Any:
