@@ -1,8 +1,8 @@
-"""Attention's view of a map: pixels in one row, `[B, C, H·W]` and what arranging its dimensions makes of that.
+"""Maps with their dimensions arranged anew: pixels in one row, `[B, C, H·W]`, as attention has them, or channels last.
 
 A map that is looked at so is still deferred. Its layout is a tensor without values whose strides say where in a
-contiguous `[B, C, H, W]` each element lies; what arranges dimensions only is applied to that. Linear layers, group norm
-and attention on such views are steps on the map; anything else is evaluated.
+contiguous `[B, C, H, W]` each element lies; what arranges dimensions only is applied to that. Attention, linear layers
+and norms on such views are steps on the map; anything else is evaluated.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ Viewed = tuple[Node, Tensor]
 
 _ARRANGING = (*operators.ARRANGING, "unsqueeze", "squeeze", "t")
 _KEEPING = (*operators.SAME, "clone")
+_OF_LAST = ("linear", "layer_norm", "rms_norm")
+"""Operators on the last dimension."""
 
 
 def layout_of(node: Node) -> Tensor:
@@ -40,24 +42,21 @@ def build(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[Vi
     if not isinstance(args[0], tuple) or len(args[0]) != 2 or not isinstance(args[0][0], Node):
         return None
     node, layout = args[0]
-    if len(node.shape) != 4:
-        return None
     if name in _ARRANGING:
         return _arranged(func, node, layout, args[1:], kwargs)
     if name in _KEEPING or (name == "dropout" and not args[2]):
         return node, layout
     if name == "slice":
         return _sliced(node, layout, *args[1:])
-    if name == "linear":
-        return _linear(node, layout, *args[1:])
+    if len(node.shape) == 4 and layout.dim() == 3:
+        if name in _OF_LAST:
+            return _over_channels(func, name, node, layout, args[1:], kwargs)
+        if name == "group_norm" and _lies(layout, *_channels_first(node)):
+            normal = operators.build(func, (node, *args[1:]), kwargs)
+            return None if normal is None else (normal[0], layout)
     if name == "scaled_dot_product_attention":
         return _attention(args, kwargs)
-    if name == "group_norm" and layout.dim() == 3 and _lies(layout, *_channels_first(node)):
-        normal = operators.build(func, (node, *args[1:]), kwargs)
-        return None if normal is None else (normal[0], layout)
-    if name.rstrip("_") in operators.POINTWISE:
-        return _pointwise(func, layout, args, kwargs)
-    return None
+    return _permuted(func, name, args, kwargs) or _pointwise(func, name, layout, args, kwargs)
 
 
 def _arranged(func: Any, node: Node, layout: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[Viewed]:
@@ -82,14 +81,90 @@ def _sliced(node: Node, layout: Tensor, dim: int = 0, start: Any = None, end: An
     return (node, layout) if everything else None
 
 
-def _linear(node: Node, layout: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Optional[Viewed]:
-    """A linear layer over the channels of `[B, pixels, C]`: a convolution with a kernel of 1."""
-    if not isinstance(weight, Tensor) or layout.dim() != 3 or not _lies(layout, *_channels_last(node)):
+def _over_channels(
+    func: Any, name: str, node: Node, layout: Tensor, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Optional[Viewed]:
+    """A linear layer or a norm over the channels of `[B, pixels, C]`."""
+    if not _lies(layout, *_channels_last(node)) or (name != "linear" and len(args[0]) != 1):
         return None
-    weight, bias = operators.own(weight), operators.own(bias)
-    step = RowLocal(lambda pieces: F.conv2d(pieces[0], weight[:, :, None, None], bias))
-    result = node.then(step, (node.shape[0], len(weight), *node.shape[2:]))
+    if any(isinstance(value, tuple) and _holds_map(value) for value in (*args, *kwargs.values())):
+        return None
+    values = [operators.own(value) for value in args]
+
+    def call(pieces: Sequence[Tensor]) -> Tensor:
+        if name == "linear":
+            return F.conv2d(pieces[0], values[0][:, :, None, None], *values[1:])
+        return func(pieces[0].movedim(1, -1), *values, **kwargs).movedim(-1, 1)
+
+    channels = len(values[0]) if name == "linear" else node.shape[1]
+    result = node.then(RowLocal(call), (node.shape[0], channels, *node.shape[2:]))
     return result, _meta(*_channels_last(result), result.dtype)
+
+
+def _permuted(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[Viewed]:
+    """Operators on a map whose dimensions are in another order, which treat each row by itself all the same."""
+    node, layout = args[0]
+    order = _order(node, layout)
+    if order is None or any(isinstance(value, (tuple, Tensor)) for value in kwargs.values()):
+        return None
+    row, plain = order.index(len(order) - 2), name.rstrip("_") if not name.startswith("_") else name
+    if plain in operators.POINTWISE:
+        func = getattr(getattr(torch.ops.aten, plain), func._overloadname)
+    elif name in _OF_LAST:
+        if row == len(order) - 1 or (name != "linear" and len(args[1]) != 1):
+            return None
+    elif name not in operators.OVER_CHANNELS or not _reduces_others(args, kwargs, row, len(order)):
+        return None
+    places, inputs, values = [], [], list(args)
+    for place, value in enumerate(args):
+        if isinstance(value, tuple) and value and isinstance(value[0], Node):
+            if value[0].height != node.height or _order(*value) != order:
+                return None
+            places.append(place)
+            inputs.append(value[0])
+        elif isinstance(value, Tensor) and name not in _OF_LAST:
+            side = value.dim() - len(order) + row
+            if side >= 0 and value.shape[side] != 1:
+                return None
+        values[place] = operators.own(value)
+    back = [order.index(dim) for dim in range(len(order))]
+
+    def call(pieces: Sequence[Tensor], values: Sequence[Any] = tuple(values)) -> Tensor:
+        given = list(values)
+        for place, piece in zip(places, pieces):
+            given[place] = piece.permute(order)
+        return func(*given, **kwargs).permute(back)
+
+    empty = [layout_of(one) for one in inputs]
+    meta = call(empty, [value.to("meta") if isinstance(value, Tensor) else value for value in values])
+    if meta.dim() != len(order) or meta.shape[-2] != node.height:
+        return None
+    result = Node(node.run, meta.shape, meta.dtype, node.device, RowLocal(call), inputs)
+    return result, layout_of(result).permute(order)
+
+
+def _reduces_others(args: Sequence[Any], kwargs: dict[str, Any], row: int, dims: int) -> bool:
+    """Whether a reduction keeps the rows, and all dimensions."""
+    lists = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, (list, tuple))]
+    keeps = kwargs.get("keepdim", True in [value for value in args[1:] if isinstance(value, bool)])
+    return bool(keeps) and len(lists) == 1 and bool(lists[0]) and row not in [dim % dims for dim in lists[0]]
+
+
+def _order(node: Node, layout: Tensor) -> Optional[list[int]]:
+    """For each dimension of a layout that is a permutation of a map's, which of the map's it is; None if it is not."""
+    if layout.dim() != len(node.shape):
+        return None
+    left = dict(enumerate(zip(node.shape, layout_of(node).stride())))
+    order = []
+    for side, stride in zip(layout.shape, layout.stride()):
+        found = next(
+            (dim for dim, (size, step) in left.items() if size == side and (step == stride or side == 1)), None
+        )
+        if found is None:
+            return None
+        order.append(found)
+        del left[found]
+    return order
 
 
 def _attention(args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[Viewed]:
@@ -121,9 +196,9 @@ def _attention(args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[Viewed]:
     return result, _meta(*_of_heads(result, heads, values["query"][1].dim()), result.dtype)
 
 
-def _pointwise(func: Any, layout: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[Viewed]:
+def _pointwise(func: Any, name: str, layout: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[Viewed]:
     plain = []
-    if any(isinstance(value, tuple) for value in kwargs.values()):
+    if name.rstrip("_") not in operators.POINTWISE or any(isinstance(value, tuple) for value in kwargs.values()):
         return None
     for value in args:
         if isinstance(value, tuple) and isinstance(value[0], Node):
