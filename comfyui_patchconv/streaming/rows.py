@@ -109,7 +109,8 @@ class Rows:
 def _is_borrowed(strip: Tensor) -> bool:
     """Whether a strip lies in memory that is more than its own, or not torch's (a part of a file may be given up)."""
     storage = strip.untyped_storage()
-    return not storage.resizable() or storage.nbytes() > strip.numel() * strip.element_size()
+    own = getattr(storage, "resizable", lambda: False)()  # torch 2.1 cannot tell
+    return not own or storage.nbytes() > strip.numel() * strip.element_size()
 
 
 class Statistics:
