@@ -160,23 +160,6 @@ def test_the_last_mode_counts(server: Server, checkpoint: str, first: Graph, las
     assert_same_image(images["plain"], images["between"])
 
 
-def test_interrupted_stream(server: Server, checkpoint: str) -> None:
-    graph = decoding(checkpoint, server.latent("long", 1024, seed=5), patched=STREAM)
-    with server.messages() as messages:
-        prompt = server.queue(graph)
-        while not any(m["type"] == "progress" and m["data"]["node"] == "patched_decode" for m in messages):
-            time.sleep(0.05)
-        asked = time.monotonic()
-        server.get("/interrupt", {})
-        history = server.result(prompt)
-    seconds = time.monotonic() - asked
-    print(f"stopped after {seconds:.2f} s")
-    assert history["status"]["messages"][-1][0] == "execution_interrupted"
-    assert seconds < 3
-    images = server.run(decoding(checkpoint, server.latent("next", 256, seed=6), plain=True, patched=STREAM))
-    assert_same_image(images["plain"], images["patched"])
-
-
 @pytest.mark.slow
 def test_decode_with_defaults(server: Server, checkpoint: str) -> None:
     server.run(decoding(checkpoint, server.latent("warm", 64), plain=True))
@@ -205,8 +188,9 @@ def test_short_decode_shows_no_progress(server: Server, checkpoint: str) -> None
     assert not shown or seconds > 1  # a machine that does other work meanwhile
 
 
-def test_interrupt(server: Server, checkpoint: str) -> None:
-    graph = decoding(checkpoint, server.latent("long", 1024, seed=3), patched={"splits": 0, "threshold": 1.0})
+@pytest.mark.parametrize("settings", [DEFAULTS | {"threshold": 1.0}, STREAM], ids=["patch", "stream"])
+def test_interrupt(server: Server, checkpoint: str, settings: Graph) -> None:
+    graph = decoding(checkpoint, server.latent("long", 1024, seed=len(settings)), patched=settings)
     with server.messages() as messages:
         prompt = server.queue(graph)
         while not any(m["type"] == "progress" and m["data"]["node"] == "patched_decode" for m in messages):
@@ -218,7 +202,7 @@ def test_interrupt(server: Server, checkpoint: str) -> None:
     print(f"stopped after {seconds:.2f} s")
     assert history["status"]["messages"][-1][0] == "execution_interrupted"
     assert seconds < 3
-    images = server.run(decoding(checkpoint, server.latent("next", 256, seed=4), plain=True, patched=ALWAYS))
+    images = server.run(decoding(checkpoint, server.latent("next", 256, seed=4), plain=True, patched=settings))
     assert_same_image(images["plain"], images["patched"])
 
 
