@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..comfyui_patchconv.footprint import peak_activations
 from ..comfyui_patchconv.tiled_conv import Tiling
 from .progress import Progress
 
-MARGIN = 1.1
+_MARGIN = 1.1
 _STRIP_COPIES = 3  # a strip's rows, its result, and the reordered copies that a backend makes of them
 _SECONDS = 5.0  # the longest a count may take: video in many chunks is thousands of operators
 
@@ -23,43 +24,53 @@ HOST_ATTRIBUTES = {"comfy_cast_weights": False, "weight_function": [], "bias_fun
 Estimate = Callable[[Any, torch.dtype], float]
 
 
-class StripMemory:
+class Memory(ABC):
     """Stands in for a VAE's `memory_used_decode` or `memory_used_encode`: bytes for an input of a shape and dtype.
 
-    The activations of one sample are counted on fake tensors, the working set of a strip is added; the host's own
-    estimate is the upper bound, and the answer where its code cannot be counted. The host asks once at the start of
-    every decode or encode, which is why `progress` starts here.
+    One sample is counted by `_count`, once for each shape; the host's own estimate is the upper bound, and the answer
+    where its code cannot be counted. The host asks once at the start of every decode or encode: `start` is called then.
 
     host: the estimate that the VAE came with. method: `"decode"` or `"encode"` of `vae.first_stage_model`.
     """
 
-    def __init__(self, vae: Any, method: str, host: Estimate, tiling: Tiling, progress: Progress) -> None:
+    def __init__(self, vae: Any, method: str, host: Estimate, start: Callable[[], None]) -> None:
         self.model, self.device = vae.first_stage_model, torch.device(vae.device)
-        self.method, self.host, self.tiling, self.progress = method, host, tiling, progress
+        self.method, self.host, self.start = method, host, start
         self._counted: dict[tuple[tuple[int, ...], torch.dtype], float] = {}
 
     def __call__(self, shape: Any, dtype: torch.dtype) -> float:
-        self.progress.start()
-        host = self.host(shape, dtype)
+        self.start()
         key = (tuple(shape)[1:], dtype)
         if key not in self._counted:
-            self._counted[key] = self._count(*key)
-        return min(host, self._counted[key])
+            try:
+                self._counted[key] = self._count((1, *key[0]), dtype) * _MARGIN
+            except Exception as error:  # the host's code is free to do what tensors without values cannot
+                logging.info("Patch Conv: %s of %s not counted (%s).", self.method, type(self.model).__name__, error)
+                self._counted[key] = float("inf")
+        return min(self.host(shape, dtype), self._counted[key])
+
+    @abstractmethod
+    def _count(self, sample: tuple[int, ...], dtype: torch.dtype) -> float:
+        """Bytes for an input of shape `sample`."""
+
+
+class StripMemory(Memory):
+    """Of a VAE whose convolutions run in strips: its activations, and the working set of a strip."""
+
+    def __init__(self, vae: Any, method: str, host: Estimate, tiling: Tiling, progress: Progress) -> None:
+        super().__init__(vae, method, host, progress.start)
+        self.tiling = tiling
 
     def _count(self, sample: tuple[int, ...], dtype: torch.dtype) -> float:
-        try:
-            activations = peak_activations(
-                self.model,
-                lambda model: getattr(model, self.method)(torch.empty((1, *sample), dtype=dtype, device=self.device)),
-                device=self.device,
-                dtype=dtype,
-                seconds=_SECONDS,
-                attributes=HOST_ATTRIBUTES,
-            )
-        except Exception as error:  # the host's code is free to do what fake tensors cannot
-            logging.info("Patch Conv: %s of %s not counted (%s).", self.method, type(self.model).__name__, error)
-            return float("inf")
-        return (activations + self._working_set(activations, dtype)) * MARGIN
+        activations = peak_activations(
+            self.model,
+            lambda model: getattr(model, self.method)(torch.empty(sample, dtype=dtype, device=self.device)),
+            device=self.device,
+            dtype=dtype,
+            seconds=_SECONDS,
+            attributes=HOST_ATTRIBUTES,
+        )
+        return activations + self._working_set(activations, dtype)
 
     def _working_set(self, activations: int, dtype: torch.dtype) -> int:
         """Bytes that a convolution needs besides its input and output: of one strip, or whole below the threshold."""

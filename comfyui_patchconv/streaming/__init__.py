@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional, Union
@@ -11,11 +10,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from .call import carry_out
-from .dry_run import choose
+from .dry_run import choose, choose_if_possible
 from .run import OnProgress, Plan, Run
 from .tensor import CannotStreamError
 
-__all__ = ["CannotStreamError", "Plan", "Run", "carry_out", "choose", "signature", "stream", "streamed"]
+__all__ = [
+    "CannotStreamError",
+    "Plan",
+    "Run",
+    "carry_out",
+    "choose",
+    "choose_if_possible",
+    "signature",
+    "stream",
+    "streamed",
+]
 
 
 def streamed(
@@ -42,7 +51,7 @@ def streamed(
     def run(*args: Any, **kwargs: Any) -> Any:
         key = signature((args, kwargs))
         if key not in plans:
-            plans[key] = _plan(function, args, kwargs, budget)
+            plans[key] = choose_if_possible(function, args, kwargs, budget=budget)
         return carry_out(function, args, kwargs, Run(plans[key], report, on_progress))
 
     return run
@@ -78,14 +87,6 @@ def _method(target: Any) -> tuple[Any, str]:
     if owner is None or not hasattr(owner, "__dict__"):
         raise TypeError(f"{target!r} cannot be streamed: give a module, or a method of an object such as vae.decode.")
     return owner, name
-
-
-def _plan(function: Callable[..., Any], args: Any, kwargs: Any, budget: Optional[int]) -> Plan:
-    try:
-        return choose(function, args, kwargs, budget=budget)
-    except Exception as error:  # code that looks at values; it streams all the same
-        logging.getLogger(__name__).info("No plan for %r (%s: %s).", function, type(error).__name__, error)
-        return Plan(budget)
 
 
 def signature(values: Any) -> Any:

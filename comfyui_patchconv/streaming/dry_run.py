@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Optional
@@ -62,6 +63,22 @@ def choose(
             break
         best = plan
     return best
+
+
+def choose_if_possible(
+    function: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    *,
+    budget: Optional[int] = None,
+    attributes: Optional[dict[str, Any]] = None,
+) -> Plan:
+    """As `choose`, but where `function` cannot run without values a plan that knows the budget alone."""
+    try:
+        return choose(function, args, kwargs, budget=budget, attributes=attributes)
+    except Exception as error:  # anything: it streams all the same
+        logging.getLogger(__name__).info("No plan for %r (%s: %s).", function, type(error).__name__, error)
+        return Plan(budget)
 
 
 def _better(plan: Plan, best: Plan, budget: Optional[int]) -> bool:

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..geometry import Axis, padded_row
-from .order import has_channels_last
 from .rows import Rows, Statistics
 from .run import Run
 
@@ -164,17 +163,12 @@ class UpsampledConvolve(Step):
             for x in (0, 1):
                 part = self.call(piece.narrow(-2, y, count + 1), self.kernels[y][x])
                 if output is None:
-                    output = _empty((*part.shape[:-2], 2 * count, 2 * width), part)
+                    output = part.new_empty((*part.shape[:-2], 2 * count, 2 * width))
                 output[..., y::2, x::2] = part[..., x : x + width]
         assert output is not None
         if self.bias is not None:
             output += self.bias.view(-1, 1, 1)
         return output.narrow(-2, first - 2 * low, last - first)
-
-
-def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    order = torch.channels_last if has_channels_last(like) else torch.contiguous_format
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=order)
 
 
 def _summed(weight: Tensor, odd_row: int, odd_column: int) -> Tensor:

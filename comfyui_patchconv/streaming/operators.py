@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..geometry import Axis
 from . import engine
 from .graph import Convolve, Node, Normalise, Pad, Resample, RowLocal, Step, UpsampledConvolve
-from .order import preferred
 
 aten = torch.ops.aten
 
@@ -124,14 +123,12 @@ def _convolution(
     # Not in half precision: sums of kernels would be rounded once more than plain's.
     if same and _doubles(input.step) and weight.dtype in (torch.float32, torch.float64):
         (small,) = input.inputs
-        doubled = UpsampledConvolve(
-            weight, bias, lambda x, kernel: convolve(preferred(x), kernel, padding=(0, 1), groups=groups)
-        )
+        doubled = UpsampledConvolve(weight, bias, lambda x, kernel: convolve(x, kernel, padding=(0, 1), groups=groups))
         shape = (input.shape[0], weight.shape[0], *input.shape[2:])
         return small.then(doubled, shape)
 
     def call(pieces: Sequence[Tensor]) -> Tensor:
-        return convolve(preferred(pieces[0]), weight, bias, stride, inner, dilation, groups)
+        return convolve(pieces[0], weight, bias, stride, inner, dilation, groups)
 
     return _shaped(input, Convolve(axis, call), lambda x: convolve(
         x, _as_meta(weight), _as_meta(bias), stride, padding, dilation, groups

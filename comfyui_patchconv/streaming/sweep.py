@@ -192,10 +192,7 @@ class Sweep:
             state.lines[node] = (low, self._other_line(node, before, again).copy_(again))
 
     def _other_line(self, node: Node, line: Optional[Tensor], rows: Tensor) -> Tensor:
-        """Room for `rows` of `node`: of the two parts that take turns, the one that does not hold `line`.
-
-        Always the same two: new ones in each strip would leave gaps between the strips that the allocator cannot use.
-        """
+        """Room for `rows` of `node`: of the two parts that take turns, the one that does not hold `line`."""
         pair = self._lines.setdefault(node, [None, None])
         index = int(line is not None and pair[0] is not None and line.data_ptr() == pair[0].data_ptr())
         room = pair[index]
