@@ -35,10 +35,20 @@ def random_network(seed: int) -> tuple[list[Any], int]:
     def padded() -> Any:
         mode, top, bottom = draw.choice(["constant", "reflect", "replicate"]), draw.randint(0, 2), draw.randint(0, 2)
         weight = weights(channels, channels, top + bottom + 1, 3)
-        return lambda x, old: F.conv2d(F.pad(x, (1, 1, top, bottom), mode), weight)
+        return lambda x, old: F.conv2d(F.pad(x, (1, 1, top, bottom), mode), weight) if min(x.shape[-2:]) > 2 else x
+
+    def smooth() -> Any:
+        options = {"mode": draw.choice(["bilinear", "bicubic"]), "align_corners": draw.choice([False, False, True])}
+        factor = draw.choice([2.0, 2.0, 4.0, (2.0, 3.0), 1.5])
+        return lambda x, old: F.interpolate(x, scale_factor=factor, **options) if x.shape[-2] < 30 else x
+
+    def average() -> Any:
+        kernel, stride, padding = draw.choice([(2, None, 0), (3, 1, 1), (3, 2, 1), (2, 1, 0)])
+        counted, ceil = draw.choice([True, True, False]), draw.choice([False, False, True])
+        return lambda x, old: F.avg_pool2d(x, kernel, stride, padding, ceil, counted) if x.shape[-1] > 6 else x
 
     makers = [
-        convolution, convolution, convolution, norm, down, padded,
+        convolution, convolution, convolution, norm, down, padded, smooth, average,
         lambda: lambda x, old: F.silu(x),
         lambda: lambda x, old: F.silu(x.clone(), inplace=True),
         lambda: lambda x, old: x + old if old.shape == x.shape else x,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -131,6 +133,42 @@ def test_upsampling_into_a_convolution(groups: int, bias: bool) -> None:
 
     x = torch.randn(2, 4, 9, 5)
     assert_same(streamed(run)(x), run(x), 1e-6)
+
+
+@pytest.mark.usefixtures("strip_bytes")
+@pytest.mark.parametrize(
+    "resample",
+    [
+        lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear"),
+        lambda x: F.interpolate(x, size=(4 * x.shape[-2], 3 * x.shape[-1]), mode="bicubic"),
+        lambda x: F.interpolate(x[:, :, None], scale_factor=2.0, mode="trilinear").flatten(1, 2),
+        lambda x: F.avg_pool2d(x, 3, 2, 1),
+        lambda x: F.avg_pool2d(x, 2),
+    ],
+    ids=["bilinear", "bicubic", "trilinear", "average", "average of two"],
+)
+def test_resampling_is_deferred(resample: Callable[[Tensor], Tensor]) -> None:
+    weight, report = torch.randn(3, 3, 3, 3), {}
+
+    def run(x: Tensor) -> Tensor:
+        return F.silu(resample(F.conv2d(x, weight, padding=1)))
+
+    x = torch.randn(2, 3, 11, 6)
+    assert_same(streamed(run, report=report)(x), run(x), 1e-6)
+    assert not report
+
+
+@pytest.mark.usefixtures("strip_bytes")
+def test_batch_norm_is_deferred_in_evaluation_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU()).requires_grad_(False)
+    x = torch.randn(2, 3, 11, 6)
+    model(x)
+    for training, whole in ((False, {}), (True, {"batch_norm": 1})):
+        report: dict[str, int] = {}
+        copies = [deepcopy(model).train(training) for _ in range(2)]
+        with torch.inference_mode():
+            assert_same(streamed(copies[0], report=report)(x), copies[1](x), 1e-6)
+        assert report == whole
 
 
 def block() -> nn.Module:

@@ -48,7 +48,7 @@ class RowLocal(Step):
 
 
 class Convolve(Step):
-    """A convolution with zero padding; `call` runs it on a piece whose rows are padded already."""
+    """A convolution or average with zero padding; `call` runs it on a piece whose rows are padded already."""
 
     def __init__(self, axis: Axis, call: Piece) -> None:
         self.axis, self.call = axis, call
@@ -65,19 +65,22 @@ class Convolve(Step):
 
 
 class Resample(Step):
-    """Each `down` input rows become `up` output rows, by themselves: nearest upsampling, pixel shuffle, pooling.
+    """Each `down` input rows become `up` output rows: upsampling, pixel shuffle, which need no other rows.
 
-    nearest: the factors of every side, first side first, where it is nearest upsampling.
+    halo: how many rows beside them `call` reads all the same, as smooth upsampling does; `down` is 1 then. nearest: the
+    factors of every side, first side first, where it is nearest upsampling.
     """
 
-    def __init__(self, up: int, down: int, call: Piece, nearest: tuple[float, ...] = ()) -> None:
-        self.up, self.down, self.call, self.nearest = up, down, call, nearest
+    def __init__(self, up: int, down: int, call: Piece, halo: int = 0, nearest: tuple[float, ...] = ()) -> None:
+        self.up, self.down, self.call, self.halo, self.nearest = up, down, call, halo, nearest
 
     def needs(self, first: int, last: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
-        return [(first // self.up * self.down, ((last - 1) // self.up + 1) * self.down)]
+        low, high = first // self.up * self.down, ((last - 1) // self.up + 1) * self.down
+        return [_clipped(low - self.halo, high + self.halo, sizes[0])]
 
     def compute(self, first: int, last: int, pieces: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-        return self.call(pieces).narrow(-2, first % self.up, last - first)
+        ((low, _),) = self.needs(first, last, sizes)
+        return self.call(pieces).narrow(-2, first - low // self.down * self.up, last - first)
 
 
 class Normalise(Step):

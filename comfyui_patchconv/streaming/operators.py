@@ -157,9 +157,22 @@ def _group_norm(
     return input.then(step, input.shape)
 
 
+def _batch_norm(func: Any, input: Any, *args: Any) -> Optional[Node]:
+    if not isinstance(input, Node) or args[4]:  # in training
+        return None
+    values = [own(value) for value in args]
+    return input.then(RowLocal(lambda pieces: func(pieces[0], *values)), input.shape)
+
+
+_SMOOTH = {"bilinear2d": ("bilinear", 1), "trilinear3d": ("trilinear", 1), "bicubic2d": ("bicubic", 2)}
+"""Upsampling that mixes rows: its mode, and how many rows beside its own an output row may read."""
+
+
 def _upsample(func: Any, input: Any, size: Any = None, *rest: Any) -> Optional[Node]:
+    mode, halo = _SMOOTH.get(func.overloadpacket.__name__.rpartition("_")[2], ("nearest", 0))
+    corners, rest = True in rest, tuple(value for value in rest if not isinstance(value, bool))
     scales = next((value for value in rest if isinstance(value, (list, tuple))), rest or None)
-    if not isinstance(input, Node) or len(input.shape) not in (4, 5):
+    if not isinstance(input, Node) or len(input.shape) not in (4, 5) or corners:
         return None
     sides = len(input.shape) - 2
     if size is None:
@@ -168,11 +181,15 @@ def _upsample(func: Any, input: Any, size: Any = None, *rest: Any) -> Optional[N
         factors = [out / side for out, side in zip(size, input.shape[2:])]
     if len(factors) != sides or any(factor != int(factor) or factor < 1 for factor in factors):
         return None
+    # Plain finds the weights of rows by their number in float32, exactly for powers of two alone.
+    if halo and int(factors[-2]) & (int(factors[-2]) - 1):
+        return None
 
     def call(pieces: Sequence[Tensor]) -> Tensor:
-        return F.interpolate(pieces[0], scale_factor=factors, mode="nearest")
+        return F.interpolate(pieces[0], scale_factor=factors, mode=mode)
 
-    return _shaped(input, Resample(int(factors[-2]), 1, call, tuple(factors)), lambda x: call([x]))
+    nearest = tuple(factors) if mode == "nearest" else ()
+    return _shaped(input, Resample(int(factors[-2]), 1, call, halo, nearest), lambda x: call([x]))
 
 
 def _shuffle(func: Any, input: Any, factor: int) -> Optional[Node]:
@@ -182,17 +199,29 @@ def _shuffle(func: Any, input: Any, factor: int) -> Optional[Node]:
     return _shaped(input, Resample(up, down, lambda pieces: func(pieces[0], factor)), lambda x: func(x, factor))
 
 
-def _average(func: Any, input: Any, kernel: Any, stride: Any = (), padding: Any = 0, *rest: Any) -> Optional[Node]:
+def _average(
+    func: Any,
+    input: Any,
+    kernel: Any,
+    stride: Any = (),
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor: Optional[int] = None,
+) -> Optional[Node]:
     if not isinstance(input, Node):
         return None
     kernel, padding = (_each(value, len(input.shape) - 2) for value in (kernel, padding))
-    if (stride and _each(stride, len(kernel)) != kernel) or any(padding) or input.height % kernel[-2]:
+    stride = _each(stride, len(kernel)) if stride else kernel
+    axis = Axis.of(kernel[-2], stride[-2], 1, padding[-2])
+    if ceil_mode or (any(padding) and not count_include_pad) or axis.output_size(input.height) < 1:
         return None
+    inner = [*padding[:-2], 0, padding[-1]]
 
-    def call(pieces: Sequence[Tensor]) -> Tensor:
-        return func(pieces[0], kernel, kernel, padding, *rest)
+    def pool(piece: Tensor, padding: list[int]) -> Tensor:
+        return func(piece, kernel, stride, padding, ceil_mode, count_include_pad, divisor)
 
-    return _shaped(input, Resample(1, kernel[-2], call), lambda x: call([x]))
+    return _shaped(input, Convolve(axis, lambda pieces: pool(pieces[0], inner)), lambda x: pool(x, padding))
 
 
 def _pad(func: Any, input: Any, pad: Sequence[int], *rest: Any) -> Optional[Node]:
@@ -267,10 +296,12 @@ _SPECIAL: dict[str, Operator] = {
     "conv3d": _convolution,
     "convolution": _convolution,
     "group_norm": _group_norm,
+    "batch_norm": _batch_norm,
     "upsample_nearest2d": _upsample,
     "upsample_nearest3d": _upsample,
     "_upsample_nearest_exact2d": _upsample,
     "_upsample_nearest_exact3d": _upsample,
+    **{f"upsample_{name}": _upsample for name in _SMOOTH},
     "pixel_shuffle": _shuffle,
     "pixel_unshuffle": _shuffle,
     "avg_pool2d": _average,

@@ -29,6 +29,10 @@ WAN = {"dim": 32, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1, "a
 HUNYUAN = {"block_out_channels": [64, 128, 128], "in_channels": 3, "out_channels": 3, "num_res_blocks": 1,
            "ffactor_spatial": 4, "downsample_match_channel": True, "upsample_match_channel": True,
            "z_channels": 32}  # fmt: skip
+COSMOS = {"z_channels": 16, "latent_channels": 16, "z_factor": 1, "resolution": 1024, "in_channels": 3,
+          "out_channels": 3, "channels": 32, "channels_mult": [2, 4, 4], "num_res_blocks": 1, "attn_resolutions": [32],
+          "dropout": 0.0, "patch_size": 4, "num_groups": 1, "temporal_compression": 8,
+          "spacial_compression": 8}  # fmt: skip
 FAMILIES: list[tuple[str, dict[str, Any], tuple[int, ...], tuple[int, ...]]] = [
     ("comfy.ldm.models.autoencoder.AutoencoderKL", {"ddconfig": KL, "embed_dim": 4}, (1, 4, 8, 8), (1, 3, 64, 64)),
     ("comfy.taesd.taesd.TAESD", {}, (1, 4, 8, 8), (1, 3, 64, 64)),
@@ -41,9 +45,13 @@ FAMILIES: list[tuple[str, dict[str, Any], tuple[int, ...], tuple[int, ...]]] = [
     ("comfy.ldm.lightricks.vae.causal_video_autoencoder.VideoVAE", {}, (1, 128, 2, 4, 4), (1, 3, 9, 128, 128)),
     ("comfy.ldm.cogvideo.vae.AutoencoderKLCogVideoX", {"latent_channels": 16}, (1, 16, 2, 8, 8), (1, 3, 5, 64, 64)),
     ("comfy.ldm.audio.autoencoder.AudioOobleckVAE", {}, (1, 64, 4), (1, 2, 8192)),
-    ("hunyuan_video.vae", {}, (1, 32, 8, 8), (1, 3, 64, 64)),
-    ("hunyuan_video.vae_refiner", {}, (1, 32, 2, 8, 8), (1, 3, 5, 64, 64)),
+    ("comfy.ldm.cosmos.vae.CausalContinuousVideoTokenizer", COSMOS, (1, 16, 2, 8, 8), (1, 3, 9, 64, 64)),
+    ("flux", {}, (1, 16, 8, 8), (1, 3, 64, 64)),
+    ("qwen image", {}, (1, 16, 1, 8, 8), (1, 3, 1, 64, 64)),
+    ("hunyuan image", {}, (1, 32, 8, 8), (1, 3, 64, 64)),
+    ("hunyuan video", {}, (1, 32, 2, 8, 8), (1, 3, 5, 64, 64)),
 ]
+"""Path of the class, or a name that `build` knows; its arguments; shapes of a latent and of pixels."""
 
 
 def start_host(checkout: str) -> Any:
@@ -61,14 +69,20 @@ def start_host(checkout: str) -> Any:
 
 def build(path: str, options: dict[str, Any]) -> torch.nn.Module:
     """A VAE of ComfyUI's by its class, without weights."""
-    with torch.device("meta"):
-        if path.startswith("hunyuan_video"):
-            engine = importlib.import_module("comfy.ldm.models.autoencoder").AutoencodingEngine
-            config = HUNYUAN | ({"ffactor_temporal": 4} if path.endswith("refiner") else {})
-            return engine(
-                regularizer_config={"target": "comfy.ldm.models.autoencoder.EmptyRegularizer"},
-                encoder_config={"target": f"comfy.ldm.{path}.Encoder", "params": config},
-                decoder_config={"target": f"comfy.ldm.{path}.Decoder", "params": config},
+    with torch.device("cpu" if options is COSMOS else "meta"):  # Cosmos computes when it is built
+        if path == "qwen image":
+            path, options = "comfy.ldm.wan.vae.WanVAE", WAN
+        if path in ("flux", "hunyuan image", "hunyuan video"):
+            if path == "flux":
+                kind, module, config = "DiagonalGaussian", "modules.diffusionmodules.model", KL | {"z_channels": 16}
+            else:
+                kind, module, config = "Empty", "hunyuan_video.vae", HUNYUAN
+            if path == "hunyuan video":
+                module, config = f"{module}_refiner", config | {"ffactor_temporal": 4}
+            return importlib.import_module("comfy.ldm.models.autoencoder").AutoencodingEngine(
+                regularizer_config={"target": f"comfy.ldm.models.autoencoder.{kind}Regularizer"},
+                encoder_config={"target": f"comfy.ldm.{module}.Encoder", "params": config},
+                decoder_config={"target": f"comfy.ldm.{module}.Decoder", "params": config},
             )
         module, kind = path.rsplit(".", 1)
         return getattr(importlib.import_module(module), kind)(**options)
