@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import re
 import sys
 import threading
@@ -14,6 +13,8 @@ from typing import Optional
 
 import torch
 
+from .memory import trim
+
 _STATUS = Path("/proc/self/status")
 
 
@@ -22,12 +23,14 @@ class Recorder:
 
     device: CUDA memory is read from torch's allocator, anything else as the resident memory of this process.
     interval: seconds between two samples of `timeline`, a list of (seconds, bytes); 0 for none.
+    own_peak: set the CUDA allocator's high-water mark back at the start, or leave that to the host around us: then
+        `peak` is 0 where this work did not raise it.
     `peak` is exact (the kernel's or the allocator's high-water mark), `seconds` the wall time, device work included.
     """
 
-    def __init__(self, device: torch.device | str = "cpu", interval: float = 0.0) -> None:
+    def __init__(self, device: torch.device | str = "cpu", interval: float = 0.0, own_peak: bool = True) -> None:
         self.device = torch.device(device)
-        self.interval = interval
+        self.interval, self.own_peak = interval, own_peak
         self.timeline: list[tuple[float, int]] = []
         self.peak = 0
         self.seconds = 0.0
@@ -36,9 +39,11 @@ class Recorder:
     def __enter__(self) -> Recorder:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
+            if self.own_peak:
+                torch.cuda.reset_peak_memory_stats(self.device)
         else:
             _reset_peak_resident()
+        self._peak_before = 0 if self.own_peak else self._peak()
         self._start_bytes, self._start = self._in_use(), time.perf_counter()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
         if self.interval:
@@ -52,8 +57,11 @@ class Recorder:
         self._end.set()
         if self.interval:
             self._sampler.join()
-        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else peak_resident()
-        self.peak = max(peak - self._start_bytes, 0)
+        peak = self._peak()
+        self.peak = max(peak - self._start_bytes, 0) if peak > self._peak_before else 0
+
+    def _peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else peak_resident()
 
     def _in_use(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else resident()
@@ -87,8 +95,7 @@ def peak_resident() -> int:
 
 
 def _reset_peak_resident() -> None:
-    with contextlib.suppress(OSError, AttributeError):  # what earlier work freed would hide as much of what is to come
-        ctypes.CDLL(None).malloc_trim(0)
+    trim()  # what earlier work freed would hide as much of what is to come
     with contextlib.suppress(OSError):  # elsewhere the peak is the process's own: hence a fresh one for each case
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM back to VmRSS
 

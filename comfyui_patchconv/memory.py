@@ -1,16 +1,21 @@
-"""Out-of-memory errors and what freed memory costs to have again."""
+"""Out-of-memory errors, what is free, and what freed memory costs to have again."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
+import re
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
-from typing import Optional
+from pathlib import Path
+from typing import Any, Optional
 
 import torch
 
 _MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
+_MEMINFO, _STATM = Path("/proc/meminfo"), Path("/proc/self/statm")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -28,6 +33,21 @@ def release(device: torch.device) -> None:
         empty_cache()
 
 
+def free(device: torch.device) -> int:
+    """Bytes that `device` can still give to this process; for a device that cannot tell, those of the host."""
+    of_device: Any = getattr(torch, device.type, None)
+    if hasattr(of_device, "mem_get_info"):
+        unused = of_device.memory_reserved(device) - of_device.memory_allocated(device)
+        return of_device.mem_get_info(device)[0] + unused
+    if _MEMINFO.exists():
+        found = re.search(r"^MemAvailable:\s+(\d+) kB$", _MEMINFO.read_text(), re.MULTILINE)
+        if found is not None:
+            return int(found[1]) * 1024
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
 @cache
 def keep_freed_blocks() -> None:
     """Have glibc keep freed blocks of strip size for the next strip, once for this process.
@@ -40,33 +60,27 @@ def keep_freed_blocks() -> None:
         torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
-class _Mallinfo(ctypes.Structure):
-    """glibc's `struct mallinfo2`."""
-
-    _fields_ = [
-        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks")),
-        ("uordblks", ctypes.c_size_t),
-        ("fordblks", ctypes.c_size_t),
-        ("keepcost", ctypes.c_size_t),
-    ]
-
-
 @cache
-def _glibc() -> Optional[ctypes.CDLL]:
-    """glibc from 2.33 on, None where it is another library."""
+def _trim() -> Optional[Callable[[int], int]]:
+    """glibc's `malloc_trim`; None where it is another library."""
     with suppress(OSError, AttributeError, TypeError):
-        library = ctypes.CDLL(None)
-        library.mallinfo2.restype = _Mallinfo
-        library.malloc_trim.argtypes = [ctypes.c_size_t]
-        return library
+        return ctypes.CDLL(None).malloc_trim
     return None
 
 
-def trim(limit: int) -> None:
-    """Hand what the C library keeps of freed memory back to the system, if that is more than `limit` bytes.
+def anonymous() -> int:
+    """Bytes of memory that are this process's own; 0 where the system does not tell (proc(5), statm)."""
+    if not _STATM.exists():
+        return 0
+    _, resident, shared, *_ = map(int, _STATM.read_text().split())
+    return (resident - shared) * mmap.PAGESIZE
+
+
+def trim() -> None:
+    """Hand what the C library keeps of freed memory back to the system, where that is possible.
 
     Strips of many sizes, allocated in turn, leave gaps between them that add up to several times what is in use.
     """
-    library = _glibc()
-    if library is not None and library.mallinfo2().fordblks > limit:
-        library.malloc_trim(0)
+    give_back = _trim()
+    if give_back is not None:
+        give_back(0)

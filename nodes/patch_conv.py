@@ -12,15 +12,12 @@ from torch import nn
 
 from ..comfyui_patchconv import Tiling, convolutions, planner
 from ..comfyui_patchconv.tiled_conv import TiledForward, tiled_forward
+from ..comfyui_patchconv.toggle import GIB, MILLION, MODES
+from ..comfyui_patchconv.vae_parts import HALVES, half_of, part_of
 from .host import MODEL_CATEGORY, VAE_CATEGORY, advanced, schema
 from .progress import Progress, StreamProgress, interruptible
-from .streamed_half import StreamedForward, StreamMemory, part_of
-from .vae_half import HALVES, half_of
+from .streamed_half import StreamedForward, StreamMemory
 from .vae_memory import StripMemory
-
-MODES = ("patch", "stream")
-_MILLION = 1_000_000
-_GIB = 2**30
 
 
 class PatchConvVAE(io.ComfyNode):
@@ -86,9 +83,9 @@ class PatchConvVAE(io.ComfyNode):
                 continue
             _leave(patched, name, method)
             if mode == "stream":
-                count += _stream_half(patched, name, method, round(budget * _GIB))
+                count += _stream_half(patched, name, method, round(budget * GIB))
             else:
-                count += _patch_half(patched, name, method, splits, round(threshold * _MILLION))
+                count += _patch_half(patched, name, method, splits, round(threshold * MILLION))
         if not count:
             raise ValueError(_nothing_found("VAE", type(vae.first_stage_model).__name__, half))
         return io.NodeOutput(patched)
@@ -118,7 +115,7 @@ class PatchConvModel(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, splits: int, threshold: float) -> io.NodeOutput:
         patched = model.clone()
-        tiling = Tiling(splits, threshold=round(threshold * _MILLION), on_strip=interruptible)
+        tiling = Tiling(splits, threshold=round(threshold * MILLION), on_strip=interruptible)
         if not _patch(patched, model.model, tiling, lambda name: True):
             raise ValueError(_nothing_found("model", type(model.model).__name__))
         return io.NodeOutput(patched)
@@ -140,7 +137,7 @@ def _threshold_input() -> Any:
         io.Float,
         "threshold",
         display_name="threshold (millions)",
-        default=planner.DEFAULT_THRESHOLD / _MILLION,
+        default=planner.DEFAULT_THRESHOLD / MILLION,
         min=0.0,
         max=100_000.0,
         step=0.1,

@@ -8,14 +8,11 @@ from typing import Any
 
 import torch
 from comfy import model_management  # pyright: ignore[reportMissingImports]
-from torch import nn
 
+from ..comfyui_patchconv.planner import OF_FREE
 from ..comfyui_patchconv.streaming import Plan, Run, carry_out, choose, choose_if_possible, signature
 from .progress import StreamProgress
 from .vae_memory import HOST_ATTRIBUTES, Estimate, Memory
-
-_OF_FREE = 0.8
-"""Share of the free memory that an automatic budget takes: the rest is for what a count does not see."""
 
 
 class StreamedForward:
@@ -42,7 +39,7 @@ class StreamedForward:
         return carry_out(self.forward, args, kwargs, Run(self._plans[key], on_progress=self.progress))
 
     def _plan(self, args: Any, kwargs: Any) -> Plan:
-        budget = self.budget or int(_OF_FREE * model_management.get_free_memory(self.device))
+        budget = self.budget or int(OF_FREE * model_management.get_free_memory(self.device))
         return choose_if_possible(self.forward, args, kwargs, budget=budget, attributes=HOST_ATTRIBUTES)
 
 
@@ -65,8 +62,3 @@ class StreamMemory(Memory):
             dtype=dtype,
             attributes=HOST_ATTRIBUTES,
         ).peak
-
-
-def part_of(model: nn.Module, half: str, method: str) -> str:
-    """The name of the method of `model` to stream: its decoder's or encoder's, or else the whole `method`."""
-    return f"{half}.forward" if isinstance(getattr(model, half, None), nn.Module) else method

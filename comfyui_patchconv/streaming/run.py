@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Optional
 
+from ..memory import anonymous
+
 OnProgress = Callable[[int, int], None]
 """Called after each strip with the work done and the work in all, in bytes of maps computed (0: not known)."""
 
@@ -44,6 +46,14 @@ class Run:
         self.held = self.peak = self.moved = self.work = 0
         self.again: set[int] = set()
         self._on_progress = on_progress
+        self._beside: Optional[int] = None
+
+    def excess(self) -> int:
+        """Bytes, beside what is held, that this process has more than at the first call; on the CPU."""
+        beside = anonymous() - self.held
+        if self._beside is None:
+            self._beside = beside
+        return beside - self._beside
 
     def note(self, more: int) -> None:
         """At this moment `more` bytes are in use beside what is held."""

@@ -112,8 +112,7 @@ class Sweep:
             return
         if self._main.device.type == "cpu":
             keep_freed_blocks()
-            if run.plan.budget is not None:
-                trim(planner.ALLOCATOR_BYTES["cpu"])
+            run.excess()  # the first time: from here on
         state = _State(dict.fromkeys(self._order, 0), {})
         strip_rows, first = self._strip_rows, 0
         while first < height:
@@ -130,6 +129,8 @@ class Sweep:
                     sink(strip)
                 del strip
             state = ahead
+            if self._main.device.type == "cpu" and run.excess() > planner.ALLOCATOR_BYTES["cpu"]:
+                trim()
             for node in self._dying:
                 assert node.rows is not None
                 node.rows.give_up(self._next_row(node, state))

@@ -9,87 +9,42 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from host_process import HostProcess, checkpoint_in
 from safetensors.torch import load_file, save_file
 
 Graph = dict[str, Any]
 PACK = Path(__file__).parents[2]
 
 
-class Server:
+class Server(HostProcess):
     """One ComfyUI process with its own input, output, user and model folders; the checkout stays as it is."""
 
     def __init__(self, checkout: Path, folder: Path, flags: tuple[str, ...] = ()) -> None:
-        self.checkout, self.folder = checkout, folder
         for name in ("input", "output", "temp", "user", "loras", "custom_nodes"):
             (folder / name).mkdir()
         (folder / "custom_nodes" / "comfyui_patchconv").symlink_to(PACK)
         paths = {"base_path": str(folder), "custom_nodes": "custom_nodes", "loras": "loras"}
         (folder / "paths.yaml").write_text(json.dumps({"patchconv": paths}))  # JSON is YAML
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.address = f"127.0.0.1:{port}"
-        command = [python(), str(Path(__file__).with_name("launch.py"))]
-        command += [str(checkout), "--port", str(port), "--extra-model-paths-config", str(folder / "paths.yaml")]
+        command = [python(), str(Path(__file__).with_name("launch.py")), str(checkout)]
+        command += ["--extra-model-paths-config", str(folder / "paths.yaml")]
         for name in ("input", "output", "temp", "user"):
             command += [f"--{name}-directory", str(folder / name)]
         command += ["--database-url", "sqlite:///:memory:", "--preview-method", "none", *flags]
         if not torch.cuda.is_available():
             command.append("--cpu")
-        self._log = (folder / "log.txt").open("w")
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT, cwd=checkout
-        )
-
-    def wait(self, seconds: float = 180) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if self._process.poll() is not None:
-                break
-            try:
-                self.get("/system_stats")
-                return
-            except OSError:
-                time.sleep(0.5)
-        raise RuntimeError(f"ComfyUI did not start:\n{self.log()[-3000:]}")
-
-    def stop(self) -> None:
-        self._process.send_signal(signal.SIGINT)
-        try:
-            self._process.wait(20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
-
-    def log(self) -> str:
-        return (self.folder / "log.txt").read_text()
-
-    def get(self, path: str, data: Optional[object] = None) -> Any:
-        request = urllib.request.Request(f"http://{self.address}{path}")
-        if data is not None:
-            request.data = json.dumps(data).encode()
-            request.add_header("Content-Type", "application/json")
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            body = answer.read()
-        return json.loads(body) if body.lstrip()[:1] in (b"{", b"[") else body
+        super().__init__(command, folder, checkout)
 
     def queue(self, graph: Graph) -> str:
         return self.get("/prompt", {"prompt": graph, "client_id": "tests"})["prompt_id"]
@@ -101,7 +56,7 @@ class Server:
             history = self.get(f"/history/{prompt}")
             if prompt in history:
                 return history[prompt]
-            assert self._process.poll() is None, self.log()[-3000:]
+            self.check()
             time.sleep(0.1)
         raise TimeoutError(f"prompt did not end in {seconds} s:\n{self.log()[-3000:]}")
 
@@ -121,19 +76,6 @@ class Server:
         messages = [body for kind, body in history["status"]["messages"] if kind == "execution_error"]
         assert messages, history["status"]
         return messages[0]["exception_message"]
-
-    def peak_of(self, work: Callable[[], Any]) -> tuple[Any, int]:
-        """What `work` returns, and the most bytes that the server's resident memory grew by meanwhile."""
-        process = Path(f"/proc/{self._process.pid}")
-        (process / "clear_refs").write_text("5")
-        before = self._status("VmRSS")
-        result = work()
-        return result, self._status("VmHWM") - before
-
-    def _status(self, field: str) -> int:
-        found = re.search(rf"^{field}:\s+(\d+) kB$", Path(f"/proc/{self._process.pid}/status").read_text(), re.M)
-        assert found is not None
-        return int(found[1]) * 1024
 
     @contextmanager
     def messages(self) -> Iterator[list[Any]]:
@@ -199,20 +141,14 @@ def checkout() -> Path:
 @pytest.fixture(scope="session")
 def checkpoint(checkout: Path) -> str:
     """Name of an SD 1.5 checkpoint, as CheckpointLoaderSimple lists it."""
-    name = os.environ.get("COMFYUI_CHECKPOINT")
     folder = checkout / "models" / "checkpoints"
-    if name and not (folder / name).is_file():
-        pytest.skip(f"COMFYUI_CHECKPOINT is {name}, which is not in {folder}")
-    found = [path.name for path in sorted(folder.glob("*.safetensors")) if re.search("sd15|v1-5", path.name)]
-    if not name and not found:
-        pytest.skip(f"no SD 1.5 checkpoint (*sd15*.safetensors or *v1-5*.safetensors) in {folder}")
-    return name or found[0]
+    return checkpoint_in(folder, "COMFYUI_CHECKPOINT", os.environ.get("COMFYUI_CHECKPOINT"))
 
 
 def _serve(checkout: Path, folder: Path, flags: tuple[str, ...] = ()) -> Iterator[Server]:
     server = Server(checkout, folder, flags)
     try:
-        server.wait()
+        server.wait("/system_stats")
         yield server
     finally:
         server.stop()

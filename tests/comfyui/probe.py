@@ -106,7 +106,7 @@ def called(pack: str, model: torch.nn.Module, method: str, shape: tuple[int, ...
 
 
 def halves(pack: str) -> dict[str, Any]:
-    half_of = importlib.import_module(f"{pack}.nodes.vae_half").half_of
+    half_of = importlib.import_module(f"{pack}.comfyui_patchconv.vae_parts").half_of
     answer: dict[str, Any] = {}
     for path, options, latent, pixels in FAMILIES:
         wrong: list[str] = []
@@ -164,7 +164,7 @@ def streamed(pack: str) -> dict[str, float]:
 @torch.inference_mode()
 def whole(pack: str) -> dict[str, Any]:
     streaming = importlib.import_module(f"{pack}.comfyui_patchconv.streaming")
-    part_of = importlib.import_module(f"{pack}.nodes.streamed_half").part_of
+    part_of = importlib.import_module(f"{pack}.comfyui_patchconv.vae_parts").part_of
     answer: dict[str, Any] = {}
     for path, options, latent, pixels in FAMILIES:
         if len(latent) < 4:

@@ -1,6 +1,8 @@
-"""Which convolutions of a VAE belong to its decoder, and which to its encoder, by the names ComfyUI gives them."""
+"""Which parts of a VAE are its decoder, and which its encoder, by the names that hosts give them."""
 
 from __future__ import annotations
+
+from torch import nn
 
 HALVES = ("decoder", "encoder")
 
@@ -24,3 +26,8 @@ def half_of(name: str) -> str:
         if "encoder" in part or part in _OF_ENCODER:
             return "encoder"
     return "decoder"
+
+
+def part_of(model: nn.Module, half: str, method: str) -> str:
+    """The name of the method of `model` to stream: its decoder's or encoder's, or else the whole `method`."""
+    return f"{half}.forward" if isinstance(getattr(model, half, None), nn.Module) else method

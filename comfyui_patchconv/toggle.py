@@ -1,0 +1,225 @@
+"""Patch Conv for the length of a run: put on models in place, and taken off as if it had never been there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from .convert import convert_model, convolutions, restore_model
+from .footprint import peak_activations
+from .measure import Recorder
+from .memory import free
+from .planner import OF_FREE
+from .streaming import signature, streamed
+from .tiled_conv import Convolution
+from .vae_parts import HALVES, half_of, part_of
+
+MODES = ("patch", "stream")
+MILLION, GIB = 1_000_000, 2**30
+_SECONDS = 5.0  # the longest that counting what plain would need may take
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user chooses.
+
+    mode: `"patch"` for each large convolution of the VAE in strips, `"stream"` for the whole VAE in strips. The U-Net's
+        convolutions run in strips in either.
+    vae, unet: what to patch.
+    splits: strips per convolution; 0 for automatic. Not for `"stream"`.
+    threshold: millions of input elements from which a convolution runs in strips. Not for `"stream"`.
+    budget: GiB that `"stream"` stays within beside the weights; 0 for what is free.
+
+    Raises ValueError for anything else.
+    """
+
+    mode: str = "patch"
+    vae: bool = True
+    unet: bool = False
+    splits: int = 0
+    threshold: float = 16.0
+    budget: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode is {self.mode!r}: use {' or '.join(map(repr, MODES))}.")
+        for name in ("vae", "unet"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: use True or False.")
+        for name, unit in (("splits", "strips"), ("threshold", "millions of elements"), ("budget", "GiB")):
+            value = getattr(self, name)
+            wrong = isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf")
+            if wrong or (name == "splits" and value != int(value)):
+                raise ValueError(f"{name} is {value!r}: use a number of {unit}, or 0.")
+
+
+class Toggle:
+    """Patches the models of one run as `settings` say, until `off`; `report` says what came of it.
+
+    Another extension's stand-in for a decoder or encoder is left alone, and goes on working.
+
+    tell: gets a few words now and then on how far a streamed decode or encode is.
+    """
+
+    def __init__(self, settings: Settings, tell: Optional[Tell] = None) -> None:
+        self.settings, self.tell = settings, tell
+        self._strips: dict[str, int] = {}
+        self._figures: dict[str, _Figures] = {}
+        self._models: list[tuple[nn.Module, list[_Half]]] = []
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is patched."""
+        return bool(self._models)
+
+    def follow(self, vaes: Iterable[nn.Module], unets: Iterable[nn.Module]) -> None:
+        """Patch these models and no others: one that is not among them any more is as it was before.
+
+        Raises ValueError for a model without convolutions.
+        """
+        wanted = [(model, self._patch_vae) for model in vaes if self.settings.vae]
+        wanted += [(model, self._patch_unet) for model in unets if self.settings.unet]
+        for entry in list(self._models):
+            if not any(entry[0] is model for model, _ in wanted):
+                self._models.remove(entry)
+                _restore(*entry)
+        for model, patch in wanted:
+            if not any(entry[0] is model for entry in self._models):
+                self._models.append((model, []))
+                patch(*self._models[-1])
+
+    def off(self) -> None:
+        """Put everything back. A stand-in that somebody else still holds does nothing of its own then."""
+        self.follow([], [])
+
+    def report(self) -> str:
+        """What was done, in one line, with figures where they were measured."""
+        parts = [self._of_half(half, figures) for half, figures in self._figures.items() if figures.calls]
+        parts += [_in_strips(part, count) for part, count in self._strips.items() if part not in HALVES]
+        return "Patch Conv: " + ("; ".join(parts) or "nothing that it was asked to patch has run")
+
+    def _of_half(self, half: str, figures: _Figures) -> str:
+        words = f"VAE {half}"
+        words = f"{words} streamed" if self.settings.mode == "stream" else _in_strips(words, self._strips[half])
+        if figures.peak:
+            words += f", peak {_size(figures.peak)}"
+        if figures.plain:
+            words += f" (plain: about {_size(figures.plain)})"
+        return words
+
+    def _patch_vae(self, model: nn.Module, stand_ins: list[_Half]) -> None:
+        for half, method in zip(HALVES, ("decode", "encode")):
+            if not any(half_of(name) == half for name, _ in convolutions(model, predicate=lambda *_: True)):
+                continue
+            if self.settings.mode == "patch":
+                self._patch_convolutions(model, half, lambda name, _, half=half: half_of(name) == half)
+            owner, _, name = part_of(model, half, method).rpartition(".")
+            module = model.get_submodule(owner)
+            if name == "forward" and name in module.__dict__:  # another's: none of its calls would be plain
+                continue
+            stand_ins.append(_Half(self, half, module, name, self._figures.setdefault(half, _Figures())))
+            setattr(module, name, stand_ins[-1])
+
+    def _patch_unet(self, model: nn.Module, stand_ins: list[_Half]) -> None:
+        self._patch_convolutions(model, "U-Net", lambda *_: True)
+
+    def _patch_convolutions(self, model: nn.Module, part: str, chosen: Callable[[str, Convolution], bool]) -> None:
+        self._strips.setdefault(part, 0)
+
+        def note(module: nn.Module, rows_done: int, rows: int) -> None:
+            self._strips[part] = max(self._strips[part], -(-rows // max(rows_done, 1)))
+
+        splits, threshold = int(self.settings.splits), round(self.settings.threshold * MILLION)
+        convert_model(model, splits, threshold=threshold, predicate=chosen, on_strip=note)
+
+
+def _restore(model: nn.Module, stand_ins: list[_Half]) -> None:
+    restore_model(model)
+    for stand_in in stand_ins:
+        stand_in.leave()
+
+
+@dataclass
+class _Figures:
+    """Of all calls of a decoder or encoder: how many, the highest peak, and what plain would have needed; bytes."""
+
+    calls: int = 0
+    peak: int = 0
+    plain: int = 0
+
+
+class _Half:
+    """Stands in for a method of a decoder or encoder: streamed if that was asked for, and measured."""
+
+    def __init__(self, toggle: Toggle, half: str, module: nn.Module, name: str, figures: _Figures) -> None:
+        self.toggle, self.half, self.module, self.name, self.figures = toggle, half, module, name, figures
+        self.own = name in module.__dict__
+        self.plain: Callable[..., Any] = getattr(module, name)
+        self._streamed: Optional[Callable[..., Any]] = None
+        self._needs: dict[Any, int] = {}
+
+    def leave(self) -> None:
+        """Put the method back, unless something else has taken this one's place."""
+        if self.module.__dict__.get(self.name) is not self:
+            return
+        if self.own:
+            setattr(self.module, self.name, self.plain)
+        else:
+            delattr(self.module, self.name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        maps = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+        if not self.toggle.on or not maps:
+            return self.plain(*args, **kwargs)
+        device = maps[0].device
+        run = self.plain if self.toggle.settings.mode == "patch" else self._stream(device)
+        with Recorder(device, own_peak=False) as recorded:
+            result = run(*args, **kwargs)
+        self.figures.calls += 1
+        self.figures.peak = max(self.figures.peak, recorded.peak)
+        self.figures.plain = max(self.figures.plain, self._plain_needs(args, kwargs, device))
+        return result
+
+    def _stream(self, device: torch.device) -> Callable[..., Any]:
+        if self._streamed is None:
+            budget = round(self.toggle.settings.budget * GIB) or int(OF_FREE * free(device))
+            self._streamed = streamed(self.plain, budget=budget, on_progress=self._tell)
+        return self._streamed
+
+    def _tell(self, done: int, work: int) -> None:
+        if self.toggle.tell is not None and work:
+            self.toggle.tell(f"VAE {self.half} in strips: {min(100 * done // work, 100)}%")
+
+    def _plain_needs(self, args: Any, kwargs: Any, device: torch.device) -> int:
+        """Bytes that the call would need at once without us, beside its weights; 0 where that cannot be counted."""
+        key = signature((args, kwargs))
+        if key not in self._needs:
+            self._needs[key] = 0
+            with suppress(Exception):  # a host's code is free to do what tensors without values cannot
+                self._needs[key] = peak_activations(
+                    self.module,
+                    lambda twin: getattr(twin, self.name)(*tree_map(_empty, args), **tree_map(_empty, kwargs)),
+                    device=device,
+                    seconds=_SECONDS,
+                )
+        return self._needs[key]
+
+
+def _in_strips(part: str, strips: int) -> str:
+    return f"{part} in up to {strips} strips" if strips > 1 else f"{part} whole (no convolution above the threshold)"
+
+
+def _empty(value: Any) -> Any:
+    return torch.empty_like(value) if isinstance(value, Tensor) else value
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"

@@ -1,0 +1,106 @@
+"""A real host in a process of its own, spoken to by HTTP."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import pytest
+
+
+class HostProcess:
+    """Runs `command`, with `--port` and a free one behind it, and keeps its log in `folder`."""
+
+    def __init__(
+        self, command: list[str], folder: Path, checkout: Path, environment: Optional[dict[str, str]] = None
+    ) -> None:
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.address = f"127.0.0.1:{port}"
+        self._log = (folder / "log.txt").open("w")
+        self._process = subprocess.Popen(
+            [*command, "--port", str(port)],
+            stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT, cwd=checkout, env=environment,
+        )  # fmt: skip
+
+    def wait(self, path: str, seconds: float = 240) -> None:
+        """Until it answers at `path`. Raises RuntimeError, with the end of its log, if it does not."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self._process.poll() is not None:
+                break
+            try:
+                self.get(path)
+                return
+            except OSError:
+                time.sleep(0.5)
+        raise RuntimeError(f"the host did not start:\n{self.log()[-3000:]}")
+
+    def check(self) -> None:
+        """Fails the test, with the end of the log, if the host is gone."""
+        assert self._process.poll() is None, self.log()[-3000:]
+
+    def stop(self) -> None:
+        self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def log(self) -> str:
+        return (self.folder / "log.txt").read_text()
+
+    def get(self, path: str, data: Optional[object] = None, seconds: float = 60) -> Any:
+        """The answer to a GET, or to a POST of `data` as JSON; decoded if it is JSON."""
+        request = urllib.request.Request(f"http://{self.address}{path}")
+        if data is not None:
+            request.data = json.dumps(data).encode()
+            request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request, timeout=seconds) as answer:
+            body = answer.read()
+        return json.loads(body) if body.lstrip()[:1] in (b"{", b"[") else body
+
+    def peak_of(self, work: Callable[[], Any]) -> tuple[Any, int]:
+        """What `work` returns, and the most bytes that the host's resident memory grew by meanwhile."""
+        process = Path(f"/proc/{self._process.pid}")
+        (process / "clear_refs").write_text("5")
+        before = self._status("VmRSS")
+        result = work()
+        return result, self._status("VmHWM") - before
+
+    def _status(self, field: str) -> int:
+        found = re.search(rf"^{field}:\s+(\d+) kB$", Path(f"/proc/{self._process.pid}/status").read_text(), re.M)
+        assert found is not None
+        return int(found[1]) * 1024
+
+
+def checkpoint_in(folder: Path, variable: str, name: Optional[str]) -> str:
+    """Name of an SD 1.5 checkpoint in `folder`: `name`, which the environment's `variable` gives, or one that fits."""
+    if name and not (folder / name).is_file():
+        pytest.skip(f"{variable} is {name}, which is not in {folder}")
+    found = [path.name for path in sorted(folder.glob("*.safetensors")) if re.search("sd15|v1-5", path.name)]
+    if not name and not found:
+        pytest.skip(f"no SD 1.5 checkpoint (*sd15*.safetensors or *v1-5*.safetensors) in {folder}")
+    return name or found[0]
+
+
+def assert_same_picture(one: np.ndarray, other: np.ndarray) -> None:
+    """Levels `[H, W, 3]` of two pictures: at most one apart anywhere, and that in fewer than one value of 1000."""
+    difference = np.abs(one.astype(int) - other.astype(int))
+    print(f"largest difference {difference.max()}, values that differ {(difference > 0).mean():.2e}")
+    assert one.std() > 1
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3

@@ -1,0 +1,172 @@
+"""What the WebUI's toggle does to models: on for a run, and off without a trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conv_helpers import assert_same
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from comfyui_patchconv import memory
+from comfyui_patchconv.tiled_conv import TiledForward
+from comfyui_patchconv.toggle import Settings, Toggle
+
+
+class Half(nn.Module):
+    def __init__(self, channels: tuple[int, int]) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(channels[0], 8, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 8)
+        self.conv_out = nn.Conv2d(8, channels[1], 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv_out(F.silu(self.norm(self.conv_in(x))))
+
+
+class VAE(nn.Module):
+    """The parts that a latent diffusion VAE has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = Half((3, 4)), Half((4, 3))
+        self.post_quant_conv = nn.Conv2d(4, 4, 1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.encoder(x)
+
+
+@pytest.fixture
+def vae() -> VAE:
+    torch.manual_seed(0)
+    return VAE().requires_grad_(False)
+
+
+def methods(model: nn.Module) -> dict[str, Any]:
+    """Everything that is set on a module itself and could stand in for a method."""
+    return {
+        f"{name}.{key}": value
+        for name, module in model.named_modules()
+        for key, value in module.__dict__.items()
+        if callable(value)
+    }
+
+
+@pytest.mark.parametrize("mode", ["patch", "stream"])
+def test_on_and_off(vae: VAE, mode: str) -> None:
+    z, pixels, before = torch.randn(1, 4, 24, 16), torch.randn(1, 3, 24, 16), methods(vae)
+    decoded, encoded = vae.decode(z), vae.encode(pixels)
+    toggle = Toggle(Settings(mode=mode, threshold=0.0, splits=3))
+    toggle.follow([vae], [])
+    assert toggle.on
+    assert methods(vae) != before
+    assert_same(vae.decode(z), decoded, 1e-6)
+    assert_same(vae.encode(pixels), encoded, 1e-6)
+    toggle.off()
+    assert not toggle.on
+    assert methods(vae) == before
+    assert torch.equal(vae.decode(z), decoded)
+    for half in ("decoder", "encoder"):
+        assert f"VAE {half} {'streamed' if mode == 'stream' else 'in up to 3 strips'}" in toggle.report()
+    assert "plain: about" in toggle.report()
+
+
+def test_a_unet_runs_in_strips_in_either_mode(vae: VAE) -> None:
+    unet = Half((4, 4))
+    toggle = Toggle(Settings(mode="stream", vae=False, unet=True, splits=2, threshold=0.0))
+    toggle.follow([vae], [unet])
+    assert not methods(vae)
+    assert isinstance(unet.conv_in._conv_forward, TiledForward)
+    unet(torch.randn(1, 4, 12, 8))
+    toggle.off()
+    assert not methods(unet)
+    assert toggle.report() == "Patch Conv: U-Net in up to 2 strips"
+
+
+def test_another_model_takes_over(vae: VAE) -> None:
+    other = VAE()
+    toggle = Toggle(Settings())
+    toggle.follow([vae], [])
+    before = methods(vae)
+    toggle.follow([vae, other], [])
+    assert methods(vae) == before
+    toggle.follow([other], [])
+    assert not methods(vae)
+    assert methods(other)
+    toggle.off()
+    assert not methods(other)
+
+
+def test_errors_are_as_they_were(vae: VAE) -> None:
+    toggle = Toggle(Settings(mode="stream"))
+    toggle.follow([vae], [])
+    with pytest.raises(RuntimeError, match="channels"):
+        vae.decode(torch.randn(1, 5, 8, 8))
+    toggle.off()
+    assert not methods(vae)
+
+
+def test_a_stand_in_of_another_extension_is_left_alone(vae: VAE) -> None:
+    """Tiled VAE puts one on the decoder, before us or after us."""
+    theirs = vae.decoder.forward
+    vae.decoder.forward = lambda x: theirs(x) + 1
+    before = methods(vae)
+    z = torch.randn(1, 4, 8, 8)
+    expected = vae.decode(z)
+    toggle = Toggle(Settings(mode="stream"))
+    toggle.follow([vae], [])
+    assert torch.equal(vae.decode(z), expected)
+    toggle.off()
+    assert methods(vae) == before
+
+
+def test_a_stand_in_that_came_later_stays_and_what_it_holds_of_ours_is_idle(vae: VAE) -> None:
+    toggle = Toggle(Settings(mode="stream"))
+    toggle.follow([vae], [])
+    ours = vae.decoder.forward
+    vae.decoder.forward = lambda x: ours(x) + 1
+    toggle.off()
+    z = torch.randn(1, 4, 8, 8)
+    assert torch.equal(vae.decode(z), VAE.decode(vae, z))
+    calls = toggle.report()
+    vae.decode(z)
+    assert toggle.report() == calls == "Patch Conv: nothing that it was asked to patch has run"
+
+
+def test_the_host_hears_how_far_a_decode_is(vae: VAE) -> None:
+    told: list[str] = []
+    toggle = Toggle(Settings(mode="stream", budget=0.001), tell=told.append)
+    toggle.follow([vae], [])
+    vae.decode(torch.randn(1, 4, 64, 64))
+    assert told[-1] == "VAE decoder in strips: 100%"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"mode": "tile"}, "mode is 'tile': use 'patch' or 'stream'."),
+        ({"vae": 1}, "vae is 1: use True or False."),
+        ({"splits": 1.5}, "splits is 1.5: use a number of strips, or 0."),
+        ({"threshold": -1}, "threshold is -1: use a number of millions of elements, or 0."),
+        ({"budget": float("nan")}, "budget is nan: use a number of GiB, or 0."),
+        ({"budget": "2"}, "budget is '2': use a number of GiB, or 0."),
+    ],
+)
+def test_wrong_settings(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        Settings(**values)
+    assert str(error.value) == message
+
+
+def test_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert memory.free(torch.device("cpu")) > 2**20
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:  4096 kB\nMemFree:  1 kB\nMemAvailable:  2048 kB\n")
+    monkeypatch.setattr(memory, "_MEMINFO", meminfo)
+    assert memory.free(torch.device("cpu")) == 2 * 2**20

@@ -1,0 +1,127 @@
+"""A real Automatic1111 WebUI, driven through its API.
+
+WEBUI_PATH: a checkout with its repositories; without it these tests are skipped. WEBUI_PYTHON: the Python to start it
+with, this one by default. WEBUI_CHECKPOINT: name of an SD 1.5 checkpoint in its models/Stable-diffusion (random weights
+will do); by default the first whose name has `sd15` or `v1-5` in it. Nothing is downloaded: what the WebUI wants from
+the Hugging Face hub, CLIP's tokenizer, has to be in the hub's cache (HF_HOME).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from host_process import HostProcess, checkpoint_in
+
+PACK = Path(__file__).parents[2]
+CHECKPOINTS = ("first", "second")
+
+
+class Result(NamedTuple):
+    """What a run returned: pictures `[H, W, 3]`, the parameters written to the first, and what the log has of it."""
+
+    images: list[np.ndarray]
+    infotext: str
+    log: str
+
+
+class WebUI(HostProcess):
+    """One WebUI process with a data folder of its own; the checkout stays as it is."""
+
+    def __init__(self, checkout: Path, checkpoint: str, folder: Path, flags: tuple[str, ...] = ()) -> None:
+        extensions, checkpoints = folder / "extensions", folder / "checkpoints"
+        extensions.mkdir()
+        checkpoints.mkdir()
+        (extensions / "comfyui_patchconv").symlink_to(PACK)
+        (extensions / "patchconv_probe").symlink_to(Path(__file__).with_name("probe"))
+        for name in CHECKPOINTS:
+            source = checkout / "models" / "Stable-diffusion" / checkpoint
+            (checkpoints / f"{name}.safetensors").symlink_to(source.resolve())
+        # Random weights have no mean that emphasis could be scaled to.
+        options = {"emphasis": "No norm", "live_previews_enable": False, "sd_model_checkpoint": "first.safetensors"}
+        (folder / "config.json").write_text(json.dumps(options))
+        command = [python(), "launch.py", "--skip-prepare-environment", "--no-download-sd-model", "--api", "--no-half"]
+        command += ["--do-not-download-clip", "--data-dir", str(folder), "--ckpt-dir", str(checkpoints), *flags]
+        if not torch.cuda.is_available():
+            command += ["--skip-torch-cuda-test", "--use-cpu", "all"]
+        environment = {"HF_HUB_OFFLINE": "1", "SD_WEBUI_RESTARTING": "1"}  # restarting: it opens no browser
+        super().__init__(command, folder, checkout, os.environ | environment)
+
+    def run(self, kind: str = "txt2img", patch_conv: Any = None, **request: Any) -> Result:
+        """A picture of 128 pixels by two steps, `request` apart; patch_conv: the script's arguments."""
+        asked: dict[str, Any] = {
+            "prompt": "a cat", "seed": 1, "steps": 2, "cfg_scale": 1.0, "width": 128, "height": 128,
+            "sampler_name": "Euler", **request,
+        }  # fmt: skip
+        if patch_conv is not None:
+            args = patch_conv if isinstance(patch_conv, list) else [{"enabled": True, **patch_conv}]
+            asked["alwayson_scripts"] = {"Patch Conv": {"args": args}}
+        before = len(self.log())
+        answer = self.get(f"/sdapi/v1/{kind}", asked, seconds=600)
+        images = [np.asarray(open_image(data)) for data in answer["images"]]
+        return Result(images, json.loads(answer["info"])["infotexts"][0], self.log()[before:])
+
+
+def open_image(data: str) -> Any:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+
+
+def as_base64(image: np.ndarray) -> str:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image.astype(np.uint8)).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def python() -> str:
+    return os.environ.get("WEBUI_PYTHON", sys.executable)
+
+
+@pytest.fixture(scope="session")
+def checkout() -> Path:
+    path = os.environ.get("WEBUI_PATH")
+    if not path:
+        pytest.skip("WEBUI_PATH is not set: it names the checkout of Automatic1111's WebUI to test with")
+    if not (Path(path) / "webui.py").is_file():
+        pytest.skip(f"WEBUI_PATH is {path}, where there is no WebUI (no webui.py)")
+    return Path(path).resolve()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(checkout: Path) -> str:
+    """File name of an SD 1.5 checkpoint."""
+    folder = checkout / "models" / "Stable-diffusion"
+    return checkpoint_in(folder, "WEBUI_CHECKPOINT", os.environ.get("WEBUI_CHECKPOINT"))
+
+
+def _serve(checkout: Path, checkpoint: str, folder: Path, flags: tuple[str, ...] = ()) -> Iterator[WebUI]:
+    webui = WebUI(checkout, checkpoint, folder, flags)
+    try:
+        webui.wait("/sdapi/v1/options")
+        yield webui
+    finally:
+        webui.stop()
+
+
+@pytest.fixture(scope="session")
+def webui(checkout: Path, checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
+    yield from _serve(checkout, checkpoint, tmp_path_factory.mktemp("webui"))
+
+
+@pytest.fixture(scope="module", params=["--medvram", "--lowvram"])
+def frugal_webui(
+    request: pytest.FixtureRequest, checkout: Path, checkpoint: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[WebUI]:
+    yield from _serve(checkout, checkpoint, tmp_path_factory.mktemp("frugal"), (request.param,))

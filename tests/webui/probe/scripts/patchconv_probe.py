@@ -1,0 +1,57 @@
+"""An extension for the tests: tells what is on the model, during a run and after it, and makes runs fail."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from modules import processing, script_callbacks, scripts, shared  # pyright: ignore[reportMissingImports]
+
+_during: dict[str, str] = {}
+
+
+def _methods() -> dict[str, str]:
+    """Everything callable that is set on a module of the model itself: its place, and which object it is."""
+    return {
+        f"{name}.{key}": f"{type(value).__name__} {id(value)}"
+        for name, module in shared.sd_model.named_modules()
+        for key, value in module.__dict__.items()
+        if callable(value)
+    }
+
+
+def _fail_once() -> bool:
+    decode = processing.decode_latent_batch
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        processing.decode_latent_batch = decode
+        raise RuntimeError("the probe was asked to fail")
+
+    processing.decode_latent_batch = failing
+    return True
+
+
+def _axes() -> list[str]:
+    (grid,) = (data.module for data in scripts.scripts_data if data.script_class.__module__ == "xyz_grid.py")
+    return [axis.label for axis in grid.axis_options if not getattr(axis, "is_img2img", False)]
+
+
+class ProbeScript(scripts.Script):
+    def title(self) -> str:
+        return "Patch Conv probe"
+
+    def show(self, is_img2img: bool) -> Any:
+        return scripts.AlwaysVisible
+
+    def postprocess_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
+        _during.clear()
+        _during.update(_methods())
+
+
+def _routes(demo: Any, app: Any) -> None:
+    app.get("/probe/now")(_methods)
+    app.get("/probe/during")(lambda: _during)
+    app.get("/probe/fail")(_fail_once)
+    app.get("/probe/axes")(_axes)
+
+
+script_callbacks.on_app_started(_routes)

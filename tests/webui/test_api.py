@@ -1,0 +1,192 @@
+"""The toggle in a running WebUI: same pictures, and nothing left on the model."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+import urllib.error
+from typing import Any
+
+import numpy as np
+import pytest
+from host_process import assert_same_picture
+
+from .conftest import Result, WebUI, as_base64
+
+PATCH = {"mode": "patch", "unet": True, "splits": 3, "threshold": 0.0}
+STREAM = {"mode": "stream", "unet": True, "splits": 3, "threshold": 0.0}
+MODES = pytest.mark.parametrize("settings", [PATCH, STREAM], ids=["patch", "stream"])
+
+
+@pytest.fixture(scope="module")
+def plain(webui: WebUI) -> Result:
+    webui.run()  # what the WebUI puts on a model itself is there from the first run on
+    return webui.run()
+
+
+@pytest.fixture(scope="module")
+def image(plain: Result) -> str:
+    return as_base64(plain.images[0])
+
+
+def check_same(result: Result, plain: Result) -> None:
+    assert len(result.images) == len(plain.images)
+    for one, other in zip(result.images, plain.images):
+        assert_same_picture(one, other)
+
+
+@MODES
+def test_the_same_picture_and_nothing_left(webui: WebUI, plain: Result, settings: dict[str, Any]) -> None:
+    before = webui.get("/probe/now")
+    check_same(webui.run(patch_conv=settings), plain)
+    during = webui.get("/probe/during")
+    patched = [name for name, method in during.items() if before.get(name) != method]
+    assert any("diffusion_model" in name and "_conv_forward" in name for name in patched)
+    assert any("first_stage_model.decoder" in name for name in patched)
+    assert webui.get("/probe/now") == before
+    assert np.array_equal(webui.run().images[0], plain.images[0])
+    assert webui.get("/probe/during") == before
+
+
+def test_reports_what_was_done(webui: WebUI) -> None:
+    streamed = webui.run(patch_conv=STREAM)
+    assert re.search(
+        r"^Patch Conv: VAE decoder streamed, peak [\d.]+ .iB \(plain: about [\d.]+ .iB\); U-Net in up to 3 strips$",
+        streamed.log,
+        re.MULTILINE,
+    )
+    assert "VAE decoder in up to 3 strips" in webui.run(patch_conv=PATCH).log
+
+
+@MODES
+def test_hires_fix(webui: WebUI, settings: dict[str, Any]) -> None:
+    request: dict[str, Any] = {"enable_hr": True, "hr_scale": 1.5, "hr_second_pass_steps": 1, "denoising_strength": 0.5}
+    for upscaler in ("Latent", "Lanczos"):
+        plain = webui.run(**request, hr_upscaler=upscaler)
+        check_same(webui.run(**request, hr_upscaler=upscaler, patch_conv=settings), plain)
+
+
+def test_a_second_pass_with_another_checkpoint(webui: WebUI) -> None:
+    before = webui.get("/probe/now")
+    request: dict[str, Any] = {"enable_hr": True, "hr_scale": 1.5, "hr_second_pass_steps": 1, "denoising_strength": 0.5,
+               "hr_upscaler": "Lanczos", "hr_checkpoint_name": "second.safetensors"}  # fmt: skip
+    plain = webui.run(**request)
+    result = webui.run(**request, patch_conv=STREAM)
+    check_same(result, plain)
+    assert "VAE encoder streamed" in result.log
+    assert webui.run(patch_conv=None).images
+    assert set(webui.get("/probe/now")) == set(before)
+
+
+@MODES
+def test_img2img(webui: WebUI, image: str, settings: dict[str, Any]) -> None:
+    request = {"init_images": [image], "denoising_strength": 0.5, "steps": 4}
+    plain = webui.run("img2img", **request)
+    result = webui.run("img2img", **request, patch_conv=settings)
+    check_same(result, plain)
+    assert "VAE encoder" in result.log
+
+
+def test_inpainting(webui: WebUI, image: str) -> None:
+    mask = np.zeros((128, 128, 3))
+    mask[32:96, 32:96] = 255
+    request = {"init_images": [image], "mask": as_base64(mask), "denoising_strength": 0.5, "steps": 4}
+    check_same(webui.run("img2img", **request, patch_conv=STREAM), webui.run("img2img", **request))
+
+
+def test_batches(webui: WebUI) -> None:
+    request = {"batch_size": 2, "n_iter": 2}
+    plain = webui.run(**request)
+    assert len(plain.images) == 4
+    check_same(webui.run(**request, patch_conv=STREAM), plain)
+
+
+def test_parameters_are_written_and_pasted(webui: WebUI, plain: Result) -> None:
+    assert "Patch Conv" not in plain.infotext
+    result = webui.run(patch_conv=STREAM | {"budget": 1.5})
+    for text in ("Patch Conv: stream", "Patch Conv parts: VAE + U-Net", "Patch Conv budget: 1.5"):
+        assert text in result.infotext
+    pasted = webui.run(infotext=result.infotext)
+    assert pasted.infotext == result.infotext
+    assert "VAE decoder streamed" in pasted.log
+
+
+def test_arguments_in_order(webui: WebUI, plain: Result) -> None:
+    result = webui.run(patch_conv=[True, "patch", True, False, 5, 0.0, 0.0])
+    check_same(result, plain)
+    assert "Patch Conv: VAE decoder in up to 5 strips" in result.log
+    assert "U-Net" not in result.log
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "tile"}, "Patch Conv is off: mode is 'tile': use 'patch' or 'stream'."),
+        ({"tiles": 3}, "Patch Conv is off: there is no argument 'tiles': use enabled, mode,"),
+    ],
+)
+def test_wrong_arguments(webui: WebUI, plain: Result, settings: dict[str, Any], message: str) -> None:
+    result = webui.run(patch_conv=settings)
+    assert message in result.log
+    assert np.array_equal(result.images[0], plain.images[0])
+
+
+def test_an_error_leaves_nothing(webui: WebUI, plain: Result) -> None:
+    before = webui.get("/probe/now")
+    webui.get("/probe/fail")
+    with pytest.raises(urllib.error.HTTPError):
+        webui.run(patch_conv=STREAM)
+    assert webui.get("/probe/now") == before
+    check_same(webui.run(patch_conv=STREAM), plain)
+
+
+def test_interrupt_leaves_nothing(webui: WebUI, plain: Result) -> None:
+    before = webui.get("/probe/now")
+    results: list[Result] = []
+    thread = threading.Thread(target=lambda: results.append(webui.run(patch_conv=STREAM, steps=60)))
+    thread.start()
+    end = time.monotonic() + 120
+    while webui.get("/sdapi/v1/progress?skip_current_image=true")["state"]["sampling_step"] < 2:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    webui.get("/sdapi/v1/interrupt", {})
+    thread.join()
+    assert len(results[0].images) == 1  # the WebUI shows how far it came
+    assert webui.get("/probe/now") == before
+
+
+def test_a_plot_over_modes_and_splits(webui: WebUI, plain: Result) -> None:
+    axes = webui.get("/probe/axes")
+    mode, splits = axes.index("[Patch Conv] Mode"), axes.index("[Patch Conv] Splits")
+    # Type, values and values as a list of x, y and z; no legend, the single pictures too, no others; no other seeds.
+    args = [mode, "", ["off", "patch", "stream"], splits, "2,3", [], 0, "", [],
+            False, True, False, False, False, False, False, 0, False]  # fmt: skip
+    result = webui.run(script_name="x/y/z plot", script_args=args, patch_conv=PATCH)
+    singles = [image for image in result.images if image.shape == plain.images[0].shape]
+    assert len(singles) == 6
+    for single in singles:
+        assert_same_picture(single, plain.images[0])
+    for words in ("decoder in up to 2 strips", "decoder in up to 3 strips", "decoder streamed"):
+        assert words in result.log
+
+
+@pytest.mark.slow
+def test_memory(webui: WebUI) -> None:
+    """Of a whole run: the decode is its peak."""
+    request: dict[str, Any] = {"width": 768, "height": 768, "steps": 1}
+    webui.run(**request)
+    _, plain = webui.peak_of(lambda: webui.run(**request))
+    _, streamed = webui.peak_of(lambda: webui.run(**request, patch_conv={"mode": "stream"}))
+    print(f"peak of the WebUI at 768²: plain {plain >> 20} MiB, streamed {streamed >> 20} MiB")
+    assert streamed < 0.6 * plain
+
+
+@pytest.mark.slow
+def test_weights_that_move(frugal_webui: WebUI) -> None:
+    frugal_webui.run()
+    before = frugal_webui.get("/probe/now")
+    plain = frugal_webui.run()
+    for settings in (PATCH, STREAM):
+        check_same(frugal_webui.run(patch_conv=settings), plain)
+    assert frugal_webui.get("/probe/now") == before
