@@ -81,7 +81,7 @@ def test_a_second_pass_with_another_checkpoint(webui: WebUI) -> None:
 
 @MODES
 def test_img2img(webui: WebUI, image: str, settings: dict[str, Any]) -> None:
-    request = {"init_images": [image], "denoising_strength": 0.5, "steps": 4}
+    request: dict[str, Any] = {"init_images": [image], "denoising_strength": 0.5, "steps": 4}
     plain = webui.run("img2img", **request)
     result = webui.run("img2img", **request, patch_conv=settings)
     check_same(result, plain)
@@ -91,12 +91,12 @@ def test_img2img(webui: WebUI, image: str, settings: dict[str, Any]) -> None:
 def test_inpainting(webui: WebUI, image: str) -> None:
     mask = np.zeros((128, 128, 3))
     mask[32:96, 32:96] = 255
-    request = {"init_images": [image], "mask": as_base64(mask), "denoising_strength": 0.5, "steps": 4}
+    request: dict[str, Any] = {"init_images": [image], "mask": as_base64(mask), "denoising_strength": 0.5, "steps": 4}
     check_same(webui.run("img2img", **request, patch_conv=STREAM), webui.run("img2img", **request))
 
 
 def test_batches(webui: WebUI) -> None:
-    request = {"batch_size": 2, "n_iter": 2}
+    request: dict[str, Any] = {"batch_size": 2, "n_iter": 2}
     plain = webui.run(**request)
     assert len(plain.images) == 4
     check_same(webui.run(**request, patch_conv=STREAM), plain)
