@@ -9,13 +9,9 @@ import gradio as gr  # pyright: ignore[reportMissingImports]
 from modules import script_callbacks, scripts, sd_models, shared  # pyright: ignore[reportMissingImports]
 from modules.ui_components import InputAccordion  # pyright: ignore[reportMissingImports]
 
-from comfyui_patchconv.toggle import MODES, Settings, Toggle
+from comfyui_patchconv.parameters import DEFAULTS, NAMES, TITLE, from_infotext, infotext_names, settings_of, to_infotext
+from comfyui_patchconv.toggle import MODES, Toggle
 
-TITLE = "Patch Conv"
-NAMES = ("enabled", "mode", "vae", "unet", "splits", "threshold", "budget")
-"""The script's arguments, in this order, or in a dictionary by these names."""
-
-_DEFAULTS: dict[str, Any] = {"enabled": False, **{name: getattr(Settings, name) for name in NAMES[1:]}}
 _LABELS = {
     "enabled": TITLE,
     "mode": "Mode",
@@ -61,9 +57,9 @@ class PatchConvScript(scripts.Script):
                     controls[name] = self._control(gr.Slider, name, **_LIMITS[name])
         for name, control in controls.items():
             # What was chosen under Settings rules; otherwise the WebUI remembers this control like any other.
-            control.do_not_save_to_config = _default(name) != _DEFAULTS[name]
+            control.do_not_save_to_config = _default(name) != DEFAULTS[name]
         self.infotext_fields = [(controls[name], _from_infotext(name)) for name in NAMES]
-        self.paste_field_names = [*_infotext(Settings(unet=True, splits=1, threshold=1, budget=1))]
+        self.paste_field_names = infotext_names()
         return [controls[name] for name in NAMES]
 
     def _control(self, kind: Callable[..., Any], name: str, **options: Any) -> Any:
@@ -77,7 +73,8 @@ class PatchConvScript(scripts.Script):
     def process(self, p: Any, *args: Any) -> None:
         p.patch_conv = None
         try:
-            settings = _settings(p, args)
+            defaults = {name: _default(name) for name in NAMES}
+            settings = settings_of(args, getattr(p, "patch_conv_axes", {}), defaults)
         except ValueError as error:
             p.comment(f"{TITLE} is off: {error}")
             print(f"{TITLE} is off: {error}")
@@ -85,7 +82,7 @@ class PatchConvScript(scripts.Script):
         if settings is None:
             return
         p.patch_conv = Toggle(settings, tell=_tell)
-        p.extra_generation_params.update(_infotext(settings))
+        p.extra_generation_params.update(to_infotext(settings))
         _stop_at_close(p)
         _follow(p)
 
@@ -165,46 +162,18 @@ def _tell(text: str) -> None:
     shared.state.textinfo = text
 
 
-def _settings(p: Any, args: Sequence[Any]) -> Optional[Settings]:
-    """What a run asks for: None where that is nothing. Raises ValueError."""
-    values = dict(zip(NAMES, args))
-    if args and isinstance(args[0], dict):
-        values = {**{name: _default(name) for name in NAMES}, **args[0]}
-    values.update(getattr(p, "patch_conv_axes", {}))
-    unknown = [name for name in values if name not in NAMES]
-    if unknown:
-        raise ValueError(f"there is no argument {unknown[0]!r}: use {', '.join(NAMES)}.")
-    enabled = values.pop("enabled", True)
-    if not isinstance(enabled, bool):
-        raise ValueError(f"enabled is {enabled!r}: use true or false.")
-    settings = Settings(**values)
-    return settings if enabled and (settings.vae or settings.unet) else None
-
-
-def _infotext(settings: Settings) -> dict[str, Any]:
-    parts = [part for part, chosen in (("VAE", settings.vae), ("U-Net", settings.unet)) if chosen]
-    numbers = {f"{TITLE} {name}": getattr(settings, name) for name in _LIMITS}
-    changed = {key: value for key, value in numbers.items() if value != _DEFAULTS[key.rpartition(" ")[2]]}
-    return {TITLE: settings.mode, f"{TITLE} parts": " + ".join(parts), **changed}
-
-
 def _from_infotext(name: str) -> Callable[[dict[str, Any]], Any]:
-    """What a control shows after pasting; it stays as it is for an image that was made without Patch Conv."""
+    """For the WebUI: what a control shows after parameters were pasted."""
 
     def value(parameters: dict[str, Any]) -> Any:
-        if TITLE not in parameters:
-            return gr.update()
-        if name in ("vae", "unet"):
-            return _LABELS[name] in parameters.get(f"{TITLE} parts", "")
-        if name in _LIMITS:
-            return float(parameters.get(f"{TITLE} {name}", _DEFAULTS[name]))
-        return True if name == "enabled" else parameters[TITLE]
+        told = from_infotext(name, parameters)
+        return gr.update() if told is None else told
 
     return value
 
 
 def _default(name: str) -> Any:
-    return getattr(shared.opts, f"patch_conv_{name}", _DEFAULTS[name])
+    return getattr(shared.opts, f"patch_conv_{name}", DEFAULTS[name])
 
 
 def _add_settings() -> None:
@@ -213,7 +182,7 @@ def _add_settings() -> None:
     for name in NAMES:
         kind, options = kinds.get(name, (None, None))
         label = "On from the start" if name == "enabled" else _LABELS[name]
-        option = shared.OptionInfo(_DEFAULTS[name], label, kind, options, section=section).needs_reload_ui()
+        option = shared.OptionInfo(DEFAULTS[name], label, kind, options, section=section).needs_reload_ui()
         shared.opts.add_option(f"patch_conv_{name}", option)
 
 

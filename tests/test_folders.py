@@ -1,4 +1,4 @@
-"""The pack's folder outside ComfyUI: it loads nothing, and its `nodes` is not ComfyUI's."""
+"""Which folder is for which host: none loads what is another's."""
 
 from __future__ import annotations
 
@@ -48,6 +48,14 @@ def test_nodes_name_the_pack_relatively(path: Path) -> None:
 def test_core_knows_no_host(path: Path) -> None:
     hosts = {"comfy", "comfy_api", "modules", "nodes", "folder_paths"}
     assert not hosts & {name.split(".")[0] for name in _imports(path)}
+
+
+def test_the_webui_finds_one_script() -> None:
+    """It loads every file there, and nothing but that: with its own modules, Gradio, and the core by its name."""
+    (script,) = (PACK / "scripts").rglob("*.py")
+    foreign = {name.split(".")[0] for name in _imports(script)} - sys.stdlib_module_names
+    assert foreign == {"gradio", "modules", "comfyui_patchconv"}
+    assert not [name for name in ("javascript", "localizations", "style.css") if (PACK / name).exists()]
 
 
 def test_every_node_has_a_help_page() -> None:
