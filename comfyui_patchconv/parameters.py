@@ -37,7 +37,7 @@ def settings_of(
 
 
 def to_infotext(settings: Settings) -> dict[str, Any]:
-    """What is written into the parameters of an image: the mode, the parts, and the numbers that are not the default."""
+    """What is written into the parameters of an image: mode and parts, and numbers that are not the default."""
     parts = " + ".join(label for name, label in _PARTS.items() if getattr(settings, name))
     numbers = {name: getattr(settings, name) for name in _NUMBERS}
     changed = {f"{TITLE} {name}": value for name, value in numbers.items() if value != DEFAULTS[name]}

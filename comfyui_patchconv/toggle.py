@@ -74,6 +74,7 @@ class Toggle:
         self._strips: dict[str, int] = {}
         self._figures: dict[str, _Figures] = {}
         self._models: list[tuple[nn.Module, list[_Half]]] = []
+        self._covered: list[_Half] = []
 
     @property
     def on(self) -> bool:
@@ -90,14 +91,19 @@ class Toggle:
         for entry in list(self._models):
             if not any(entry[0] is model for model, _ in wanted):
                 self._models.remove(entry)
-                _restore(*entry)
+                restore_model(entry[0])
+                self._covered += entry[1]
+        self._covered = [half for half in self._covered if not half.leave()]
         for model, patch in wanted:
             if not any(entry[0] is model for entry in self._models):
                 self._models.append((model, []))
                 patch(*self._models[-1])
 
     def off(self) -> None:
-        """Put everything back. A stand-in that somebody else still holds does nothing of its own then."""
+        """Put everything back. A stand-in that somebody else holds does nothing of its own then.
+
+        Another extension may cover one of ours and later put back what it found: once more takes that away too.
+        """
         self.follow([], [])
 
     def report(self) -> str:
@@ -123,7 +129,9 @@ class Toggle:
                 self._patch_convolutions(model, half, lambda name, _, half=half: half_of(name) == half)
             owner, _, name = part_of(model, half, method).rpartition(".")
             module = model.get_submodule(owner)
-            if name == "forward" and name in module.__dict__:  # another's: none of its calls would be plain
+            if isinstance(module.__dict__.get(name), _Half):
+                module.__dict__[name].leave()  # put back by whoever had found it there
+            if name == "forward" and _of_another(module, name):
                 continue
             stand_ins.append(_Half(self, half, module, name, self._figures.setdefault(half, _Figures())))
             setattr(module, name, stand_ins[-1])
@@ -141,10 +149,10 @@ class Toggle:
         convert_model(model, splits, threshold=threshold, predicate=chosen, on_strip=note)
 
 
-def _restore(model: nn.Module, stand_ins: list[_Half]) -> None:
-    restore_model(model)
-    for stand_in in stand_ins:
-        stand_in.leave()
+def _of_another(module: nn.Module, name: str) -> bool:
+    """Whether a method was replaced on the module itself, with anything but its own."""
+    current = module.__dict__.get(name)
+    return current is not None and getattr(current, "__func__", None) is not getattr(type(module), name)
 
 
 @dataclass
@@ -166,14 +174,16 @@ class _Half:
         self._streamed: Optional[Callable[..., Any]] = None
         self._needs: dict[Any, int] = {}
 
-    def leave(self) -> None:
-        """Put the method back, unless something else has taken this one's place."""
-        if self.module.__dict__.get(self.name) is not self:
-            return
-        if self.own:
-            setattr(self.module, self.name, self.plain)
+    def leave(self) -> bool:
+        """Put the method back if this one is in its place, or one that an earlier run left; False if neither is."""
+        current = self.module.__dict__.get(self.name)
+        if not isinstance(current, _Half) or (current is not self and current.toggle.on):
+            return False
+        if current.own:
+            setattr(self.module, self.name, current.plain)
         else:
             delattr(self.module, self.name)
+        return True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         maps = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]

@@ -23,72 +23,69 @@ def interruptible(module: nn.Module, rows_done: int, rows: int) -> None:
     throw_exception_if_processing_interrupted()
 
 
-class Progress:
-    """Shows how far one pass through `convolutions` convolutions is; a `Tiling.on_strip`.
+class _Bar:
+    """The host's bar: it appears after `delay` seconds, and moves every `interval` seconds at most."""
 
-    The bar appears once a pass has lasted `delay` seconds, and again every `interval` seconds at most. A pass in which
-    convolutions are called more than once (video in chunks, an image in tiles) grows by whole rounds.
-    Raises the host's InterruptProcessingException when the user asks to stop.
-    """
-
-    def __init__(self, convolutions: int = 1, delay: float = 1.0, interval: float = 0.1) -> None:
-        self.convolutions, self.delay, self.interval = convolutions, delay, interval
-        self.start()
-
-    def start(self) -> None:
-        """A pass begins, whatever became of the one before."""
-        self._finished = 0
-        self._next = time.monotonic() + self.delay
-        self._bar: Optional[Any] = None
-
-    def __call__(self, module: nn.Module, rows_done: int, rows: int) -> None:
-        throw_exception_if_processing_interrupted()
-        self._finished += rows_done >= rows
-        now = time.monotonic()
-        if now < self._next:
-            return
-        self._next = now + self.interval
-        done = self._finished + (rows_done / rows if rows_done < rows else 0)
-        rounds = -(-done // self.convolutions)
-        total = int(max(rounds, 1)) * self.convolutions * _UNITS
-        bar = self._bar = self._bar or ProgressBar(total)
-        bar.update_absolute(int(done * _UNITS), total)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles hold the settings and not the pass: the host's bar leads to its server."""
-        return {"convolutions": self.convolutions, "delay": self.delay, "interval": self.interval}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
-
-
-class StreamProgress:
-    """Shows how far a streamed call is; an `on_progress`. The bar appears once it has lasted `delay` seconds.
-
-    Raises the host's InterruptProcessingException when the user asks to stop.
-    """
-
-    def __init__(self, delay: float = 1.0, interval: float = 0.1) -> None:
+    def __init__(self, delay: float, interval: float) -> None:
         self.delay, self.interval = delay, interval
         self.start()
 
     def start(self) -> None:
-        """A call begins, whatever became of the one before."""
+        """Something begins, whatever became of what was before."""
         self._next = time.monotonic() + self.delay
         self._bar: Optional[Any] = None
 
-    def __call__(self, done: int, work: int) -> None:
+    def _is_due(self) -> bool:
+        """Whether to move it now. Raises the host's InterruptProcessingException when the user asks to stop."""
         throw_exception_if_processing_interrupted()
         now = time.monotonic()
-        if now < self._next or not work:
-            return
+        if now < self._next:
+            return False
         self._next = now + self.interval
-        bar = self._bar = self._bar or ProgressBar(_STEPS)
-        bar.update_absolute(min(done * _STEPS // work, _STEPS), _STEPS)
+        return True
+
+    def _move(self, done: int, total: int) -> None:
+        bar = self._bar = self._bar or ProgressBar(total)
+        bar.update_absolute(done, total)
 
     def __getstate__(self) -> dict[str, Any]:
-        """As for `Progress`."""
-        return {"delay": self.delay, "interval": self.interval}
+        """Copies and pickles hold the settings and not how far it is: the host's bar leads to its server."""
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+        self.__dict__.update(state)
+        self.start()
+
+
+class Progress(_Bar):
+    """Shows how far one pass through `convolutions` convolutions is; a `Tiling.on_strip`.
+
+    A pass in which convolutions are called more than once (video in chunks, an image in tiles) grows by whole rounds.
+    """
+
+    def __init__(self, convolutions: int = 1, delay: float = 1.0, interval: float = 0.1) -> None:
+        self.convolutions = convolutions
+        super().__init__(delay, interval)
+
+    def start(self) -> None:
+        super().start()
+        self._finished = 0
+
+    def __call__(self, module: nn.Module, rows_done: int, rows: int) -> None:
+        self._finished += rows_done >= rows
+        if not self._is_due():
+            return
+        done = self._finished + (rows_done / rows if rows_done < rows else 0)
+        rounds = -(-done // self.convolutions)
+        self._move(int(done * _UNITS), int(max(rounds, 1)) * self.convolutions * _UNITS)
+
+
+class StreamProgress(_Bar):
+    """Shows how far a streamed call is; an `on_progress`."""
+
+    def __init__(self, delay: float = 1.0, interval: float = 0.1) -> None:
+        super().__init__(delay, interval)
+
+    def __call__(self, done: int, work: int) -> None:
+        if self._is_due() and work:
+            self._move(min(done * _STEPS // work, _STEPS), _STEPS)

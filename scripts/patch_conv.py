@@ -83,7 +83,7 @@ class PatchConvScript(scripts.Script):
             return
         p.patch_conv = Toggle(settings, tell=_tell)
         p.extra_generation_params.update(to_infotext(settings))
-        _stop_at_close(p)
+        _stop_at_close(p, p.patch_conv)
         _follow(p)
 
     def before_process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
@@ -147,12 +147,13 @@ def _loaded(model: Any) -> None:
         _patch(PatchConvScript.running, [model, *getattr(sd_models.model_data, "loaded_sd_models", [])])
 
 
-def _stop_at_close(p: Any) -> None:
-    """The host closes every run, one that ended in an error too."""
+def _stop_at_close(p: Any, toggle: Toggle) -> None:
+    """The host closes every run, one that ended in an error too, when all extensions are through with it."""
     close = p.close
 
     def stop_and_close() -> None:
         stop()
+        toggle.off()
         close()
 
     p.close = stop_and_close

@@ -227,6 +227,20 @@ def test_threads_share_a_model() -> None:
         assert_same(results[index], one, 1e-6)
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_autocast(weights: torch.dtype) -> None:
+    """Automatic1111 encodes under it: the casts are those of plain, and nothing else is cast."""
+    model, x = block().to(weights), torch.randn(1, 4, 64, 48)
+    exact = block().to(weights).double()(x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = model(x)
+        with stream(model):
+            result = model(x)
+    assert result.dtype == plain.dtype
+    error, plain_error = ((one.double() - exact).square().mean().sqrt() for one in (result, plain))
+    assert error <= 1.05 * plain_error
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_as_near_to_float64_as_plain(dtype: torch.dtype) -> None:
     model, x = block().to(dtype), torch.randn(1, 4, 64, 48).to(dtype)

@@ -126,17 +126,37 @@ def test_a_stand_in_of_another_extension_is_left_alone(vae: VAE) -> None:
     assert methods(vae) == before
 
 
-def test_a_stand_in_that_came_later_stays_and_what_it_holds_of_ours_is_idle(vae: VAE) -> None:
+def test_a_stand_in_that_comes_later_and_puts_back_what_it_found(vae: VAE) -> None:
+    """Tiled VAE does, behind us: what it found is ours, or, from an earlier run, the module's own method."""
+    z = torch.randn(1, 4, 24, 16)
+    expected = VAE.decode(vae, z)
+    original: list[Any] = []
+    for _ in range(2):
+        toggle = Toggle(Settings(mode="stream"))
+        toggle.follow([vae], [])
+        original.append(vae.decoder.forward)
+        vae.decoder.forward = lambda x: original[0](x) + 1
+        assert_same(vae.decode(z), expected + 1, 1e-6)
+        toggle.off()
+        vae.decoder.forward = original[0]  # found in the first run
+        assert torch.equal(vae.decode(z), expected)
+        toggle.off()
+        assert not methods(vae)
+    vae.decoder.forward = vae.decoder.forward
+    toggle = Toggle(Settings(mode="stream"))
+    toggle.follow([vae], [])
+    vae.decode(z)
+    assert "VAE decoder streamed" in toggle.report()
+
+
+def test_what_others_still_hold_of_ours_is_idle(vae: VAE) -> None:
     toggle = Toggle(Settings(mode="stream"))
     toggle.follow([vae], [])
     ours = vae.decoder.forward
-    vae.decoder.forward = lambda x: ours(x) + 1
     toggle.off()
     z = torch.randn(1, 4, 8, 8)
-    assert torch.equal(vae.decode(z), VAE.decode(vae, z))
-    calls = toggle.report()
-    vae.decode(z)
-    assert toggle.report() == calls == "Patch Conv: nothing that it was asked to patch has run"
+    assert torch.equal(ours(z), vae.decoder(z))
+    assert toggle.report() == "Patch Conv: nothing that it was asked to patch has run"
 
 
 def test_the_host_hears_how_far_a_decode_is(vae: VAE) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import time
@@ -110,6 +111,15 @@ def test_parameters_are_written_and_pasted(webui: WebUI, plain: Result) -> None:
     pasted = webui.run(infotext=result.infotext)
     assert pasted.infotext == result.infotext
     assert "VAE decoder streamed" in pasted.log
+
+
+def test_controls_are_remembered(webui: WebUI) -> None:
+    config = json.loads((webui.folder / "ui-config.json").read_text())
+    for tab in ("txt2img", "img2img"):
+        path = f"customscript/patch_conv.py/{tab}"
+        assert config[f"{path}/Patch Conv/value"] is False
+        assert config[f"{path}/Mode/value"] == "patch"
+        assert config[f"{path}/Threshold (millions of elements)/value"] == 16.0
 
 
 def test_arguments_in_order(webui: WebUI, plain: Result) -> None:
