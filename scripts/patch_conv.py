@@ -72,6 +72,8 @@ class PatchConvScript(scripts.Script):
 
     def process(self, p: Any, *args: Any) -> None:
         p.patch_conv = None
+        for name in infotext_names():  # a plot's runs share what is written
+            p.extra_generation_params.pop(name, None)
         try:
             defaults = {name: _default(name) for name in NAMES}
             settings = settings_of(args, getattr(p, "patch_conv_axes", {}), defaults)
