@@ -17,9 +17,9 @@ _LABELS = {
     "mode": "Mode",
     "vae": "VAE",
     "unet": "U-Net",
-    "splits": "Splits (0: automatic)",
-    "threshold": "Threshold (millions of elements)",
-    "budget": "Memory budget (GiB, 0: what is free)",
+    "splits": "Splits",
+    "threshold": "Threshold (millions)",
+    "budget": "Memory budget (GiB)",
 }
 _LIMITS: dict[str, dict[str, float]] = {
     "splits": {"minimum": 0, "maximum": 64, "step": 1},
@@ -28,10 +28,9 @@ _LIMITS: dict[str, dict[str, float]] = {
 }
 _INFO = {
     "mode": "patch: each large convolution of the VAE in strips. stream: the whole VAE in strips, far less memory.",
-    "unet": "Its convolutions in strips, in either mode.",
-    "splits": "For patch and the U-Net: strips per convolution.",
-    "threshold": "For patch and the U-Net: smaller convolutions stay as they are.",
-    "budget": "For stream: what does not fit goes to the computer's memory, or to a file if the VAE runs on the CPU.",
+    "splits": "For patch and the U-Net: strips per convolution, 0 for automatic.",
+    "threshold": "For patch and the U-Net: convolutions with fewer input elements stay whole.",
+    "budget": "For stream, 0 for what is free. What does not fit goes to the computer's memory, on a CPU to a file.",
 }
 
 
@@ -48,13 +47,14 @@ class PatchConvScript(scripts.Script):
     def ui(self, is_img2img: bool) -> list[Any]:
         controls: dict[str, Any] = {}
         with InputAccordion(_default("enabled"), label=TITLE, elem_id=self.elem_id("enabled")) as controls["enabled"]:
+            controls["mode"] = self._control(gr.Radio, "mode", choices=[*MODES])
             with gr.Row():
-                controls["mode"] = self._control(gr.Radio, "mode", choices=[*MODES])
-                controls["vae"] = self._control(gr.Checkbox, "vae")
-                controls["unet"] = self._control(gr.Checkbox, "unet")
+                for name in ("vae", "unet"):
+                    controls[name] = self._control(gr.Checkbox, name)
             with gr.Row():
-                for name in ("splits", "threshold", "budget"):
+                for name in ("splits", "threshold"):
                     controls[name] = self._control(gr.Slider, name, **_LIMITS[name])
+            controls["budget"] = self._control(gr.Slider, "budget", **_LIMITS["budget"])
         for name, control in controls.items():
             # What was chosen under Settings rules; otherwise the WebUI remembers this control like any other.
             control.do_not_save_to_config = _default(name) != DEFAULTS[name]

@@ -119,7 +119,7 @@ def test_controls_are_remembered(webui: WebUI) -> None:
         path = f"customscript/patch_conv.py/{tab}"
         assert config[f"{path}/Patch Conv/value"] is False
         assert config[f"{path}/Mode/value"] == "patch"
-        assert config[f"{path}/Threshold (millions of elements)/value"] == 16.0
+        assert config[f"{path}/Threshold (millions)/value"] == 16.0
 
 
 def test_arguments_in_order(webui: WebUI, plain: Result) -> None:

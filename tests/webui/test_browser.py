@@ -51,9 +51,9 @@ def test_turned_on_used_and_pasted_back(page: Any, tmp_path: Path) -> None:
     number(page, "script_txt2img_patch_conv_budget").press("Tab")
     page.click("#txt2img_generate")
     page.wait_for_selector("#txt2img_gallery img", timeout=300_000)
-    report = page.locator("#html_log_txt2img").inner_text(timeout=60_000)
+    report = page.locator("#html_log_txt2img").first.inner_text(timeout=60_000)
     assert re.search(r"Patch Conv: VAE decoder streamed, peak [\d.]+ .iB", report)
-    infotext = page.locator("#html_info_txt2img").inner_text()
+    infotext = page.locator("#html_info_txt2img").first.inner_text()
     assert "Patch Conv: stream" in infotext
     page.locator(ACCORDION).scroll_into_view_if_needed()
     screenshot = os.environ.get("SCREENSHOT") or str(tmp_path / "webui.png")
