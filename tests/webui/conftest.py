@@ -109,7 +109,7 @@ def checkpoint(checkout: Path) -> str:
 def _serve(checkout: Path, checkpoint: str, folder: Path, flags: tuple[str, ...] = ()) -> Iterator[WebUI]:
     webui = WebUI(checkout, checkpoint, folder, flags)
     try:
-        webui.wait("/sdapi/v1/options")
+        webui.wait("/probe/axes")  # the last to be there
         yield webui
     finally:
         webui.stop()
