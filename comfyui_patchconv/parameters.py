@@ -24,8 +24,8 @@ def settings_of(
     args: values in the order of `NAMES`, or first of all a dictionary, of which `defaults` fill in what is left out.
     changes: values by name that count before those. Raises ValueError for an unknown name or a wrong value.
     """
-    values = {**defaults, **args[0]} if args and isinstance(args[0], Mapping) else dict(zip(NAMES, args))
-    values.update(changes)
+    named = {**defaults, **args[0]} if args and isinstance(args[0], Mapping) else dict(zip(NAMES, args))
+    values: dict[str, Any] = {**named, **changes}
     unknown = [name for name in values if name not in NAMES]
     if unknown:
         raise ValueError(f"there is no argument {unknown[0]!r}: use {', '.join(NAMES)}.")
