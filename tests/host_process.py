@@ -10,6 +10,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional
 
@@ -34,17 +35,16 @@ class HostProcess:
             stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT, cwd=checkout, env=environment,
         )  # fmt: skip
 
-    def wait(self, path: str, seconds: float = 240) -> None:
-        """Until it answers at `path`. Raises RuntimeError, with the end of its log, if it does not."""
+    def wait(self, ready: Callable[[], object], seconds: float = 240) -> None:
+        """Until `ready` says so; an OSError means no. Raises RuntimeError, with the end of its log, in the end."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self._process.poll() is not None:
                 break
-            try:
-                self.get(path)
-                return
-            except OSError:
-                time.sleep(0.5)
+            with suppress(OSError):
+                if ready():
+                    return
+            time.sleep(0.5)
         raise RuntimeError(f"the host did not start:\n{self.log()[-3000:]}")
 
     def check(self) -> None:

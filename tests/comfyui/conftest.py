@@ -148,7 +148,7 @@ def checkpoint(checkout: Path) -> str:
 def _serve(checkout: Path, folder: Path, flags: tuple[str, ...] = ()) -> Iterator[Server]:
     server = Server(checkout, folder, flags)
     try:
-        server.wait("/system_stats")
+        server.wait(lambda: server.get("/system_stats"))
         yield server
     finally:
         server.stop()

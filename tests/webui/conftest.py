@@ -109,7 +109,8 @@ def checkpoint(checkout: Path) -> str:
 def _serve(checkout: Path, checkpoint: str, folder: Path, flags: tuple[str, ...] = ()) -> Iterator[WebUI]:
     webui = WebUI(checkout, checkpoint, folder, flags)
     try:
-        webui.wait("/probe/axes")  # the last to be there
+        # Asked before it is through, it would refuse to add the rest of its routes.
+        webui.wait(lambda: "Startup time:" in webui.log())
         yield webui
     finally:
         webui.stop()
