@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from typing import Optional
 
+MODES = ("patch", "stream")
+"""What users choose between: each large convolution in strips, or all of a decoder or encoder."""
+
+MILLION, GIB = 1_000_000, 2**30
+"""The units in which users give elements and bytes."""
+
 DEFAULT_THRESHOLD = 16_000_000
 """Input elements (C·H·W, times depth for 3-D) from which a convolution is run in strips."""
 

@@ -15,13 +15,11 @@ from .convert import convert_model, convolutions, restore_model
 from .footprint import peak_activations
 from .measure import Recorder
 from .memory import free
-from .planner import OF_FREE
+from .planner import DEFAULT_THRESHOLD, GIB, MILLION, MODES, OF_FREE
 from .streaming import signature, streamed
 from .tiled_conv import Convolution
 from .vae_parts import HALVES, half_of, part_of
 
-MODES = ("patch", "stream")
-MILLION, GIB = 1_000_000, 2**30
 _SECONDS = 5.0  # the longest that counting what plain would need may take
 
 Tell = Callable[[str], None]
@@ -45,7 +43,7 @@ class Settings:
     vae: bool = True
     unet: bool = False
     splits: int = 0
-    threshold: float = 16.0
+    threshold: float = DEFAULT_THRESHOLD / MILLION
     budget: float = 0.0
 
     def __post_init__(self) -> None:

@@ -11,8 +11,8 @@ from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from torch import nn
 
 from ..comfyui_patchconv import Tiling, convolutions, planner
+from ..comfyui_patchconv.planner import GIB, MILLION, MODES
 from ..comfyui_patchconv.tiled_conv import TiledForward, tiled_forward
-from ..comfyui_patchconv.toggle import GIB, MILLION, MODES
 from ..comfyui_patchconv.vae_parts import HALVES, half_of, part_of
 from .host import MODEL_CATEGORY, VAE_CATEGORY, advanced, schema
 from .progress import Progress, StreamProgress, interruptible

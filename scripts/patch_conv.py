@@ -10,7 +10,8 @@ from modules import script_callbacks, scripts, sd_models, shared  # pyright: ign
 from modules.ui_components import InputAccordion  # pyright: ignore[reportMissingImports]
 
 from comfyui_patchconv.parameters import DEFAULTS, NAMES, TITLE, from_infotext, infotext_names, settings_of, to_infotext
-from comfyui_patchconv.toggle import MODES, Toggle
+from comfyui_patchconv.planner import MODES
+from comfyui_patchconv.toggle import Toggle
 
 _LABELS = {
     "enabled": TITLE,

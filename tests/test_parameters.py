@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfyui_patchconv.parameters import DEFAULTS, NAMES, from_infotext, infotext_names, settings_of, to_infotext
-from comfyui_patchconv.toggle import MODES, Settings
+from comfyui_patchconv.planner import MODES
+from comfyui_patchconv.toggle import Settings
 
 CHOSEN = st.builds(
     Settings,
