@@ -9,11 +9,15 @@ from typing import Any, Optional, TypeVar
 
 from torch import nn
 
+from .partial_conv import PartialPadding
 from .planner import DEFAULT_THRESHOLD
 from .tiled_conv import Convolution, OnStrip, TiledForward, Tiling, tiled_forward
 
 Model = TypeVar("Model", bound=nn.Module)
 CONVOLUTIONS: tuple[type[Convolution], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PADDINGS: dict[str, type[TiledForward]] = {"plain": TiledForward, "partial": PartialPadding}
+"""What zeros around an image may count as: pixels, as in plain convolution, or nothing."""
+
 _ATTRIBUTE = "_conv_forward"
 
 
@@ -27,6 +31,7 @@ def convert_model(
     types: tuple[type[Convolution], ...] = CONVOLUTIONS,
     predicate: Optional[Callable[[str, Convolution], bool]] = None,
     on_strip: Optional[OnStrip] = None,
+    padding: str = "plain",
 ) -> Model:
     """Let the convolutions of `model` run in strips, in place, and return it. `restore_model` undoes it.
 
@@ -38,10 +43,14 @@ def convert_model(
     threshold: input elements (C·H·W, times depth for 3-D) from which a convolution runs in strips.
     names, types, predicate: which convolutions; see `convolutions`.
     on_strip: progress; see `Tiling`.
+    padding: `"plain"`, or `"partial"` for borders that are scaled up for the zeros around the image, which then do not
+        count (partial convolution based padding, arXiv 1811.11718): the one setting that changes the result.
 
     Raises ValueError for a wrong setting, or if no convolution is found.
     """
     tiling = Tiling(splits, sequential, threshold, on_strip)
+    if padding not in PADDINGS:
+        raise ValueError(f"padding is {padding!r}: use {' or '.join(map(repr, PADDINGS))}.")
     found = list(convolutions(model, names=names, types=types, predicate=predicate))
     if not found:
         raise ValueError(
@@ -49,7 +58,7 @@ def convert_model(
             "there is nothing to run in strips."
         )
     for _, module in found:
-        module.__dict__[_ATTRIBUTE] = tiled_forward(module, getattr(module, _ATTRIBUTE), tiling)
+        module.__dict__[_ATTRIBUTE] = tiled_forward(module, getattr(module, _ATTRIBUTE), tiling, PADDINGS[padding])
     return model
 
 

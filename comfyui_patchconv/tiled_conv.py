@@ -69,30 +69,24 @@ class TiledForward:
     def __call__(self, input: Tensor, weight: Tensor, bias: Optional[Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """The convolution of `input` `[N, C, L | H, W | D, H, W]`, the batch optional, with any further arguments that
         the host passes on to the module's own `_conv_forward`."""
-        call = _Call(self, args, kwargs)
-        rows = call.strip_rows(input, weight)
-        grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
-        if rows is None or (grad and _transformed()):
-            output = call.whole(input, weight, bias)
-            call.report(1, 1)
-            return output
-        try:
-            if grad:
-                return _Differentiable.apply(call, rows, input, weight, bias)
-            return call.tiled(input, weight, bias, rows)
-        except _OwnWaysError:
-            return call.whole(input, weight, bias)
+        return self.call(input, args, kwargs).run(input, weight, bias)
+
+    def call(self, input: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """One forward for `input`, with the host's further arguments."""
+        return Call(self, args, kwargs)
 
 
-def tiled_forward(module: Convolution, current: Callable[..., Any], tiling: Tiling) -> TiledForward:
+def tiled_forward(
+    module: Convolution, current: Callable[..., Any], tiling: Tiling, kind: type[TiledForward] = TiledForward
+) -> TiledForward:
     """What to put in place of `current`, the `_conv_forward` that `module` has now: ours again, its own, or another's.
 
     For `convert_model`, and for hosts that set and take back attributes themselves.
     """
     if isinstance(current, TiledForward):
-        return TiledForward(module, tiling, current.inner)
+        return kind(module, tiling, current.inner)
     own = getattr(current, "__func__", None) is type(module)._conv_forward  # type: ignore[attr-defined]
-    return TiledForward(module, tiling, None if own else current)
+    return kind(module, tiling, None if own else current)
 
 
 class PatchConv2d(nn.Conv2d):
@@ -133,8 +127,11 @@ class PatchConv2d(nn.Conv2d):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class _Call:
-    """One forward of one convolution: how to read and compute any strip of it."""
+class Call:
+    """One forward of one convolution: how to read and compute any strip of it.
+
+    whole: the same forward in one piece. dim: the axis that is cut, counted from the last.
+    """
 
     def __init__(self, hook: TiledForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         module = hook.module
@@ -144,7 +141,7 @@ class _Call:
         sides = len(module.kernel_size)
         self.mode = module.padding_mode
         self.dim = -min(sides, 2)  # of a tensor: length, else height
-        pads = _pads(module)
+        pads = padding_of(module)
         self.axis = Axis(
             module.kernel_size[self.dim],
             module.stride[self.dim],
@@ -153,6 +150,21 @@ class _Call:
         )
         self._args, self._kwargs = args, kwargs
         self._strip_module, self._uneven = _without_row_padding(module, pads, self.dim)
+
+    def run(self, input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+        """The convolution, in strips where that is possible and worth it, differentiable."""
+        rows = self.strip_rows(input, weight)
+        grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
+        if rows is None or (grad and _transformed()):
+            output = self.whole(input, weight, bias)
+            self.report(1, 1)
+            return output
+        try:
+            if grad:
+                return _Differentiable.apply(self, rows, input, weight, bias)
+            return self.tiled(input, weight, bias, rows)
+        except _OwnWaysError:
+            return self.whole(input, weight, bias)
 
     def strip_rows(self, input: Tensor, weight: Tensor) -> Optional[int]:
         """Output rows of a strip, or None where the convolution is to run whole."""
@@ -184,12 +196,20 @@ class _Call:
         output: Optional[Tensor] = None
         groups = self._legal_batches(input, weight)
         for index, (start, count) in enumerate(groups):
+            call = self if len(groups) == 1 else self.of_samples(start, count)
             samples = input if len(groups) == 1 else input.narrow(0, start, count)
 
-            def work(first: int, last: int, samples: Tensor = samples, start: int = start, count: int = count) -> None:
+            def work(
+                first: int,
+                last: int,
+                call: Call = call,
+                samples: Tensor = samples,
+                start: int = start,
+                count: int = count,
+            ) -> None:
                 nonlocal output
-                window = self.window(first, last, size)
-                result = self.strip(self.read(samples, window), window, last - first, weight, bias)
+                window = call.window(first, last, size)
+                result = call.strip(call.read(samples, window), window, first, last, weight, bias)
                 if result.requires_grad:  # by parameters of the forward's own, whose gradients strips would lose
                     raise _OwnWaysError
                 if output is None:
@@ -201,6 +221,10 @@ class _Call:
                 self.report(index * rows + done, len(groups) * rows)
         assert output is not None
         return output
+
+    def of_samples(self, start: int, count: int) -> Call:
+        """The same for `count` samples of the batch from `start` on."""
+        return self
 
     def each_strip(self, work: Callable[[int, int], None], input: Tensor, rows: int, strip_rows: int) -> Iterator[int]:
         """Call `work(first, last)` for strips that cover `rows` rows, yielding the rows done after each.
@@ -244,8 +268,11 @@ class _Call:
             return self.axis.opaque_window(first, last, size)
         return self.axis.window(first, last, size, self.mode)
 
-    def strip(self, piece: Tensor, window: Window, count: int, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-        """`count` output rows from the input rows of their window."""
+    def strip(
+        self, piece: Tensor, window: Window, first: int, last: int, weight: Tensor, bias: Optional[Tensor]
+    ) -> Tensor:
+        """Output rows `[first, last)` from the input rows of their window."""
+        count = last - first
         if self.opaque:
             result = self.whole(piece, weight, bias)
             self._check(result, self.axis.output_size(piece.shape[self.dim]))
@@ -285,7 +312,7 @@ class _Call:
                 pieces.append(F.pad(piece, pad) if any(pad) else piece)
             batch = torch.cat(pieces)
             del pieces, piece
-            result = self.strip(batch, Window(range(batch.shape[self.dim])), strip_rows, weight, bias)
+            result = self.strip(batch, Window(range(batch.shape[self.dim])), 0, strip_rows, weight, bias)
             output = self._allocate(result, rows, input, weight)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -316,7 +343,7 @@ class _Call:
         module, sides = self.module, len(self.module.kernel_size)
         batch = input.shape[0] if input.dim() == sides + 2 else 1
         in_row, out_row = batch * input.shape[-sides - 1], batch * weight.shape[0]
-        for dim, pad in enumerate(_pads(module), -sides):
+        for dim, pad in enumerate(padding_of(module), -sides):
             if dim != self.dim:
                 axis = Axis(module.kernel_size[dim], module.stride[dim], module.dilation[dim], *pad)
                 in_row *= input.shape[dim] + sum(pad)
@@ -349,9 +376,7 @@ class _Differentiable(torch.autograd.Function):
     """Strips forward and strips backward. Keeps for backward what a plain convolution keeps: input, weight and bias."""
 
     @staticmethod
-    def forward(
-        ctx: Any, call: _Call, strip_rows: int, input: Tensor, weight: Tensor, bias: Optional[Tensor]
-    ) -> Tensor:
+    def forward(ctx: Any, call: Call, strip_rows: int, input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
         ctx.call, ctx.strip_rows, ctx.autocast = call, strip_rows, _same_autocast(input.device.type)
         ctx.save_for_backward(input, weight, bias)
         with torch.enable_grad():  # of nothing here: shows whether the forward has parameters of its own
@@ -381,7 +406,7 @@ class _Differentiable(torch.autograd.Function):
             leaves = [None if t is None else t.detach() for t in (call.read(input, window), weight, bias)]
             wanted = [leaf.requires_grad_() for leaf, need in zip(leaves, needed) if leaf is not None and need]
             with torch.enable_grad(), ctx.autocast():
-                result = call.strip(leaves[0], window, last - first, leaves[1], leaves[2])
+                result = call.strip(leaves[0], window, first, last, leaves[1], leaves[2])
             found = torch.autograd.grad(result, wanted, grad.narrow(call.dim, first, last - first))
             totals = [total for total in sums if total is not None]
             parts = [part.to(total.dtype) for part, total in zip(found, totals)]
@@ -429,7 +454,7 @@ def _memory_format(tensor: Tensor) -> torch.memory_format:
     return _CHANNELS_LAST[tensor.dim() - 4]
 
 
-def _pads(module: Convolution) -> list[tuple[int, int]]:
+def padding_of(module: Convolution) -> list[tuple[int, int]]:
     """Rows or columns that the convolution adds before and behind each spatial axis, first axis first."""
     if module.padding_mode != "zeros":  # the module pads by this list, last axis first
         flat = module._reversed_padding_repeated_twice
