@@ -72,12 +72,15 @@ def restore_model(model: Model) -> Model:
 @contextmanager
 def patched(model: Model, *args: Any, **kwargs: Any) -> Iterator[Model]:
     """`convert_model(model, *args, **kwargs)` for the length of a `with` block; then all is as it was before it."""
-    before = {module: _state(module) for module in model.modules()}
-    try:
+    with _put_back(model):
         yield convert_model(model, *args, **kwargs)
-    finally:
-        for module, state in before.items():
-            _put(module, state)
+
+
+@contextmanager
+def unpatched(model: nn.Module) -> Iterator[nn.Module]:
+    """`restore_model(model)` for the length of a `with` block; then all is as it was before it."""
+    with _put_back(model):
+        yield restore_model(model)
 
 
 def convolutions(
@@ -101,6 +104,16 @@ def convolutions(
             continue
         if predicate(name, module) if predicate is not None else max(module.kernel_size) > 1:
             yield name, module
+
+
+@contextmanager
+def _put_back(model: nn.Module) -> Iterator[None]:
+    before = {module: _state(module) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, state in before.items():
+            _put(module, state)
 
 
 def _state(module: nn.Module) -> Any:

@@ -18,6 +18,7 @@ from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .tiled_conv import Call, Convolution, TiledForward, Tiling, padding_of
 
@@ -25,7 +26,7 @@ WHEN_LARGE = Tiling(splits=0, threshold=0)
 """Strips wherever one of the size that suits the device is smaller than the whole."""
 
 _TINY = 1e-8
-_PLAIN: dict[int, type[Convolution]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_COUNT: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def partial_convolution(
@@ -35,10 +36,10 @@ def partial_convolution(
     bias: Optional[Tensor],
     mask: Optional[Tensor] = None,
     *,
-    tiling: Tiling = WHEN_LARGE,
+    tiling: Optional[Tiling] = None,
     copies: int = 1,
     legacy: bool = False,
-    padding_is_valid: bool = False,
+    padding_as_border: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The partial convolution of `input` `[N, C, L | H, W | D, H, W]`, the batch optional, and the new mask.
 
@@ -46,10 +47,11 @@ def partial_convolution(
     mask: 1 where valid, 0 where not, `[N or 1, 1 or C, ...]`; with C channels each group of the convolution counts its
         own. The new mask has as many channels as there are groups of equal masks, and the mask's batch size. None is
         a mask of ones.
-    tiling: the strips.
+    tiling: the strips; without it those that `convert_model` has put on `module`, or else `WHEN_LARGE`.
     copies: channels that one channel of the mask stands for in `s` and `N`; tells only for masks between 0 and 1.
     legacy: add the bias and take it off again before scaling, as NVIDIA's code does: its rounding, bit by bit.
-    padding_is_valid: zeros around the image count as pixels of the image, as a network trained with them sees them.
+    padding_as_border: what is padded on is as valid as the pixel next to it, so that a mask of ones gives the plain
+        convolution, which is what a network that was trained without masks expects at the border.
     """
     channel = -len(module.kernel_size) - 1
     mask = None if mask is None else mask.detach()
@@ -60,7 +62,8 @@ def partial_convolution(
         copies *= mask.shape[channel] // module.groups
     else:
         sums = mask.to(_precise(input)) * copies
-    ratio, valid = _ratio_and_valid(module, sums, copies, padding_is_valid)
+    ratio, valid = _ratio_and_valid(module, sums, copies, padding_as_border)
+    tiling = tiling or getattr(module._conv_forward, "tiling", WHEN_LARGE)
     return _PartialCall(module, tiling, mask, ratio, valid, legacy).run(input, weight, bias), valid
 
 
@@ -70,19 +73,18 @@ def _precise(input: Tensor) -> torch.dtype:
 
 
 @torch.no_grad()
-def _ratio_and_valid(module: Convolution, sums: Tensor, full: int, padding_is_valid: bool) -> tuple[Tensor, Tensor]:
+def _ratio_and_valid(module: Convolution, sums: Tensor, full: int, padding_as_border: bool) -> tuple[Tensor, Tensor]:
     """N / s · u and u, each `[N or 1, groups or 1, ...]`, from a mask whose channels are sums of up to `full` masks."""
     sides = len(module.kernel_size)
+    edges = [edge for pad in reversed(padding_of(module)) for edge in pad]
+    if any(edges):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        sums = F.pad(sums, edges, "replicate" if padding_as_border else mode)
     groups = sums.shape[-sides - 1]
-    stand_in = object.__new__(type(module))
-    stand_in.__dict__.update(module.__dict__, groups=groups)
     ones = torch.ones(groups, 1, *module.kernel_size, dtype=sums.dtype, device=sums.device)
-    window = float(full * math.prod(module.kernel_size))
-    counted = full - sums if padding_is_valid else sums
-    found: Tensor = _PLAIN[sides]._conv_forward(stand_in, counted, ones, None)  # type: ignore[attr-defined]
-    if padding_is_valid:
-        found = window - found
+    found = _COUNT[sides](sums, ones, None, module.stride, 0, module.dilation, groups)
     valid = found.clamp(0, 1)
+    window = float(full * math.prod(module.kernel_size))
     return found.add_(_TINY).reciprocal_().mul_(window).mul_(valid), valid
 
 
@@ -102,6 +104,7 @@ class _PartialCall(Call):
     ) -> None:
         super().__init__(TiledForward(module, tiling), args, kwargs or {})
         self._mask, self._ratio, self._valid, self._legacy = mask, ratio, valid, legacy
+        self.input_copies = 0 if mask is None else 1
         self._channel = -len(module.kernel_size) - 1
         plain = self.whole
 
@@ -163,7 +166,7 @@ class PartialPadding(TiledForward):
         padded = module.padding_mode == "zeros" and any(edge for pad in padding_of(module) for edge in pad)
         if self.inner is not None or not padded or input.dim() not in (sides + 1, sides + 2):
             return super().call(input, args, kwargs)
-        ratio, valid = _ratio_and_valid(module, _ones(input, sides), 1, padding_is_valid=False)
+        ratio, valid = _ratio_and_valid(module, _ones(input, sides), 1, padding_as_border=False)
         return _PartialCall(module, self.tiling, None, ratio, valid, args=args, kwargs=kwargs)
 
 
@@ -181,8 +184,7 @@ class _Partial:
             raise ValueError(f"input has {input.dim()} dimensions: give {1 - channel}, [N, C, ...].")
         if mask_in is not None:
             _check_mask(mask_in, input, input.shape[1] if self.multi_channel else 1)
-        tiling = getattr(conv._conv_forward, "tiling", WHEN_LARGE)
-        output, valid = partial_convolution(conv, input, conv.weight, conv.bias, mask_in, tiling=tiling)
+        output, valid = partial_convolution(conv, input, conv.weight, conv.bias, mask_in)
         if not self.return_mask:
             return output
         if self.multi_channel:
@@ -279,7 +281,7 @@ class PConv2d(nn.Module):
 
     def compute_masks(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """What the convolution is multiplied by, and the new mask, each `[N, 1, H', W']`, for one `[N, 1, H, W]`."""
-        return _ratio_and_valid(self.regular_conv, mask * self.in_channels, self.in_channels, padding_is_valid=False)
+        return _ratio_and_valid(self.regular_conv, mask * self.in_channels, self.in_channels, padding_as_border=False)
 
     @torch.no_grad()
     def set_weight(self, w: Tensor) -> PConv2d:

@@ -131,7 +131,10 @@ class Call:
     """One forward of one convolution: how to read and compute any strip of it.
 
     whole: the same forward in one piece. dim: the axis that is cut, counted from the last.
+    input_copies: of a strip's input, that the strip makes and holds.
     """
+
+    input_copies = 0
 
     def __init__(self, hook: TiledForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         module = hook.module
@@ -180,7 +183,7 @@ class Call:
         legal = max(in_row * size, out_row * rows) <= planner.MAX_ELEMENTS
         if legal and (rows < 2 or input.shape[-sides - 1 :].numel() < self.tiling.threshold):
             return None
-        row_bytes = (in_row * self.axis.stride + out_row) * input.element_size()
+        row_bytes = (in_row * (1 + self.input_copies) * self.axis.stride + out_row) * input.element_size()
         strip = planner.strip_rows(rows, self.tiling.splits, row_bytes, input.device.type)
         if not legal:
             return max(min(strip, self._legal_rows(in_row, out_row)), 1)

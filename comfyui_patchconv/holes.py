@@ -1,0 +1,223 @@
+"""A network on an image with holes: what lies in them tells nothing. For any encoder, with no code of its own.
+
+While `Holes` is active, every convolution is a partial one, statistics of group norms are those of valid pixels, and
+the mask follows the image through paddings and strides. Attention sees valid positions only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Optional, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .convert import CONVOLUTIONS, unpatched
+from .partial_conv import WHEN_LARGE, partial_convolution
+from .tiled_conv import Convolution, TiledForward, Tiling
+
+Result = TypeVar("Result")
+_ATTENTION = re.compile("attn|attention", re.IGNORECASE)
+_KINDS: dict[int, type[Convolution]] = {4: nn.Conv2d, 5: nn.Conv3d}
+
+
+def with_holes(
+    model: nn.Module,
+    forward: Callable[[Tensor], Result],
+    image: Tensor,
+    mask: Tensor,
+    tiling: Tiling = WHEN_LARGE,
+) -> Result:
+    """`forward(image)`, a call of `model` or of a part of it, for an image with holes.
+
+    image: `[1, C, H, W]`, or `[1, C, T, H, W]` with the same holes in all frames.
+    mask: 1 where valid, 0 in holes, `[H, W]`. Without holes the result is that of `forward` itself, bit by bit.
+    tiling: how the convolutions are cut. What `convert_model` has put on `model` is set aside meanwhile.
+
+    Holes close from their borders with each convolution. What is left of them is 0 after the last one. The result does
+    not depend on pixels in holes, in no bit. Raises ValueError for a batch, or a mask of another size.
+    """
+    if image.dim() not in _KINDS or image.shape[0] != 1 or mask.shape != image.shape[-2:]:
+        raise ValueError(
+            f"image is {tuple(image.shape)} and mask {tuple(mask.shape)}: give one image [1, C, H, W], or one video "
+            "[1, C, T, H, W], and a mask [H, W] of its height and width."
+        )
+    valid = mask.to(image.device) > 0
+    if valid.all():
+        return forward(image)
+    holes = Holes(valid, tiling)
+    with unpatched(model), _attending(model, holes), holes:
+        return forward(image.masked_fill(~valid, 0.0))  # nothing later can leak what is gone
+
+
+class Holes(TorchFunctionMode):
+    """The mode in which `with_holes` runs a network; knows the mask of each height and width that has come up."""
+
+    def __init__(self, valid: Tensor, tiling: Tiling) -> None:
+        super().__init__()
+        self.tiling = tiling
+        self._masks: dict[tuple[int, int], Tensor] = {}
+        self._put(valid.to(torch.float32)[None, None])
+        self._aside = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        handler = None if self._aside else _HANDLERS.get(func)
+        kwargs = kwargs or {}
+        return func(*args, **kwargs) if handler is None else handler(self, func, *args, **kwargs)
+
+    def mask_of(self, image: Any) -> Optional[Tensor]:
+        """The mask `[1, 1, H, W]` of a map of the network; None if all of it is valid, or if it is no image."""
+        if not isinstance(image, Tensor) or image.dim() not in _KINDS:
+            return None
+        size = tuple(image.shape[-2:])
+        if size not in self._masks:
+            self._put(self._derived(*size))
+        mask = self._masks[size]
+        return mask if mask.numel() else None
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """For what is computed of valid positions alone."""
+        before, self._aside = self._aside, True
+        try:
+            yield
+        finally:
+            self._aside = before
+
+    def _put(self, mask: Tensor) -> None:
+        """The mask of its size from now on; an empty one says that nothing is left to mask."""
+        self._masks[tuple(mask.shape[-2:])] = mask if not bool(mask.all()) else mask[:0]
+
+    def _derived(self, height: int, width: int) -> Tensor:
+        """For a size that no convolution or padding has led to: valid is what only valid pixels lie behind."""
+        known = [size for size in self._masks if size[0] >= height and size[1] >= width]
+        size = min(known, key=lambda size: size[0] * size[1]) if known else max(self._masks)
+        mask = self._masks[size]
+        if not mask.numel():
+            return mask.new_ones(1, 1, height, width)
+        if not known:
+            return F.interpolate(mask, (height, width))
+        return 1 - F.adaptive_max_pool2d(1 - mask, (height, width))
+
+    def _convolution(
+        self,
+        func: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor] = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        kind = _KINDS.get(weight.dim())
+        mask = self.mask_of(input)
+        if kind is None or input.dim() != weight.dim():
+            return func(input, weight, bias, stride, padding, dilation, groups)
+        channels, kernel = (input.shape[1], weight.shape[0]), tuple(weight.shape[2:])
+        module = kind(*channels, kernel, stride, padding, dilation, groups, bias=False, device="meta")
+        if mask is None:
+            return TiledForward(module, self.tiling)(input, weight, bias)
+        if input.dim() == 5:
+            mask = mask.unsqueeze(2).expand(-1, -1, input.shape[2], -1, -1)
+        output, valid = partial_convolution(
+            module, input, weight, bias, mask, tiling=self.tiling, padding_as_border=True
+        )
+        self._put(valid if valid.dim() == 4 else valid[:, :, 0])
+        return output
+
+    def _pad(self, func: Any, input: Tensor, pad: Any, mode: str = "constant", value: Any = None) -> Tensor:
+        mask = self.mask_of(input)
+        output = func(input, pad, mode, value)
+        if mask is not None and output.shape[-2:] != input.shape[-2:] and min(pad) >= 0:
+            edges = [*pad, 0, 0, 0, 0][:4]
+            self._put(F.pad(mask, edges, "replicate" if mode == "constant" else mode))
+        return output
+
+    def _group_norm(
+        self,
+        func: Any,
+        input: Tensor,
+        num_groups: int,
+        weight: Optional[Tensor] = None,
+        bias: Optional[Tensor] = None,
+        eps: float = 1e-5,
+        *args: Any,
+    ) -> Tensor:
+        mask = self.mask_of(input)
+        if mask is None:
+            return func(input, num_groups, weight, bias, eps, *args)
+        if input.dim() == 5:
+            mask = mask.unsqueeze(2).expand(-1, -1, input.shape[2], -1, -1)
+        output = torch.empty_like(input)
+        each = input.shape[1] // num_groups
+        count = (mask.sum() * each).clamp(min=1)
+        for first in range(0, input.shape[1], each):  # a group at a time: in float32, and little beside the output
+            group = input[:, first : first + each].float()
+            mean = (group * mask).sum() / count
+            group = group - mean
+            variance = (group * mask).square_().sum() / count
+            group.mul_((variance + eps).rsqrt())
+            for values, apply in ((weight, group.mul_), (bias, group.add_)):
+                if values is not None:
+                    apply(values[first : first + each].float().view(-1, *[1] * (input.dim() - 2)))
+            output[:, first : first + each] = group
+        return output
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    F.conv2d: Holes._convolution,
+    F.conv3d: Holes._convolution,
+    F.pad: Holes._pad,
+    F.group_norm: Holes._group_norm,
+    torch.group_norm: Holes._group_norm,
+}
+
+
+@contextmanager
+def _attending(model: nn.Module, holes: Holes) -> Iterator[None]:
+    """Give the attention of `model` valid positions only, as a row of pixels: it does not see where they are."""
+    before: list[tuple[nn.Module, Any]] = []
+    try:
+        for module in _attention(model):
+            before.append((module, module.__dict__.get("forward")))
+            module.__dict__["forward"] = _Attended(module.forward, holes)
+        yield
+    finally:
+        for module, forward in before:
+            module.__dict__.pop("forward")
+            if forward is not None:
+                module.__dict__["forward"] = forward
+
+
+def _attention(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules that are called attention and hold no convolution over more than one pixel."""
+    mixes = any(max(one.kernel_size) > 1 for one in module.modules() if isinstance(one, CONVOLUTIONS))
+    if _ATTENTION.search(type(module).__name__) and not mixes:
+        yield module
+        return
+    for child in module.children():
+        yield from _attention(child)
+
+
+class _Attended:
+    """Stands in for the `forward` of an attention block while a network runs on an image with holes."""
+
+    def __init__(self, forward: Callable[..., Tensor], holes: Holes) -> None:
+        self.forward, self.holes = forward, holes
+
+    def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        mask = self.holes.mask_of(input)
+        if mask is None:
+            return self.forward(input, *args, **kwargs)
+        kept = mask.flatten().nonzero().flatten()
+        if not len(kept):
+            return input
+        pixels = input.flatten(-2)
+        with self.holes.aside():
+            seen = self.forward(pixels.index_select(-1, kept).unsqueeze(-2), *args, **kwargs)
+        return pixels.index_copy(-1, kept, seen.squeeze(-2)).view_as(input)
