@@ -97,7 +97,7 @@ def profiled(call: Any, device: torch.device) -> int:
     with torch.profiler.profile(activities=kinds, profile_memory=True) as profile:
         call()
     name = "self_device_memory_usage" if device.type == "cuda" else "self_cpu_memory_usage"
-    return sum(max(getattr(event, name), 0) for event in profile.events())
+    return sum(max(getattr(event, name), 0) for event in profile.events() or ())
 
 
 def main() -> None:

@@ -18,11 +18,11 @@ from torch.overrides import TorchFunctionMode
 
 from .convert import CONVOLUTIONS, unpatched
 from .partial_conv import WHEN_LARGE, partial_convolution
-from .tiled_conv import Convolution, TiledForward, Tiling
+from .tiled_conv import TiledForward, Tiling
 
 Result = TypeVar("Result")
 _ATTENTION = re.compile("attn|attention", re.IGNORECASE)
-_KINDS: dict[int, type[Convolution]] = {4: nn.Conv2d, 5: nn.Conv3d}
+_KINDS: dict[int, Any] = {4: nn.Conv2d, 5: nn.Conv3d}
 
 
 def with_holes(
@@ -60,7 +60,7 @@ class Holes(TorchFunctionMode):
     def __init__(self, valid: Tensor, tiling: Tiling) -> None:
         super().__init__()
         self.tiling = tiling
-        self._masks: dict[tuple[int, int], Tensor] = {}
+        self._masks: dict[tuple[int, ...], Tensor] = {}
         self._put(valid.to(torch.float32)[None, None])
         self._aside = False
 

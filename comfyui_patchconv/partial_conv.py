@@ -63,8 +63,8 @@ def partial_convolution(
     else:
         sums = mask.to(_precise(input)) * copies
     ratio, valid = _ratio_and_valid(module, sums, copies, padding_as_border)
-    tiling = tiling or getattr(module._conv_forward, "tiling", WHEN_LARGE)
-    return _PartialCall(module, tiling, mask, ratio, valid, legacy).run(input, weight, bias), valid
+    strips: Tiling = tiling or getattr(module._conv_forward, "tiling", WHEN_LARGE)
+    return _PartialCall(module, strips, mask, ratio, valid, legacy).run(input, weight, bias), valid
 
 
 def _precise(input: Tensor) -> torch.dtype:

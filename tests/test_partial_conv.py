@@ -166,7 +166,7 @@ def test_gradients_are_those_of_the_formula_in_strips_too(kind: Any) -> None:
     def run(tiling: Tiling) -> Any:
         return lambda x, w, b: partial_convolution(layer, x, w, b, mask, tiling=tiling)[0]
 
-    leaves = (input, layer.weight, layer.bias)
+    leaves: Any = (input, layer.weight, layer.bias)
     assert torch.autograd.gradcheck(run(STRIPS), leaves)
     assert torch.autograd.gradgradcheck(run(STRIPS), leaves)
     expected = torch.autograd.grad(formula(layer, input, mask, layer.bias)[0].sin().sum(), leaves)

@@ -113,7 +113,9 @@ def test_helpers_of_torch_pconv(theirs: Any) -> None:
         assert layer.set_weight(weight) is layer
         assert layer.set_bias(bias) is layer
     assert torch.equal(own.get_weight(), other.get_weight())
-    assert torch.equal(own.get_bias(), other.get_bias())
+    found = own.get_bias()
+    assert found is not None
+    assert torch.equal(found, other.get_bias())
     for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "use_bias"):
         assert getattr(own, name) == getattr(other, name)
     with pytest.raises(ValueError, match="has no bias"):
