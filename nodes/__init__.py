@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io  # pyright: ignore[reportMissingImports]
 
+from .partial_conv import FillMaskedArea, VAEEncodePartialConv
 from .patch_conv import PatchConvModel, PatchConvVAE
 
 
 class PatchConvExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [PatchConvVAE, PatchConvModel]
+        return [PatchConvVAE, PatchConvModel, VAEEncodePartialConv, FillMaskedArea]
 
 
 async def comfy_entrypoint() -> PatchConvExtension:

@@ -18,6 +18,13 @@ MODEL_CATEGORY = "model/patch/unet" if VAE_CATEGORY.startswith("model/") else "m
 """Where the host lists HyperTile, FreeU and the like."""
 
 
+LATENT_CATEGORY: str = host_nodes.VAEEncodeForInpaint.CATEGORY
+"""Where the host lists VAE Encode (for Inpainting)."""
+
+FILL_CATEGORY: str = host_nodes.ImagePadForOutpaint.CATEGORY
+"""Where the host lists Pad Image for Outpainting."""
+
+
 def schema(**options: Any) -> Any:
     """An `io.Schema`, less the options that this ComfyUI does not know yet (`search_aliases`)."""
     known = {field.name for field in fields(io.Schema)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from torch import nn
 
 from ..comfyui_patchconv import Tiling, convolutions, planner
+from ..comfyui_patchconv.convert import PADDINGS
 from ..comfyui_patchconv.planner import GIB, MILLION, MODES
 from ..comfyui_patchconv.tiled_conv import TiledForward, tiled_forward
 from ..comfyui_patchconv.vae_parts import HALVES, half_of, part_of
@@ -66,13 +68,21 @@ class PatchConvVAE(io.ComfyNode):
                     "fit is kept in the computer's memory, or in a file when the VAE runs on the CPU. 0 takes what is "
                     "free.",
                 ),
+                _padding_input(),
             ],
             outputs=[io.Vae.Output(tooltip="A copy of the VAE that works in strips.")],
         )
 
     @classmethod
     def execute(
-        cls, vae: Any, splits: int, threshold: float, half: str, mode: str = "patch", budget: float = 0.0
+        cls,
+        vae: Any,
+        splits: int,
+        threshold: float,
+        half: str,
+        mode: str = "patch",
+        budget: float = 0.0,
+        padding: str = "plain",
     ) -> io.NodeOutput:
         vae.throw_exception_if_invalid()
         patched = copy.copy(vae)
@@ -81,11 +91,11 @@ class PatchConvVAE(io.ComfyNode):
         for name, method in zip(HALVES, ("decode", "encode")):
             if half not in (name, "both"):
                 continue
-            _leave(patched, name, method)
+            leave(patched, name, method)
             if mode == "stream":
-                count += _stream_half(patched, name, method, round(budget * GIB))
+                count += _stream_half(patched, name, method, round(budget * GIB), padding)
             else:
-                count += _patch_half(patched, name, method, splits, round(threshold * MILLION))
+                count += _patch_half(patched, name, method, splits, round(threshold * MILLION), padding)
         if not count:
             raise ValueError(_nothing_found("VAE", type(vae.first_stage_model).__name__, half))
         return io.NodeOutput(patched)
@@ -108,15 +118,16 @@ class PatchConvModel(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model to patch. It is not changed: the output is a patched copy."),
                 _splits_input(),
                 _threshold_input(),
+                _padding_input(),
             ],
             outputs=[io.Model.Output(tooltip="A copy of the model that works in strips.")],
         )
 
     @classmethod
-    def execute(cls, model: Any, splits: int, threshold: float) -> io.NodeOutput:
+    def execute(cls, model: Any, splits: int, threshold: float, padding: str = "plain") -> io.NodeOutput:
         patched = model.clone()
         tiling = Tiling(splits, threshold=round(threshold * MILLION), on_strip=interruptible)
-        if not _patch(patched, model.model, tiling, lambda name: True):
+        if not _patch(patched, model.model, tiling, padding, lambda name: True):
             raise ValueError(_nothing_found("model", type(model.model).__name__))
         return io.NodeOutput(patched)
 
@@ -146,7 +157,20 @@ def _threshold_input() -> Any:
     )
 
 
-def _patch(patcher: Any, model: nn.Module, tiling: Tiling, chosen: Callable[[str], bool]) -> int:
+def _padding_input() -> Any:
+    return advanced(
+        io.Combo,
+        "padding",
+        options=[*PADDINGS],
+        default="plain",
+        optional=True,
+        tooltip="plain: the same result as without this node. partial: the zeros around the image do not count, and "
+        "what is computed at its borders is scaled up instead (partial convolution). Changes the result near the "
+        "borders.",
+    )
+
+
+def _patch(patcher: Any, model: nn.Module, tiling: Tiling, padding: str, chosen: Callable[[str], bool]) -> int:
     """Have the host put strips into the chosen convolutions of `model`; their number.
 
     Those with a kernel of 1 too: a backend copies their whole input and output as it does for larger kernels.
@@ -154,25 +178,30 @@ def _patch(patcher: Any, model: nn.Module, tiling: Tiling, chosen: Callable[[str
     found = list(convolutions(model, predicate=lambda name, _: chosen(name)))
     for name, module in found:
         key = f"{name}._conv_forward"
-        patcher.add_object_patch(key, tiled_forward(module, patcher.get_model_object(key), tiling))
+        patcher.add_object_patch(key, tiled_forward(module, patcher.get_model_object(key), tiling, PADDINGS[padding]))
     return len(found)
 
 
-def _patch_half(vae: Any, half: str, method: str, splits: int, threshold: int) -> int:
+def _patch_half(vae: Any, half: str, method: str, splits: int, threshold: int, padding: str) -> int:
     """Strips and estimate of one half of `vae`, a copy made for it; the number of convolutions."""
     progress = Progress()
     tiling = Tiling(splits, threshold=threshold, on_strip=progress)
-    progress.convolutions = _patch(vae.patcher, vae.first_stage_model, tiling, lambda name: half_of(name) == half)
+    progress.convolutions = _patch(
+        vae.patcher, vae.first_stage_model, tiling, padding, lambda name: half_of(name) == half
+    )
     if progress.convolutions:
         host = getattr(vae, f"memory_used_{method}")
         setattr(vae, f"memory_used_{method}", StripMemory(vae, method, host, tiling, progress))
     return progress.convolutions
 
 
-def _stream_half(vae: Any, half: str, method: str, budget: int) -> int:
+def _stream_half(vae: Any, half: str, method: str, budget: int, padding: str) -> int:
     """Streaming and estimate of one half of `vae`, a copy made for it; the number of convolutions in that half."""
     count = sum(half_of(name) == half for name, _ in convolutions(vae.first_stage_model, predicate=lambda *_: True))
     if count:
+        if padding != "plain":  # whole: the strips are streaming's
+            whole = Tiling(1, threshold=sys.maxsize)
+            _patch(vae.patcher, vae.first_stage_model, whole, padding, lambda name: half_of(name) == half)
         key = part_of(vae.first_stage_model, half, method)
         forward = vae.patcher.get_model_object(key)
         streamed = StreamedForward(forward, torch.device(vae.device), budget, StreamProgress())
@@ -182,7 +211,7 @@ def _stream_half(vae: Any, half: str, method: str, budget: int) -> int:
     return count
 
 
-def _leave(vae: Any, half: str, method: str) -> None:
+def leave(vae: Any, half: str, method: str) -> None:
     """Take off what a node of ours before this one has put on this half of `vae`, a copy: the last node counts."""
     estimate = getattr(vae, f"memory_used_{method}")
     if not isinstance(estimate, (StripMemory, StreamMemory)):

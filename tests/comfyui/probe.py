@@ -5,6 +5,8 @@ streamed: largest difference, of the output's range, between a VAE's plain decod
     convolutions and of the whole, while the host streams its weights in at every use.
 whole: per VAE family, decode and encode in stream mode: the largest difference to plain, of the output's range, and
     what was evaluated whole.
+holes: per VAE family, encoding an image with a hole: whether the latent depends on what is in it, and the largest
+    difference of strips to whole, of the output's range.
 memory CHECKPOINT SIZE: bytes for a decode: the host's estimate, ours, and the peaks measured.
 """
 
@@ -191,6 +193,37 @@ def whole(pack: str) -> dict[str, Any]:
     return answer
 
 
+@torch.inference_mode()
+def holes(pack: str) -> dict[str, Any]:
+    with_holes = importlib.import_module(f"{pack}.comfyui_patchconv.holes").with_holes
+    tiling = importlib.import_module(f"{pack}.comfyui_patchconv").Tiling
+    answer: dict[str, Any] = {}
+    for path, options, latent, pixels in FAMILIES:
+        if len(latent) < 4:
+            continue  # sound
+        try:
+            model: Any = build(path, options).to_empty(device="cpu").float().eval()
+        except ModuleNotFoundError as error:
+            answer[path] = f"not in this ComfyUI ({error})"
+            continue
+        draw(model)
+        image = torch.randn(pixels, generator=torch.Generator().manual_seed(0))
+        mask = torch.ones(pixels[-2:])
+        mask[pixels[-2] // 4 : pixels[-2] // 2, pixels[-1] // 4 :] = 0
+        other = torch.where(mask > 0, image, torch.full_like(image, 7.0))
+        try:
+            first, second, strips = (
+                tensor(with_holes(model, model.encode, one, mask, tiling(splits, threshold=0)))
+                for one, splits in ((image, 1), (other, 1), (image, 3))
+            )
+            error = float((first - strips).abs().max() / (first.max() - first.min()))
+            same = torch.equal(first, second) and bool(first.isfinite().all())
+            answer[path] = {"same": same, "strips": error}
+        except Exception as error:
+            answer[path] = f"{type(error).__name__}: {str(error)[:300]}"
+    return answer
+
+
 def draw(model: torch.nn.Module) -> None:
     """Seeded weights that keep every layer's output alive."""
     generator = torch.Generator().manual_seed(0)
@@ -225,6 +258,8 @@ if __name__ == "__main__":
     package = start_host(path)
     print(
         json.dumps(
-            {"halves": halves, "streamed": streamed, "whole": whole, "memory": memory}[question](package, *arguments)
+            {"halves": halves, "streamed": streamed, "whole": whole, "holes": holes, "memory": memory}[question](
+                package, *arguments
+            )
         )
     )
