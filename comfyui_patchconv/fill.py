@@ -15,6 +15,7 @@ _STEPS = 8  # of smoothing at each size, for what the coarser size's blocks leav
 _FOLLOWED = 2  # of them above `_SMALL`, where edges are kept: what is found in small sizes is only followed there
 _SMALL = 512  # pixels: the largest side of a small size
 _SIMILAR = 0.1  # of the range of values: neighbours that differ by more hardly count, where edges are kept
+_MARGIN = 2  # pixels beside a hole that smoothing reads
 _STRIP = 1 << 18  # pixels of which neighbours are gathered at once
 
 
@@ -52,7 +53,8 @@ def _filled(image: Tensor, valid: Tensor, edge_aware: bool) -> Tensor:
     coarse = _filled(coarse, coarse_valid, edge_aware)
     larger = F.interpolate(coarse, scale_factor=2, mode="nearest" if edge_aware else "bilinear")
     found = torch.where(valid, image, larger[..., :height, :width])
-    rows, columns = (_around(~valid.all(dim).flatten(0, 1).all(0)) for dim in (3, 2))
+    holes = ~valid.flatten(0, 1).all(0)
+    rows, columns = (around(holes.any(dim), _MARGIN) for dim in (1, 0))
     held, fixed, part = image[..., rows, columns], valid[..., rows, columns], found[..., rows, columns]
     for smooth in _smoothing(max(height, width), edge_aware):
         part = torch.where(fixed, held, smooth(part))
@@ -86,10 +88,10 @@ def _halved_by_median(image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(found, median, 0.0), found
 
 
-def _around(holes: Tensor) -> slice:
-    """From a little before the first row that has a hole to a little behind the last."""
+def around(holes: Tensor, margin: int) -> slice:
+    """From `margin` rows before the first that has a hole to as many behind the last; `holes` `[H]` has one."""
     found = holes.nonzero()
-    return slice(max(int(found[0]) - 2, 0), int(found[-1]) + 3)
+    return slice(max(int(found[0]) - margin, 0), int(found[-1]) + 1 + margin)
 
 
 def _median(image: Tensor) -> Tensor:

@@ -39,7 +39,6 @@ def partial_convolution(
     tiling: Optional[Tiling] = None,
     copies: int = 1,
     legacy: bool = False,
-    padding_as_border: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The partial convolution of `input` `[N, C, L | H, W | D, H, W]`, the batch optional, and the new mask.
 
@@ -50,8 +49,6 @@ def partial_convolution(
     tiling: the strips; without it those that `convert_model` has put on `module`, or else `WHEN_LARGE`.
     copies: channels that one channel of the mask stands for in `s` and `N`; tells only for masks between 0 and 1.
     legacy: add the bias and take it off again before scaling, as NVIDIA's code does: its rounding, bit by bit.
-    padding_as_border: what is padded on is as valid as the pixel next to it, so that a mask of ones gives the plain
-        convolution, which is what a network that was trained without masks expects at the border.
     """
     channel = -len(module.kernel_size) - 1
     mask = None if mask is None else mask.detach()
@@ -62,7 +59,7 @@ def partial_convolution(
         copies *= mask.shape[channel] // module.groups
     else:
         sums = mask.to(_precise(input)) * copies
-    ratio, valid = _ratio_and_valid(module, sums, copies, padding_as_border)
+    ratio, valid = _ratio_and_valid(module, sums, copies)
     strips: Tiling = tiling or getattr(module._conv_forward, "tiling", WHEN_LARGE)
     return _PartialCall(module, strips, mask, ratio, valid, legacy).run(input, weight, bias), valid
 
@@ -73,13 +70,12 @@ def _precise(input: Tensor) -> torch.dtype:
 
 
 @torch.no_grad()
-def _ratio_and_valid(module: Convolution, sums: Tensor, full: int, padding_as_border: bool) -> tuple[Tensor, Tensor]:
+def _ratio_and_valid(module: Convolution, sums: Tensor, full: int) -> tuple[Tensor, Tensor]:
     """N / s · u and u, each `[N or 1, groups or 1, ...]`, from a mask whose channels are sums of up to `full` masks."""
     sides = len(module.kernel_size)
     edges = [edge for pad in reversed(padding_of(module)) for edge in pad]
     if any(edges):
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        sums = F.pad(sums, edges, "replicate" if padding_as_border else mode)
+        sums = F.pad(sums, edges, "constant" if module.padding_mode == "zeros" else module.padding_mode)
     groups = sums.shape[-sides - 1]
     ones = torch.ones(groups, 1, *module.kernel_size, dtype=sums.dtype, device=sums.device)
     found = _COUNT[sides](sums, ones, None, module.stride, 0, module.dilation, groups)
@@ -166,7 +162,7 @@ class PartialPadding(TiledForward):
         padded = module.padding_mode == "zeros" and any(edge for pad in padding_of(module) for edge in pad)
         if self.inner is not None or not padded or input.dim() not in (sides + 1, sides + 2):
             return super().call(input, args, kwargs)
-        ratio, valid = _ratio_and_valid(module, _ones(input, sides), 1, padding_as_border=False)
+        ratio, valid = _ratio_and_valid(module, _ones(input, sides), 1)
         return _PartialCall(module, self.tiling, None, ratio, valid, args=args, kwargs=kwargs)
 
 
@@ -281,7 +277,7 @@ class PConv2d(nn.Module):
 
     def compute_masks(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """What the convolution is multiplied by, and the new mask, each `[N, 1, H', W']`, for one `[N, 1, H, W]`."""
-        return _ratio_and_valid(self.regular_conv, mask * self.in_channels, self.in_channels, padding_as_border=False)
+        return _ratio_and_valid(self.regular_conv, mask * self.in_channels, self.in_channels)
 
     @torch.no_grad()
     def set_weight(self, w: Tensor) -> PConv2d:

@@ -222,23 +222,6 @@ def test_inputs_without_a_batch_are_refused() -> None:
         PartialConv2d(4, 6, 3)(torch.randn(4, 8, 8))
 
 
-def test_padding_as_the_border_leaves_what_no_hole_reaches() -> None:
-    torch.manual_seed(0)
-    conv, input, mask = nn.Conv2d(4, 6, 3, padding=1), torch.randn(1, 4, 12, 12), torch.ones(1, 1, 12, 12)
-    mask[..., 4:7, 4:7] = 0
-    mask[..., :2] = 0
-    output, valid = partial_convolution(conv, input, conv.weight, conv.bias, mask, padding_as_border=True)
-    plain = conv(input)
-    far = torch.ones(12, 12, dtype=torch.bool)
-    far[3:8, 3:8] = False
-    far[:, :3] = False
-    assert_same(output[..., far], plain[..., far], 1e-6)
-    expected = torch.ones(12, 12)
-    expected[5, 5] = 0
-    expected[:, 0] = 0
-    assert torch.equal(valid[0, 0], expected)
-
-
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
 def test_partial_padding_on_any_convolution(kind: Any) -> None:
     torch.manual_seed(0)
