@@ -1,0 +1,63 @@
+"""The example workflows, loaded by the front end in a real browser and run as it queues them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from .conftest import Graph, Server
+
+FOLDER = Path(__file__).parents[2] / "example_workflows"
+WORKFLOWS = sorted(FOLDER.glob("*.json"))
+OURS = '() => window.app?.graph && window.LiteGraph?.registered_node_types["PatchConv_VAE"]'
+
+
+@pytest.fixture(scope="module")
+def page(server: Server) -> Iterator[Any]:
+    """The front end. CHROMIUM: the browser, by default `chromium` on the path."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: it drives the browser")
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if not chromium:
+        pytest.skip("there is no chromium on the path: CHROMIUM names the browser to test with")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1600, "height": 1000})
+        page.set_default_timeout(120_000)
+        page.goto(f"http://{server.address}")
+        page.wait_for_function(f"() => !!({OURS})()")
+        yield page
+        browser.close()
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflow(server: Server, checkpoint: str, page: Any, path: Path) -> None:
+    picture = np.full((128, 128, 4), 255, dtype=np.uint8)
+    picture[:64, :, :3] = 90
+    picture[40:80, 40:80, 3] = 0  # LoadImage's mask
+    Image.fromarray(picture).save(server.folder / "input" / "example.png")
+    load = "async workflow => { await app.loadGraphData(workflow); return (await app.graphToPrompt()).output; }"
+    graph: Graph = page.evaluate(load, json.loads(path.read_text()))
+    for step in graph.values():
+        if step["class_type"] == "CheckpointLoaderSimple":
+            step["inputs"]["ckpt_name"] = checkpoint
+        if step["class_type"] == "KSampler":
+            step["inputs"]["steps"] = 2
+    assert any(step["class_type"].startswith("PatchConv_") for step in graph.values())
+    found = server.run(graph)
+    assert found
+    for file in found.values():
+        assert np.asarray(Image.open(file)).std() > 0
+
+
+def test_every_workflow_has_a_thumbnail() -> None:
+    assert WORKFLOWS
+    for path in WORKFLOWS:
+        assert Image.open(path.with_suffix(".jpg")).width >= 256
