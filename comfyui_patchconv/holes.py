@@ -130,7 +130,7 @@ class Holes(TorchFunctionMode):
         module = kind(*channels, kernel, stride, padding, dilation, groups, bias=False, device="meta")
         mask = self.mask_of(input)
         if mask is not None:
-            _continue(input, mask, _reach(module))
+            input = _continued(input, mask, _reach(module))
         output = TiledForward(module, self.tiling)(input, weight, bias)
         if mask is not None and output.shape[-2:] != input.shape[-2:]:
             self._put(_centres(module, mask))
@@ -181,9 +181,13 @@ def _reach(module: Convolution) -> int:
     return max(dilation * (kernel - 1) // (2 if stride == 1 else 1) for kernel, stride, dilation in sides)
 
 
-def _continue(image: Tensor, mask: Tensor, reach: int) -> None:
-    """Let valid pixels go on into holes for `reach` pixels, by means of those nearby; in place, as nothing else reads
-    what is in a hole."""
+def _continued(image: Tensor, mask: Tensor, reach: int) -> Tensor:
+    """The map with valid pixels that go on into holes for `reach` pixels, by means of those nearby.
+
+    In place where it can be: nothing else reads what is in a hole.
+    """
+    if 0 in image.stride():  # frames or channels that are one and the same memory
+        image = image.clone()
     holes = mask[0, 0] == 0
     rows, columns = (around(holes.any(dim), reach) for dim in (1, 0))
     part = image[..., rows, columns]
@@ -195,6 +199,7 @@ def _continue(image: Tensor, mask: Tensor, reach: int) -> None:
         found = torch.where(known > 0, found, mean)
         known = (count > 0).to(known.dtype)
     part.copy_(found.view_as(part))
+    return image
 
 
 def _centres(module: Convolution, mask: Tensor) -> Tensor:

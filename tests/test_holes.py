@@ -116,6 +116,17 @@ def test_masks_and_statistics_follow_the_image() -> None:
     assert_same(found[..., kept], expected[..., kept], 1e-6)
 
 
+@torch.no_grad()
+def test_maps_that_share_memory() -> None:
+    """As the first frame of a video that is repeated without a copy."""
+    torch.manual_seed(0)
+    conv, pixels, mask = nn.Conv3d(3, 4, 3, padding=1), torch.randn(1, 3, 1, 12, 12), torch.ones(12, 12)
+    mask[4:8, 4:8] = 0
+    found = with_holes(conv, lambda image: conv(image.expand(-1, -1, 3, -1, -1)), pixels, mask)
+    expected = with_holes(conv, lambda image: conv(image.repeat(1, 1, 3, 1, 1)), pixels, mask)
+    assert torch.equal(found, expected)
+
+
 class SelfAttention(nn.Module):
     """Attention over all pixels, with 1 x 1 convolutions, as VAEs have it."""
 

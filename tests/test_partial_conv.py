@@ -148,6 +148,10 @@ def test_no_mask_is_remembered() -> None:
 def test_half_precision_has_no_nan_in_holes(dtype: torch.dtype, multi_channel: bool) -> None:
     torch.manual_seed(0)
     layer = PartialConv2d(8, 6, 3, padding=1, dtype=dtype, multi_channel=multi_channel)
+    try:
+        F.conv2d(torch.zeros(1, 8, 4, 4, dtype=dtype), layer.weight)
+    except RuntimeError as error:
+        pytest.skip(f"this torch has no convolution in {dtype} on the CPU: {error}")
     input, mask = torch.randn(2, 8, 16, 16).to(dtype), random_mask((2, 8 if multi_channel else 1, 16, 16), 0.1)
     output = layer(input, mask.to(dtype))
     expected, _ = formula(layer, input, mask, layer.bias)
