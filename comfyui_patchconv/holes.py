@@ -186,6 +186,8 @@ def _continued(image: Tensor, mask: Tensor, reach: int) -> Tensor:
 
     In place where it can be: nothing else reads what is in a hole.
     """
+    if not reach:
+        return image
     if 0 in image.stride():  # frames or channels that are one and the same memory
         image = image.clone()
     holes = mask[0, 0] == 0

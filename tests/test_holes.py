@@ -117,6 +117,16 @@ def test_masks_and_statistics_follow_the_image() -> None:
 
 
 @torch.no_grad()
+def test_convolutions_over_time_alone() -> None:
+    torch.manual_seed(0)
+    conv, frames = nn.Conv3d(4, 4, (3, 1, 1), padding=(1, 0, 0)), torch.randn(1, 4, 3, 12, 12)
+    mask = torch.ones(12, 12)
+    mask[4:8, 4:8] = 0
+    kept = mask.bool()
+    assert_same(with_holes(conv, conv, frames, mask)[..., kept], conv(frames)[..., kept], 1e-6)
+
+
+@torch.no_grad()
 def test_maps_that_share_memory() -> None:
     """As the first frame of a video that is repeated without a copy."""
     torch.manual_seed(0)

@@ -67,7 +67,8 @@ class Server(HostProcess):
         files = {}
         for node, output in history["outputs"].items():
             entry = (output.get("images") or output["latents"])[0]
-            files[node] = self.folder / entry["type"] / entry["subfolder"] / entry["filename"]
+            folder = self.folder / ("temp/temp" if entry["type"] == "temp" else entry["type"])  # the host's own way
+            files[node] = folder / entry["subfolder"] / entry["filename"]
         return files
 
     def error(self, graph: Graph) -> str:
