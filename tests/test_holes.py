@@ -116,10 +116,14 @@ def test_masks_and_statistics_follow_the_image() -> None:
     assert_same(found[..., kept], expected[..., kept], 1e-6)
 
 
+@pytest.mark.parametrize("count", [1, 3])
 @torch.no_grad()
-def test_convolutions_over_time_alone() -> None:
+def test_convolutions_over_time_alone(count: int) -> None:
     torch.manual_seed(0)
-    conv, frames = nn.Conv3d(4, 4, (3, 1, 1), padding=(1, 0, 0)), torch.randn(1, 4, 3, 12, 12)
+    conv, frames = (
+        nn.Conv3d(4, 4, (3, 1, 1), padding=(1, 0, 0)),
+        torch.randn(1, count, 12, 12, 4).permute(0, 4, 1, 2, 3),
+    )
     mask = torch.ones(12, 12)
     mask[4:8, 4:8] = 0
     kept = mask.bool()
