@@ -125,7 +125,7 @@ def test_convolutions_over_time_alone(count: int) -> None:
         torch.randn(1, count, 12, 12, 4).permute(0, 4, 1, 2, 3),
     )
     mask = torch.ones(12, 12)
-    mask[4:8, 4:8] = 0
+    mask[0, 0] = mask[-1, -1] = 0
     kept = mask.bool()
     assert_same(with_holes(conv, conv, frames, mask)[..., kept], conv(frames)[..., kept], 1e-6)
 
