@@ -38,6 +38,17 @@ def check_same(result: Result, plain: Result) -> None:
         assert_same_picture(one, other)
 
 
+def check_second_pass(webui: WebUI, result: Result, plain: Result) -> None:
+    """Between the passes the picture is in 8 bits: one level in one value may be seen all around it in the end."""
+    if webui.host is A1111:
+        check_same(result, plain)
+        return
+    difference = np.abs(result.images[0].astype(int) - plain.images[0])
+    print(f"largest difference {difference.max()}, values that differ {(difference > 0).mean():.2e}")
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-2
+
+
 @MODES
 def test_the_same_picture_and_nothing_left(webui: WebUI, plain: Result, settings: dict[str, Any]) -> None:
     before = webui.get("/probe/now")
@@ -63,11 +74,28 @@ def test_reports_what_was_done(webui: WebUI) -> None:
 
 
 @MODES
+def test_the_host_makes_room_for_what_it_takes(webui: WebUI, settings: dict[str, Any]) -> None:
+    if webui.host is A1111:
+        pytest.skip("Automatic1111 does not reckon what a decode takes")
+    webui.run()
+    plain = webui.get("/probe/estimate")
+    webui.run(patch_conv={**settings, "unet": False})
+    estimate = webui.get("/probe/estimate")
+    print(f"decode of 512²: {estimate['during'] / 2**20:.0f} MiB for {plain['now'] / 2**20:.0f} MiB")
+    assert estimate["now"] == plain["now"] == plain["during"]
+    assert estimate["during"] < 0.6 * plain["now"]
+
+
+@MODES
 def test_hires_fix(webui: WebUI, settings: dict[str, Any]) -> None:
     request = {**HIRES, **webui.host.hires}
     for upscaler in ("Latent", "Lanczos"):
         plain = webui.run(**request, hr_upscaler=upscaler)
-        check_same(webui.run(**request, hr_upscaler=upscaler, patch_conv=settings), plain)
+        result = webui.run(**request, hr_upscaler=upscaler, patch_conv=settings)
+        if upscaler == "Latent":
+            check_same(result, plain)
+        else:
+            check_second_pass(webui, result, plain)
 
 
 def test_a_second_pass_with_another_checkpoint(webui: WebUI) -> None:
@@ -75,7 +103,7 @@ def test_a_second_pass_with_another_checkpoint(webui: WebUI) -> None:
     request = {**HIRES, **webui.host.hires, "hr_upscaler": "Lanczos", "hr_checkpoint_name": "second.safetensors"}
     plain = webui.run(**request)
     result = webui.run(**request, patch_conv=STREAM)
-    check_same(result, plain)
+    check_second_pass(webui, result, plain)
     assert "VAE encoder streamed" in result.log
     assert webui.run(patch_conv=None).images
     assert set(webui.get("/probe/now")) == set(before)
