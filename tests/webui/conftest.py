@@ -75,6 +75,7 @@ class WebUI(HostProcess):
         (folder / "config.json").write_text(json.dumps(options))
         command = [python(), "launch.py", "--skip-prepare-environment", "--no-download-sd-model", "--api", "--no-half"]
         command += ["--do-not-download-clip", "--data-dir", str(folder), "--ckpt-dir", str(checkpoints), *flags]
+        command += ["--gradio-allowed-path", str(checkout)]  # Forge hands out its own scripts from the data folder only
         self.host = host_of(checkout)
         if not torch.cuda.is_available():
             command += self.host.cpu
