@@ -142,7 +142,7 @@ class Toggle:
                 self._patch_convolutions(model, half, lambda name, _, half=half: half_of(name) == half, stand_ins)
             owner, _, name = part_of(model, half, method).rpartition(".")
             module = model.get_submodule(owner)
-            if name != "forward" or _free(module, name):
+            if _free(module, name) or name != "forward":
                 stand_ins.append(_Half(self, half, module, name, self._figures.setdefault(half, _Figures())))
 
     def _patch_unet(self, model: nn.Module, stand_ins: list[_StandIn]) -> None:
