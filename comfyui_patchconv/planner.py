@@ -27,6 +27,12 @@ ALLOCATOR_BYTES = {"cpu": 96 << 20}
 """What an allocator may keep of freed strips, beside those in use, before it has to hand it back. With a third of it
 an encode of 1024² took 3% less memory and 10% more time, for pages that are taken anew."""
 
+MARGIN = 1.1
+"""Of what a host makes room by, over what was counted."""
+
+_STRIP_COPIES = 3
+"""A strip's rows, its result, and the reordered copies that a backend makes of them."""
+
 OF_FREE = 0.8
 """Share of the free memory that an automatic budget takes: the rest is for what a count does not see."""
 
@@ -43,6 +49,17 @@ def strip_rows(rows: int, splits: int, row_bytes: int, device_type: str) -> int:
         return min(suitable, rows)
     asked = -(-rows // min(splits, rows))
     return min(asked, suitable) if device_type == "cpu" else asked
+
+
+def working_set(maps: int, splits: int, threshold: int, device_type: str, element_bytes: int) -> int:
+    """Bytes that a convolution in strips needs besides its input and output: of a strip, or whole below the threshold.
+
+    maps: bytes of the largest feature maps that are held at once. threshold: elements.
+    """
+    suitable = STRIP_BYTES.get(device_type, STRIP_BYTES_ELSEWHERE)
+    strip = maps // splits if splits else suitable
+    strip = min(strip, suitable) if device_type == "cpu" else strip
+    return max(_STRIP_COPIES * strip, min(2 * threshold * element_bytes, maps))
 
 
 def fits(budget: Optional[int], held: int, freed: int, new: int) -> bool:

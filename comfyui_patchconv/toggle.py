@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, Optional
 
 import torch
@@ -15,12 +16,19 @@ from .convert import convert_model, convolutions, restore_model
 from .footprint import peak_activations
 from .measure import Recorder
 from .memory import free
-from .planner import DEFAULT_THRESHOLD, GIB, MILLION, MODES, OF_FREE
-from .streaming import signature, streamed
+from .planner import DEFAULT_THRESHOLD, GIB, MARGIN, MILLION, MODES, OF_FREE, working_set
+from .streaming import choose, signature, streamed
 from .tiled_conv import Convolution
 from .vae_parts import HALVES, half_of, part_of
 
 _SECONDS = 5.0  # the longest that counting what plain would need may take
+_METHODS = dict(zip(HALVES, ("decode", "encode")))
+
+_CASTS = "parameters_manual_cast"
+"""On modules of Forge's: whether their weights are cast, or moved, for each call."""
+
+_HOST_ATTRIBUTES = {_CASTS: False, "ldm_patched_cast_weights": False, "weight_function": [], "bias_function": []}
+"""Of modules in a copy that is counted: its weights are where and what they should be, nothing to cast or to move."""
 
 Tell = Callable[[str], None]
 
@@ -71,27 +79,31 @@ class Toggle:
         self.settings, self.tell = settings, tell
         self._strips: dict[str, int] = {}
         self._figures: dict[str, _Figures] = {}
-        self._models: list[tuple[nn.Module, list[_Half]]] = []
-        self._covered: list[_Half] = []
+        self._models: list[tuple[Any, list[_StandIn]]] = []
+        self._covered: list[_StandIn] = []
 
     @property
     def on(self) -> bool:
         """Whether anything is patched."""
         return bool(self._models)
 
-    def follow(self, vaes: Iterable[nn.Module], unets: Iterable[nn.Module]) -> None:
+    def follow(self, vaes: Iterable[nn.Module], unets: Iterable[nn.Module], holders: Iterable[Any] = ()) -> None:
         """Patch these models and no others: one that is not among them any more is as it was before.
 
-        Raises ValueError for a model without convolutions.
+        holders: of Forge and reForge, what holds a VAE and its estimates of the memory that it takes.
         """
-        wanted = [(model, self._patch_vae) for model in vaes if self.settings.vae]
-        wanted += [(model, self._patch_unet) for model in unets if self.settings.unet]
+        wanted: list[tuple[Any, Callable[..., None]]] = []
+        if self.settings.vae:
+            wanted += [*((vae, self._patch_vae) for vae in vaes), *((one, self._patch_estimates) for one in holders)]
+        if self.settings.unet:
+            wanted += [(unet, self._patch_unet) for unet in unets]
         for entry in list(self._models):
             if not any(entry[0] is model for model, _ in wanted):
                 self._models.remove(entry)
-                restore_model(entry[0])
+                if isinstance(entry[0], nn.Module):
+                    restore_model(entry[0])
                 self._covered += entry[1]
-        self._covered = [half for half in self._covered if not half.leave()]
+        self._covered = [stand_in for stand_in in self._covered if not stand_in.leave()]
         for model, patch in wanted:
             if not any(entry[0] is model for entry in self._models):
                 self._models.append((model, []))
@@ -119,25 +131,29 @@ class Toggle:
             words += f" (plain: about {_size(figures.plain)})"
         return words
 
-    def _patch_vae(self, model: nn.Module, stand_ins: list[_Half]) -> None:
-        for half, method in zip(HALVES, ("decode", "encode")):
+    def _patch_vae(self, model: nn.Module, stand_ins: list[_StandIn]) -> None:
+        for half, method in _METHODS.items():
             if not any(half_of(name) == half for name, _ in convolutions(model, predicate=lambda *_: True)):
                 continue
             if self.settings.mode == "patch":
-                self._patch_convolutions(model, half, lambda name, _, half=half: half_of(name) == half)
+                self._patch_convolutions(model, half, lambda name, _, half=half: half_of(name) == half, stand_ins)
             owner, _, name = part_of(model, half, method).rpartition(".")
             module = model.get_submodule(owner)
-            if isinstance(module.__dict__.get(name), _Half):
-                module.__dict__[name].leave()  # put back by whoever had found it there
-            if name == "forward" and _of_another(module, name):
-                continue
-            stand_ins.append(_Half(self, half, module, name, self._figures.setdefault(half, _Figures())))
-            setattr(module, name, stand_ins[-1])
+            if _free(module, name) or name != "forward":
+                stand_ins.append(_Half(self, half, module, name, self._figures.setdefault(half, _Figures())))
 
-    def _patch_unet(self, model: nn.Module, stand_ins: list[_Half]) -> None:
-        self._patch_convolutions(model, "U-Net", lambda *_: True)
+    def _patch_unet(self, model: nn.Module, stand_ins: list[_StandIn]) -> None:
+        if any(convolutions(model, predicate=lambda *_: True)):  # a transformer may have none
+            self._patch_convolutions(model, "U-Net", lambda *_: True, stand_ins)
 
-    def _patch_convolutions(self, model: nn.Module, part: str, chosen: Callable[[str, Convolution], bool]) -> None:
+    def _patch_estimates(self, holder: Any, stand_ins: list[_StandIn]) -> None:
+        for method in _METHODS.values():
+            if callable(getattr(holder, f"memory_used_{method}", None)):
+                stand_ins.append(_Estimate(self, holder, method))
+
+    def _patch_convolutions(
+        self, model: nn.Module, part: str, chosen: Callable[[str, Convolution], bool], stand_ins: list[_StandIn]
+    ) -> None:
         self._strips.setdefault(part, 0)
 
         def note(module: nn.Module, rows_done: int, rows: int) -> None:
@@ -145,12 +161,18 @@ class Toggle:
 
         splits, threshold = int(self.settings.splits), round(self.settings.threshold * MILLION)
         convert_model(model, splits, threshold=threshold, predicate=chosen, on_strip=note)
+        for _, module in convolutions(model, predicate=chosen):
+            if hasattr(module, _CASTS) and _free(module, "forward"):
+                stand_ins.append(_CastingForward(self, module, "forward"))
 
 
-def _of_another(module: nn.Module, name: str) -> bool:
-    """Whether a method was replaced on the module itself, with anything but its own."""
+def _free(module: nn.Module, name: str) -> bool:
+    """Whether a method of the module is its own, and not another extension's."""
     current = module.__dict__.get(name)
-    return current is not None and getattr(current, "__func__", None) is not getattr(type(module), name)
+    if isinstance(current, _StandIn):
+        current.leave()  # put back by whoever had found it there
+        current = module.__dict__.get(name)
+    return current is None or getattr(current, "__func__", None) is getattr(type(module), name)
 
 
 @dataclass
@@ -162,26 +184,57 @@ class _Figures:
     plain: int = 0
 
 
-class _Half:
-    """Stands in for a method of a decoder or encoder: streamed if that was asked for, and measured."""
+class _StandIn:
+    """In the place of a method of an object, a module or what a host holds one in, from when it is made to `leave`."""
 
-    def __init__(self, toggle: Toggle, half: str, module: nn.Module, name: str, figures: _Figures) -> None:
-        self.toggle, self.half, self.module, self.name, self.figures = toggle, half, module, name, figures
-        self.own = name in module.__dict__
-        self.plain: Callable[..., Any] = getattr(module, name)
-        self._streamed: Optional[Callable[..., Any]] = None
-        self._needs: dict[Any, int] = {}
+    def __init__(self, toggle: Toggle, owner: Any, name: str) -> None:
+        self.toggle, self.owner, self.name = toggle, owner, name
+        self.own = name in owner.__dict__
+        self.plain: Callable[..., Any] = getattr(owner, name)
+        while isinstance(self.plain, _StandIn):  # the owner is a copy of one that has this
+            self.plain = self.plain.plain
+        setattr(owner, name, self)
 
     def leave(self) -> bool:
         """Put the method back if this one is in its place, or one that an earlier run left; False if neither is."""
-        current = self.module.__dict__.get(self.name)
-        if not isinstance(current, _Half) or (current is not self and current.toggle.on):
+        current = self.owner.__dict__.get(self.name)
+        if not isinstance(current, _StandIn) or (current is not self and current.toggle.on):
             return False
         if current.own:
-            setattr(self.module, self.name, current.plain)
+            setattr(self.owner, self.name, current.plain)
         else:
-            delattr(self.module, self.name)
+            delattr(self.owner, self.name)
         return True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.plain(*args, **kwargs)
+
+
+class _CastingForward(_StandIn):
+    """For a convolution of Forge's, which asks for what is set on itself, ours, only if its weights are to be cast.
+
+    So it is asked to, for one call, to the dtype and device that they have: what it computes is the same.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.toggle.on:
+            return self.plain(*args, **kwargs)
+        casts = getattr(self.owner, _CASTS)
+        setattr(self.owner, _CASTS, True)
+        try:
+            return self.plain(*args, **kwargs)
+        finally:
+            setattr(self.owner, _CASTS, casts)
+
+
+class _Half(_StandIn):
+    """Of a decoder or encoder: streamed if that was asked for, and measured."""
+
+    def __init__(self, toggle: Toggle, half: str, module: nn.Module, name: str, figures: _Figures) -> None:
+        super().__init__(toggle, module, name)
+        self.half, self.figures = half, figures
+        self._streamed: Optional[Callable[..., Any]] = None
+        self._needs: dict[Any, int] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         maps = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
@@ -213,12 +266,58 @@ class _Half:
             self._needs[key] = 0
             with suppress(Exception):  # a host's code is free to do what tensors without values cannot
                 self._needs[key] = peak_activations(
-                    self.module,
+                    self.owner,
                     lambda twin: getattr(twin, self.name)(*tree_map(_empty, args), **tree_map(_empty, kwargs)),
                     device=device,
                     seconds=_SECONDS,
+                    attributes=_HOST_ATTRIBUTES,
                 )
         return self._needs[key]
+
+
+class _Estimate(_StandIn):
+    """Of the bytes that a VAE's decode or encode takes, for an input of a shape and dtype: the host makes room by it.
+
+    One sample is counted, as the host does, once for each shape. The host's own estimate is the upper bound, and the
+    answer where its code cannot be counted.
+    """
+
+    def __init__(self, toggle: Toggle, holder: Any, method: str) -> None:
+        super().__init__(toggle, holder, f"memory_used_{method}")
+        self.method = method
+        self._counted: dict[Any, float] = {}
+
+    def __call__(self, shape: Any, dtype: torch.dtype) -> float:
+        key = (tuple(shape)[1:], dtype)
+        if self.toggle.on and key not in self._counted:
+            self._counted[key] = float("inf")
+            with suppress(Exception):  # a host's code is free to do what tensors without values cannot
+                self._counted[key] = MARGIN * self._count((1, *key[0]), dtype)
+        plain = self.plain(shape, dtype)
+        return min(plain, self._counted[key]) if self.toggle.on else plain
+
+    def _count(self, sample: tuple[int, ...], dtype: torch.dtype) -> int:
+        settings, model, device = self.toggle.settings, self.owner.first_stage_model, torch.device(self.owner.device)
+        if settings.mode == "stream":
+            return choose(
+                MethodType(getattr(type(model), self.method), model),  # its own, not what is patched in
+                (torch.empty(sample, dtype=dtype, device="meta"),),
+                {},
+                budget=round(settings.budget * GIB) or None,
+                device=device,
+                dtype=dtype,
+                attributes=_HOST_ATTRIBUTES,
+            ).peak
+        maps = peak_activations(
+            model,
+            lambda twin: getattr(twin, self.method)(torch.empty(sample, dtype=dtype, device=device)),
+            device=device,
+            dtype=dtype,
+            seconds=_SECONDS,
+            attributes=_HOST_ATTRIBUTES,
+        )
+        threshold = round(settings.threshold * MILLION)
+        return maps + working_set(maps, int(settings.splits), threshold, device.type, dtype.itemsize)
 
 
 def _in_strips(part: str, strips: int) -> str:

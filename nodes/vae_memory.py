@@ -14,8 +14,6 @@ from ..comfyui_patchconv.footprint import peak_activations
 from ..comfyui_patchconv.tiled_conv import Tiling
 from .progress import Progress
 
-_MARGIN = 1.1
-_STRIP_COPIES = 3  # a strip's rows, its result, and the reordered copies that a backend makes of them
 _SECONDS = 5.0  # the longest a count may take: video in many chunks is thousands of operators
 
 HOST_ATTRIBUTES = {"comfy_cast_weights": False, "weight_function": [], "bias_function": []}
@@ -43,7 +41,7 @@ class Memory(ABC):
         key = (tuple(shape)[1:], dtype)
         if key not in self._counted:
             try:
-                self._counted[key] = self._count((1, *key[0]), dtype) * _MARGIN
+                self._counted[key] = self._count((1, *key[0]), dtype) * planner.MARGIN
             except Exception as error:  # the host's code is free to do what tensors without values cannot
                 logging.info("Patch Conv: %s of %s not counted (%s).", self.method, type(self.model).__name__, error)
                 self._counted[key] = float("inf")
@@ -70,14 +68,5 @@ class StripMemory(Memory):
             seconds=_SECONDS,
             attributes=HOST_ATTRIBUTES,
         )
-        return activations + self._working_set(activations, dtype)
-
-    def _working_set(self, activations: int, dtype: torch.dtype) -> int:
-        """Bytes that a convolution needs besides its input and output: of one strip, or whole below the threshold."""
-        suitable = planner.STRIP_BYTES.get(self.device.type, planner.STRIP_BYTES_ELSEWHERE)
-        strip = suitable
-        if self.tiling.splits:
-            strip = activations // self.tiling.splits
-            strip = min(strip, suitable) if self.device.type == "cpu" else strip
-        whole = min(2 * self.tiling.threshold * dtype.itemsize, activations)
-        return max(_STRIP_COPIES * strip, whole)
+        needs = (self.tiling.splits, self.tiling.threshold, self.device.type, dtype.itemsize)
+        return activations + planner.working_set(activations, *needs)

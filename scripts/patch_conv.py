@@ -133,15 +133,16 @@ def _follow(p: Any) -> None:
 
 def _patch(toggle: Toggle, models: Sequence[Any]) -> None:
     parts = [_parts(model) for model in models if model is not None]
-    toggle.follow([vae for vae, _ in parts], [unet for _, unet in parts])
+    holders = [holder for _, _, holder in parts if holder is not None]
+    toggle.follow([vae for vae, _, _ in parts], [unet for _, unet, _ in parts], holders)
 
 
-def _parts(model: Any) -> tuple[Any, Any]:
-    """VAE and U-Net of a model of Automatic1111's or of Forge's."""
+def _parts(model: Any) -> tuple[Any, Any, Any]:
+    """VAE and U-Net of a model, and what holds the VAE: in Forge and reForge, which run what `forge_objects` has."""
     forge = getattr(model, "forge_objects", None)
     if forge is not None:
-        return forge.vae.first_stage_model, forge.unet.model.diffusion_model
-    return model.first_stage_model, model.model.diffusion_model
+        return forge.vae.first_stage_model, forge.unet.model.diffusion_model, forge.vae
+    return model.first_stage_model, model.model.diffusion_model, None
 
 
 def _loaded(model: Any) -> None:

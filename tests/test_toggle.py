@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,27 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         return self.encoder(x)
+
+
+class ForgeConv2d(nn.Conv2d):
+    """As Forge's: past what is set on the module, unless weights are to be cast."""
+
+    parameters_manual_cast = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.parameters_manual_cast:
+            weight, bias = (None if tensor is None else tensor.to(x) for tensor in (self.weight, self.bias))
+            return self._conv_forward(x, weight, bias)  # pyright: ignore[reportArgumentType]
+        return super()._conv_forward(x, self.weight, self.bias)
+
+
+class Holder:
+    """As what holds a VAE in Forge and reForge."""
+
+    def __init__(self, vae: VAE) -> None:
+        self.first_stage_model, self.device = vae, torch.device("cpu")
+        self.memory_used_decode = lambda shape, dtype: 10_000 * shape[2] * shape[3] * dtype.itemsize
+        self.memory_used_encode = lambda shape, dtype: shape[2] * shape[3] * dtype.itemsize
 
 
 @pytest.fixture
@@ -87,6 +109,60 @@ def test_a_unet_runs_in_strips_in_either_mode(vae: VAE) -> None:
     toggle.off()
     assert not methods(unet)
     assert toggle.report() == "Patch Conv: U-Net in up to 2 strips"
+
+
+def test_a_unet_without_convolutions() -> None:
+    """A transformer."""
+    toggle = Toggle(Settings(vae=False, unet=True))
+    toggle.follow([], [nn.Linear(4, 4)])
+    assert toggle.report() == "Patch Conv: nothing that it was asked to patch has run"
+
+
+def test_convolutions_that_pass_by_what_is_set_on_them(vae: VAE) -> None:
+    for _, conv in list(vae.named_modules()):
+        if isinstance(conv, nn.Conv2d):
+            conv.__class__ = ForgeConv2d
+    z, before = torch.randn(1, 4, 24, 16), methods(vae)
+    decoded = vae.decode(z)
+    toggle = Toggle(Settings(splits=3, threshold=0.0))
+    toggle.follow([vae], [])
+    assert_same(vae.decode(z), decoded, 1e-6)
+    assert "VAE decoder in up to 3 strips" in toggle.report()
+    forward = vae.decoder.conv_in.forward
+    # Meanwhile the host moves weights out of the device's memory.
+    vae.decoder.conv_in.__dict__["parameters_manual_cast"] = True
+    assert_same(vae.decode(z), decoded, 1e-6)
+    toggle.off()
+    assert methods(vae) == before
+    assert [name for name, conv in vae.named_modules() if getattr(conv, "parameters_manual_cast", False)] == [
+        "decoder.conv_in"
+    ]
+    x = torch.randn(1, 4, 8, 8)
+    assert torch.equal(forward(x), vae.decoder.conv_in(x))
+
+
+@pytest.mark.parametrize("settings", [Settings(splits=4), Settings(mode="stream")], ids=["patch", "stream"])
+def test_the_host_hears_what_a_decode_takes(vae: VAE, settings: Settings) -> None:
+    holder = Holder(vae)
+    before, shape = dict(holder.__dict__), (2, 4, 256, 256)
+    plain = holder.memory_used_decode(shape, torch.float32)
+    toggle = Toggle(settings)
+    toggle.follow([vae], [], [holder])
+    estimate = holder.memory_used_decode(shape, torch.float32)
+    maps = 2 * 8 * 256 * 256 * 4  # of one sample: the norm's input and output
+    assert (maps if settings.mode == "patch" else 0) < estimate < plain / 20
+    assert holder.memory_used_decode((1, *shape[1:]), torch.float32) == estimate
+    assert holder.memory_used_decode(shape, torch.bfloat16) < estimate
+    assert holder.memory_used_decode((2, 5, 256, 256), torch.float32) == plain  # cannot be counted, so the host's own
+    assert holder.memory_used_encode((1, 3, 8, 8), torch.float32) == 8 * 8 * 4  # never above the host's own
+    copied = copy.copy(holder)
+    toggle.follow([vae], [], [copied])
+    assert holder.__dict__ == before
+    assert copied.memory_used_decode(shape, torch.float32) == estimate
+    kept = copy.copy(copied)
+    toggle.off()
+    assert copied.__dict__ == before
+    assert kept.memory_used_decode(shape, torch.float32) == plain
 
 
 def test_another_model_takes_over(vae: VAE) -> None:

@@ -1,4 +1,4 @@
-"""A real Automatic1111 WebUI, driven through its API.
+"""A real WebUI, Automatic1111's, Forge or reForge, driven through its API.
 
 WEBUI_PATH: a checkout with its repositories; without it these tests are skipped. WEBUI_PYTHON: the Python to start it
 with, this one by default. WEBUI_CHECKPOINT: name of an SD 1.5 checkpoint in its models/Stable-diffusion (random weights
@@ -13,8 +13,9 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,29 @@ from host_process import HostProcess, checkpoint_in
 
 PACK = Path(__file__).parents[2]
 CHECKPOINTS = ("first", "second")
+
+
+class Host(NamedTuple):
+    """What differs between the WebUIs.
+
+    cpu: flags for a machine without a GPU. frugal: flags that have weights move; none where these need a GPU.
+    plot: arguments of the X/Y/Z plot behind its axes: no legend, the single pictures too, no others; no other seeds.
+    hires: what a request for hires fix needs beside the usual.
+    """
+
+    name: str
+    cpu: tuple[str, ...]
+    frugal: tuple[str, ...]
+    plot: tuple[Any, ...]
+    hires: Mapping[str, Any] = MappingProxyType({})
+
+
+_ALWAYS_CPU = ("--skip-torch-cuda-test", "--always-cpu")
+_PLOT = (True, False, False, False, False, False, 0, False)
+_USE_CPU = ("--skip-torch-cuda-test", "--use-cpu", "all")
+A1111 = Host("Automatic1111", _USE_CPU, ("--medvram", "--lowvram"), (False, *_PLOT))
+REFORGE = Host("reForge", _ALWAYS_CPU, ("--always-low-vram", "--always-no-vram"), (False, False, False, 0, *_PLOT))
+FORGE = REFORGE._replace(name="Forge", plot=A1111.plot, hires={"hr_additional_modules": ["Use same choices"]})
 
 
 class Result(NamedTuple):
@@ -51,8 +75,10 @@ class WebUI(HostProcess):
         (folder / "config.json").write_text(json.dumps(options))
         command = [python(), "launch.py", "--skip-prepare-environment", "--no-download-sd-model", "--api", "--no-half"]
         command += ["--do-not-download-clip", "--data-dir", str(folder), "--ckpt-dir", str(checkpoints), *flags]
+        command += ["--gradio-allowed-path", str(checkout)]  # Forge hands out its own scripts from the data folder only
+        self.host = host_of(checkout)
         if not torch.cuda.is_available():
-            command += ["--skip-torch-cuda-test", "--use-cpu", "all"]
+            command += self.host.cpu
         environment = {"HF_HUB_OFFLINE": "1", "SD_WEBUI_RESTARTING": "1"}  # restarting: it opens no browser
         super().__init__(command, folder, checkout, os.environ | environment)
 
@@ -65,6 +91,7 @@ class WebUI(HostProcess):
         if patch_conv is not None:
             args = patch_conv if isinstance(patch_conv, list) else [{"enabled": True, **patch_conv}]
             asked["alwayson_scripts"] = {"Patch Conv": {"args": args}}
+        self.get("/probe/seed")
         before = len(self.log())
         answer = self.get(f"/sdapi/v1/{kind}", asked, seconds=600)
         images = [np.asarray(open_image(data)) for data in answer["images"]]
@@ -89,11 +116,18 @@ def python() -> str:
     return os.environ.get("WEBUI_PYTHON", sys.executable)
 
 
+def host_of(checkout: Path) -> Host:
+    """Which WebUI lies in a folder, by the package that its models come from."""
+    if (checkout / "backend").is_dir():
+        return FORGE
+    return REFORGE if (checkout / "ldm_patched").is_dir() else A1111
+
+
 @pytest.fixture(scope="session")
 def checkout() -> Path:
     path = os.environ.get("WEBUI_PATH")
     if not path:
-        pytest.skip("WEBUI_PATH is not set: it names the checkout of Automatic1111's WebUI to test with")
+        pytest.skip("WEBUI_PATH is not set: it names the checkout of the WebUI, Forge or reForge to test with")
     if not (Path(path) / "webui.py").is_file():
         pytest.skip(f"WEBUI_PATH is {path}, where there is no WebUI (no webui.py)")
     return Path(path).resolve()
@@ -121,8 +155,11 @@ def webui(checkout: Path, checkpoint: str, tmp_path_factory: pytest.TempPathFact
     yield from _serve(checkout, checkpoint, tmp_path_factory.mktemp("webui"))
 
 
-@pytest.fixture(scope="module", params=["--medvram", "--lowvram"])
+@pytest.fixture(scope="module", params=[0, 1], ids=["medium", "low"])
 def frugal_webui(
     request: pytest.FixtureRequest, checkout: Path, checkpoint: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[WebUI]:
-    yield from _serve(checkout, checkpoint, tmp_path_factory.mktemp("frugal"), (request.param,))
+    host = host_of(checkout)
+    if host is not A1111 and not torch.cuda.is_available():
+        pytest.skip(f"there is no GPU: {host.name} moves weights for want of its memory only")
+    yield from _serve(checkout, checkpoint, tmp_path_factory.mktemp("frugal"), (host.frugal[request.param],))

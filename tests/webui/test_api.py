@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from host_process import assert_same_picture
 
-from .conftest import Result, WebUI, as_base64
+from .conftest import A1111, FORGE, Result, WebUI, as_base64
 
 PATCH = {"mode": "patch", "unet": True, "splits": 3, "threshold": 0.0}
 STREAM = {"mode": "stream", "unet": True, "splits": 3, "threshold": 0.0}
+HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_second_pass_steps": 1, "denoising_strength": 0.5}
 MODES = pytest.mark.parametrize("settings", [PATCH, STREAM], ids=["patch", "stream"])
 
 
@@ -37,6 +38,17 @@ def check_same(result: Result, plain: Result) -> None:
         assert_same_picture(one, other)
 
 
+def check_second_pass(webui: WebUI, result: Result, plain: Result) -> None:
+    """Between the passes the picture is in 8 bits: one level in one value may be seen all around it in the end."""
+    if webui.host is A1111:
+        check_same(result, plain)
+        return
+    difference = np.abs(result.images[0].astype(int) - plain.images[0])
+    print(f"largest difference {difference.max()}, values that differ {(difference > 0).mean():.2e}")
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-2
+
+
 @MODES
 def test_the_same_picture_and_nothing_left(webui: WebUI, plain: Result, settings: dict[str, Any]) -> None:
     before = webui.get("/probe/now")
@@ -45,6 +57,7 @@ def test_the_same_picture_and_nothing_left(webui: WebUI, plain: Result, settings
     patched = [name for name, method in during.items() if before.get(name) != method]
     assert any("diffusion_model" in name and "_conv_forward" in name for name in patched)
     assert any("first_stage_model.decoder" in name for name in patched)
+    assert webui.host is A1111 or {"vae.memory_used_decode", "vae.memory_used_encode"} <= set(patched)
     assert webui.get("/probe/now") == before
     assert np.array_equal(webui.run().images[0], plain.images[0])
     assert webui.get("/probe/during") == before
@@ -61,20 +74,36 @@ def test_reports_what_was_done(webui: WebUI) -> None:
 
 
 @MODES
+def test_the_host_makes_room_for_what_it_takes(webui: WebUI, settings: dict[str, Any]) -> None:
+    if webui.host is A1111:
+        pytest.skip("Automatic1111 does not reckon what a decode takes")
+    webui.run()
+    plain = webui.get("/probe/estimate")
+    webui.run(patch_conv={**settings, "unet": False})
+    estimate = webui.get("/probe/estimate")
+    print(f"decode of 512²: {estimate['during'] / 2**20:.0f} MiB for {plain['now'] / 2**20:.0f} MiB")
+    assert estimate["now"] == plain["now"] == plain["during"]
+    assert estimate["during"] < 0.6 * plain["now"]
+
+
+@MODES
 def test_hires_fix(webui: WebUI, settings: dict[str, Any]) -> None:
-    request: dict[str, Any] = {"enable_hr": True, "hr_scale": 1.5, "hr_second_pass_steps": 1, "denoising_strength": 0.5}
+    request = {**HIRES, **webui.host.hires}
     for upscaler in ("Latent", "Lanczos"):
         plain = webui.run(**request, hr_upscaler=upscaler)
-        check_same(webui.run(**request, hr_upscaler=upscaler, patch_conv=settings), plain)
+        result = webui.run(**request, hr_upscaler=upscaler, patch_conv=settings)
+        if upscaler == "Latent":
+            check_same(result, plain)
+        else:
+            check_second_pass(webui, result, plain)
 
 
 def test_a_second_pass_with_another_checkpoint(webui: WebUI) -> None:
     before = webui.get("/probe/now")
-    request: dict[str, Any] = {"enable_hr": True, "hr_scale": 1.5, "hr_second_pass_steps": 1, "denoising_strength": 0.5,
-               "hr_upscaler": "Lanczos", "hr_checkpoint_name": "second.safetensors"}  # fmt: skip
+    request = {**HIRES, **webui.host.hires, "hr_upscaler": "Lanczos", "hr_checkpoint_name": "second.safetensors"}
     plain = webui.run(**request)
     result = webui.run(**request, patch_conv=STREAM)
-    check_same(result, plain)
+    check_second_pass(webui, result, plain)
     assert "VAE encoder streamed" in result.log
     assert webui.run(patch_conv=None).images
     assert set(webui.get("/probe/now")) == set(before)
@@ -108,6 +137,8 @@ def test_parameters_are_written_and_pasted(webui: WebUI, plain: Result) -> None:
     result = webui.run(patch_conv=STREAM | {"budget": 1.5})
     for text in ("Patch Conv: stream", "Patch Conv parts: VAE + U-Net", "Patch Conv budget: 1.5"):
         assert text in result.infotext
+    if webui.host is FORGE:
+        pytest.skip("written; not pasted, because Forge's API fails at any infotext, one without Patch Conv too")
     pasted = webui.run(infotext=result.infotext)
     assert pasted.infotext == result.infotext
     assert "VAE decoder streamed" in pasted.log
@@ -117,7 +148,8 @@ def test_controls_are_remembered(webui: WebUI) -> None:
     config = json.loads((webui.folder / "ui-config.json").read_text())
     for tab in ("txt2img", "img2img"):
         path = f"customscript/patch_conv.py/{tab}"
-        assert config[f"{path}/Patch Conv/value"] is False
+        if webui.host is not FORGE:  # it remembers the state of no accordion
+            assert config[f"{path}/Patch Conv/value"] is False
         assert config[f"{path}/Mode/value"] == "patch"
         assert config[f"{path}/Threshold (millions)/value"] == 16.0
 
@@ -169,9 +201,8 @@ def test_interrupt_leaves_nothing(webui: WebUI, plain: Result) -> None:
 def test_a_plot_over_modes_and_splits(webui: WebUI, plain: Result) -> None:
     axes = webui.get("/probe/axes")
     mode, splits = axes.index("[Patch Conv] Mode"), axes.index("[Patch Conv] Splits")
-    # Type, values and values as a list of x, y and z; no legend, the single pictures too, no others; no other seeds.
-    args = [mode, "", ["off", "patch", "stream"], splits, "2,3", [], 0, "", [],
-            False, True, False, False, False, False, False, 0, False]  # fmt: skip
+    # Type, values and values as a list of x, y and z.
+    args = [mode, "", ["off", "patch", "stream"], splits, "2,3", [], 0, "", [], *webui.host.plot]
     result = webui.run(script_name="x/y/z plot", script_args=args, patch_conv=PATCH)
     singles = [image for image in result.images if image.shape == plain.images[0].shape]
     assert len(singles) == 6

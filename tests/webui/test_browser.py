@@ -14,6 +14,7 @@ import pytest
 from .conftest import WebUI
 
 ACCORDION = "#script_txt2img_patch_conv_enabled"
+CHECKED = f"() => document.querySelector('{ACCORDION}-checkbox input').checked"
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_turned_on_used_and_pasted_back(page: Any, tmp_path: Path) -> None:
         number(page, name).fill(value)
         number(page, name).press("Tab")
     page.locator(f"{ACCORDION} > .label-wrap").click()
-    assert enabled.is_checked()
+    page.wait_for_function(CHECKED)
     page.locator("#script_txt2img_patch_conv_mode").get_by_label("stream").check()
     number(page, "script_txt2img_patch_conv_budget").fill("1.5")
     number(page, "script_txt2img_patch_conv_budget").press("Tab")
@@ -64,13 +65,14 @@ def test_turned_on_used_and_pasted_back(page: Any, tmp_path: Path) -> None:
     assert not enabled.is_checked()
     page.fill("#txt2img_prompt textarea", infotext)
     page.click("#paste")
-    page.wait_for_function(f"() => document.querySelector('{ACCORDION}-checkbox input').checked")
+    page.wait_for_function(CHECKED)
     assert page.locator("#script_txt2img_patch_conv_mode").get_by_label("stream").is_checked()
     assert number(page, "script_txt2img_patch_conv_budget").input_value() == "1.5"
 
 
 def test_settings(page: Any) -> None:
     page.get_by_role("tab", name="Settings").or_(page.get_by_role("button", name="Settings", exact=True)).first.click()
-    page.get_by_role("button", name="Patch Conv", exact=True).click()
+    name = {"name": "Patch Conv", "exact": True}
+    page.get_by_role("tab", **name).or_(page.get_by_role("button", **name)).first.click()
     for name in ("enabled", "mode", "vae", "unet", "splits", "threshold", "budget"):
         assert page.locator(f"#setting_patch_conv_{name}").is_visible()

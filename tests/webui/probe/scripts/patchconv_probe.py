@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from modules import processing, script_callbacks, scripts, shared  # pyright: ignore[reportMissingImports]
 
 _during: dict[str, str] = {}
+_estimates: dict[str, float] = {}
 
 
 def _methods() -> dict[str, str]:
     """Everything callable that is set on a module of the model itself: its place, and which object it is."""
     return {
         f"{name}.{key}": f"{type(value).__name__} {id(value)}"
-        for name, module in shared.sd_model.named_modules()
+        for name, module in _objects()
         for key, value in module.__dict__.items()
         if callable(value)
     }
+
+
+def _objects() -> Iterator[tuple[str, Any]]:
+    """The model's modules by name; in Forge and reForge those that run are in the hands of `forge_objects`."""
+    forge = getattr(shared.sd_model, "forge_objects", None)
+    if forge is None:
+        yield from shared.sd_model.named_modules()
+        return
+    yield "vae", forge.vae
+    yield from forge.vae.first_stage_model.named_modules(prefix="first_stage_model")
+    yield from forge.unet.model.named_modules(prefix="model")
+
+
+def _estimate() -> dict[str, float]:
+    """What Forge and reForge reckon that a decode of 512² takes, in bytes, during the last run and now."""
+    forge = getattr(shared.sd_model, "forge_objects", None)
+    if forge is not None:
+        _estimates["now"] = forge.vae.memory_used_decode((1, 4, 64, 64), torch.float32)
+    return _estimates
 
 
 def _fail_once() -> bool:
@@ -27,6 +49,12 @@ def _fail_once() -> bool:
         raise RuntimeError("the probe was asked to fail")
 
     processing.decode_latent_batch = failing
+    return True
+
+
+def _seed() -> bool:
+    """Before a run: encoding draws from torch's own generator, which a run leaves as it may."""
+    torch.manual_seed(1)
     return True
 
 
@@ -45,12 +73,15 @@ class ProbeScript(scripts.Script):
     def postprocess_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
         _during.clear()
         _during.update(_methods())
+        _estimates["during"] = _estimate().get("now", 0.0)
 
 
 def _routes(demo: Any, app: Any) -> None:
     app.get("/probe/now")(_methods)
     app.get("/probe/during")(lambda: _during)
+    app.get("/probe/estimate")(_estimate)
     app.get("/probe/fail")(_fail_once)
+    app.get("/probe/seed")(_seed)
     app.get("/probe/axes")(_axes)
 
 
