@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Optional, Union
 
 import torch
@@ -52,14 +53,12 @@ def partial_convolution(
     """
     channel = -len(module.kernel_size) - 1
     mask = None if mask is None else mask.detach()
-    if mask is None:
-        sums = _ones(input, len(module.kernel_size)) * copies
-    elif mask.shape[channel] > module.groups:
-        sums = mask.to(_precise(input)).unflatten(channel, (module.groups, -1)).sum(channel)
-        copies *= mask.shape[channel] // module.groups
-    else:
-        sums = mask.to(_precise(input)) * copies
-    ratio, valid = _ratio_and_valid(module, sums, copies)
+    sums = _ones(input, len(module.kernel_size)) if mask is None else mask.to(_precise(input))
+    counted = 1
+    if sums.shape[channel] > module.groups:
+        counted = sums.shape[channel] // module.groups
+        sums = sums.unflatten(channel, (module.groups, -1)).sum(channel)
+    ratio, valid = _ratio_and_valid(module, sums, counted, copies)
     strips: Tiling = tiling or getattr(module._conv_forward, "tiling", WHEN_LARGE)
     return _PartialCall(module, strips, mask, ratio, valid, legacy).run(input, weight, bias), valid
 
@@ -70,18 +69,28 @@ def _precise(input: Tensor) -> torch.dtype:
 
 
 @torch.no_grad()
-def _ratio_and_valid(module: Convolution, sums: Tensor, full: int) -> tuple[Tensor, Tensor]:
-    """N / s · u and u, each `[N or 1, groups or 1, ...]`, from a mask whose channels are sums of up to `full` masks."""
+def _ratio_and_valid(module: Convolution, sums: Tensor, counted: int = 1, copies: int = 1) -> tuple[Tensor, Tensor]:
+    """N / s · u and u, each `[N or 1, groups or 1, ...]`, from a mask whose channels are sums of `counted` masks."""
     sides = len(module.kernel_size)
     edges = [edge for pad in reversed(padding_of(module)) for edge in pad]
     if any(edges):
         sums = F.pad(sums, edges, "constant" if module.padding_mode == "zeros" else module.padding_mode)
     groups = sums.shape[-sides - 1]
     ones = torch.ones(groups, 1, *module.kernel_size, dtype=sums.dtype, device=sums.device)
-    found = _COUNT[sides](sums, ones, None, module.stride, 0, module.dilation, groups)
+    with _without_autocast(sums.device.type):
+        found = _COUNT[sides](sums, ones, None, module.stride, 0, module.dilation, groups)
+    found *= copies
     valid = found.clamp(0, 1)
-    window = float(full * math.prod(module.kernel_size))
+    window = float(counted * copies * math.prod(module.kernel_size))
     return found.add_(_TINY).reciprocal_().mul_(window).mul_(valid), valid
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Counts go to thousands, and half precision holds whole numbers to 2048 (float16) or 256 (bfloat16)."""
+    try:
+        return torch.autocast(device_type, enabled=False)
+    except RuntimeError:  # this device has none
+        return nullcontext()
 
 
 class _PartialCall(Call):
@@ -162,7 +171,7 @@ class PartialPadding(TiledForward):
         padded = module.padding_mode == "zeros" and any(edge for pad in padding_of(module) for edge in pad)
         if self.inner is not None or not padded or input.dim() not in (sides + 1, sides + 2):
             return super().call(input, args, kwargs)
-        ratio, valid = _ratio_and_valid(module, _ones(input, sides), 1)
+        ratio, valid = _ratio_and_valid(module, _ones(input, sides))
         return _PartialCall(module, self.tiling, None, ratio, valid, args=args, kwargs=kwargs)
 
 
@@ -277,7 +286,7 @@ class PConv2d(nn.Module):
 
     def compute_masks(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """What the convolution is multiplied by, and the new mask, each `[N, 1, H', W']`, for one `[N, 1, H, W]`."""
-        return _ratio_and_valid(self.regular_conv, mask * self.in_channels, self.in_channels)
+        return _ratio_and_valid(self.regular_conv, mask, copies=self.in_channels)
 
     @torch.no_grad()
     def set_weight(self, w: Tensor) -> PConv2d:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comfyui_patchconv import PartialConv2d, PartialConv3d, Tiling, convert_model, restore_model
+from comfyui_patchconv import PartialConv2d, PartialConv3d, PConv2d, Tiling, convert_model, restore_model
 from comfyui_patchconv.partial_conv import PartialPadding, partial_convolution
 
 CLASSES: tuple[Any, ...] = (PartialConv2d, PartialConv3d)
@@ -157,6 +157,18 @@ def test_half_precision_has_no_nan_in_holes(dtype: torch.dtype, multi_channel: b
     expected, _ = formula(layer, input, mask, layer.bias)
     assert output.dtype == dtype
     assert_same(output.double(), expected, 4 * torch.finfo(dtype).eps)
+
+
+def test_counts_are_exact_under_autocast() -> None:
+    torch.manual_seed(0)
+    layer = PConv2d(64, 2, 9, padding=4)
+    input, mask = torch.randn(1, 64, 24, 24), random_mask((1, 24, 24), 0.7)
+    expected = layer.compute_masks(mask[:, None])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer.compute_masks(mask[:, None])
+        output, _ = layer(input, mask)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected))
+    assert_same(output.float(), layer(input, mask)[0], 0.02)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
