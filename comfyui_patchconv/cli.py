@@ -18,7 +18,7 @@ from . import files
 from .convert import patched
 from .measure import Recorder
 from .memory import is_out_of_memory
-from .planner import DEFAULT_THRESHOLD
+from .planner import DEFAULT_THRESHOLD, MODES
 from .streaming import stream
 from .tiled_conv import OnStrip
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MB = 1e6
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-MODES = ("patch", "stream", "plain")
+CHOICES = (*MODES, "plain")
 WRONG_INPUT, OUT_OF_MEMORY, INTERRUPTED = 2, 3, 130
 """Exit codes; 0 is success."""
 
@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     for command in (decode, encode):
         command.add_argument(
             "--mode",
-            choices=MODES,
+            choices=CHOICES,
             default="patch",
             help="patch: each large convolution in strips (default); stream: everything in strips; plain: nothing",
         )
@@ -114,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class Strips:
-    """How to decode or encode. mode: one of `MODES`. splits, threshold: see `Tiling`. budget: see `streamed`."""
+    """How to decode or encode. mode: one of `CHOICES`. splits, threshold: see `Tiling`. budget: see `streamed`."""
 
     mode: str = "patch"
     splits: int = 0
