@@ -45,6 +45,7 @@ def with_holes(
     tiling: how the convolutions are cut. What `convert_model` has put on `model` is set aside meanwhile.
 
     The result does not depend on pixels in holes, in no bit. Where a hole is in the result there is nothing of worth.
+    Gradients are off where there are holes.
     Raises ValueError for a batch, or a mask of another size.
     """
     if image.dim() not in _KINDS or image.shape[0] != 1 or mask.shape != image.shape[-2:]:

@@ -42,8 +42,8 @@ class VAEEncodePartialConv(io.ComfyNode):
                     min=0,
                     max=64,
                     step=1,
-                    tooltip="Pixels by which the noise mask is larger than the mask, so that the sampler can blend. "
-                    "The encoder uses the mask as it is.",
+                    tooltip="Pixels by which the noise mask is wider than the mask, so that the sampler can blend, as "
+                    "in VAE Encode (for Inpainting). The encoder uses the mask as it is.",
                 ),
             ],
             outputs=[io.Latent.Output(tooltip="The latent, with the mask as its noise mask.")],
@@ -55,8 +55,7 @@ class VAEEncodePartialConv(io.ComfyNode):
         if vae.latent_dim not in (2, 3):
             raise ValueError("This VAE does not encode images: connect one that does.")
         pixels, mask = _cropped(pixels, _like(mask, pixels).round(), vae.spacial_compression_encode())
-        noise_mask = F.max_pool2d(mask[:, None], 2 * grow_mask_by + 1, 1, grow_mask_by)
-        return io.NodeOutput({"samples": _encoded(vae, pixels, 1 - mask), "noise_mask": noise_mask})
+        return io.NodeOutput({"samples": _encoded(vae, pixels, 1 - mask), "noise_mask": _grown(mask, grow_mask_by)})
 
 
 class FillMaskedArea(io.ComfyNode):
@@ -112,6 +111,12 @@ def _cropped(pixels: Tensor, mask: Tensor, multiple: int) -> tuple[Tensor, Tenso
         start = pixels.shape[dim] % multiple // 2
         pixels, mask = pixels.narrow(dim, start, size), mask.narrow(dim, start, size)
     return pixels, mask
+
+
+def _grown(mask: Tensor, pixels: int) -> Tensor:
+    """A noise mask `[N, 1, H, W]`, wider than a mask `[N, H, W]` by `pixels`, shared out as the host does it."""
+    kernel = max(pixels, 1)
+    return F.max_pool2d(mask[:, None], kernel, 1, kernel // 2)[..., : mask.shape[-2], : mask.shape[-1]]
 
 
 def _encoded(vae: Any, pixels: Tensor, valid: Tensor) -> Tensor:

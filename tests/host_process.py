@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Optional
 
@@ -85,6 +87,22 @@ class HostProcess:
         found = re.search(rf"^{field}:\s+(\d+) kB$", Path(f"/proc/{self._process.pid}/status").read_text(), re.M)
         assert found is not None
         return int(found[1]) * 1024
+
+
+@contextmanager
+def page_of(address: str, width: int, height: int) -> Iterator[Any]:
+    """The host's page in a browser. CHROMIUM: the browser, by default `chromium` on the path."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: it drives the browser")
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if not chromium:
+        pytest.skip("there is no chromium on the path: CHROMIUM names the browser to test with")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": height})
+        page.set_default_timeout(120_000)
+        page.goto(f"http://{address}")
+        yield page
+        browser.close()
 
 
 def checkpoint_in(folder: Path, variable: str, name: Optional[str]) -> str:

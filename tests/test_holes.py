@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from comfyui_patchconv import Tiling, convert_model
 from comfyui_patchconv.holes import with_holes
 
-ENCODERS = {name.split()[0]: case for name, case in CASES.items() if name.endswith("encode")}
+ENCODERS = {name.removesuffix(" encode"): case for name, case in CASES.items() if name.endswith("encode")}
 STRIPS = Tiling(splits=3, threshold=0)
 
 

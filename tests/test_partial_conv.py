@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from comfyui_patchconv import PartialConv2d, PartialConv3d, PConv2d, Tiling, convert_model, restore_model
 from comfyui_patchconv.partial_conv import PartialPadding, partial_convolution
+from comfyui_patchconv.streaming import stream
 
 CLASSES: tuple[Any, ...] = (PartialConv2d, PartialConv3d)
 STRIPS = Tiling(splits=3, threshold=0)
@@ -265,6 +266,24 @@ def test_partial_padding_leaves_what_is_not_padded_with_zeros(options: dict[str,
     plain = conv(input)
     conv.__dict__["_conv_forward"] = PartialPadding(conv, Tiling(1))
     assert torch.equal(conv(input), plain)
+
+
+def test_another_padding_is_refused() -> None:
+    with pytest.raises(ValueError, match="padding is 'zeros': use 'plain' or 'partial'"):
+        convert_model(nn.Conv2d(4, 4, 3), padding="zeros")
+
+
+def test_partial_padding_of_a_streamed_model() -> None:
+    """Streamed, the borders are scaled strip by strip: nothing is evaluated whole for them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 4, 3, padding=1))
+    input, report = torch.randn(1, 4, 64, 12), dict[str, int]()
+    convert_model(model, 1, threshold=10**12, padding="partial")
+    with torch.no_grad():
+        expected = model(input)
+        with stream(model, report=report):
+            assert_same(model(input), expected)
+    assert not report
 
 
 def test_partial_padding_of_a_whole_model() -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from host_process import page_of
 from PIL import Image
 
 from .conftest import Graph, Server
@@ -22,19 +21,10 @@ OURS = '() => window.app?.graph && window.LiteGraph?.registered_node_types["Patc
 
 @pytest.fixture(scope="module")
 def page(server: Server) -> Iterator[Any]:
-    """The front end. CHROMIUM: the browser, by default `chromium` on the path."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: it drives the browser")
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    if not chromium:
-        pytest.skip("there is no chromium on the path: CHROMIUM names the browser to test with")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1600, "height": 1000})
-        page.set_default_timeout(120_000)
-        page.goto(f"http://{server.address}")
+    """The front end."""
+    with page_of(server.address, 1600, 1000) as page:
         page.wait_for_function(f"() => !!({OURS})()")
         yield page
-        browser.close()
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

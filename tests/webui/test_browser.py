@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from host_process import page_of
 
 from .conftest import WebUI
 
@@ -19,19 +18,10 @@ CHECKED = f"() => document.querySelector('{ACCORDION}-checkbox input').checked"
 
 @pytest.fixture(scope="module")
 def page(webui: WebUI) -> Iterator[Any]:
-    """The txt2img tab. CHROMIUM: the browser, by default `chromium` on the path."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: it drives the browser")
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    if not chromium:
-        pytest.skip("there is no chromium on the path: CHROMIUM names the browser to test with")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 1400})
-        page.set_default_timeout(60_000)
-        page.goto(f"http://{webui.address}")
+    """The txt2img tab."""
+    with page_of(webui.address, 1280, 1400) as page:
         page.wait_for_selector("#txt2img_generate")
         yield page
-        browser.close()
 
 
 def number(page: Any, name: str) -> Any:
