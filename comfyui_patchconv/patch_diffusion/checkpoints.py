@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..state_dicts import read, with_state
 from .config import Config
 from .model import PatchUNet
 
@@ -28,20 +30,27 @@ def save(models: list[PatchUNet], path: str | Path) -> None:
 
 def load(path: str | Path) -> list[PatchUNet]:
     """The models of a file that `save` wrote. Raises ValueError for another file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from None
-    if _METADATA not in metadata:
-        raise ValueError(f"{path} has no Patch Diffusion configuration: import the authors' checkpoints first.")
-    config = Config.from_json(metadata[_METADATA])
+    tensors, text = read(path, _METADATA, "Patch Diffusion")
+    config = Config.from_json(text)
     states: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         number, _, rest = name.partition(".")
         states.setdefault(number, {})[rest] = value
-    return [_with_state(config, states[number], path) for number in sorted(states, key=int)]
+    return [with_state(partial(PatchUNet, config), states[number], path) for number in sorted(states, key=int)]
+
+
+def load_all(paths: Sequence[str | Path], config: Optional[Config] = None) -> list[PatchUNet]:
+    """The models of several files, for less noise first: ours, or the authors' of `config`, by their suffixes."""
+    models: list[PatchUNet] = []
+    for path in paths:
+        suffix = Path(path).suffix.lower()
+        if suffix not in (".pt", ".h5"):
+            models += load(path)
+        elif config is None:
+            raise ValueError(f"{path} does not say what model it is: name its configuration.")
+        else:
+            models.append(import_keras(path, config) if suffix == ".h5" else import_torch(path, config))
+    return models
 
 
 def import_torch(path: str | Path, config: Config) -> PatchUNet:
@@ -53,7 +62,7 @@ def import_torch(path: str | Path, config: Config) -> PatchUNet:
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict of tensors alone.")
-    return _with_state(config, state, path)
+    return with_state(partial(PatchUNet, config), state, path)
 
 
 def import_keras(path: str | Path, config: Config) -> PatchUNet:
@@ -74,7 +83,7 @@ def import_keras(path: str | Path, config: Config) -> PatchUNet:
         raise ValueError(f"{path} has {len(arrays)} weights, and the configuration's model {len(order)}.")
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     state = {name: _from_keras(name, value, shapes[name]) for name, value in zip(order, arrays)}
-    return _with_state(config, state, path)
+    return with_state(partial(PatchUNet, config), state, path)
 
 
 def _from_keras(name: str, value: Tensor, shape: torch.Size) -> Tensor:
@@ -86,20 +95,3 @@ def _from_keras(name: str, value: Tensor, shape: torch.Size) -> Tensor:
 
 def _text(name: Any) -> str:
     return name.decode() if isinstance(name, bytes) else str(name)
-
-
-def _with_state(config: Config, state: dict[str, Tensor], path: str | Path) -> PatchUNet:
-    with torch.device("meta"):
-        model = PatchUNet(config)
-    wanted = model.state_dict()
-    wrong = [name for name, value in wanted.items() if name not in state or state[name].shape != value.shape]
-    wrong += [name for name in state if name not in wanted]
-    if wrong:
-        raise ValueError(
-            f"{path} is not a model of this configuration: {wrong[0]} is "
-            f"{tuple(state[wrong[0]].shape) if wrong[0] in state else 'missing'} there, and "
-            f"{tuple(wanted[wrong[0]].shape) if wrong[0] in wanted else 'nothing'} in the configuration."
-        )
-    model = PatchUNet(config)
-    model.load_state_dict(state)
-    return model.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -14,13 +14,37 @@ STEPS = 1000
 _BETA_MIN = 1e-4
 _PERCENTILE = 0.995  # of pixels that dynamic thresholding leaves as they are (Saharia et al. 2022)
 
-OnStep = Callable[[int, int, Tensor], None]
+OnStep = Callable[[int, int, Tensor], object]
 Model = Callable[[Tensor, Tensor, Optional[Tensor]], Tensor]
 
 
 def signal_share(beta_max: float) -> Tensor:
     """The share of the image in the variance after each of the 1000 steps, `[1000]`, float64: a linear schedule."""
     return (1 - torch.linspace(_BETA_MIN, beta_max, STEPS, dtype=torch.float64)).cumprod(0)
+
+
+class Posterior(NamedTuple):
+    """Of the image one step earlier, given the clean image and the noisy one (Ho et al. 2020, eq. 7)."""
+
+    of_clean: Tensor
+    """The clean image's weight in the mean."""
+    of_noisy: Tensor
+    """The noisy image's."""
+    log_smallest: Tensor
+    """Logarithm of the variance if the clean image is known."""
+    log_largest: Tensor
+    """If nothing is known of it."""
+
+
+def posterior(now: Tensor, before: Tensor) -> Posterior:
+    """now, before: the image's share in the variance (`signal_share`) after the step and before it, of one shape."""
+    beta = 1 - now / before
+    return Posterior(
+        before.sqrt() * beta / (1 - now),
+        (now / before).sqrt() * (1 - before) / (1 - now),
+        (beta * (1 - before) / (1 - now)).log(),
+        beta.log(),
+    )
 
 
 def spaced(counts: str) -> list[int]:
@@ -119,10 +143,8 @@ def denoise(
             rest = (image - now.sqrt().item() * clean) / (1 - now).sqrt().item()
             image = before.sqrt().item() * clean + (1 - before).sqrt().item() * rest
             continue
-        beta = 1 - now / before
-        mean = (before.sqrt() * beta / (1 - now)).item() * clean
-        mean += ((now / before).sqrt() * (1 - before) / (1 - now)).item() * image
-        smallest, largest = (beta * (1 - before) / (1 - now)).log().item(), beta.log().item()
+        of_clean, of_noisy, smallest, largest = (value.item() for value in posterior(now, before))
+        mean = of_clean * clean + of_noisy * image
         fresh = torch.randn(
             image.shape, generator=generator, dtype=image.dtype, device=generator_device(generator, image)
         )
@@ -147,11 +169,12 @@ def _guided(model: PatchUNet, classes: int, guidance: float) -> Model:
     """The model with its prediction kept within the range of images, and guided where it has classes."""
 
     def run(image: Tensor, steps: Tensor, labels: Optional[Tensor]) -> Tensor:
-        found = model(image, steps, labels)
+        given = image.to(next(model.parameters()).dtype)
+        found = model(given, steps, labels).to(image.dtype)
         clean, place = found[:, :3], found[:, 3:]
         if not classes or guidance == 1 or labels is None:
             return torch.cat([clean.clamp(-1, 1), place], 1)
-        free = model(image, steps, torch.full_like(labels, classes))[:, :3]
+        free = model(given, steps, torch.full_like(labels, classes))[:, :3].to(image.dtype)
         return torch.cat([dynamic_threshold(free + guidance * (clean - free)), place], 1)
 
     return run
