@@ -1,9 +1,8 @@
-"""`patchconv demo | decode | encode`: the package without a host."""
+"""`patchconv demo | decode | encode | patch-diffusion`: the package without a host."""
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from . import files
+from .arguments import device, first_line, natural, size
 from .convert import patched
 from .measure import Recorder
 from .memory import is_out_of_memory
+from .patch_diffusion import commands as patch_diffusion
 from .planner import DEFAULT_THRESHOLD, MODES
 from .streaming import stream
 from .tiled_conv import OnStrip
@@ -39,24 +40,32 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     try:
         args = parser().parse_args(argv)
-        with torch.inference_mode():
+        with torch.inference_mode(args.job != "train"):
             args.run(args)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except KeyboardInterrupt:
         return _fail("stopped.", INTERRUPTED)
     except ModuleNotFoundError as error:
-        if error.name not in ("diffusers", "matplotlib", "numpy", "PIL"):
+        extra = _EXTRAS.get(error.name or "")
+        if extra is None:
             raise
-        return _fail(f"{error.name} is not installed: run pip install 'patchconv[demo]'.", WRONG_INPUT)
+        return _fail(f"{error.name} is not installed: run pip install 'patchconv[{extra}]'.", WRONG_INPUT)
     except (ValueError, OSError) as error:
         return _fail(_sentence(error), WRONG_INPUT)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return _fail(f"out of memory ({_first_line(error)}): {_LESS_MEMORY}", OUT_OF_MEMORY)
+        return _fail(f"out of memory ({first_line(error)}): {_LESS_MEMORY}", OUT_OF_MEMORY)
     return 0
 
+
+_EXTRAS = {
+    **dict.fromkeys(("diffusers", "matplotlib", "numpy", "PIL"), "demo"),
+    **dict.fromkeys(("accelerate", "tqdm"), "train"),
+    "h5py": "keras",
+}
+"""Which extra brings what may not be installed."""
 
 _LESS_MEMORY = "try --mode stream with a --budget, --dtype bfloat16, or --device cpu."
 
@@ -64,7 +73,7 @@ _LESS_MEMORY = "try --mode stream with a --budget, --dtype bfloat16, or --device
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = _Parser(prog="patchconv", description="Convolutions in strips: the same pixels in less memory.")
-    commands = top.add_subparsers(required=True, metavar="demo | decode | encode")
+    commands = top.add_subparsers(required=True, metavar="demo | decode | encode | patch-diffusion")
 
     decode = commands.add_parser("decode", help="a latent to an image", description=_decode.__doc__)
     decode.add_argument("--vae", type=Path, required=True, help="VAE or checkpoint, LDM or diffusers layout")
@@ -87,15 +96,18 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder to write to (default: %(default)s)")
     demo.set_defaults(run=_demo)
 
+    patch_diffusion.add(commands)
+
+    top.set_defaults(job="")
     for command in (decode, encode, demo):
-        command.add_argument("--splits", type=_natural, default=0, help="strips per convolution; 0 chooses (default)")
+        command.add_argument("--splits", type=natural, default=0, help="strips per convolution; 0 chooses (default)")
         command.add_argument(
             "--threshold",
-            type=_natural,
+            type=natural,
             default=DEFAULT_THRESHOLD,
             help="input elements from which a convolution runs in strips (default: %(default)s)",
         )
-        command.add_argument("--device", type=_device, default=None, help="default: cuda if there is one, else cpu")
+        command.add_argument("--device", type=device, default=None, help="default: cuda if there is one, else cpu")
         command.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     for command in (decode, encode):
         command.add_argument(
@@ -106,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
         )
         command.add_argument(
             "--budget",
-            type=_size,
+            type=size,
             help="memory beside the weights for --mode stream to stay within, such as 2GiB or 800MB; default: no limit",
         )
     return top
@@ -182,8 +194,8 @@ def _demo(args: argparse.Namespace) -> None:
 
     if args.latent is None and not 64 <= args.size <= 16384:
         raise ValueError(f"--size is {args.size}: use 64 to 16384 pixels.")
-    device = str(args.device or _default_device())
-    run(Settings(args.vae, args.latent, args.size, args.splits, args.threshold, device, args.dtype), args.out)
+    where = str(args.device or _default_device())
+    run(Settings(args.vae, args.latent, args.size, args.splits, args.threshold, where, args.dtype), args.out)
 
 
 def _strips(args: argparse.Namespace) -> Strips:
@@ -244,33 +256,6 @@ def _check_output(path: Path, *suffixes: str) -> None:
         raise ValueError(f"--out is {path}, which is a folder: give the name of a file.")
 
 
-def _natural(text: str) -> int:
-    if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
-    return int(text)
-
-
-def _size(text: str) -> int:
-    """Bytes of `2GiB`, `1.5 GB`, `800MB` or a bare number."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B|B|)", text, re.ASCII | re.IGNORECASE)
-    unit = found[2].lower() if found else ""
-    scale = (1024 if "i" in unit else 1000) ** (" kmgt".index(unit[0]) if unit not in ("", "b") else 0)
-    size = round(float(found[1]) * scale) if found else 0
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size above 0 such as 2GiB or 800MB")
-    return size
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-        torch.empty(1, device=device).cpu()
-    except Exception as error:  # each backend has its own way to be missing
-        reason = _first_line(error).split(". ")[0]
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({reason})") from None
-    return device
-
-
 def _default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -279,10 +264,6 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
     return str(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
 
 
 def _fail(message: str, code: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -170,7 +171,7 @@ def load_image(path: str | os.PathLike[str], multiple: int = 8) -> Tensor:
 
 
 def save_image(path: str | os.PathLike[str], image: Tensor) -> None:
-    """Write what a VAE decoded, `image` `[3, H, W]` from -1 to 1, to `path`; what lies outside is clipped.
+    """Write `image` `[1 | 3 | 4, H, W]` from -1 to 1 to `path`; what lies outside is clipped.
 
     Raises ValueError if it holds NaN, which would be a black image.
     """
@@ -178,8 +179,26 @@ def save_image(path: str | os.PathLike[str], image: Tensor) -> None:
 
     if image.isnan().any():
         raise ValueError(f"{path} is not written, the image holds NaN: use float32 or bfloat16, float16 is too narrow.")
-    pixels = image.float().add(1).mul_(127.5).round_().clamp_(0, 255).to("cpu", torch.uint8)
-    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(path)
+    Image.fromarray(levels(image).numpy()).save(path)
+
+
+def levels(images: Tensor) -> Tensor:
+    """8-bit levels `[…, H, W, C]` of `images` `[…, C, H, W]` from -1 to 1, on the CPU; `[…, H, W]` of one channel."""
+    whole = images.float().add(1).mul_(127.5).round_().clamp_(0, 255).to("cpu", torch.uint8)
+    return whole.movedim(-3, -1).contiguous() if images.shape[-3] > 1 else whole.squeeze(-3)
+
+
+def grid(images: Tensor, gap: int = 2) -> Tensor:
+    """One image `[C, H, W]` of `images` `[N, C, h, w]` from -1 to 1: side by side, as many as below one another, white
+    `gap` pixels between them."""
+    count, channels, height, width = images.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = -(-count // columns)
+    whole = images.new_ones(channels, rows * (height + gap) - gap, columns * (width + gap) - gap)
+    for number, image in enumerate(images):
+        top, left = (number // columns) * (height + gap), (number % columns) * (width + gap)
+        whole[:, top : top + height, left : left + width] = image
+    return whole
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from vae_helpers import ldm_state, random_latent, small_vae, write, write_vae
 
 from comfyui_patchconv import cli, files, streaming
+from comfyui_patchconv.arguments import size as bytes_of
 
 TILED = ["--splits", "3", "--threshold", "0"]
 
@@ -113,7 +114,7 @@ def test_streaming_makes_the_same(
     ("text", "size"), [("2GiB", 2 << 30), ("1.5 gb", 1_500_000_000), ("800MB", 800_000_000), ("7", 7), ("3KiB", 3072)]
 )
 def test_sizes(text: str, size: int) -> None:
-    assert cli._size(text) == size
+    assert bytes_of(text) == size
 
 
 def test_a_budget_is_for_streaming(
@@ -311,6 +312,7 @@ def test_the_process_says_one_sentence_and_ends_with_2(tmp_path: Path, vae: Path
 LIMITED = """
 import resource, sys
 from comfyui_patchconv import cli, files, streaming
+from comfyui_patchconv.arguments import size as bytes_of
 from pathlib import Path
 from typing import Any
 import diffusers.models.autoencoders.autoencoder_kl

@@ -1,0 +1,42 @@
+"""What the values of a command line may be: types for `argparse`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+import torch
+
+
+def natural(text: str) -> int:
+    """A whole number from 0."""
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
+def size(text: str) -> int:
+    """Bytes of `2GiB`, `1.5 GB`, `800MB` or a bare number."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B|B|)", text, re.ASCII | re.IGNORECASE)
+    unit = found[2].lower() if found else ""
+    scale = (1024 if "i" in unit else 1000) ** (" kmgt".index(unit[0]) if unit not in ("", "b") else 0)
+    value = round(float(found[1]) * scale) if found else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size above 0 such as 2GiB or 800MB")
+    return value
+
+
+def device(text: str) -> torch.device:
+    """A device that can be used here: `gpu`, or as torch names them."""
+    try:
+        found = torch.device("cuda" if text == "gpu" else text)
+        torch.empty(1, device=found).cpu()
+    except Exception as error:  # each backend has its own way to be missing
+        reason = first_line(error).split(". ")[0]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({reason})") from None
+    return found
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says, without its full stop."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
