@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
+from landscapes import Scene, draw
 from PIL import Image
 from torch import Tensor
 
@@ -19,20 +20,6 @@ from comfyui_patchconv.fill import fill
 
 SIZE = 384
 GAP = 8
-
-
-def landscape() -> Tensor:
-    """Sky, sun and two hills, `[1, 3, H, W]`."""
-    y, x = torch.meshgrid(torch.linspace(0, 1, SIZE), torch.linspace(0, 1, SIZE), indexing="ij")
-    image = torch.stack([0.35 + 0.4 * y, 0.55 + 0.3 * y, 0.85 + 0.1 * y])
-    far, near = y > 0.55 + 0.08 * torch.sin(9 * x + 2), y > 0.7 + 0.1 * torch.sin(6 * x)
-    for shape, colour in (
-        ((x - 0.72) ** 2 + (y - 0.22) ** 2 < 0.01, torch.stack([1 + 0 * x, 0.9 + 0 * x, 0.6 + 0 * x])),
-        (far, torch.stack([0.32 + 0.1 * x, 0.5 + 0.05 * y, 0.45 + 0 * x])),
-        (near, torch.stack([0.2 + 0.15 * x, 0.42 + 0.1 * y, 0.18 + 0 * x])),
-    ):
-        image = torch.where(shape, colour, image)
-    return image[None]
 
 
 def with_checks(image: Tensor, mask: Tensor) -> Tensor:
@@ -49,7 +36,7 @@ def save(panels: list[Tensor], path: Path) -> None:
 
 
 def main() -> None:
-    image, mask = landscape(), torch.ones(1, 1, SIZE, SIZE)
+    image, mask = draw(Scene(), SIZE), torch.ones(1, 1, SIZE, SIZE)
     mask[..., 150:310, 90:300] = 0
     mask[..., :36] = 0
     before, smooth, edges = with_checks(image, mask), fill(image, mask), fill(image, mask, edge_aware=True)
