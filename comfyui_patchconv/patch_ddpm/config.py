@@ -1,0 +1,214 @@
+"""What a patch-based DDPM is and how it is trained: the authors' JSON (Arakawa et al. 2023, arXiv 2304.07087)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from typing import Any, Optional
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How a model is trained. Raises ValueError for what cannot be.
+
+    train_dataset_dir: folder of images. log_dir: where checkpoints and samples go.
+    ema_decay: what the averaged weights keep of themselves every `update_ema_every` steps; up to step
+        `step_start_ema` they are the trained ones.
+    train_batch_size: images of a batch. gradient_accumulate_every: batches of a step. train_num_steps: in all.
+    train_lr: of Adam. use_amp: whether to compute in half precision where that is safe.
+    save_and_sample_every: steps between two checkpoints. num_workers: processes that read images; by default one for
+        each processor.
+    wandb_enabled: whether to report to Weights & Biases, as `wandb_name` in `wandb_project`.
+    """
+
+    train_dataset_dir: str
+    log_dir: str
+    ema_decay: float = 0.995
+    train_batch_size: int = 32
+    train_lr: float = 1e-4
+    train_num_steps: int = 100_000
+    gradient_accumulate_every: int = 1
+    use_amp: bool = False
+    step_start_ema: int = 2000
+    update_ema_every: int = 10
+    save_and_sample_every: int = 1000
+    num_workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    seed: int = 1234
+    wandb_enabled: bool = False
+    wandb_project: Optional[str] = None
+    wandb_name: Optional[str] = None
+
+    def __post_init__(self) -> None:
+        counts = ("train_batch_size", "train_num_steps", "gradient_accumulate_every", "update_ema_every")
+        _at_least(1, "trainer", self, *counts, "save_and_sample_every")
+        _at_least(0, "trainer", self, "step_start_ema", "num_workers")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"trainer.ema_decay is {self.ema_decay}: use 0 to below 1.")
+        if not self.train_lr > 0:
+            raise ValueError(f"trainer.train_lr is {self.train_lr}: use a number above 0, such as 1e-4.")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A U-Net for patches. Raises ValueError for what does not fit together.
+
+    dim: the base width; `dim_mults` times it are the widths of the levels, of which each has half the resolution of the
+        one before. The first of them is 1.
+    init_dim: channels of the first convolution; None for two thirds of `dim`.
+    out_dim: channels of what is predicted, which are those of the image; None says the same.
+    channels: of the image. resnet_block_groups: of every group norm.
+    learned_variance: False; the authors' code knows the name and refuses it.
+    patch_divider: patches along the height, and as many along the width.
+    image_size: pixels of a side, or (height, width), which the authors' code does not know.
+    """
+
+    dim: int
+    init_dim: Optional[int] = None
+    out_dim: Optional[int] = None
+    dim_mults: tuple[int, ...] = (1, 2, 4, 8)
+    channels: int = 3
+    resnet_block_groups: int = 8
+    learned_variance: bool = False
+    patch_divider: int = 4
+    image_size: int | tuple[int, int] = 128
+
+    def __post_init__(self) -> None:
+        _at_least(4, "model", self, "dim")  # the table of timesteps has no fewer columns
+        _at_least(1, "model", self, "channels", "resnet_block_groups", "patch_divider")
+        if self.init_dim is not None:
+            _at_least(1, "model", self, "init_dim")
+        if self.learned_variance:
+            raise ValueError("model.learned_variance is true, which the authors' code refuses as well: use false.")
+        if self.out_dim not in (None, self.channels):
+            raise ValueError(f"model.out_dim is {self.out_dim}: use null or the image's channels, {self.channels}.")
+        if self.dim_mults[:1] != (1,) or min(self.dim_mults) < 1:
+            raise ValueError(
+                f"model.dim_mults is {list(self.dim_mults)}: use whole numbers above 0, the first of them 1."
+            )
+        for width in self.widths:
+            if width % self.resnet_block_groups:
+                raise ValueError(
+                    f"a level is {width} channels wide: use model.dim and dim_mults that give multiples of "
+                    f"resnet_block_groups, {self.resnet_block_groups}."
+                )
+        unit = self.patch_divider * 2 ** (len(self.dim_mults) - 1)
+        if any(side < 1 or side % unit for side in self.image_sides):
+            raise ValueError(
+                f"model.image_size is {self.image_size}: use a multiple of {unit}, which is {self.patch_divider} "
+                f"patches that are halved {len(self.dim_mults) - 1} times, or another patch_divider or dim_mults."
+            )
+
+    @property
+    def first_width(self) -> int:
+        """Channels of the first convolution."""
+        return self.dim // 3 * 2 if self.init_dim is None else self.init_dim
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each level."""
+        return [self.dim * mult for mult in self.dim_mults]
+
+    @property
+    def image_sides(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def patches(self) -> int:
+        """Of an image, in all."""
+        return self.patch_divider**2
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """What a model is trained to predict, and how that is judged. Raises ValueError for what is not known.
+
+    timesteps: from no noise to nothing else. loss_type: `l1` or `l2`, of absolute or squared differences.
+    objective: `pred_noise`, the noise, or `pred_x0`, the image.
+    """
+
+    timesteps: int = 1000
+    loss_type: str = "l1"
+    objective: str = "pred_noise"
+
+    def __post_init__(self) -> None:
+        _at_least(1, "diffusion", self, "timesteps")
+        if self.loss_type not in ("l1", "l2"):
+            raise ValueError(f"diffusion.loss_type is {self.loss_type!r}: use l1 or l2.")
+        if self.objective not in ("pred_noise", "pred_x0"):
+            raise ValueError(f"diffusion.objective is {self.objective!r}: use pred_noise or pred_x0.")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All of it. Files of weights have no trainer: it names folders of the machine that they come from."""
+
+    model: ModelConfig
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    trainer: Optional[TrainerConfig] = None
+
+    def to_json(self) -> str:
+        return json.dumps({name: value for name, value in asdict(self).items() if value is not None})
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """Raises ValueError for text that is not JSON, and for the first name that is unknown, missing, or has a value
+        of the wrong type or that does not fit the others."""
+        try:
+            given = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"the configuration is not JSON: {error}.") from None
+        if not isinstance(given, dict):
+            raise ValueError("the configuration is not a JSON object: give one with model, diffusion and trainer.")
+        sections = _checked(cls, given, "")
+        return cls(**{name: _SECTIONS[name](**_checked(_SECTIONS[name], sections[name], f"{name}.")) for name in given})
+
+
+_SECTIONS: dict[str, Any] = {"model": ModelConfig, "diffusion": DiffusionConfig, "trainer": TrainerConfig}
+
+
+def _whole(value: object) -> bool:
+    return type(value) is int  # not a bool, which is an int as well
+
+
+def _many_whole(value: object) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(map(_whole, value))
+
+
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "int": ("a whole number", _whole),
+    "float": ("a number", lambda value: type(value) in (int, float)),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "str": ("a text", lambda value: isinstance(value, str)),
+    "Optional[int]": ("a whole number or null", lambda value: value is None or _whole(value)),
+    "Optional[str]": ("a text or null", lambda value: value is None or isinstance(value, str)),
+    "tuple[int, ...]": ("a list of whole numbers", _many_whole),
+    "int | tuple[int, int]": (
+        "a whole number or [height, width]",
+        lambda value: _whole(value) or (_many_whole(value) and len(value) == 2),
+    ),
+}
+"""By the annotation of a field: what its value has to be in the JSON. Fields not listed are objects."""
+
+
+def _checked(kind: Any, given: dict[str, Any], section: str) -> dict[str, Any]:
+    """The values as the fields of `kind` hold them."""
+    known: dict[str, Field[Any]] = {each.name: each for each in fields(kind)}
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{section}{name} is not known: known are {', '.join(known)}.")
+    for name, each in known.items():
+        words, fits = _KINDS.get(str(each.type), ("an object", lambda value: isinstance(value, dict)))
+        if name not in given and each.default is MISSING and each.default_factory is MISSING:
+            raise ValueError(f"{section}{name} is missing: give {words}.")
+        if name in given and not fits(given[name]):
+            raise ValueError(f"{section}{name} is {given[name]!r}: use {words}.")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def _at_least(least: int, section: str, config: object, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{section}.{name} is {getattr(config, name)}: use {least} or more.")
