@@ -7,6 +7,8 @@ import re
 
 import torch
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
 
 def natural(text: str) -> int:
     """A whole number from 0."""

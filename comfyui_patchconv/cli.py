@@ -1,4 +1,4 @@
-"""`patchconv demo | decode | encode | patch-diffusion`: the package without a host."""
+"""`patchconv demo | decode | encode | patch-diffusion | patch-ddpm`: the package without a host."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from . import files
-from .arguments import device, first_line, natural, size
+from .arguments import DTYPES, device, first_line, natural, size
 from .convert import patched
 from .measure import Recorder
 from .memory import is_out_of_memory
+from .patch_ddpm import commands as patch_ddpm
 from .patch_diffusion import commands as patch_diffusion
 from .planner import DEFAULT_THRESHOLD, MODES
 from .streaming import stream
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 MB = 1e6
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CHOICES = (*MODES, "plain")
 WRONG_INPUT, OUT_OF_MEMORY, INTERRUPTED = 2, 3, 130
 """Exit codes; 0 is success."""
@@ -73,7 +73,7 @@ _LESS_MEMORY = "try --mode stream with a --budget, --dtype bfloat16, or --device
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = _Parser(prog="patchconv", description="Convolutions in strips: the same pixels in less memory.")
-    commands = top.add_subparsers(required=True, metavar="demo | decode | encode | patch-diffusion")
+    commands = top.add_subparsers(required=True, metavar="demo | decode | encode | patch-diffusion | patch-ddpm")
 
     decode = commands.add_parser("decode", help="a latent to an image", description=_decode.__doc__)
     decode.add_argument("--vae", type=Path, required=True, help="VAE or checkpoint, LDM or diffusers layout")
@@ -97,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     patch_diffusion.add(commands)
+    patch_ddpm.add(commands)
 
     top.set_defaults(job="")
     for command in (decode, encode, demo):

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import files
-from .cli import DTYPES, MB, Strips, check_channels, decode, scale
+from .arguments import DTYPES
+from .cli import MB, Strips, check_channels, decode, scale
 from .measure import Recorder
 from .memory import is_out_of_memory
 from .planner import DEFAULT_THRESHOLD

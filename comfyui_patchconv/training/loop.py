@@ -204,7 +204,7 @@ def begin(mixed_precision: str = "no", tracker: Optional[str] = None) -> Acceler
     return Accelerator(mixed_precision=mixed_precision, log_with=tracker)
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` write a file that takes the place of `path` only when it is whole."""
     beside = path.with_name(f".{path.name}.part")
     write(beside)
