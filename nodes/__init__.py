@@ -6,11 +6,22 @@ from comfy_api.latest import ComfyExtension, io  # pyright: ignore[reportMissing
 
 from .partial_conv import FillMaskedArea, VAEEncodePartialConv
 from .patch_conv import PatchConvModel, PatchConvVAE
+from .patch_ddpm import PatchDDPMLoader, PatchDDPMSampler
+from .patch_diffusion import PatchDiffusionLoader, PatchDiffusionSampler
 
 
 class PatchConvExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [PatchConvVAE, PatchConvModel, VAEEncodePartialConv, FillMaskedArea]
+        return [
+            PatchConvVAE,
+            PatchConvModel,
+            VAEEncodePartialConv,
+            FillMaskedArea,
+            PatchDiffusionLoader,
+            PatchDiffusionSampler,
+            PatchDDPMLoader,
+            PatchDDPMSampler,
+        ]
 
 
 async def comfy_entrypoint() -> PatchConvExtension:

@@ -21,6 +21,11 @@ MODEL_CATEGORY = "model/patch/unet" if VAE_CATEGORY.startswith("model/") else "m
 LATENT_CATEGORY: str = host_nodes.VAEEncodeForInpaint.CATEGORY
 """Where the host lists VAE Encode (for Inpainting)."""
 
+LOADER_CATEGORY: str = host_nodes.UNETLoader.CATEGORY
+"""Where the host lists Load Diffusion Model."""
+
+SAMPLER_CATEGORY: str = host_nodes.KSampler.CATEGORY
+
 FILL_CATEGORY: str = host_nodes.ImagePadForOutpaint.CATEGORY
 """Where the host lists Pad Image for Outpainting."""
 

@@ -7,12 +7,14 @@ those of the authors' PyTorch port, whose state dicts load as they are.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Optional
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..footprint import peak_activations
 from .config import Config
 
 _PLAIN_EPS = 1e-3  # of norms without weights, in every version
@@ -128,6 +130,19 @@ class PatchUNet(nn.Module):
             return mean
         seen = torch.cat([first, last], 1).detach() + self.variance_output_t_emb(F.silu(time)[..., None, None])
         return torch.cat([mean, from_patches(self.variance_output_model(seen).sigmoid(), config.patch)], 1)
+
+
+@cache
+def image_bytes(config: Config, dtype: torch.dtype) -> int:
+    """Bytes of activations that are held at once for one image, without gradients: counted, not measured."""
+    with torch.device("meta"):
+        model = PatchUNet(config)
+
+    def run(twin: PatchUNet) -> None:
+        labels = torch.zeros(1, dtype=torch.long) if config.classes else None
+        twin(torch.empty(1, 3, config.image_size, config.image_size, dtype=dtype), torch.zeros(1), labels)
+
+    return peak_activations(model, run, device=torch.device("cpu"), dtype=dtype)
 
 
 class _Steps(nn.Sequential):
