@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,12 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from training_helpers import words, write_images
 
 from comfyui_patchconv.training.images import Batches, ImageFolder, derived_seed
 from comfyui_patchconv.training.loop import Options, Training, add_losses, begin, read_losses, write_whole
 
 OPTIONS = Options(steps=7, batch=2, accumulate=2, learning_rate=0.01, warm_up=3, ema_every=1, every=3)
-
-
-def write_images(folder: Path, count: int = 5, size: tuple[int, int] = (8, 8)) -> Path:
-    """Random images in two folders, "one" and "two"."""
-    random = np.random.default_rng(0)
-    for number in range(count):
-        path = folder / ("one" if number % 2 else "two") / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
-    return folder
 
 
 @pytest.fixture
@@ -48,11 +40,8 @@ def images(tmp_path: Path) -> ImageFolder:
 def test_any_image_in_any_number_of_channels(tmp_path: Path, channels: int, mode: str, kind: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 4), dtype=np.uint8)
     whole = Image.fromarray(pixels)
-    if kind == "I;16":
-        whole = Image.fromarray(pixels[..., 0].astype(np.uint16))
-    else:
-        whole = whole.convert(kind)
-    whole.save(tmp_path / "image.png")
+    deep = Image.fromarray(pixels[..., 0].astype(np.uint16))
+    (deep if kind == "I;16" else whole.convert(kind)).save(tmp_path / "image.png")
     image, label = ImageFolder(tmp_path, (6, 4), channels)[0, False]
     assert (image.shape, image.dtype, label) == ((channels, 6, 4), torch.float32, 0)
     assert 0 <= float(image.min()) < float(image.max()) <= 1
@@ -134,7 +123,7 @@ def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return (model(images + torch.randn_like(images)) - images).square().mean()
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -147,16 +136,14 @@ def train(images: ImageFolder, options: Options = OPTIONS, state: Any = None, un
 
     def counted(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         if until and training.step >= until:
-            raise Killed
+            raise KilledError
         return loss(model, images, labels)
 
     def keep(losses: list[tuple[int, float]]) -> None:
         kept[0] = copy.deepcopy(training.state())
 
-    try:
+    with suppress(KilledError):
         training.run(images, counted, keep)
-    except Killed:
-        pass
     return training, kept[0]
 
 
@@ -259,9 +246,9 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
 
     def broken(beside: Path) -> None:
         beside.write_text("half")
-        raise Killed
+        raise KilledError
 
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         write_whole(path, broken)
     assert path.read_text() == "first"
 
@@ -277,11 +264,24 @@ def test_losses_go_on_from_a_checkpoint(tmp_path: Path) -> None:
 # Whole processes
 
 
-CONFIG = "--config lsun_p4 --image_size 16 --num_channels 32 --channel_mult 1 --num_head_channels 32 --num_res_blocks 1".split()
+CONFIG = [
+    "--config",
+    "lsun_p4",
+    "--image_size",
+    "16",
+    "--num_channels",
+    "32",
+    "--channel_mult",
+    "1",
+    "--num_head_channels",
+    "32",
+    "--num_res_blocks",
+    "1",
+]
 
 
 def command(folder: Path, out: Path) -> list[str]:
-    options = ["--steps", "6", "--batch_size", "2", "--save_every", "2", "--samples", "1", "--workers", "0"]
+    options = words("--steps 6 --batch_size 2 --save_every 2 --samples 1 --workers 0")
     module = ["-m", "comfyui_patchconv.cli", "patch-diffusion", "train", str(folder), "--out", str(out)]
     return [sys.executable, *module, *CONFIG, *options]
 
