@@ -159,6 +159,26 @@ def test_resampling_is_deferred(resample: Callable[[Tensor], Tensor]) -> None:
 
 
 @pytest.mark.usefixtures("strip_bytes")
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        nn.Conv2d(3, 4, 3, padding=2, dilation=2, padding_mode="circular"),
+        nn.Conv2d(3, 4, (4, 3), stride=2, padding=1, padding_mode="circular"),
+        nn.ConvTranspose2d(3, 4, 4, 2, 1),
+        nn.ConvTranspose2d(3, 4, 3, 3, 1, output_padding=2, dilation=2, bias=False),
+        nn.ConvTranspose2d(3, 6, 1, 3, 0, output_padding=1, groups=3),
+    ],
+    ids=["circular", "circular, strided", "transposed", "transposed, dilated", "transposed, with gaps"],
+)
+def test_convolutions_of_other_kinds_are_deferred(convolution: nn.Module) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), convolution, nn.SiLU()).requires_grad_(False)
+    report: dict[str, int] = {}
+    x = torch.randn(2, 3, 11, 6)
+    assert_same(streamed(model.forward, report=report)(x), model(x), 1e-6)
+    assert not report
+
+
+@pytest.mark.usefixtures("strip_bytes")
 def test_batch_norm_is_deferred_in_evaluation_alone() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU()).requires_grad_(False)
     x = torch.randn(2, 3, 11, 6)
