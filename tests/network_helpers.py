@@ -42,7 +42,11 @@ def random_network(seed: int) -> tuple[list[Any], int]:
         return lambda x, old: F.group_norm(x, 2, weight, bias)
 
     def padded() -> Any:
-        mode, top, bottom = draw.choice(["constant", "reflect", "replicate", "circular"]), draw.randint(0, 2), draw.randint(0, 2)
+        mode, top, bottom = (
+            draw.choice(["constant", "reflect", "replicate", "circular"]),
+            draw.randint(0, 2),
+            draw.randint(0, 2),
+        )
         weight = weights(channels, channels, top + bottom + 1, 3)
         return lambda x, old: F.conv2d(F.pad(x, (1, 1, top, bottom), mode), weight) if min(x.shape[-2:]) > 2 else x
 

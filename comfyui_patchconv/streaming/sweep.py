@@ -102,7 +102,7 @@ class Sweep:
     def run(self, sinks: list[Sink]) -> None:
         """Give the rows of each root to its sink, from top to bottom."""
         run, height = self._run, self._main.height
-        run.note(self._workspace + max(self._growth, 0))
+        run.note(self._growth, self._workspace)
         work = sum(node.bytes for node in self._order)
         if run.dry:
             for node in self._dying:
@@ -129,7 +129,7 @@ class Sweep:
                     sink(strip)
                 del strip
             state = ahead
-            if self._main.device.type == "cpu" and run.excess() > planner.ALLOCATOR_BYTES["cpu"]:
+            if self._main.device.type == "cpu" and run.excess() > planner.ALLOCATOR_BYTES["cpu"] + run.spare():
                 trim()
             for node in self._dying:
                 assert node.rows is not None
