@@ -20,7 +20,7 @@ from .graph import Node, RowLocal
 
 Sink = Callable[[Tensor], None]
 
-_STRIPS_AT_ONCE = 5
+_STRIPS_AT_ONCE = 6
 """Strips of the widest step alive at once: with their halo rows, its result, and what a backend copies of them."""
 
 
@@ -41,8 +41,11 @@ def producers_first(roots: list[Node]) -> list[Node]:
 
 
 def rows_that_suit(node: Node, row_bytes: int) -> int:
-    """Rows of `node` in a strip, where one of them stands for `row_bytes` bytes."""
-    target = planner.STRIP_BYTES.get(node.device.type, planner.STRIP_BYTES_ELSEWHERE) // 4
+    """Rows of `node` in a strip, where one of them stands for `row_bytes` bytes.
+
+    All strips that are alive at once take what suits a convolution's input and output.
+    """
+    target = planner.STRIP_BYTES.get(node.device.type, planner.STRIP_BYTES_ELSEWHERE) // _STRIPS_AT_ONCE
     return min(max(target // max(row_bytes, 1), 1), max(node.height, 1))
 
 
