@@ -208,7 +208,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> list[BaseException]:
             raise errors.pop(0)
         return plain(input, *args, **kwargs)
 
-    monkeypatch.setitem(planner.STRIP_BYTES, "cpu", 2_000)
+    monkeypatch.setitem(planner.STRIP_BYTES, "cpu", 4_000)
     monkeypatch.setattr("comfyui_patchconv.streaming.operators._CONVOLVE", (F.conv1d, conv2d, F.conv3d))
     return errors
 
