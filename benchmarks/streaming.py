@@ -122,8 +122,8 @@ def main() -> None:
         "streaming_encode" if args.encode else "streaming",
         f"Streaming: {'encode' if args.encode else 'decode'}",
         "Stable Diffusion's VAE, random weights. Peak is memory beyond the weights and the input, own the part of it "
-        "that is the process's own, expected what the plan said beforehand; the error is the largest difference to plain, "
-        f"relative to its range. {args.dtype}, median of {args.rounds} interleaved rounds of fresh processes.",
+        "that is the process's own, expected what the plan said beforehand; the error is the largest difference to "
+        f"plain, relative to its range. {args.dtype}, median of {args.rounds} interleaved rounds of fresh processes.",
         ["image", "method", "peak MB", "own MB", "expected MB", "memory / plain", "s", "time / plain", "largest error"],
         rows,
         device=args.device,
