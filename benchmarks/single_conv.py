@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,14 @@ def patch_conv_module() -> Any:
     source = Path(spec.origin).read_text()
     changed = source.replace("(1 << 30)", "0")
     assert changed != source, "patch_conv's threshold was not found in its source"
-    module = type(sys)("patch_conv_without_threshold")
-    exec(compile(changed, spec.origin, "exec"), module.__dict__)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "patch_conv_without_threshold.py")
+        path.write_text(changed)
+        changed_spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert changed_spec is not None
+        assert changed_spec.loader is not None
+        module = importlib.util.module_from_spec(changed_spec)
+        changed_spec.loader.exec_module(module)
     return module
 
 
