@@ -60,10 +60,14 @@ def publish(
 
     what: one or two sentences on what was measured and how. packages: distributions whose versions matter, beside
     torch; `versions` names others. environment: variables that the command needs. ValueError where a row has another
-    length than `head`, or `bars` names a column that is not there.
+    length than `head`, two columns have one name, or `bars` names one that is not there.
     """
     if wrong := [row for row in rows if len(row) != len(head)]:
         raise ValueError(f"{name}: a row of {len(wrong[0])} cells under {len(head)} headings: {wrong[0]}.")
+    if twice := {column for column in head if head.count(column) > 1}:
+        raise ValueError(
+            f"{name}: two columns are called {sorted(twice)[0]!r}: a table of README.md could not tell them."
+        )
     if unknown := set(bars) - set(head):
         raise ValueError(f"{name}: no column is called {sorted(unknown)[0]!r}; there are {', '.join(head)}.")
     result = Result(

@@ -30,7 +30,7 @@ from comfyui_patchconv.files import random_vae
 from comfyui_patchconv.measure import Recorder
 from comfyui_patchconv.streaming import choose, stream
 
-METHODS = {"plain": "plain", "streamed": "streamed", "bounded": "streamed, {budget:g} GiB"}
+METHODS = {"plain": "plain", "streamed": "ours, streamed", "bounded": "ours, streamed, {budget:g} GiB"}
 
 
 class Anonymous(threading.Thread):
