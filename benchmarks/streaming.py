@@ -23,14 +23,14 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import torch
-from harness import machine, rounds, table
+from harness import publish, rounds
 from vae_decode import difference
 
 from comfyui_patchconv.files import random_vae
 from comfyui_patchconv.measure import Recorder
 from comfyui_patchconv.streaming import choose, stream
 
-METHODS = {"plain": "plain", "streamed": "streamed", "bounded": "streamed, {budget:g} GiB"}
+METHODS = {"plain": "plain", "streamed": "ours, streamed", "bounded": "ours, streamed, {budget:g} GiB"}
 
 
 class Anonymous(threading.Thread):
@@ -118,10 +118,18 @@ def main() -> None:
                 rows.append([f"{size}²", METHODS[method].format(budget=args.budget), *row(found, base)])
                 if "error" not in found and "error" not in base:
                     rows[-1][-1] = difference(path, results["plain"])
-    work = "encode" if args.encode else "decode"
-    print(f"{work}, {machine(args.device)}, {args.dtype}, median of {args.rounds} interleaved rounds\n")
-    head = ["image", "method", "peak MB", "own MB", "expected MB", "/ plain", "s", "/ plain", "largest error"]
-    print(table(head, rows))
+    publish(
+        "streaming_encode" if args.encode else "streaming",
+        f"Streaming: {'encode' if args.encode else 'decode'}",
+        "Stable Diffusion's VAE, random weights. Peak is memory beyond the weights and the input, own the part of it "
+        "that is the process's own, expected what the plan said beforehand; the error is the largest difference to "
+        f"plain, relative to its range. {args.dtype}, median of {args.rounds} interleaved rounds of fresh processes.",
+        ["image", "method", "peak MB", "own MB", "expected MB", "memory / plain", "s", "time / plain", "largest error"],
+        rows,
+        device=args.device,
+        bars=["peak MB", "s"],
+        packages=["diffusers"],
+    )
 
 
 def row(found: dict[str, Any], base: dict[str, Any]) -> list[str]:
