@@ -21,10 +21,7 @@ from comfyui_patchconv import planner
 from comfyui_patchconv.streaming import stream, streamed
 
 WHOLE: dict[str, set[str]] = {
-    "wan decode": {"chunk", "scaled_dot_product_attention", "conv2d", "zeros_like", "stack"},
-    "wan encode": {"chunk", "scaled_dot_product_attention", "conv2d"},
-    "qwen decode": {"chunk", "scaled_dot_product_attention", "conv2d"},
-    "qwen encode": {"chunk", "scaled_dot_product_attention", "conv2d"},
+    "wan decode": {"zeros_like", "stack"},
     "hunyuan decode": {"group_norm", "add"},
     "hunyuan encode": {"group_norm", "add"},
     "ltx decode": {"flatten"},
@@ -32,7 +29,7 @@ WHOLE: dict[str, set[str]] = {
     "mochi decode": {"view"},
     "mochi encode": {"sin", "cos", "linear"},
     "cosmos decode": {
-        "new_ones", "scaled_dot_product_attention", "type_as", "repeat_interleave", "conv_transpose3d", "flatten",
+        "new_ones", "scaled_dot_product_attention", "type_as", "repeat_interleave", "flatten",
     },
     "cosmos encode": {"avg_pool3d", "scaled_dot_product_attention", "type_as", "new_ones", "flatten"},
     "cogvideox encode": {"select", "slice"},
