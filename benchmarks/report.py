@@ -28,6 +28,17 @@ BENCHMARKS = {
     "vae_decode": ["vae_decode.py"],
     "streaming": ["streaming.py"],
     "streaming_encode": ["streaming.py", "--encode"],
+    "streaming_half": [
+        *("streaming.py", "--name", "streaming_half", "--sizes", "512", "--dtype", "bfloat16"),
+        *("--methods", "exact", "plain", "streamed", "--rounds", "1"),
+    ],
+    "streaming_bounded": [
+        *("streaming.py", "--name", "streaming_bounded", "--sizes", "2048"),
+        *("--methods", "streamed", "bounded", "--rounds", "2"),
+    ],
+    "streaming_4096": [
+        *("streaming.py", "--name", "streaming_4096", "--sizes", "4096", "--methods", "bounded", "--rounds", "1"),
+    ],
     "partial_conv": ["partial_conv.py"],
 }
 """What each is run by, in the order of the page; others that have kept something stand behind them."""
