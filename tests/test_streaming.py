@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comfyui_patchconv import planner
+from comfyui_patchconv.files import random_vae
 from comfyui_patchconv.streaming import stream, streamed
 
 WHOLE: dict[str, set[str]] = {
@@ -270,3 +271,22 @@ def test_half_precision_is_as_near_to_float64_as_plain(dtype: torch.dtype) -> No
     with stream(model):
         ours = (model(x).double() - exact).square().mean().sqrt()
     assert ours <= 1.05 * plain
+
+
+@pytest.mark.parametrize("half", ["decoder", "encoder"])
+def test_a_vae_in_half_precision_is_as_near_to_float64_as_plain(half: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stable Diffusion's, at full width, in strips of a few rows."""
+    monkeypatch.setitem(planner.STRIP_BYTES, "cpu", 1 << 20)
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(2, *((3, 128, 128) if half == "encoder" else (4, 16, 16)), generator=generator).bfloat16()
+
+    def run(vae: Any, x: Tensor) -> Tensor:
+        return vae.encode(x).latent_dist.mode() if half == "encoder" else vae.decode(x).sample
+
+    with torch.inference_mode():
+        exact = run(nn.Module.to(random_vae(dtype=torch.bfloat16), torch.float64), input.double())
+        vae = random_vae(dtype=torch.bfloat16)
+        plain = (run(vae, input).double() - exact).square().mean().sqrt()
+        with stream(getattr(vae, half)):
+            ours = (run(vae, input).double() - exact).square().mean().sqrt()
+    assert 0 < ours <= 1.05 * plain
