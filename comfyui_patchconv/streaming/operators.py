@@ -329,7 +329,7 @@ def _type_as(func: Any, input: Any, other: Any) -> Optional[Node]:
 
 
 def _dropout(func: Any, input: Any, p: float, train: bool) -> Optional[Node]:
-    return None if train or not isinstance(input, Node) else _identity(input)
+    return None if (train and p) or not isinstance(input, Node) else _identity(input)
 
 
 def _identity(input: Node) -> Node:
@@ -400,7 +400,7 @@ def _over_channels(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
 
 _ALONG = {
     "cat": 1, "concat": 1, "concatenate": 1, "slice": 1, "narrow": 1, "select": 1, "unbind": 1, "unsqueeze": 1,
-    "squeeze": 1, "split": 2, "split_with_sizes": 2, "chunk": 2, "repeat_interleave": 2,
+    "squeeze": 1, "stack": 1, "split": 2, "split_with_sizes": 2, "chunk": 2, "repeat_interleave": 2,
 }  # fmt: skip
 """Operators along one dimension, and where among their arguments it stands."""
 
@@ -412,6 +412,6 @@ def _not_along_rows(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> b
     dim = kwargs.get("dim", args[place] if len(args) > place else 0)
     if not nodes or not isinstance(dim, int):
         return False
-    dims = len(nodes[0].shape) + (name == "unsqueeze")
-    removed = name in ("select", "unbind", "squeeze")
-    return dim % dims < dims - 2 if removed or name == "unsqueeze" else dim % dims != dims - 2
+    added, removed = name in ("unsqueeze", "stack"), name in ("select", "unbind", "squeeze")
+    dims = len(nodes[0].shape) + added
+    return dim % dims < dims - 2 if added or removed else dim % dims != dims - 2

@@ -78,6 +78,8 @@ class LazyTensor(Tensor):
         in_place = name.endswith("_") and not name.startswith("_") and isinstance(first, LazyTensor)
         if in_place and first._hold.viewed:
             raise CannotStreamError(f"{name} writes through a view")
+        if name in _NEW:
+            return func(*tree_map(_without_values, args), **kwargs)
         results = None if kwargs.get("out") is not None else _deferred(func, args, kwargs, lazy)
         if results is None:
             run = lazy[0]._hold.node.run
@@ -145,9 +147,14 @@ def _whole(func: Any, name: str, target: Any, args: Any, kwargs: Any, run: Run) 
     if target is not None:
         target._hold.become(Node.of(result, run))
         return target
-    if name in _NEW:
-        return result
     return tree_map(lambda value: _lazy_again(value, run), result)
+
+
+def _without_values(value: Any) -> Any:
+    """A tensor of the shape, type and device of a deferred one, in next to no memory."""
+    if not isinstance(value, LazyTensor):
+        return value
+    return torch.empty((), dtype=value.dtype, device=value.device).expand(value.shape)
 
 
 def _lazy_again(value: Any, run: Run) -> Any:
