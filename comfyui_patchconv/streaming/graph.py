@@ -24,9 +24,11 @@ class Step:
     """How rows of a map come from rows of its inputs.
 
     row_bytes: bytes that an output row takes while it is computed, beside itself and what it is computed from.
+    weight_bytes: bytes that are read for any number of rows.
     """
 
     row_bytes = 0
+    weight_bytes = 0
 
     def needs(self, first: int, last: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
         """For each input, of `sizes` rows, the rows that output rows `[first, last)` read: none beyond its edges."""
@@ -50,8 +52,8 @@ class RowLocal(Step):
 class Convolve(Step):
     """A convolution or average with zero padding; `call` runs it on a piece whose rows are padded already."""
 
-    def __init__(self, axis: Axis, call: Piece) -> None:
-        self.axis, self.call = axis, call
+    def __init__(self, axis: Axis, call: Piece, weight_bytes: int = 0) -> None:
+        self.axis, self.call, self.weight_bytes = axis, call, weight_bytes
 
     def needs(self, first: int, last: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
         return [_clipped(*self.axis.reach(first, last), sizes[0])]
@@ -70,8 +72,8 @@ class ConvolveTransposed(Step):
     `call` runs it on a piece without padding along the rows. axis: of the convolution that it is the transpose of.
     """
 
-    def __init__(self, axis: Axis, call: Piece) -> None:
-        self.axis, self.call = axis, call
+    def __init__(self, axis: Axis, call: Piece, weight_bytes: int) -> None:
+        self.axis, self.call, self.weight_bytes = axis, call, weight_bytes
 
     def needs(self, first: int, last: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
         axis = self.axis
@@ -172,6 +174,7 @@ class UpsampledConvolve(Step):
 
     def __init__(self, weight: Tensor, bias: Optional[Tensor], call: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.kernels = [[_summed(weight, y, x) for x in (0, 1)] for y in (0, 1)]
+        self.weight_bytes = 4 * self.kernels[0][0].nbytes
         self.bias, self.call = bias, call
 
     def needs(self, first: int, last: int, sizes: Sequence[int]) -> list[tuple[int, int]]:

@@ -144,7 +144,7 @@ def _convolution(
     def call(pieces: Sequence[Tensor]) -> Tensor:
         return convolve(pieces[0], weight, bias, stride, inner, dilation, groups)
 
-    return _shaped(input, Convolve(axis, call), lambda x: convolve(
+    return _shaped(input, Convolve(axis, call, weight.nbytes), lambda x: convolve(
         x, _as_meta(weight), _as_meta(bias), stride, padding, dilation, groups
     ))  # fmt: skip
 
@@ -173,7 +173,7 @@ def _transposed(
     def call(pieces: Sequence[Tensor]) -> Tensor:
         return convolve(pieces[0], weight, bias, stride, inner, added, groups, dilation)
 
-    return _shaped(input, ConvolveTransposed(axis, call), lambda x: convolve(
+    return _shaped(input, ConvolveTransposed(axis, call, weight.nbytes), lambda x: convolve(
         x, _as_meta(weight), _as_meta(bias), stride, padding, added, groups, dilation
     ))  # fmt: skip
 
