@@ -84,7 +84,7 @@ def draw(images: dict[str, Tensor], args: argparse.Namespace, path: Path) -> Non
         bottom.imshow((GAIN * error).clamp(0, 1).movedim(0, -1), interpolation="nearest")
         bottom.set_title(f"largest error {error.max():.1e}", fontsize=10, color="#444")
     text = (
-        f"Difference to plain, × {GAIN}\n\n{args.size}² pixels, tiles of {args.tile},\nStable Diffusion's VAE with\n"
+        f"Difference to plain, x {GAIN}\n\n{args.size}² pixels, tiles of {args.tile},\nStable Diffusion's VAE with\n"
         "random weights: the colours\nmean nothing, and tiles\nlook worse than with\ntrained ones.\n\n"
         "Errors are relative to the\nrange of the image."
     )
