@@ -1,4 +1,5 @@
-"""One decode by ComfyUI's own nodes, in the host's Python: `comfyui_decode.py --worker CASE`, for `vae_decode.py`."""
+"""One decode by ComfyUI's own nodes, in the host's Python: `comfyui_decode.py --worker CASE`, for `vae_decode.py` and
+`comparison.py`."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ PACK = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(PACK), str(PACK / "tests" / "comfyui")]
 
 import torch
+from harness import latent_of
 from launch import prepare  # pyright: ignore[reportMissingImports]
 
 from comfyui_patchconv.measure import Recorder
@@ -35,15 +37,13 @@ def worker(case: dict[str, Any]) -> dict[str, Any]:
     state = importlib.import_module("comfy.utils").load_torch_file(case["vae"])
     dtype = getattr(torch, case["dtype"])
     vae = importlib.import_module("comfy.sd").VAE(sd=state, dtype=dtype)
-    torch.manual_seed(0)
-    side = case["size"] // 8
-    latent = {"samples": torch.randn(1, 4, side, side)}
+    latent = {"samples": latent_of(case)}
     modes = {"comfyui_ours": "patch", "comfyui_streamed": "stream"}
     if case["method"] in modes:
         patch_conv = nodes.NODE_CLASS_MAPPINGS["PatchConv_VAE"]
         (vae,) = patch_conv.execute(vae, splits=0, threshold=16.0, half="both", mode=modes[case["method"]]).result
     if case["method"] == "comfyui_tiled":
-        node, more = nodes.VAEDecodeTiled(), {"tile_size": 512, "overlap": 64}
+        node, more = nodes.VAEDecodeTiled(), {"tile_size": case["tile"], "overlap": 64}
     else:
         node, more = nodes.VAEDecode(), {}
     vae.decode(latent["samples"][..., :8, :8])  # the libraries' own start-up

@@ -135,6 +135,14 @@ def rounds(cases: list[dict[str, Any]], commands: list[list[str]], times: int) -
     return merged
 
 
+def latent_of(case: dict[str, Any]) -> torch.Tensor:
+    """The latent `[1, 4, H, W]` in the file that `case` names, or noise for an image of its size."""
+    if "latent" in case:
+        return torch.load(case["latent"], weights_only=True)
+    side = case["size"] // 8
+    return torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0))
+
+
 def machine(device: str) -> str:
     """One line that says what the figures were measured on."""
     return f"{_place(device)}, torch {torch.__version__}, Python {platform.python_version()}"

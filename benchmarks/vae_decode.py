@@ -17,14 +17,14 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import torch
-from harness import publish, rounds
+from harness import latent_of, publish, rounds
 from safetensors.torch import save_file
 from single_conv import patch_conv_module
 
@@ -42,6 +42,9 @@ METHODS = {
     "streamed": "ours, streamed",
     "diffusers_tiled": "diffusers enable_tiling",
 }
+TILE = 512
+"""Pixels; the default of both hosts' tiling."""
+
 HOST_METHODS = {
     "comfyui": "ComfyUI VAE Decode",
     "comfyui_ours": "ComfyUI VAE Decode + Patch Conv",
@@ -50,8 +53,8 @@ HOST_METHODS = {
 }
 
 
-def decoder(method: str, device: str, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What decodes a latent `[1, 4, H, W]` to an image `[1, 3, 8H, 8W]` by `method`."""
+def decoder(method: str, device: str, dtype: torch.dtype, tile: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What decodes a latent `[1, 4, H, W]` to an image `[1, 3, 8H, 8W]` by `method`; tile: pixels, for tiling."""
     vae: Any = random_vae(0, dtype, device)
     if method == "ours":
         convert_model(vae.decoder, splits=0, predicate=lambda *_: True)
@@ -61,6 +64,7 @@ def decoder(method: str, device: str, dtype: torch.dtype) -> Callable[[torch.Ten
         vae.decoder.forward = streamed(vae.decoder.forward)
     elif method == "diffusers_tiled":
         vae.enable_tiling()
+        vae.tile_sample_min_size, vae.tile_latent_min_size = tile, tile // 8
     elif method == "patch_conv":
         from patch_conv import convert_model as convert_with_peer
 
@@ -80,10 +84,8 @@ def replace_convolutions(model: torch.nn.Module, wrapper: Any) -> None:
 
 def worker(case: dict[str, Any]) -> dict[str, Any]:
     """One decode in this process; the image goes to a file for comparison."""
-    torch.manual_seed(0)
-    side = case["size"] // 8
-    latent = torch.randn(1, 4, side, side).to(case["device"], getattr(torch, case["dtype"]))
-    decode = decoder(case["method"], case["device"], latent.dtype)
+    latent = latent_of(case).to(case["device"], getattr(torch, case["dtype"]))
+    decode = decoder(case["method"], case["device"], latent.dtype, case["tile"])
     with torch.inference_mode():
         decode(latent[..., :8, :8])  # the libraries' own start-up
         with Recorder(case["device"]) as record:
@@ -95,6 +97,12 @@ def worker(case: dict[str, Any]) -> dict[str, Any]:
 def difference(path: Path, plain: Path) -> str:
     image, reference = (torch.load(file, weights_only=True) for file in (path, plain))
     return f"{(image - reference).abs().max() / (reference.max() - reference.min()):.1e}"
+
+
+def commands_of(methods: Iterable[str]) -> list[list[str]]:
+    """What decodes by each: this script, or for ComfyUI's nodes the one that runs in COMFYUI_PYTHON."""
+    host = [os.environ.get("COMFYUI_PYTHON", sys.executable), str(Path(__file__).with_name("comfyui_decode.py"))]
+    return [host if method in HOST_METHODS else [sys.executable, __file__] for method in methods]
 
 
 def comfyui_version(checkout: str) -> str:
@@ -114,13 +122,8 @@ def main() -> None:
     if args.worker:
         print(json.dumps(worker(json.loads(args.worker))))
         return
-    labels, commands = dict(METHODS), {method: [sys.executable, __file__] for method in METHODS}
     checkout = os.environ.get("COMFYUI_PATH")
-    if checkout:
-        labels |= HOST_METHODS
-        script = str(Path(__file__).with_name("comfyui_decode.py"))
-        host = [os.environ.get("COMFYUI_PYTHON", sys.executable), script]
-        commands |= {method: host for method in HOST_METHODS}
+    labels = METHODS | HOST_METHODS if checkout else METHODS
     if args.methods:
         labels = {method: label for method, label in labels.items() if method in args.methods}
     rows = []
@@ -129,9 +132,11 @@ def main() -> None:
         save_file(random_vae(0).state_dict(), weights)
         for size in args.sizes:
             images = {method: Path(folder, f"{method}-{size}.pt") for method in labels}
-            shared = dict(device=args.device, dtype=args.dtype, size=size, checkout=checkout, vae=str(weights))
+            shared = dict(
+                device=args.device, dtype=args.dtype, size=size, tile=TILE, checkout=checkout, vae=str(weights)
+            )
             cases = [shared | dict(method=method, image=str(image)) for method, image in images.items()]
-            results = dict(zip(labels, rounds(cases, [commands[method] for method in labels], args.rounds)))
+            results = dict(zip(labels, rounds(cases, commands_of(labels), args.rounds)))
             for method, result in results.items():
                 reference = "comfyui" if method in HOST_METHODS else "plain"
                 base = results.get(reference, {"error": "not run"})

@@ -64,3 +64,11 @@ def test_what_has_to_be_run_to_be_known_is_refused(tmp_path: Path, source: str) 
     (tmp_path / "node.py").write_text(source)
     with pytest.raises(ValueError, match=r"node\.py:1: .* write it out"):
         UPDATE["definitions"](tmp_path)
+
+
+@pytest.mark.parametrize("language", ["en", *sorted(LETTERS)])
+def test_every_setting_has_its_words(language: str) -> None:
+    """The front end's settings by id, with _ for its dots."""
+    scripts = [path.read_text(encoding="utf-8") for path in (LOCALES.parent / "web").rglob("*.js")]
+    ids = {found.replace(".", "_") for script in scripts for found in re.findall(r'"(PatchConv(?:\.\w+)+)"', script)}
+    assert set(UPDATE["read"](language, "settings.json")) == ids
