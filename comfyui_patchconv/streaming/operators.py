@@ -12,6 +12,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..geometry import Axis
@@ -86,7 +87,8 @@ def _row_local(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Option
         positional, named = tree_unflatten(values, spec)
         return func(*positional, **named)
 
-    meta = call([_meta(node.shape, node.dtype) for node in inputs], [_as_meta(value) for value in flat])
+    with _disable_current_modes():  # torch 2.1 cannot raise the precision of a fake tensor on the meta device
+        meta = call([_meta(node.shape, node.dtype) for node in inputs], [_as_meta(value) for value in flat])
     outputs = [meta] if isinstance(meta, Tensor) else list(meta)
     if any(output.dim() < 3 or output.shape[-2] != height for output in outputs):
         return None

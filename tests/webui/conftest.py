@@ -107,7 +107,7 @@ class WebUI(HostProcess):
         super().start()
         try:
             # Asked before it is through, it would refuse to add the rest of its routes.
-            self.wait(lambda: "Startup time:" in self.log())
+            self.wait(lambda: "Startup time:" in self.log(), seconds=900)
         except BaseException:
             self.stop()
             raise
