@@ -87,7 +87,7 @@ def _row_local(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Option
         positional, named = tree_unflatten(values, spec)
         return func(*positional, **named)
 
-    with _disable_current_modes():  # torch 2.1 cannot raise the precision of a fake tensor on the meta device
+    with _disable_current_modes():  # see `_shaped`
         meta = call([_meta(node.shape, node.dtype) for node in inputs], [_as_meta(value) for value in flat])
     outputs = [meta] if isinstance(meta, Tensor) else list(meta)
     if any(output.dim() < 3 or output.shape[-2] != height for output in outputs):
@@ -323,7 +323,8 @@ _SPECIAL: dict[str, Operator] = {
 
 
 def _shaped(input: Node, step: Step, plain: Callable[[Tensor], Tensor]) -> Node:
-    meta = plain(_meta(input.shape, input.dtype))
+    with _disable_current_modes():  # in a dry run of torch 2.1 casts and upsampling fail on the meta device
+        meta = plain(_meta(input.shape, input.dtype))
     return input.then(step, meta.shape, meta.dtype)
 
 
