@@ -262,7 +262,7 @@ def _opened(path: Path) -> tuple[Header, Callable[[str], Tensor]]:
         return read_header(path), safe_open(path, "pt").get_tensor
     path = existing(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except Exception as error:  # a damaged or hostile pickle raises anything
         if is_out_of_memory(error):
             raise

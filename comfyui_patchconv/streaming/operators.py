@@ -12,6 +12,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..geometry import Axis
@@ -98,7 +99,8 @@ def _row_local(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Option
         positional, named = tree_unflatten(values, spec)
         return func(*positional, **named)
 
-    meta = call([_meta(node.shape, node.dtype) for node in inputs], [_as_meta(value) for value in flat])
+    with _disable_current_modes():  # see `_shaped`
+        meta = call([_meta(node.shape, node.dtype) for node in inputs], [_as_meta(value) for value in flat])
     outputs = [meta] if isinstance(meta, Tensor) else list(meta)
     if any(output.dim() < 3 or output.shape[-2] != height for output in outputs):
         return None
@@ -368,7 +370,8 @@ _SPECIAL: dict[str, Operator] = {
 
 
 def _shaped(input: Node, step: Step, plain: Callable[[Tensor], Tensor]) -> Node:
-    meta = plain(_meta(input.shape, input.dtype))
+    with _disable_current_modes():  # in a dry run of torch 2.1 casts and upsampling fail on the meta device
+        meta = plain(_meta(input.shape, input.dtype))
     return input.then(step, meta.shape, meta.dtype)
 
 

@@ -12,7 +12,6 @@ import base64
 import io
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,7 +36,7 @@ class Host(NamedTuple):
     """What differs between the WebUIs.
 
     cpu: flags for a machine without a GPU. frugal: flags that have weights move, one each.
-    half, mixed: flags for half precision; for a U-Net in half precision and a VAE that is not.
+    half, mixed, bfloat16: flags for half precision; for a U-Net in half precision and a VAE that is not; for bfloat16.
     plot: arguments of the X/Y/Z plot behind its axes: no legend, the single pictures too, no others; no other seeds.
     hires: what a request for hires fix needs beside the usual.
     """
@@ -47,6 +46,7 @@ class Host(NamedTuple):
     frugal: tuple[str, ...]
     half: tuple[str, ...]
     mixed: tuple[str, ...]
+    bfloat16: tuple[str, ...]
     plot: tuple[Any, ...]
     hires: Mapping[str, Any] = MappingProxyType({})
 
@@ -58,6 +58,7 @@ A1111 = Host(
     frugal=("--medvram", "--lowvram"),
     half=("--precision", "half"),
     mixed=("--upcast-sampling", "--no-half-vae"),
+    bfloat16=(),
     plot=(False, *_PLOT),
 )
 REFORGE = Host(
@@ -66,6 +67,7 @@ REFORGE = Host(
     frugal=("--always-low-vram", "--always-no-vram"),
     half=("--unet-in-fp16", "--vae-in-fp16"),
     mixed=("--unet-in-fp16", "--vae-in-fp32"),
+    bfloat16=("--unet-in-bf16", "--vae-in-bf16"),
     plot=(False, False, False, 0, *_PLOT),
 )
 FORGE = REFORGE._replace(name="Forge", plot=A1111.plot, hires={"hr_additional_modules": ["Use same choices"]})
@@ -107,7 +109,7 @@ class WebUI(HostProcess):
         super().start()
         try:
             # Asked before it is through, it would refuse to add the rest of its routes.
-            self.wait(lambda: "Startup time:" in self.log())
+            self.wait(lambda: "Startup time:" in self.log(), seconds=900)
         except BaseException:
             self.stop()
             raise
@@ -194,17 +196,4 @@ def frugal_webui(
         pytest.skip(f"there is no GPU: {host.name} moves weights for want of its memory only")
     flags = (*FULL, host.frugal[request.param])
     with serve(checkout, checkpoint, tmp_path_factory.mktemp("frugal"), flags) as webui:
-        yield webui
-
-
-@pytest.fixture(scope="module", params=["half", "mixed"])
-def half_webui(
-    request: pytest.FixtureRequest, checkout: Path, checkpoint: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[WebUI]:
-    """In half precision, or with a VAE that is not."""
-    code = "import torch; torch.nn.Conv2d(1, 1, 1).half()(torch.ones(1, 1, 1, 1).half())"
-    if not torch.cuda.is_available() and subprocess.run([python(), "-c", code], capture_output=True).returncode:
-        pytest.skip(f"the torch of {python()} has no convolution in half precision on the CPU, and there is no GPU")
-    flags = getattr(host_of(checkout), request.param)
-    with serve(checkout, checkpoint, tmp_path_factory.mktemp(request.param), flags) as webui:
         yield webui
