@@ -48,16 +48,17 @@ def train_patch_diffusion(folder: Path, images: Path) -> tuple[Path, list[Path]]
 
 def train_patch_ddpm(folder: Path, images: Path) -> tuple[Path, list[Path]]:
     config = {
-        "model": {"dim": 32, "dim_mults": [1, 2, 2], "patch_divider": 2, "image_size": 32},
+        "model": {"dim": 24, "dim_mults": [1, 2, 3], "patch_divider": 2, "image_size": 32},
         "diffusion": {"loss_type": "l2", "objective": "pred_x0"},
         "trainer": {
             "train_dataset_dir": str(images),
             "log_dir": str(folder),
+            "train_batch_size": 16,
             "train_lr": 1e-3,
-            "train_num_steps": 3000,
+            "train_num_steps": 4000,
             "ema_decay": 0.99,
             "step_start_ema": 100,
-            "save_and_sample_every": 500,
+            "save_and_sample_every": 1000,
             "num_workers": 0,
             "seed": 0,
         },
