@@ -58,7 +58,7 @@ def train_patch_ddpm(folder: Path, images: Path) -> tuple[Path, list[Path]]:
             "train_num_steps": 4000,
             "ema_decay": 0.99,
             "step_start_ema": 100,
-            "save_and_sample_every": 1000,
+            "save_and_sample_every": 500,
             "num_workers": 0,
             "seed": 0,
         },

@@ -394,7 +394,7 @@ def test_configurations_as_text() -> None:
             r"model.dim_mults is \[2, 4\]: use whole numbers above 0, the first of them 1",
         ),
         ("model", {"dim_mults": [1, 0]}, r"model.dim_mults is \[1, 0\]: use whole numbers above 0"),
-        ("model", {"channels": 0}, "model.channels is 0: use 1 or more"),
+        ("model", {"channels": 0}, "model.channels is 0: use 1 for grey, 3 for RGB or 4 for RGBA"),
         ("model", {"resnet_block_groups": 3}, "a level is 16 channels wide: .* multiples of resnet_block_groups, 3"),
         ("model", {"learned_variance": True}, "model.learned_variance is true.*: use false"),
         ("model", {"patch_divider": 0}, "model.patch_divider is 0: use 1 or more"),
@@ -470,6 +470,34 @@ def test_the_trained_weights_instead_of_the_averaged(tmp_path: Path) -> None:
         assert torch.equal(one, other + 1)
 
 
+def test_what_differs_between_two_configurations() -> None:
+    """What a value that is left out stands for is no difference."""
+    config = Config(ModelConfig(24, patch_divider=1, image_size=32))
+    for other, words in (
+        (config, None),
+        (Config(replace(config.model, init_dim=16, out_dim=3, image_size=(32, 32))), None),
+        (Config(config.model, trainer=TrainerConfig("a", "b")), None),
+        (Config(replace(config.model, dim_mults=(1, 2, 4, 4))), "model.dim_mults, (1, 2, 4, 8) and (1, 2, 4, 4)"),
+        (Config(config.model, FEW), "diffusion.timesteps, 1000 and 8"),
+    ):
+        assert config.difference(other) == words
+
+
+def test_files_of_our_trainings_hold_their_configuration(tmp_path: Path) -> None:
+    """Groups and objective, which no shape tells, are not taken from the defaults."""
+    config = Config(TALL, DiffusionConfig(objective="pred_x0"))
+    model = randomised(TALL)
+    weights = {**schedule_buffers(config.diffusion), **{PREFIX + name: v for name, v in model.state_dict().items()}}
+    torch.save({"ema": weights, "config": config.to_json()}, tmp_path / "model-1.pt")
+    save(model, config.diffusion, tmp_path / "model.safetensors")
+    for read, path in ((import_torch, "model-1.pt"), (load, "model.safetensors")):
+        for given in (None, config):
+            found, diffusion = read(tmp_path / path, given)
+            assert (found.config, diffusion) == (TALL, config.diffusion)
+        with pytest.raises(ValueError, match=r"holds another configuration than the one given: diffusion\.objective, "):
+            read(tmp_path / path, Config(TALL))
+
+
 def test_files_that_are_something_else(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -491,7 +519,7 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
         load(path)
     with pytest.raises(ValueError, match="is not a checkpoint of tensors alone"):
         import_torch(path)
-    with pytest.raises(ValueError, match="has no weights called 'ema': use ema or model of a model-"):
+    with pytest.raises(ValueError, match="has no weights called 'ema': use ema or model of a training's model-"):
         import_torch(DATA / "patch_diffusion_uncond_p4.pt")
     with pytest.raises(ValueError, match="has no weights called 'opt'"):
         import_torch(CHECKPOINT, entry="opt")

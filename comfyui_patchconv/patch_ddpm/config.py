@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from typing import Any, Optional
 
 
@@ -16,7 +16,8 @@ class TrainerConfig:
     train_dataset_dir: folder of images. log_dir: where checkpoints and samples go.
     ema_decay: what the averaged weights keep of themselves every `update_ema_every` steps; up to step
         `step_start_ema` they are the trained ones.
-    train_batch_size: images of a batch. gradient_accumulate_every: batches of a step. train_num_steps: in all.
+    train_batch_size: images of a batch, on all devices together. gradient_accumulate_every: batches of a step.
+    train_num_steps: in all.
     train_lr: of Adam. use_amp: whether to compute in half precision where that is safe.
     save_and_sample_every: steps between two checkpoints. num_workers: processes that read images; by default one for
         each processor.
@@ -58,7 +59,7 @@ class ModelConfig:
         one before. The first of them is 1.
     init_dim: channels of the first convolution; None for two thirds of `dim`.
     out_dim: channels of what is predicted, which are those of the image; None says the same.
-    channels: of the image. resnet_block_groups: of every group norm.
+    channels: of the image, 1 (grey), 3 (RGB) or 4 (RGBA). resnet_block_groups: of every group norm.
     learned_variance: False; the authors' code knows the name and refuses it.
     patch_divider: patches along the height, and as many along the width.
     image_size: pixels of a side, or (height, width), which the authors' code does not know.
@@ -76,7 +77,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _at_least(4, "model", self, "dim")  # the table of timesteps has no fewer columns
-        _at_least(1, "model", self, "channels", "resnet_block_groups", "patch_divider")
+        _at_least(1, "model", self, "resnet_block_groups", "patch_divider")
+        if self.channels not in (1, 3, 4):
+            raise ValueError(f"model.channels is {self.channels}: use 1 for grey, 3 for RGB or 4 for RGBA.")
         if self.init_dim is not None:
             _at_least(1, "model", self, "init_dim")
         if self.learned_variance:
@@ -151,6 +154,21 @@ class Config:
 
     def to_json(self) -> str:
         return json.dumps({name: value for name, value in asdict(self).items() if value is not None})
+
+    def difference(self, other: Config) -> Optional[str]:
+        """The first value of the model or the diffusion that is another one in `other`: its name and both; None if
+        there is none. What a value that is left out stands for is the same as that value."""
+        for section in ("model", "diffusion"):
+            one, two = (asdict(getattr(config, section)) for config in (self._spelled_out(), other._spelled_out()))
+            for name, value in one.items():
+                if two[name] != value:
+                    return f"{section}.{name}, {value} and {two[name]}"
+        return None
+
+    def _spelled_out(self) -> Config:
+        model = self.model
+        whole = {"init_dim": model.first_width, "out_dim": model.channels, "image_size": model.image_sides}
+        return replace(self, model=replace(model, **whole))
 
     @classmethod
     def from_json(cls, text: str) -> Config:
