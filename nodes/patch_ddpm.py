@@ -16,7 +16,7 @@ from .pixel_model import DTYPES, PixelModel, SamplingBar, add_folder, as_image, 
 
 FAMILY, FOLDER = "Patch-based DDPM", "patch_ddpm"
 
-add_folder(FOLDER)
+add_folder(FOLDER, ".safetensors", ".pt")
 
 
 class PatchDDPMLoader(io.ComfyNode):

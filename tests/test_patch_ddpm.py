@@ -387,7 +387,7 @@ def test_configurations_as_text() -> None:
         ("model", {"init_dim": 1.5}, "model.init_dim is 1.5: use a whole number or null"),
         ("model", {"out_dim": 6}, "model.out_dim is 6: use null or the image's channels, 3"),
         ("model", {"dim_mults": 2}, "model.dim_mults is 2: use a list of whole numbers"),
-        ("model", {"dim_mults": []}, r"model.dim_mults is \[\]: use a list of whole numbers"),
+        ("model", {"dim_mults": []}, r"model.dim_mults is \[\]: use whole numbers above 0"),
         (
             "model",
             {"dim_mults": [2, 4]},

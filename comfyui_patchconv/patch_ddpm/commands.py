@@ -13,7 +13,7 @@ import torch
 from torch import distributed
 
 from .. import files
-from ..arguments import DTYPES, device, natural
+from ..arguments import DTYPES, device, natural, seed
 from ..training.images import derived_seed
 from .checkpoints import import_torch, load, save
 from .config import Config, DiffusionConfig
@@ -42,7 +42,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--patches-at-once", type=natural, default=0, help="of each image; 0 for as many as fit (default)"
     )
-    parser.add_argument("--seed", type=natural, help="default: another one each time")
+    parser.add_argument("--seed", type=seed, help="default: another one each time")
     parser.add_argument("--device", type=device, help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     parser.set_defaults(run=_sample)
@@ -91,17 +91,17 @@ def _sample(args: argparse.Namespace) -> None:
     process, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     where = args.device or _device_of_process()
     model = model.to(where, DTYPES[args.dtype])
-    seed = _drawn_seed(processes) if args.seed is None else args.seed
+    drawn = _drawn_seed(processes) if args.seed is None else args.seed
     args.out_dir.mkdir(parents=True, exist_ok=True)
     starts = range(0, args.n_samples, args.batch_size)[process::processes]
     if process == 0:
-        print(f"{args.n_samples} images with seed {seed}")
+        print(f"{args.n_samples} images with seed {drawn}")
     from tqdm import tqdm
 
     with tqdm(total=len(starts) * steps, unit="step", disable=process > 0 or not sys.stderr.isatty()) as bar:
         for start in starts:
             count = min(args.batch_size, args.n_samples - start)
-            generator = torch.Generator().manual_seed(derived_seed(seed, start))
+            generator = torch.Generator().manual_seed(derived_seed(drawn, start))
             shape = (count, model.config.channels, *model.config.image_sides)
             images = sample(
                 model,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Optional
+
+from ..json_fields import checked, parsed
 
 
 @dataclass(frozen=True)
@@ -174,56 +175,12 @@ class Config:
     def from_json(cls, text: str) -> Config:
         """Raises ValueError for text that is not JSON, and for the first name that is unknown, missing, or has a value
         of the wrong type or that does not fit the others."""
-        try:
-            given = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"the configuration is not JSON: {error}.") from None
-        if not isinstance(given, dict):
-            raise ValueError("the configuration is not a JSON object: give one with model, diffusion and trainer.")
-        sections = _checked(cls, given, "")
-        return cls(**{name: _SECTIONS[name](**_checked(_SECTIONS[name], sections[name], f"{name}.")) for name in given})
+        given = parsed(text)
+        sections = checked(cls, given, "")
+        return cls(**{name: _SECTIONS[name](**checked(_SECTIONS[name], sections[name], f"{name}.")) for name in given})
 
 
 _SECTIONS: dict[str, Any] = {"model": ModelConfig, "diffusion": DiffusionConfig, "trainer": TrainerConfig}
-
-
-def _whole(value: object) -> bool:
-    return type(value) is int  # not a bool, which is an int as well
-
-
-def _many_whole(value: object) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(map(_whole, value))
-
-
-_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "int": ("a whole number", _whole),
-    "float": ("a number", lambda value: type(value) in (int, float)),
-    "bool": ("true or false", lambda value: isinstance(value, bool)),
-    "str": ("a text", lambda value: isinstance(value, str)),
-    "Optional[int]": ("a whole number or null", lambda value: value is None or _whole(value)),
-    "Optional[str]": ("a text or null", lambda value: value is None or isinstance(value, str)),
-    "tuple[int, ...]": ("a list of whole numbers", _many_whole),
-    "int | tuple[int, int]": (
-        "a whole number or [height, width]",
-        lambda value: _whole(value) or (_many_whole(value) and len(value) == 2),
-    ),
-}
-"""By the annotation of a field: what its value has to be in the JSON. Fields not listed are objects."""
-
-
-def _checked(kind: Any, given: dict[str, Any], section: str) -> dict[str, Any]:
-    """The values as the fields of `kind` hold them."""
-    known: dict[str, Field[Any]] = {each.name: each for each in fields(kind)}
-    for name in given:
-        if name not in known:
-            raise ValueError(f"{section}{name} is not known: known are {', '.join(known)}.")
-    for name, each in known.items():
-        words, fits = _KINDS.get(str(each.type), ("an object", lambda value: isinstance(value, dict)))
-        if name not in given and each.default is MISSING and each.default_factory is MISSING:
-            raise ValueError(f"{section}{name} is missing: give {words}.")
-        if name in given and not fits(given[name]):
-            raise ValueError(f"{section}{name} is {given[name]!r}: use {words}.")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def _at_least(least: int, section: str, config: object, *names: str) -> None:
