@@ -13,8 +13,7 @@ from .graph import Node
 from .run import Run
 from .scores import Scores
 
-_SEVERAL = ("split", "split_with_sizes", "chunk", "unbind")
-_VIEWS = (*_SEVERAL, *operators.ARRANGING, "slice", "narrow", "select", "unsqueeze", "squeeze")
+_VIEWS = (*tokens.SEVERAL, *operators.ARRANGING, "slice", "narrow", "select", "unsqueeze", "squeeze")
 
 _NEW = ("empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full")
 """What makes a tensor of its own, often to write parts of it: nothing to put off."""
@@ -92,7 +91,7 @@ class LazyTensor(Tensor):
         if name in _VIEWS:
             for tensor in (*results, *lazy):
                 tensor._hold.viewed = True
-        return results if name in _SEVERAL else results[0]
+        return results if name in tokens.SEVERAL else results[0]
 
 
 def _deferred(func: Any, args: Any, kwargs: Any, lazy: list[LazyTensor]) -> Optional[list[LazyTensor]]:
@@ -104,8 +103,7 @@ def _deferred(func: Any, args: Any, kwargs: Any, lazy: list[LazyTensor]) -> Opti
     viewed = tokens.build(func, *tree_map(_viewed, (args, kwargs)))
     if viewed is None:
         return None
-    node, layout = viewed
-    return [LazyTensor.of(node, None if tokens.is_map(node, layout) else layout)]
+    return [LazyTensor.of(node, None if tokens.is_map(node, layout) else layout) for node, layout in viewed]
 
 
 def _node(value: Any) -> Any:
