@@ -6,6 +6,7 @@ import base64
 import io
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def test_landscapes(server: Server) -> None:
     found = server.run_batch(loading() | sampling("images", steps=50, batch_size=8))["images"]
     images = np.stack([read_image(path) for path in found])
     assert len(images) == 8
-    assert not any(np.array_equal(one, other) for one, other in zip(images, images[1:]))
+    assert not any(np.array_equal(one, other) for one, other in pairwise(images))
     above, below = images[:, :6].mean((0, 1, 2)), images[:, -4:].mean((0, 1, 2))
     assert above[2] > above[1]
     assert below[1] > below[2] + 20
