@@ -4,7 +4,8 @@
 
 The published model of CelebA, 126.85 million parameters at 4 x 4 patches, with random weights. A divider of 1 is the
 model that works on the whole image. "all at once" is how the authors' code runs, "one by one" is `patches_at_once=1`;
-peak is memory beyond the weights. A step is one call of the model; a first one goes before it.
+A step is one call of the model. "peak" is memory beyond the weights, with what the library's convolutions lay out anew
+in it, weights too; "tensors" is counted: the most bytes of tensors alive at once. Time is of a second step.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import torch
 from harness import publish, rounds
 
+from comfyui_patchconv.footprint import peak_activations
 from comfyui_patchconv.measure import Recorder
 from comfyui_patchconv.patch_ddpm.config import ModelConfig
 from comfyui_patchconv.patch_ddpm.model import PatchDenoiser
@@ -44,7 +46,9 @@ def worker(case: dict[str, Any]) -> dict[str, Any]:
     step()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return {"peak": record.peak, "seconds": [time.perf_counter() - start], "checksum": checksum}
+    seconds = time.perf_counter() - start
+    tensors = peak_activations(model, lambda twin: twin(image, steps, case["at_once"]), device=device)
+    return {"peak": record.peak, "seconds": [seconds], "checksum": checksum, "tensors": tensors}
 
 
 def main() -> None:
@@ -72,11 +76,12 @@ def main() -> None:
         "patch_ddpm",
         "Patch-based DDPM: a sampling step",
         f"The published CelebA model (126.85 M parameters at 4 x 4) with random weights, float32, batch {args.batch}. "
-        f"Peak beyond the weights; fresh processes, {args.rounds} of each, in turn.",
-        ["image", "patches", "method", "peak MB", "memory / whole", "s", "time / whole"],
+        "Peak beyond the weights, with the workspace of convolutions; tensors are counted, the most bytes alive at once. "
+        f"Fresh processes, {args.rounds} of each, in turn.",
+        ["image", "patches", "method", "tensors MB", "tensors / whole", "peak MB", "peak / whole", "s", "time / whole"],
         rows,
         device=args.device,
-        bars=["peak MB", "s"],
+        bars=["tensors MB", "peak MB", "s"],
         pictures=["learning_patch_ddpm.png"],
     )
 
@@ -86,16 +91,11 @@ def row(case: dict[str, Any], result: dict[str, Any], whole: dict[str, Any]) -> 
     method = "whole image" if divider == 1 else "one by one" if case["at_once"] == 1 else "all at once"
     shown = [f"{case['size']}²", f"{divider} x {divider}", method]
     if "error" in result:
-        return [*shown, result["error"], "", "", ""]
-    compared = "error" not in whole and bool(whole)
-    memory, seconds = result["peak"], result["seconds"]
-    return [
-        *shown,
-        f"{memory / 1e6:.0f}",
-        f"{memory / whole['peak']:.2f}" if compared else "",
-        f"{seconds:.2f}",
-        f"{seconds / whole['seconds']:.2f}" if compared else "",
-    ]
+        return [*shown, result["error"], *[""] * 5]
+    for kind, unit, digits in (("tensors", 1e6, 0), ("peak", 1e6, 0), ("seconds", 1, 2)):
+        value = result[kind]
+        shown += [f"{value / unit:.{digits}f}", f"{value / whole[kind]:.2f}" if kind in whole else ""]
+    return shown
 
 
 if __name__ == "__main__":

@@ -142,8 +142,8 @@ def test_patch_conv_between_them(server: Server) -> None:
 
 
 def test_half_precision(server: Server) -> None:
-    graph = loading() | {"half": node(LOADER, model_name=EXAMPLE, weight_dtype="bf16")}
-    found = pixels(server, graph | sampling("plain") | sampling("half", ["half", 0]))
+    graph = loading() | {"bf16": node(LOADER, model_name=EXAMPLE, weight_dtype="bf16")}
+    found = pixels(server, graph | sampling("plain") | sampling("half", ["bf16", 0]))
     assert 0 < np.abs(found["plain"] - found["half"]).mean() < 6
 
 
@@ -154,7 +154,7 @@ def test_progress_and_preview(server: Server) -> None:
     assert [(entry["value"], entry["max"]) for entry in shown] == [(step, 12) for step in range(1, 13)]
     previews = [Image.open(io.BytesIO(base64.b64decode(m["data"]))) for m in messages if m["type"] == "preview"]
     assert len(previews) == 12
-    assert previews[-1].size == (SIZE, SIZE)
+    assert previews[-1].width == previews[-1].height >= SIZE  # the host enlarges it
     assert np.asarray(previews[-1]).std() > 10
 
 
@@ -182,7 +182,7 @@ def test_what_cannot_be(server: Server, checkpoint: str) -> None:
     other = {"other": node("CheckpointLoaderSimple", ckpt_name=checkpoint)}
     message = server.error(other | sampling("wrong", ["other", 0]))
     assert message.startswith("This is a model of another kind (BaseModel): connect Patch-based DDPM Loader.")
-    family = {"other": node("PatchConv_PatchDiffusionSampler", model=["load", 0], seed=1, steps=1, sampler="ddim",
+    family = {"other": node("PatchConv_PatchDiffusionSampler", model=["load", 0], seed=1, steps=2, sampler="ddim",
                             guidance=1.0, class_label=-1, batch_size=1)}  # fmt: skip
     family["save"] = node("SaveImage", images=["other", 0], filename_prefix="wrong")
     message = server.error(loading() | family)
