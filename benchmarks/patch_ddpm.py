@@ -76,7 +76,7 @@ def main() -> None:
         "patch_ddpm",
         "Patch-based DDPM: a sampling step",
         f"The published CelebA model (126.85 M parameters at 4 x 4) with random weights, float32, batch {args.batch}. "
-        "Peak beyond the weights, with the workspace of convolutions; tensors are counted, the most bytes alive at once. "
+        "Peak beyond the weights, with what convolutions work in; tensors are counted, the most bytes alive at once. "
         f"Fresh processes, {args.rounds} of each, in turn.",
         ["image", "patches", "method", "tensors MB", "tensors / whole", "peak MB", "peak / whole", "s", "time / whole"],
         rows,
