@@ -163,31 +163,25 @@ def test_the_authors_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ("sample --ckpt none.pt --out-dir out", "none.pt does not exist"),
-        ("sample --ckpt MODEL --out-dir out --n-samples 0", "no image to sample"),
-        ("sample --ckpt MODEL --out-dir out --batch-size 0", "no image to sample"),
-        ("sample --ckpt MODEL --out-dir out --steps 0", "--steps is 0: use 1 to 10"),
-        ("sample --ckpt MODEL --out-dir out --steps 11", "--steps is 11: use 1 to 10"),
-        ("sample --ckpt MODEL --out-dir out --sampler euler", "invalid choice: 'euler'"),
-        ("sample --ckpt MODEL --out-dir out --seed many", "'many' is not a whole number"),
-        ("sample --ckpt MODEL --out-dir out --device xpu7", "'xpu7' cannot be used here"),
-        ("sample --ckpt MODEL --config AUTHORS --out-dir out", "another configuration than the one given: model.dim, "),
-        ("sample --ckpt AUTHORS --out-dir out", "is not a checkpoint of tensors alone"),
-        ("import --ckpt MODEL --config none.json --out out", "none.json does not exist"),
+        ("sample --ckpt none.pt --out-dir OUT", "none.pt does not exist"),
+        ("sample --ckpt MODEL --out-dir OUT --n-samples 0", "no image to sample"),
+        ("sample --ckpt MODEL --out-dir OUT --batch-size 0", "no image to sample"),
+        ("sample --ckpt MODEL --out-dir OUT --steps 0", "--steps is 0: use 1 to 10"),
+        ("sample --ckpt MODEL --out-dir OUT --steps 11", "--steps is 11: use 1 to 10"),
+        ("sample --ckpt MODEL --out-dir OUT --sampler euler", "invalid choice: 'euler'"),
+        ("sample --ckpt MODEL --out-dir OUT --seed many", "'many' is not a whole number"),
+        ("sample --ckpt MODEL --out-dir OUT --device xpu7", "'xpu7' cannot be used here"),
+        ("sample --ckpt MODEL --config AUTHORS --out-dir OUT", "another configuration than the one given: model.dim, "),
+        ("sample --ckpt AUTHORS --out-dir OUT", "is not a checkpoint of tensors alone"),
+        ("import --ckpt MODEL --config none.json --out OUT", "none.json does not exist"),
         ("train", "the following arguments are required: --config"),
         ("train --config MODEL", "is no text: give the configuration's JSON file"),
     ],
 )
 def test_wrong_input_is_one_sentence(
-    tmp_path: Path,
-    model: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    given: str,
-    says: str,
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], given: str, says: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    names = {"MODEL": str(model), "AUTHORS": str(DATA / "patch_ddpm.json")}
+    names = {"MODEL": str(model), "AUTHORS": str(DATA / "patch_ddpm.json"), "OUT": str(tmp_path / "out")}
     run(*(names.get(word, word) for word in given.split()), code=2)
     error = capsys.readouterr().err
     assert says in error
@@ -409,10 +403,11 @@ def test_wandb_that_is_there(tmp_path: Path, written: Write) -> None:
 
 
 def environment(**more: object) -> dict[str, str]:
-    root = str(Path(__file__).parents[1])
-    path = os.pathsep.join([*([str(more.pop("PYTHONPATH"))] if "PYTHONPATH" in more else []), root])
-    threads = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path}
-    return os.environ | threads | {name: str(value) for name, value in more.items()}
+    """For a process that finds this package, and before it what PYTHONPATH in `more` names."""
+    folders = [more.pop("PYTHONPATH", ""), Path(__file__).parents[1], os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(str(folder) for folder in folders if folder)
+    one = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path}
+    return os.environ | one | {name: str(value) for name, value in more.items()}
 
 
 def process(command: list[Any], **more: object) -> None:
