@@ -40,7 +40,7 @@ def train_patch_diffusion(folder: Path, images: Path) -> tuple[Path, list[Path]]
     arguments = (
         "--config lsun_p4 --image_size 64 --num_channels 64 --channel_mult 1,1 --num_res_blocks 1 "
         "--attention_resolutions 8 --num_head_channels 32 --steps 4000 --learning_rate 1e-3 --warm_up 100 "
-        "--ema_decay 0.99 --ema_every 10 --save_every 1000 --workers 0"
+        "--ema_decay 0.95 --ema_every 10 --save_every 500 --workers 0"
     )
     _run("patch-diffusion", "train", str(images), "--out", str(folder), *arguments.split())
     return folder / "model.safetensors", sorted(folder.glob("samples-*.png"))
@@ -48,13 +48,14 @@ def train_patch_diffusion(folder: Path, images: Path) -> tuple[Path, list[Path]]
 
 def train_patch_ddpm(folder: Path, images: Path) -> tuple[Path, list[Path]]:
     config = {
-        "model": {"dim": 32, "dim_mults": [1, 2, 2], "patch_divider": 2, "image_size": 32},
+        "model": {"dim": 24, "dim_mults": [1, 2, 3], "patch_divider": 2, "image_size": 32},
         "diffusion": {"loss_type": "l2", "objective": "pred_x0"},
         "trainer": {
             "train_dataset_dir": str(images),
             "log_dir": str(folder),
+            "train_batch_size": 16,
             "train_lr": 1e-3,
-            "train_num_steps": 3000,
+            "train_num_steps": 4000,
             "ema_decay": 0.99,
             "step_start_ema": 100,
             "save_and_sample_every": 500,

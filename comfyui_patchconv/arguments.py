@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 
 import torch
@@ -15,6 +16,25 @@ def natural(text: str) -> int:
     if not text.isascii() or not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
     return int(text)
+
+
+def seed(text: str) -> int:
+    """A whole number that torch's generators take."""
+    found = natural(text)
+    if found >= 2**64:
+        raise argparse.ArgumentTypeError(f"{text} is too large: use a seed below 2^64")
+    return found
+
+
+def number(text: str) -> float:
+    """A number that is neither infinite nor none."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return found
 
 
 def size(text: str) -> int:

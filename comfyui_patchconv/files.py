@@ -21,6 +21,7 @@ from .memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from PIL import Image
 
 Shapes = dict[str, tuple[int, ...]]
 Header = dict[str, tuple[str, tuple[int, ...]]]
@@ -136,12 +137,10 @@ def save_latent(path: str | os.PathLike[str], latent: Tensor) -> None:
         ) from None
 
 
-def load_image(path: str | os.PathLike[str], multiple: int = 8) -> Tensor:
-    """The image in the file `path` as a VAE's encoder takes it: `[1, 3, H, W]`, float32 from -1 to 1.
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
+    """The image in the file `path`, upright, with 8 bits a channel.
 
-    multiple: pixels that height and width are to be a multiple of; what is over is cropped evenly, as ComfyUI does.
-
-    Raises FileNotFoundError, or ValueError if the file is no image or a smaller one than `multiple`.
+    Raises FileNotFoundError, or ValueError if the file is no image.
     """
     import numpy as np
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -153,7 +152,7 @@ def load_image(path: str | os.PathLike[str], multiple: int = 8) -> Tensor:
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
                 image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-            image = image.convert("RGB")
+            image.load()
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not an image that Pillow can read: give a PNG, JPEG or WebP file.") from None
     except Exception as error:  # a damaged or hostile image raises anything
@@ -162,6 +161,19 @@ def load_image(path: str | os.PathLike[str], multiple: int = 8) -> Tensor:
         raise ValueError(
             f"{path} cannot be read as an image ({_short(str(error))}): it is damaged or too large."
         ) from None
+    return image
+
+
+def load_image(path: str | os.PathLike[str], multiple: int = 8) -> Tensor:
+    """The image in the file `path` as a VAE's encoder takes it: `[1, 3, H, W]`, float32 from -1 to 1.
+
+    multiple: pixels that height and width are to be a multiple of; what is over is cropped evenly, as ComfyUI does.
+
+    Raises FileNotFoundError, or ValueError if the file is no image or a smaller one than `multiple`.
+    """
+    import numpy as np
+
+    image = open_image(path).convert("RGB")
     if min(image.size) < multiple:
         raise ValueError(f"{path} is {image.width}x{image.height} pixels: at least {multiple}x{multiple} are needed.")
     width, height = (side - side % multiple for side in image.size)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+
+from .memory import is_out_of_memory
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -27,6 +29,21 @@ def read(path: str | Path, key: str, kind: str) -> tuple[dict[str, Tensor], str]
     if key not in metadata:
         raise ValueError(f"{path} has no {kind} configuration: import the authors' checkpoints first.")
     return tensors, metadata[key]
+
+
+def unpickled(path: str | Path) -> Any:
+    """What a file of `torch.save` holds, on the CPU, if that is tensors, numbers, names and containers of them alone.
+
+    Raises OSError for a file that cannot be opened, and ValueError for one that is something else.
+    """
+    with open(path, "rb"):
+        pass
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or hostile pickle raises anything
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"{path} cannot be read safely, as weights alone ({type(error).__name__}).") from None
 
 
 def with_state(build: Callable[[], Model], state: Mapping[str, Tensor], path: str | Path) -> Model:

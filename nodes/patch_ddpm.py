@@ -16,7 +16,7 @@ from .pixel_model import DTYPES, PixelModel, SamplingBar, add_folder, as_image, 
 
 FAMILY, FOLDER = "Patch-based DDPM", "patch_ddpm"
 
-add_folder(FOLDER)
+add_folder(FOLDER, ".safetensors", ".pt")
 
 
 class PatchDDPMLoader(io.ComfyNode):
@@ -87,7 +87,7 @@ class PatchDDPMSampler(io.ComfyNode):
                     options=[*SAMPLERS],
                     default="ddim",
                     tooltip="ancestral: fresh noise in each step, the authors' way, for many steps. ddim: none, for "
-                    "50 and more. dpm++: for 20 and more; needs the Python package diffusers.",
+                    "50 and more. dpm++: none and a better formula, for 20 and more.",
                 ),
                 io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Images to make at once."),
                 io.Int.Input(

@@ -16,7 +16,7 @@ from .pixel_model import DTYPES, PixelModel, SamplingBar, add_folder, as_image, 
 
 FAMILY, FOLDER = "Patch Diffusion", "patch_diffusion"
 
-add_folder(FOLDER)
+add_folder(FOLDER, ".safetensors")
 
 
 class PatchDiffusionLoader(io.ComfyNode):
@@ -75,7 +75,7 @@ class PatchDiffusionSampler(io.ComfyNode):
                     tooltip="The random seed of the noise.",
                 ),
                 io.Int.Input(
-                    "steps", default=250, min=1, max=1000, tooltip="Steps of the 1000 that the model was trained with."
+                    "steps", default=250, min=2, max=1000, tooltip="Steps of the 1000 that the model was trained with."
                 ),
                 io.Combo.Input(
                     "sampler",

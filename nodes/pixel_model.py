@@ -40,10 +40,12 @@ class PixelModel(nn.Module):
         )
 
 
-def add_folder(name: str) -> None:
-    """Have the host look for models in its folder `name`, and behind it among the examples."""
+def add_folder(name: str, *suffixes: str) -> None:
+    """Have the host look for models in its folder `name`, and behind it among the examples: files with `suffixes`."""
     for path in (Path(folder_paths.models_dir), EXAMPLES):
         folder_paths.add_model_folder_path(name, str(path / name))
+    paths, known = folder_paths.folder_names_and_paths[name]  # without suffixes the host lists every file
+    folder_paths.folder_names_and_paths[name] = (paths, {*known, *suffixes})
 
 
 def patcher_of(model: PixelModel, dtype: str) -> Any:

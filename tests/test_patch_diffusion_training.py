@@ -14,10 +14,10 @@ from conv_helpers import assert_same
 from PIL import Image
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
-from training_helpers import words, write_images
+from training_helpers import words, write_images, write_keras
 
 from comfyui_patchconv import cli, files
-from comfyui_patchconv.patch_diffusion.checkpoints import load, save
+from comfyui_patchconv.patch_diffusion.checkpoints import import_torch, load, save
 from comfyui_patchconv.patch_diffusion.config import PUBLISHED, Config
 from comfyui_patchconv.patch_diffusion.diffusion import signal_share
 from comfyui_patchconv.patch_diffusion.loss import WEIGHTS, Loss
@@ -207,18 +207,7 @@ def test_options_change_the_images(tmp_path: Path, model: Path) -> None:
 
 def test_the_authors_files(tmp_path: Path) -> None:
     """As they are, and imported, with the flags that their configuration needs."""
-    flags = [
-        "--image_size",
-        "64",
-        "--num_channels",
-        "32",
-        "--channel_mult",
-        "1,1",
-        "--num_res_blocks",
-        "1",
-        "--num_head_channels",
-        "32",
-    ]
+    flags = words("--image_size 64 --num_channels 32 --channel_mult 1,1 --num_res_blocks 1 --num_head_channels 32")
     weights = DATA / "patch_diffusion_uncond_p4.pt"
     run("import", "church_p4", tmp_path / "ours.safetensors", "--model_path", weights, *flags)
     (imported,) = load(tmp_path / "ours.safetensors")
@@ -226,6 +215,48 @@ def test_the_authors_files(tmp_path: Path) -> None:
     run("sample", "cpu", "grid", tmp_path / "ours.safetensors", 1, tmp_path / "a.png", *FEW)
     run("sample", "cpu", "grid", "lsun_p4", 1, tmp_path / "b.png", *FEW, "--model_path", weights, *flags)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_the_tensorflow_versions_file(tmp_path: Path) -> None:
+    """Written as Keras does it, with the weights of the port's file: the same images."""
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed: pip install h5py")
+    config = Config(64, 4, 32, (1, 1), 1, head_channels=32)
+    write_keras(h5py, tmp_path / "ema_weights.h5", import_torch(DATA / "patch_diffusion_uncond_p4.pt", config))
+    flags = words("--image_size 64 --num_channels 32 --channel_mult 1,1 --num_res_blocks 1 --num_head_channels 32")
+    for name, weights in (("a", DATA / "patch_diffusion_uncond_p4.pt"), ("b", tmp_path / "ema_weights.h5")):
+        run("import", "church_p4", tmp_path / f"{name}.safetensors", "--model_path", weights, *flags)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_wrong_imports(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for out, weights, says in (
+        (tmp_path / "out.pt", model, "give a .safetensors file in a folder that exists"),
+        (tmp_path / "missing" / "out.safetensors", model, "give a .safetensors file in a folder that exists"),
+        (tmp_path / "out.safetensors", tmp_path / "none.h5", "none.h5 does not exist"),
+    ):
+        run("import", "ffhq", out, "--model_path", weights, code=2)
+        assert says in capsys.readouterr().err
+
+
+def test_the_authors_stride(tmp_path: Path, model: Path) -> None:
+    """`--modified_stride` is 250 steps, most of them where there is little noise."""
+    for name, options in (
+        ("modified", ("--timesteps", "250", "--modified_stride", "True")),
+        ("bare", ("--modified_stride",)),
+        ("sections", ("--timesteps", "90,60,60,20,20")),
+    ):
+        run("sample", "cpu", "grid", model, 1, tmp_path / f"{name}.png", *options, "--seed", 3)
+    modified, bare, sections = ((tmp_path / f"{name}.png").read_bytes() for name in ("modified", "bare", "sections"))
+    assert modified == bare == sections
+
+
+def test_half_precision_that_is_too_narrow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = PatchUNet(CONFIG)
+    network.out[2].bias.data.fill_(float("nan"))
+    save([network], tmp_path / "nan.safetensors")
+    run("sample", "cpu", "fid", tmp_path / "nan.safetensors", 1, tmp_path / "out", *FEW, "--policy", "fp16", code=2)
+    assert "--policy is fp16 and gives NaN for an image: use bf16 or fp32" in capsys.readouterr().err
+    assert not (tmp_path / "out.npz").exists()
 
 
 @pytest.mark.parametrize(
@@ -237,6 +268,20 @@ def test_the_authors_files(tmp_path: Path) -> None:
         ("cpu grid MODEL 2 out --timesteps 2000", "2000 steps of a section of 1000"),
         ("cpu grid MODEL 2 out --timesteps many", "steps is 'many'"),
         ("cpu grid MODEL 2 out --label 2", "--label is 2 and the model has 2 classes"),
+        ("cpu grid MODEL 2 out --guidance nan", "'nan' is not a number"),
+        ("cpu grid MODEL 2 out --seed 18446744073709551616", "use a seed below 2^64"),
+        ("cpu grid MODEL 2 . --seed 1", "SAVE_PATH is ., which is a folder"),
+        ("cpu fid MODEL 2 images --seed 1", "images.npz, which is a folder: use another name"),
+        ("cpu folder MODEL 2 MODEL", "which is not a folder: use another name"),
+        ("cpu grid ffhq 2 out --model_path missing.pt", "missing.pt does not exist"),
+        ("cpu grid ffhq 2 out --model_path MODEL --num_channels 32", "leave out the model's options"),
+        ("cpu grid ffhq 2 out --model_path WEIGHTS", "is not a model of this configuration"),
+        ("cpu grid WEIGHTS 2 out", "does not say what model it is: name its configuration"),
+        ("cpu grid ffhq 2 out --model_path WEIGHTS --channel_mult 1,x", "'x' is not a number"),
+        ("cpu grid ffhq 2 out --model_path WEIGHTS --attention_resolutions 8.5", "'8.5' is not a whole number"),
+        ("cpu grid ffhq 2 out --model_path WEIGHTS --noise_schedule cosine", "'cosine' is not linear"),
+        ("cpu grid ffhq 2 out --model_path WEIGHTS --noise_schedule linear7", "beta_max is 7.0"),
+        ("cpu grid ffhq 2 out --model_path WEIGHTS --image_size 30", "patch is 4: use a divisor"),
         ("cpu grid MODEL 2 out --num_channels 32", "leave out --model_path and the model's options"),
         ("cpu grid nothing 2 out", "nothing does not exist"),
         ("xpu7 grid MODEL 2 out", "'xpu7' cannot be used here"),
@@ -254,7 +299,9 @@ def test_wrong_input_is_one_sentence(
     says: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run("sample", *given.replace("MODEL", str(model)).split(), code=2)
+    (tmp_path / "images.npz").mkdir()
+    weights = str(DATA / "patch_diffusion_uncond_p4.pt")
+    run("sample", *given.replace("MODEL", str(model)).replace("WEIGHTS", weights).split(), code=2)
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
@@ -272,7 +319,8 @@ def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         *words("--batch_size 2 --save_every 2 --samples 2 --workers 0"),
     )
     run("train", *common, "--steps", 3, "--class_cond")
-    assert "5 images, classes one, two" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "5 images, classes one, two" in said
     (trained,) = load(out / "model.safetensors")
     assert trained.config == CLASSES
     assert {path.name for path in out.iterdir()} == {
@@ -282,8 +330,12 @@ def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "going on from step 3" in capsys.readouterr().out
     with (out / "loss.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["2", "3", "4", "5"]
+    assert "step 3 of 3: loss " in said
     run("train", *common, "--steps", 5, code=2)
     assert "holds the training of another configuration" in capsys.readouterr().err
+    (out / "training.pt").write_bytes(b"damaged")
+    run("train", *common, "--steps", 5, "--class_cond", code=2)
+    assert "training.pt cannot be read safely" in capsys.readouterr().err
     run("sample", "cpu", "grid", out / "model.safetensors", 1, tmp_path / "sampled.png", *FEW)
     assert Image.open(tmp_path / "sampled.png").size == (16, 16)
 
@@ -309,6 +361,13 @@ def test_wrong_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         ((tmp_path / "none", "--out", tmp_path / "out"), "holds no image"),
         ((write_images(tmp_path / "images"), "--out", tmp_path / "out", "--steps", 0), "steps is 0"),
         ((tmp_path / "images", "--out", tmp_path / "out", "--image_size", 30), "patch is 4: use a divisor"),
+        ((tmp_path / "images", "--out", tmp_path / "out", "--classes", 2), "--class_cond is not given to find the cl"),
+        (
+            (tmp_path / "images", "--out", tmp_path / "out", "--class_cond", "--classes", 1),
+            f"--class_cond finds the classes in {tmp_path / 'images'}, 2: leave out --classes",
+        ),
+        ((tmp_path / "images", "--out", tmp_path / "out", "--label_dropout", 2), "share of labels to drop is 2.0"),
+        ((tmp_path / "images", "--out", tmp_path / "out", "--beta2", 1), "betas of Adam are (0.9, 1.0)"),
     ):
         run("train", *given, code=2)
         assert says in capsys.readouterr().err

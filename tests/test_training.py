@@ -53,6 +53,11 @@ def test_transparent_pixels_lie_on_white(tmp_path: Path) -> None:
     assert torch.equal(ImageFolder(tmp_path, (4, 4), 4)[0, False][0][3], torch.zeros(4, 4))
 
 
+def test_16_bits_of_grey(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 0x4040, dtype=np.uint16)).save(tmp_path / "image.png")
+    assert torch.equal(ImageFolder(tmp_path, (4, 4), 3)[0, False][0], torch.full((3, 4, 4), 0x40 / 255))
+
+
 def test_the_middle_is_taken_and_mirrored(tmp_path: Path) -> None:
     pixels = np.zeros((4, 8, 3), dtype=np.uint8)
     pixels[:, 2] = 255
@@ -213,6 +218,14 @@ def test_it_learns_and_clips(images: ImageFolder) -> None:
         torch.testing.assert_close(before, after, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_is_no_image_is_named(tmp_path: Path, workers: int) -> None:
+    (tmp_path / "image.png").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"^\S+image.png is not an image that Pillow can read") as caught:
+        train(ImageFolder(tmp_path, (8, 8)), replace(OPTIONS, workers=workers))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_loss_that_is_no_number_ends_it(images: ImageFolder) -> None:
     training: Training[nn.Module] = Training(network(), OPTIONS, begin())
 
@@ -230,6 +243,7 @@ def test_a_loss_that_is_no_number_ends_it(images: ImageFolder) -> None:
         ({"batch": -1}, "batch is -1"),
         ({"learning_rate": 0.0}, "learning rate is 0.0"),
         ({"ema_decay": 1.0}, "averaged weights is 1.0"),
+        ({"betas": (0.9, 1.0)}, "betas of Adam are"),
     ],
 )
 def test_wrong_options(wrong: dict[str, Any], words: str) -> None:
@@ -264,20 +278,9 @@ def test_losses_go_on_from_a_checkpoint(tmp_path: Path) -> None:
 # Whole processes
 
 
-CONFIG = [
-    "--config",
-    "lsun_p4",
-    "--image_size",
-    "16",
-    "--num_channels",
-    "32",
-    "--channel_mult",
-    "1",
-    "--num_head_channels",
-    "32",
-    "--num_res_blocks",
-    "1",
-]
+CONFIG = words(
+    "--config lsun_p4 --image_size 16 --num_channels 32 --channel_mult 1 --num_head_channels 32 --num_res_blocks 1"
+)
 
 
 def command(folder: Path, out: Path) -> list[str]:
@@ -290,8 +293,13 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
-def weights(out: Path) -> dict[str, Tensor]:
-    return torch.load(out / "training.pt", weights_only=True)["model"]
+def states(out: Path) -> dict[str, Tensor]:
+    """All tensors that a training goes on from: weights, averaged weights, and Adam's moments."""
+    held = torch.load(out / "training.pt", weights_only=True)
+    found = {f"{part}.{name}": value for part in ("model", "ema") for name, value in held[part].items()}
+    for number, moments in held["opt"]["state"].items():
+        found |= {f"opt.{number}.{name}": value for name, value in moments.items()}
+    return found
 
 
 def run(command: list[str]) -> None:
@@ -320,8 +328,11 @@ def test_killed_processes_lose_no_step_they_kept(tmp_path: Path, killed: Callabl
     assert torch.load(tmp_path / "killed" / "training.pt", weights_only=True)["step"] < 6
     run(command(folder, tmp_path / "killed"))
     run(command(folder, tmp_path / "whole"))
-    one, other = weights(tmp_path / "killed"), weights(tmp_path / "whole")
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    one, other = states(tmp_path / "killed"), states(tmp_path / "whole")
+    assert len(one) == len(other) > 200
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    for name in ("model.safetensors", "loss.csv", "samples-00000006.png"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 PROCESSES = """

@@ -6,11 +6,13 @@ import math
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
+from zipfile import is_zipfile
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..arguments import first_line
 from ..state_dicts import read, with_state
 from .config import Config, DiffusionConfig, ModelConfig
 from .diffusion import schedule_buffers
@@ -28,44 +30,71 @@ def save(model: PatchDenoiser, diffusion: DiffusionConfig, path: str | Path) -> 
     save_file(tensors, path, {_METADATA: Config(model.config, diffusion).to_json()})
 
 
-def load(path: str | Path) -> tuple[PatchDenoiser, DiffusionConfig]:
-    """The model of a file that `save` wrote, and what it was trained for. Raises ValueError for another file."""
+def load(path: str | Path, config: Optional[Config] = None) -> tuple[PatchDenoiser, DiffusionConfig]:
+    """The model of a file that `save` wrote, and what it was trained for.
+
+    config: what it has to be; None for any. Raises ValueError for another file, and for one of another configuration.
+    """
     tensors, text = read(path, _METADATA, "patch-based DDPM")
-    config = Config.from_json(text)
-    return with_state(partial(PatchDenoiser, config.model), tensors, path), config.diffusion
+    held = _wanted(path, text, config)
+    return with_state(partial(PatchDenoiser, held.model), tensors, path), held.diffusion
 
 
 def import_torch(
     path: str | Path, config: Optional[Config] = None, entry: str = "ema"
 ) -> tuple[PatchDenoiser, DiffusionConfig]:
-    """The model of a `model-*.pt` of the authors' trainer, and what it was trained for.
+    """The model of a `model-*.pt` of the authors' trainer or of ours, and what it was trained for.
 
-    config: of the training; None reads from the shapes what they tell, and takes the published defaults for the rest:
-        image_size, resnet_block_groups, loss_type and objective. entry: `ema`, the averaged weights, or `model`.
+    config: of the training; None takes the one in our files. The authors' files have none: then it is read from the
+        shapes what they tell, with the published defaults for the rest: image_size, resnet_block_groups, loss_type and
+        objective. entry: `ema`, the averaged weights, or `model`.
 
     Raises ValueError for another file, and for one of another configuration.
     """
-    held = _entry(path, entry)
-    state = {name[len(PREFIX) :]: value for name, value in held.items() if name.startswith(PREFIX)}
+    file = opened(path)
+    held = _entry(file, path, entry)
+    state = without_prefix(held)
     if "betas" not in held or not state:
         raise ValueError(f"{path} is no checkpoint of a patch-based DDPM: it has no betas or no {PREFIX}* weights.")
+    if "config" in file:
+        config = _wanted(path, str(file["config"]), config)
     if config is None:
         config = Config(_model_of(state, path), DiffusionConfig(len(held["betas"])))
     _check_schedule(held["betas"].float(), config.diffusion, path)
     return with_state(partial(PatchDenoiser, config.model), state, path), config.diffusion
 
 
-def _entry(path: str | Path, name: str) -> dict[str, Tensor]:
+def opened(path: str | Path, mmap: bool = True) -> dict[str, Any]:
+    """What a `model-*.pt` holds: tensors, numbers and names alone. Raises ValueError for another file.
+
+    mmap: leave on the disk what is not used; training's entries are three times the weights' size.
+    """
     try:
-        # mapped: training's other entries, three times the weights' size, stay on the disk
-        file: Any = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise ValueError(f"{path} is not a checkpoint of tensors alone: {error}") from None
-    entry = file.get(name) if isinstance(file, dict) else None
+        file = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap and is_zipfile(path))
+    except Exception as error:  # a damaged or hostile pickle raises anything
+        raise ValueError(f"{path} is not a checkpoint of tensors alone: {first_line(error)}.") from None
+    if not isinstance(file, dict):
+        raise ValueError(f"{path} is no checkpoint of a training: it holds a {type(file).__name__}.")
+    return file
+
+
+def without_prefix(entry: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The denoiser's weights, by its own names."""
+    return {name[len(PREFIX) :]: value for name, value in entry.items() if name.startswith(PREFIX)}
+
+
+def _wanted(path: str | Path, text: str, config: Optional[Config]) -> Config:
+    held = Config.from_json(text)
+    difference = None if config is None else held.difference(config)
+    if difference is not None:
+        raise ValueError(f"{path} holds another configuration than the one given: {difference}. Use the file's own.")
+    return held
+
+
+def _entry(file: dict[str, Any], path: str | Path, name: str) -> dict[str, Tensor]:
+    entry = file.get(name)
     if not isinstance(entry, dict) or not all(isinstance(value, Tensor) for value in entry.values()):
-        raise ValueError(
-            f"{path} has no weights called {name!r}: use ema or model of a model-*.pt that the authors' trainer wrote."
-        )
+        raise ValueError(f"{path} has no weights called {name!r}: use ema or model of a training's model-*.pt.")
     return entry
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 
 from .. import files
-from ..arguments import DTYPES, device, natural
+from ..arguments import DTYPES, device, natural, seed
 from ..training.images import derived_seed
 from .checkpoints import import_torch, load, save
 from .config import Config, DiffusionConfig
@@ -41,7 +42,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--patches-at-once", type=natural, default=0, help="of each image; 0 for as many as fit (default)"
     )
-    parser.add_argument("--seed", type=natural, help="default: another one each time")
+    parser.add_argument("--seed", type=seed, help="default: another one each time")
     parser.add_argument("--device", type=device, help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     parser.set_defaults(run=_sample)
@@ -67,40 +68,40 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _config(path: Path) -> Config:
-    return Config.from_json(files.existing(path).read_text())
+    try:
+        return Config.from_json(files.existing(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text: give the configuration's JSON file.") from None
 
 
 def _model(args: argparse.Namespace) -> tuple[PatchDenoiser, DiffusionConfig]:
     path = files.existing(args.ckpt)
-    if path.suffix.lower() == ".safetensors":
-        return load(path)
-    return import_torch(path, _config(args.config) if args.config else None)
+    config = _config(args.config) if args.config else None
+    return load(path, config) if path.suffix.lower() == ".safetensors" else import_torch(path, config)
 
 
 def _sample(args: argparse.Namespace) -> None:
     """Sample images. For several devices: accelerate launch -m comfyui_patchconv.cli patch-ddpm sample …"""
     if not args.n_samples or not args.batch_size:
         raise ValueError("there is no image to sample: use an --n-samples and a --batch-size of 1 or more.")
-    if args.steps == 0:
-        raise ValueError("--steps is 0: use 1 or more.")
     model, diffusion = _model(args)
+    steps = diffusion.timesteps if args.steps is None else args.steps
+    if not 1 <= steps <= diffusion.timesteps:
+        raise ValueError(f"--steps is {steps}: use 1 to {diffusion.timesteps}, as many as the model was trained with.")
     process, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     where = args.device or _device_of_process()
     model = model.to(where, DTYPES[args.dtype])
-    if args.seed is None and processes > 1:
-        raise ValueError(f"{processes} processes would each draw another seed: give them one with --seed.")
-    seed = random.randrange(2**32) if args.seed is None else args.seed
+    drawn = _drawn_seed(processes) if args.seed is None else args.seed
     args.out_dir.mkdir(parents=True, exist_ok=True)
     starts = range(0, args.n_samples, args.batch_size)[process::processes]
     if process == 0:
-        print(f"{args.n_samples} images with seed {seed}")
-    steps = args.steps or diffusion.timesteps
+        print(f"{args.n_samples} images with seed {drawn}")
     from tqdm import tqdm
 
     with tqdm(total=len(starts) * steps, unit="step", disable=process > 0 or not sys.stderr.isatty()) as bar:
         for start in starts:
             count = min(args.batch_size, args.n_samples - start)
-            generator = torch.Generator().manual_seed(derived_seed(seed, start))
+            generator = torch.Generator().manual_seed(derived_seed(drawn, start))
             shape = (count, model.config.channels, *model.config.image_sides)
             images = sample(
                 model,
@@ -114,6 +115,16 @@ def _sample(args: argparse.Namespace) -> None:
             )
             for number, image in enumerate(images, start):
                 files.save_image(args.out_dir / f"sample-{number:08}.png", image * 2 - 1)
+
+
+def _drawn_seed(processes: int) -> int:
+    """Another one each time, the same in all processes."""
+    held = [random.randrange(2**32)]
+    if processes > 1:
+        distributed.init_process_group("gloo")
+        distributed.broadcast_object_list(held)
+        distributed.destroy_process_group()
+    return held[0]
 
 
 def _device_of_process() -> torch.device:

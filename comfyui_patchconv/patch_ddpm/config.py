@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Optional
+
+from ..json_fields import checked, parsed
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class TrainerConfig:
     train_dataset_dir: folder of images. log_dir: where checkpoints and samples go.
     ema_decay: what the averaged weights keep of themselves every `update_ema_every` steps; up to step
         `step_start_ema` they are the trained ones.
-    train_batch_size: images of a batch. gradient_accumulate_every: batches of a step. train_num_steps: in all.
+    train_batch_size: images of a batch, on all devices together. gradient_accumulate_every: batches of a step.
+    train_num_steps: in all.
     train_lr: of Adam. use_amp: whether to compute in half precision where that is safe.
     save_and_sample_every: steps between two checkpoints. num_workers: processes that read images; by default one for
         each processor.
@@ -58,7 +60,7 @@ class ModelConfig:
         one before. The first of them is 1.
     init_dim: channels of the first convolution; None for two thirds of `dim`.
     out_dim: channels of what is predicted, which are those of the image; None says the same.
-    channels: of the image. resnet_block_groups: of every group norm.
+    channels: of the image, 1 (grey), 3 (RGB) or 4 (RGBA). resnet_block_groups: of every group norm.
     learned_variance: False; the authors' code knows the name and refuses it.
     patch_divider: patches along the height, and as many along the width.
     image_size: pixels of a side, or (height, width), which the authors' code does not know.
@@ -76,7 +78,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _at_least(4, "model", self, "dim")  # the table of timesteps has no fewer columns
-        _at_least(1, "model", self, "channels", "resnet_block_groups", "patch_divider")
+        _at_least(1, "model", self, "resnet_block_groups", "patch_divider")
+        if self.channels not in (1, 3, 4):
+            raise ValueError(f"model.channels is {self.channels}: use 1 for grey, 3 for RGB or 4 for RGBA.")
         if self.init_dim is not None:
             _at_least(1, "model", self, "init_dim")
         if self.learned_variance:
@@ -152,60 +156,31 @@ class Config:
     def to_json(self) -> str:
         return json.dumps({name: value for name, value in asdict(self).items() if value is not None})
 
+    def difference(self, other: Config) -> Optional[str]:
+        """The first value of the model or the diffusion that is another one in `other`: its name and both; None if
+        there is none. What a value that is left out stands for is the same as that value."""
+        for section in ("model", "diffusion"):
+            one, two = (asdict(getattr(config, section)) for config in (self._spelled_out(), other._spelled_out()))
+            for name, value in one.items():
+                if two[name] != value:
+                    return f"{section}.{name}, {value} and {two[name]}"
+        return None
+
+    def _spelled_out(self) -> Config:
+        model = self.model
+        whole = {"init_dim": model.first_width, "out_dim": model.channels, "image_size": model.image_sides}
+        return replace(self, model=replace(model, **whole))
+
     @classmethod
     def from_json(cls, text: str) -> Config:
         """Raises ValueError for text that is not JSON, and for the first name that is unknown, missing, or has a value
         of the wrong type or that does not fit the others."""
-        try:
-            given = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"the configuration is not JSON: {error}.") from None
-        if not isinstance(given, dict):
-            raise ValueError("the configuration is not a JSON object: give one with model, diffusion and trainer.")
-        sections = _checked(cls, given, "")
-        return cls(**{name: _SECTIONS[name](**_checked(_SECTIONS[name], sections[name], f"{name}.")) for name in given})
+        given = parsed(text)
+        sections = checked(cls, given, "")
+        return cls(**{name: _SECTIONS[name](**checked(_SECTIONS[name], sections[name], f"{name}.")) for name in given})
 
 
 _SECTIONS: dict[str, Any] = {"model": ModelConfig, "diffusion": DiffusionConfig, "trainer": TrainerConfig}
-
-
-def _whole(value: object) -> bool:
-    return type(value) is int  # not a bool, which is an int as well
-
-
-def _many_whole(value: object) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(map(_whole, value))
-
-
-_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "int": ("a whole number", _whole),
-    "float": ("a number", lambda value: type(value) in (int, float)),
-    "bool": ("true or false", lambda value: isinstance(value, bool)),
-    "str": ("a text", lambda value: isinstance(value, str)),
-    "Optional[int]": ("a whole number or null", lambda value: value is None or _whole(value)),
-    "Optional[str]": ("a text or null", lambda value: value is None or isinstance(value, str)),
-    "tuple[int, ...]": ("a list of whole numbers", _many_whole),
-    "int | tuple[int, int]": (
-        "a whole number or [height, width]",
-        lambda value: _whole(value) or (_many_whole(value) and len(value) == 2),
-    ),
-}
-"""By the annotation of a field: what its value has to be in the JSON. Fields not listed are objects."""
-
-
-def _checked(kind: Any, given: dict[str, Any], section: str) -> dict[str, Any]:
-    """The values as the fields of `kind` hold them."""
-    known: dict[str, Field[Any]] = {each.name: each for each in fields(kind)}
-    for name in given:
-        if name not in known:
-            raise ValueError(f"{section}{name} is not known: known are {', '.join(known)}.")
-    for name, each in known.items():
-        words, fits = _KINDS.get(str(each.type), ("an object", lambda value: isinstance(value, dict)))
-        if name not in given and each.default is MISSING and each.default_factory is MISSING:
-            raise ValueError(f"{section}{name} is missing: give {words}.")
-        if name in given and not fits(given[name]):
-            raise ValueError(f"{section}{name} is {given[name]!r}: use {words}.")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def _at_least(least: int, section: str, config: object, *names: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Optional
 
 import torch
@@ -97,7 +97,7 @@ def sample(
     """Images `[N, C, H, W]` in 0..1, float32, from `noise` of that shape.
 
     model: a `PatchDenoiser`, or whatever is called as one. steps: None for all timesteps, otherwise so many of them,
-        evenly spaced, from the last on. sampler: one of `SAMPLERS`; "dpm++" needs `diffusers`.
+        evenly spaced, from the last on. sampler: one of `SAMPLERS`.
     generator: of the noise of each ancestral step. patches_at_once: see `PatchDenoiser.forward`.
     on_step: called with steps done, steps in all, and the image as predicted, in 0..1.
 
@@ -122,15 +122,16 @@ def sample(
         if on_step is not None:
             on_step(done, steps, (image + 1) / 2)
 
+    used = [(number + 1) * config.timesteps // count - 1 for number in range(count)]
     if sampler == "dpm++":
-        return (_multistep(predicted, config.timesteps, count, image, tell) + 1) / 2
+        return (_multistep(predicted, image, share, used, tell) + 1) / 2
     image = denoise(
         [predicted],
         image,
         None,
         share=share,
         splits=(),
-        steps=[(number + 1) * config.timesteps // count - 1 for number in range(count)],
+        steps=used,
         learn_sigma=False,
         ddim=sampler == "ddim",
         generator=generator,
@@ -140,17 +141,21 @@ def sample(
 
 
 def _multistep(
-    predicted: Callable[[Tensor, Tensor], Tensor], timesteps: int, steps: int, image: Tensor, tell: OnStep
+    predicted: Callable[[Tensor, Tensor], Tensor], image: Tensor, share: Tensor, steps: Sequence[int], tell: OnStep
 ) -> Tensor:
-    """DPM-Solver++ of the second order."""
-    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-
-    scheduler = DPMSolverMultistepScheduler(
-        timesteps, trained_betas=betas(timesteps).tolist(), prediction_type="sample", timestep_spacing="trailing"
-    )
-    scheduler.set_timesteps(steps, device=image.device)
-    for done, step in enumerate(scheduler.timesteps):
-        clean = predicted(image, step.expand(len(image)))
-        tell(done, steps, clean)
-        image = scheduler.step(clean, step, image, return_dict=False)[0]
+    """DPM-Solver++ of the second order, multistep (Lu et al. 2022, arXiv 2211.01095, algorithm 2)."""
+    log_ratio = (share / (1 - share)).log() / 2  # of signal to noise; the solver's time
+    before: Optional[tuple[Tensor, float]] = None
+    for done, index in enumerate(reversed(range(len(steps)))):
+        now = steps[index]
+        clean = predicted(image, torch.full((len(image),), now, device=image.device))
+        tell(done, len(steps), clean)
+        if index == 0:
+            return clean
+        then = steps[index - 1]
+        width = (log_ratio[then] - log_ratio[now]).item()
+        ahead = clean if before is None else clean + (clean - before[0]) * (width / before[1] / 2)
+        rest = ((1 - share[then]) / (1 - share[now])).sqrt().item()
+        image = rest * image - share[then].sqrt().item() * math.expm1(-width) * ahead
+        before = clean, width
     return image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import files
+from ..arguments import first_line
 from ..training.images import ImageFolder
 from ..training.loop import Options, Training, add_losses, begin, write_whole
-from .checkpoints import PREFIX, save
+from .checkpoints import PREFIX, opened, save, without_prefix
 from .config import Config, TrainerConfig
 from .diffusion import Loss, sample, schedule_buffers
 from .model import PatchDenoiser
@@ -45,11 +47,13 @@ def train(config: Config, restart: Optional[int] = None) -> None:
     accelerator = _begin(trainer, config)
     accelerator.print(f"{len(images)} images")
     torch.manual_seed(trainer.seed)
-    training = Training(PatchDenoiser(config.model), _options(trainer), accelerator)
+    training = Training(PatchDenoiser(config.model), _options(trainer, accelerator.num_processes), accelerator)
     buffers = schedule_buffers(config.diffusion)
     if start is not None:
         _go_on(training, start, config)
         accelerator.print(f"{start}: going on from step {training.step}")
+    if accelerator.is_main_process:
+        _forget_later(folder, start)
 
     def keep(losses: list[tuple[int, float]]) -> None:
         for each in (folder, folder.parent / "samples"):
@@ -57,14 +61,17 @@ def train(config: Config, restart: Optional[int] = None) -> None:
         state = training.state()
         for name in ("model", "ema"):
             state[name] = {**buffers, **{PREFIX + key: value for key, value in state[name].items()}}
-        state["config"] = _trained(config)
+        state["config"] = Config(config.model, config.diffusion).to_json()
         numbered = folder / f"model-{training.step}.pt"
         add_losses(folder.parent / "loss.csv", losses)
         write_whole(numbered, lambda path: torch.save(state, path))
         write_whole(folder / "model-last.safetensors", lambda path: save(training.ema, config.diffusion, path))
-        write_whole(folder / "model-last.pt", lambda path: shutil.copyfile(numbered, path))
         pictures = files.grid(_samples(training.ema, config))
         files.save_image(folder.parent / "samples" / f"{training.step:08}.png", pictures)
+        for tracker in accelerator.trackers:
+            tracker.log_images({"sample": [files.levels(pictures).numpy()]}, step=training.step)
+        # last: a training that is killed before writes the others again
+        write_whole(folder / "model-last.pt", lambda path: shutil.copyfile(numbered, path))
 
     training.run(images, Loss(config.diffusion), keep)
     accelerator.end_training()
@@ -86,17 +93,23 @@ def _begin(trainer: TrainerConfig, config: Config) -> Accelerator:
     if find_spec("wandb") is None:  # accelerate would say nothing
         raise ValueError("trainer.wandb_enabled is true and wandb is missing: run pip install wandb, or make it false.")
     accelerator = begin(precision, tracker="wandb")
-    named = {"wandb": {"name": trainer.wandb_name}} if trainer.wandb_name else {}
-    accelerator.init_trackers(trainer.wandb_project or "patch-based-ddpm", {"config": config.to_json()}, named)
+    options: dict[str, Any] = {"name": trainer.wandb_name, "dir": trainer.log_dir}
+    Path(trainer.log_dir).mkdir(parents=True, exist_ok=True)
+    values = json.loads(config.to_json())
+    accelerator.init_trackers(trainer.wandb_project or "patch-based-ddpm", values, {"wandb": options})
     return accelerator
 
 
-def _options(trainer: TrainerConfig) -> Options:
+def _options(trainer: TrainerConfig, processes: int) -> Options:
+    batch = trainer.train_batch_size
+    if batch % processes:
+        raise ValueError(f"trainer.train_batch_size is {batch} and {processes} processes share it: use a multiple.")
     return Options(
         steps=trainer.train_num_steps,
-        batch=trainer.train_batch_size,
+        batch=batch // processes,
         accumulate=trainer.gradient_accumulate_every,
         learning_rate=trainer.train_lr,
+        betas=(0.9, 0.999),
         ema_decay=trainer.ema_decay,
         ema_every=trainer.update_ema_every,
         ema_start=trainer.step_start_ema,
@@ -106,26 +119,28 @@ def _options(trainer: TrainerConfig) -> Options:
     )
 
 
-def _trained(config: Config) -> str:
-    """What a training cannot change on its way."""
-    return Config(config.model, config.diffusion).to_json()
-
-
 def _go_on(training: Training[PatchDenoiser], path: Path, config: Config) -> None:
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    other = f"{path} is a training of another configuration: give another log_dir, or begin anew with step 1."
-    if state.get("config", _trained(config)) != _trained(config):
-        raise ValueError(other)
-    for name in ("model", "ema"):
-        state[name] = _weights(state[name])
+    state = opened(path, mmap=False)
+    other = f"{path} is a training of another configuration: {{}}. Give another log_dir, or begin anew with step 1."
+    difference = Config.from_json(state["config"]).difference(config) if "config" in state else None
+    if difference is not None:
+        raise ValueError(other.format(difference))
     try:
+        for name in ("model", "ema"):
+            state[name] = without_prefix(state[name])
         training.load_state(state)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(other) from error
+    except (KeyError, AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(other.format(first_line(error))) from error
 
 
-def _weights(entry: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(PREFIX): value for name, value in entry.items() if name.startswith(PREFIX)}
+def _forget_later(folder: Path, start: Optional[Path]) -> None:
+    """Let the last checkpoint be the one that this training goes on from, or none."""
+    last = folder / "model-last.pt"
+    if start is None:
+        for path in (last, folder.parent / "loss.csv"):
+            path.unlink(missing_ok=True)
+    elif start != last:
+        write_whole(last, lambda path: shutil.copyfile(start, path))
 
 
 def _samples(model: PatchDenoiser, config: Config) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..state_dicts import read, with_state
+from ..state_dicts import read, unpickled, with_state
 from .config import Config
 from .model import PatchUNet
 
@@ -39,17 +39,27 @@ def load(path: str | Path) -> list[PatchUNet]:
     return [with_state(partial(PatchUNet, config), states[number], path) for number in sorted(states, key=int)]
 
 
+def is_foreign(path: str | Path) -> bool:
+    """Whether a file is the authors', which does not say what model it is, by its suffix."""
+    return Path(path).suffix.lower() in (".pt", ".h5")
+
+
 def load_all(paths: Sequence[str | Path], config: Optional[Config] = None) -> list[PatchUNet]:
-    """The models of several files, for less noise first: ours, or the authors' of `config`, by their suffixes."""
+    """The models of several files, for less noise first: ours, or the authors' of `config`.
+
+    Raises ValueError for files of different configurations.
+    """
     models: list[PatchUNet] = []
     for path in paths:
-        suffix = Path(path).suffix.lower()
-        if suffix not in (".pt", ".h5"):
+        if not is_foreign(path):
             models += load(path)
         elif config is None:
             raise ValueError(f"{path} does not say what model it is: name its configuration.")
         else:
-            models.append(import_keras(path, config) if suffix == ".h5" else import_torch(path, config))
+            keras = Path(path).suffix.lower() == ".h5"
+            models.append(import_keras(path, config) if keras else import_torch(path, config))
+        if models[-1].config != models[0].config:
+            raise ValueError(f"{path} is a model of another configuration than {paths[0]}: give models of one.")
     return models
 
 
@@ -59,7 +69,7 @@ def import_torch(path: str | Path, config: Config) -> PatchUNet:
     config: has to be that of the model; `norm_eps` 1e-3 gives what the weights were trained for, 1e-5 what the port
     computes. Raises ValueError for weights of another model.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = unpickled(path)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict of tensors alone.")
     return with_state(partial(PatchUNet, config), state, path)
@@ -75,10 +85,16 @@ def import_keras(path: str | Path, config: Config) -> PatchUNet:
 
     model = PatchUNet(config)
     order = sorted(model.state_dict(), key=lambda name: not name.startswith("label_embs"))
-    opened: Any = h5py.File(path)
-    with opened as file:
-        layers = [file[_text(layer)] for layer in file.attrs["layer_names"]]
-        arrays = [torch.from_numpy(layer[_text(name)][()]) for layer in layers for name in layer.attrs["weight_names"]]
+    try:
+        opened: Any = h5py.File(path)
+        with opened as file:
+            layers = [file[_text(layer)] for layer in file.attrs["layer_names"]]
+            names = [(layer, _text(name)) for layer in layers for name in layer.attrs["weight_names"]]
+            arrays = [torch.from_numpy(layer[name][()]) for layer, name in names]
+    except FileNotFoundError:
+        raise
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no file of Keras' save_weights ({type(error).__name__}).") from None
     if len(arrays) != len(order):
         raise ValueError(f"{path} has {len(arrays)} weights, and the configuration's model {len(order)}.")
     shapes = {name: value.shape for name, value in model.state_dict().items()}

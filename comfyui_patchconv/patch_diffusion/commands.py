@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 from collections.abc import Iterator
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import files
-from ..arguments import device, natural
-from .checkpoints import load_all, save
+from ..arguments import device, natural, number, seed
+from .checkpoints import is_foreign, load_all, save
 from .config import PUBLISHED
 from .diffusion import sample, spaced
 from .loss import WEIGHTS
@@ -67,10 +66,10 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         default=False,
         help=f"as --timesteps {SECTIONS}: 250 steps, most of them where there is little noise",
     )
-    parser.add_argument("--guidance", type=float, default=1.5, help="with classes (default: %(default)s)")
+    parser.add_argument("--guidance", type=number, default=1.5, help="with classes (default: %(default)s)")
     parser.add_argument("--label", type=natural, help="class of every image (default: drawn for each)")
     parser.add_argument("--policy", choices=_POLICIES, default="fp32", help="default: %(default)s")
-    parser.add_argument("--seed", type=natural, help="default: another one each time")
+    parser.add_argument("--seed", type=seed, help="default: another one each time")
     parser.add_argument("--ddim", action="store_true", help="without fresh noise in each step")
     _add_model_path(parser)
     _add_model(parser)
@@ -85,24 +84,26 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "--class_cond", action="store_true", help="tell the model the class: the name of the folder in DATA_DIR"
     )
     parser.add_argument(
-        "--label_dropout", type=float, default=0.1, help="share of images without (default: %(default)s)"
+        "--label_dropout", type=number, default=0.1, help="share of images without (default: %(default)s)"
     )
     parser.add_argument("--weight_schedule", choices=WEIGHTS, default="sqrt_snr", help="default: %(default)s")
     parser.add_argument("--part", type=natural, help="of a configuration of several models; 0 for the least noise")
     parser.add_argument("--steps", type=natural, default=300_000, help="default: %(default)s")
     parser.add_argument("--batch_size", type=natural, default=32, help="of each device (default: %(default)s)")
     parser.add_argument("--accumulate", type=natural, default=1, help="batches a step (default: %(default)s)")
-    parser.add_argument("--learning_rate", type=float, default=1e-4, help="default: %(default)s")
-    parser.add_argument("--beta2", type=float, default=0.99, help="Adam's (default: %(default)s)")
+    parser.add_argument("--learning_rate", type=number, default=1e-4, help="default: %(default)s")
+    parser.add_argument("--beta2", type=number, default=0.99, help="Adam's (default: %(default)s)")
     parser.add_argument("--warm_up", type=natural, default=5000, help="steps (default: %(default)s)")
-    parser.add_argument("--ema_decay", type=float, default=0.99, help="default: %(default)s")
+    parser.add_argument("--ema_decay", type=number, default=0.99, help="default: %(default)s")
     parser.add_argument("--ema_every", type=natural, default=100, help="steps (default: %(default)s)")
     parser.add_argument("--save_every", type=natural, default=1000, help="steps (default: %(default)s)")
-    parser.add_argument("--samples", type=natural, default=16, help="pictures at each save (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=natural, default=16, help="pictures at each save, of a whole model (default: %(default)s)"
+    )
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="default: %(default)s")
     parser.add_argument("--workers", type=natural, default=2, help="processes that read images (default: %(default)s)")
     parser.add_argument("--no_mirror", action="store_true", help="never mirror an image")
-    parser.add_argument("--seed", type=natural, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
     _add_model(parser)
     parser.set_defaults(run=_train)
 
@@ -138,16 +139,17 @@ def _boolean(text: str) -> bool:
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(json.loads(f"[{text}]"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas") from None
+    return tuple(number(part) for part in text.split(",") if text)
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(natural(part) for part in text.split(",") if text)
 
 
 def _beta_max(text: str) -> float:
     try:
-        return float(text.removeprefix("linear") or 0.02)
-    except ValueError:
+        return number(text.removeprefix("linear") or "0.02")
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text!r} is not linear, or linear0.025 and the like") from None
 
 
@@ -158,13 +160,13 @@ _MODEL: dict[str, tuple[str, Any, str]] = {
     "channel_mult": ("mults", _numbers, "widths of the levels, times it: 1,2,2"),
     "num_res_blocks": ("blocks", natural, "residual blocks of a level"),
     "classes": ("classes", natural, "number of classes; 0 for none"),
-    "attention_resolutions": ("attention", _numbers, "positions of a side: 16,8"),
+    "attention_resolutions": ("attention", _whole_numbers, "positions of a side: 16,8"),
     "num_head_channels": ("head_channels", natural, "width of an attention head; 0 for --num_heads"),
     "num_heads": ("heads", natural, "attention heads"),
     "use_new_attention_order": ("new_attention_order", _boolean, "True or False"),
     "learn_sigma": ("learn_sigma", _boolean, "True or False"),
-    "dropout": ("dropout", float, "share"),
-    "norm_eps": ("norm_eps", float, "1e-3 as trained in TensorFlow, 1e-5 as the port computes"),
+    "dropout": ("dropout", number, "share"),
+    "norm_eps": ("norm_eps", number, "1e-3 as trained in TensorFlow, 1e-5 as the port computes"),
     "noise_schedule": ("beta_max", _beta_max, "linear, linear0.025 …"),
     "snr_splits": ("snr_splits", _numbers, "where one model takes over from another"),
 }
@@ -179,11 +181,7 @@ def _sample(args: argparse.Namespace) -> None:
     """Sample images, and write them as the authors' scripts do."""
     if not args.num_images or not args.batch_size:
         raise ValueError("there is no image to sample: use a NUM_IMAGES and a --batch_size of 1 or more.")
-    out = args.save_path
-    if args.action != "folder" and out.suffix != _SUFFIXES[args.action]:
-        out = out.with_name(out.name + _SUFFIXES[args.action])
-    if not out.parent.is_dir():
-        raise ValueError(f"SAVE_PATH is {out} and the folder {out.parent} does not exist: create it first.")
+    out = _output(args.save_path, args.action)
     steps = SECTIONS if args.modified_stride else args.timesteps
     spaced(steps)
     models = [model.to(args.device, _POLICIES[args.policy]) for model in _models(args)]
@@ -200,14 +198,27 @@ def _sample(args: argparse.Namespace) -> None:
             for number, image in enumerate(images, start):
                 files.save_image(out / f"{number:06}.png", image)
         return
-    parts, labels = zip(*batches)
     if args.action == "grid":
-        files.save_image(out, files.grid(torch.cat(parts)))
+        files.save_image(out, files.grid(torch.cat([images for images, _ in batches])))
     else:
         import numpy as np
 
-        arrays = [files.levels(torch.cat(parts)).numpy()] + ([torch.cat(labels).numpy()] if classes else [])
+        pixels, labels = zip(*((files.levels(images), labels) for images, labels in batches))
+        arrays = [torch.cat(pixels).numpy()] + ([torch.cat(labels).numpy()] if classes else [])
         np.savez(out, *arrays)
+
+
+def _output(path: Path, action: str) -> Path:
+    """Where to write. Raises ValueError where that is impossible, before there is anything to lose."""
+    if action != "folder" and path.suffix != _SUFFIXES[action] and path.name not in ("", ".."):
+        path = path.with_name(path.name + _SUFFIXES[action])
+    if not path.parent.is_dir():
+        raise ValueError(f"SAVE_PATH is {path} and the folder {path.parent} does not exist: create it first.")
+    if path.exists() and path.is_dir() != (action == "folder"):
+        raise ValueError(
+            f"SAVE_PATH is {path}, which {'is' if path.is_dir() else 'is not'} a folder: use another name."
+        )
+    return path
 
 
 def _models(args: argparse.Namespace) -> list[PatchUNet]:
@@ -217,10 +228,18 @@ def _models(args: argparse.Namespace) -> list[PatchUNet]:
                 f"the weights that the authors published for {args.dataset} are lost: name a model of your own with "
                 "--model_path, or a .safetensors file instead of the data set."
             )
-        return load_all(args.model_path, replace(NAMES[args.dataset], **_changes(args)))
+        return _load(args, args.dataset)
     if args.model_path or _changes(args):
         raise ValueError(f"{args.dataset} says what model it is: leave out --model_path and the model's options.")
     return load_all([files.existing(args.dataset)])
+
+
+def _load(args: argparse.Namespace, name: str) -> list[PatchUNet]:
+    """The models of --model_path, where it is the authors' files with the configuration that `name` and options say."""
+    paths, changes = [files.existing(path) for path in args.model_path], _changes(args)
+    if changes and not any(map(is_foreign, paths)):
+        raise ValueError(f"{paths[0]} says what model it is: leave out the model's options.")
+    return load_all(paths, replace(NAMES[name], **changes))
 
 
 def _batches(
@@ -247,6 +266,8 @@ def _batches(
                 generator=generator,
                 on_step=lambda *_: bar.update(),
             )
+            if images.isnan().any():
+                raise ValueError(f"--policy is {args.policy} and gives NaN for an image: use bf16 or fp32.")
             yield images.cpu(), labels
 
 
@@ -262,6 +283,11 @@ def _train(args: argparse.Namespace) -> None:
     size = changes.get("image_size", NAMES[args.config].image_size)
     images = ImageFolder(args.data_dir, (size, size), labelled=args.class_cond)
     config = replace(NAMES[args.config], **{"classes": len(images.classes), **changes})
+    if bool(config.classes) != args.class_cond or config.classes < len(images.classes):
+        raise ValueError(
+            f"--classes is {config.classes}, and --class_cond {'finds' if args.class_cond else 'is not given to find'} "
+            f"the classes in {args.data_dir}{f', {len(images.classes)}' * args.class_cond}: leave out --classes."
+        )
     options = Options(
         steps=args.steps,
         batch=args.batch_size,
@@ -286,7 +312,8 @@ def _train(args: argparse.Namespace) -> None:
 
 def _import(args: argparse.Namespace) -> None:
     """Write the authors' files as one of ours, with its configuration inside: what the ComfyUI nodes load."""
-    config = replace(NAMES[args.config], **_changes(args))
-    models = load_all([files.existing(path) for path in args.model_path], config)
+    models = _load(args, args.config)
+    if args.out.suffix.lower() != ".safetensors" or not args.out.parent.is_dir():
+        raise ValueError(f"OUT is {args.out}: give a .safetensors file in a folder that exists.")
     save(models, args.out)
     print(f"{args.out}: {len(models)} x {sum(weight.numel() for weight in models[0].parameters()) / 1e6:.1f} M weights")

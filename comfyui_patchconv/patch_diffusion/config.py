@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
+
+from ..json_fields import checked, parsed
+
+BETA_MIN = 1e-4
+"""Of every linear schedule."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,17 @@ class Config:
     snr_splits: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        for name, least in (("image_size", 1), ("channels", 4), ("blocks", 1)):  # positions are pairs of sines
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: use {least} or more.")
+        if not BETA_MIN < self.beta_max < 1:
+            raise ValueError(f"beta_max is {self.beta_max}: use a number between {BETA_MIN} and 1, such as 0.02.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}: use 0 to below 1.")
+        if not self.norm_eps > 0:
+            raise ValueError(f"norm_eps is {self.norm_eps}: use a number above 0, such as 1e-3.")
+        if not all(split > 0 for split in self.snr_splits):
+            raise ValueError(f"snr_splits is {self.snr_splits}: use numbers above 0.")
         if self.patch < 1 or self.image_size % self.patch:
             raise ValueError(f"patch is {self.patch}: use a divisor of the image's {self.image_size} pixels.")
         if not self.mults or any(b < a for a, b in zip(self.mults, self.mults[1:])):
@@ -51,11 +66,12 @@ class Config:
                 f"{self.positions} positions cannot be halved {len(self.mults) - 1} times: use fewer mults, or another "
                 "image_size or patch."
             )
+        which = "head_channels" if self.head_channels else "heads"
         for width in self.widths:
-            if width % 32 or (self.head_channels and width % self.head_channels):
+            if width < 32 or width % 32 or width % max(getattr(self, which), 1):
                 raise ValueError(
                     f"a level is {width} channels wide: use channels and mults that give multiples of 32 and of "
-                    f"head_channels, {self.head_channels}."
+                    f"{which}, {getattr(self, which)}."
                 )
 
     @property
@@ -73,14 +89,8 @@ class Config:
 
     @classmethod
     def from_json(cls, text: str) -> Config:
-        """Raises ValueError for an unknown name."""
-        values: dict[str, Any] = json.loads(text)
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(values.keys() - known)
-        if unknown:
-            raise ValueError(f"the configuration has {unknown[0]!r}: known are {', '.join(sorted(known))}.")
-        values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-        return cls(**values)
+        """Raises ValueError for what `to_json` does not write."""
+        return cls(**checked(cls, parsed(text)))
 
 
 PUBLISHED = {

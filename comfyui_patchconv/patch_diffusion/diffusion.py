@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
+from .config import BETA_MIN
 from .model import PatchUNet
 
 STEPS = 1000
-_BETA_MIN = 1e-4
 _PERCENTILE = 0.995  # of pixels that dynamic thresholding leaves as they are (Saharia et al. 2022)
 
 OnStep = Callable[[int, int, Tensor], object]
@@ -20,7 +21,7 @@ Model = Callable[[Tensor, Tensor, Optional[Tensor]], Tensor]
 
 def signal_share(beta_max: float) -> Tensor:
     """The share of the image in the variance after each of the 1000 steps, `[1000]`, float64: a linear schedule."""
-    return (1 - torch.linspace(_BETA_MIN, beta_max, STEPS, dtype=torch.float64)).cumprod(0)
+    return (1 - torch.linspace(BETA_MIN, beta_max, STEPS, dtype=torch.float64)).cumprod(0)
 
 
 class Posterior(NamedTuple):
@@ -67,7 +68,8 @@ def spaced(counts: str) -> list[int]:
         if not 1 <= count <= size:
             raise ValueError(f"{count} steps of a section of {size} are impossible: use 1 to {size}.")
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
-        steps += [start + round(stride * index) for index in range(count)]
+        offsets = accumulate([0.0] + [stride] * (count - 1))  # added up as there, which decides where a half is rounded
+        steps += [start + round(offset) for offset in offsets]
         start += size
     return steps
 

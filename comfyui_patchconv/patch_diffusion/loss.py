@@ -31,12 +31,14 @@ class Loss:
     part: of a configuration with several models, which: 0 for that of the least noise. It is trained on its own share
         of the timesteps.
 
-    Raises ValueError for a part that is missing, or that there is not.
+    Raises ValueError for a part that is missing, or that there is not, and for a share outside 0 to 1.
     """
 
     def __init__(
         self, config: Config, weights: str = "sqrt_snr", drop: float = 0.1, part: Optional[int] = None
     ) -> None:
+        if not 0 <= drop <= 1:
+            raise ValueError(f"the share of labels to drop is {drop}: use 0 to 1, such as 0.1.")
         self.config, self.drop = config, drop
         share = signal_share(config.beta_max)
         before = torch.cat([torch.ones(1, dtype=share.dtype), share[:-1]])

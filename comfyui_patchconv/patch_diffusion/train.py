@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import files
+from ..state_dicts import unpickled
 from ..training.images import ImageFolder
 from ..training.loop import Options, Training, add_losses, write_whole
 from .checkpoints import save
@@ -44,8 +45,8 @@ def train(
     training = Training(PatchUNet(config), options, accelerator)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / STATE).exists():
-        held = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-        if held["config"] != config.to_json():
+        held = unpickled(folder / STATE)
+        if not isinstance(held, dict) or Config.from_json(held.get("config", "{}")) != config:
             raise ValueError(f"{folder} holds the training of another configuration: give another folder, or empty it.")
         training.load_state(held)
         accelerator.print(f"{folder}: going on from step {training.step}")

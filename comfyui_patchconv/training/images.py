@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from ..files import open_image
+
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -30,7 +32,8 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     size: height and width, pixels. channels: 1, 3 or 4.
     labelled: a class is a folder directly inside `folder`; `classes` holds their names, sorted. Otherwise all are 0.
 
-    Raises ValueError for a folder without images, and for an image outside the classes' folders.
+    Raises ValueError for a folder without images, for an image outside the classes' folders, and, when it is its turn,
+    for a file that is no image.
     """
 
     def __init__(self, folder: str | Path, size: tuple[int, int], channels: int = 3, labelled: bool = False) -> None:
@@ -57,8 +60,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         import numpy as np
         from PIL import Image, ImageOps
 
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGBA")
+        image = open_image(path).convert("RGBA")
         height, width = self.size
         if self.mode != "RGBA":
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(self.mode)

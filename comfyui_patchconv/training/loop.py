@@ -10,7 +10,7 @@ import csv
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +65,8 @@ class Options:
                 raise ValueError(f"{name} is {getattr(self, name)}: use 1 or more.")
         if not self.learning_rate > 0:
             raise ValueError(f"the learning rate is {self.learning_rate}: use a number above 0, such as 1e-4.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"the betas of Adam are {self.betas}: use 0 to below 1.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"the decay of the averaged weights is {self.ema_decay}: use 0 to below 1.")
 
@@ -104,7 +106,9 @@ class Training(Generic[Model]):
         """Train to the end of the steps.
 
         keep: called every `every` steps and at the end, in the main process alone, with the steps and mean losses
-            since its last call: the place to write a checkpoint. Raises ValueError when a loss is no number any more.
+            since its last call: the place to write a checkpoint.
+
+        Raises ValueError when a loss is no number any more, and for an image that cannot be read.
         """
         options, accelerator = self.options, self.accelerator
         first = self.step * options.accumulate
@@ -129,6 +133,8 @@ class Training(Generic[Model]):
                     accelerator.log({"loss": losses[-1][1]}, step=self.step)
                     bar.set_postfix(loss=f"{losses[-1][1]:.4g}")
                 bar.update()
+                if keeps and bar.disable:
+                    accelerator.print(f"step {self.step} of {options.steps}: loss {losses[-1][1]:.4g}", flush=True)
                 if keeps:
                     if accelerator.is_main_process:
                         keep(losses)
@@ -143,7 +149,7 @@ class Training(Generic[Model]):
         self.model.train()
         total = torch.zeros((), device=accelerator.device)
         for number in range(options.accumulate):
-            images, labels = (part.to(accelerator.device) for part in next(batches))
+            images, labels = (part.to(accelerator.device) for part in _next(batches))
             torch.manual_seed(derived_seed(options.seed, self.step, number, accelerator.process_index))
             last = number + 1 == options.accumulate
             with nullcontext() if last else accelerator.no_sync(self._wrapped):
@@ -176,6 +182,13 @@ class Training(Generic[Model]):
 
         shown = self.accelerator.is_main_process and sys.stderr.isatty()
         return tqdm(total=self.options.steps, initial=self.step, unit="step", disable=not shown)
+
+
+def _next(batches: Iterator[Any]) -> Any:
+    try:
+        return next(batches)
+    except ValueError as error:  # a worker puts its whole traceback before the sentence
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
 class _Mean:
