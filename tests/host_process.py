@@ -37,7 +37,7 @@ class HostProcess:
             stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT, cwd=checkout, env=environment,
         )  # fmt: skip
 
-    def wait(self, ready: Callable[[], object], seconds: float = 240) -> None:
+    def wait(self, ready: Callable[[], object], seconds: float = 900) -> None:
         """Until `ready` says so; an OSError means no. Raises RuntimeError, with the end of its log, in the end."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:

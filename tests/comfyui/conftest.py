@@ -26,16 +26,18 @@ from safetensors.torch import load_file, save_file
 
 Graph = dict[str, Any]
 PACK = Path(__file__).parents[2]
+MODELS = ("loras", "patch_diffusion", "patch_ddpm")
+"""Folders of models that a test can put files into, beside the host's own."""
 
 
 class Server(HostProcess):
     """One ComfyUI process with its own input, output, user and model folders; the checkout stays as it is."""
 
     def __init__(self, checkout: Path, folder: Path, flags: tuple[str, ...] = ()) -> None:
-        for name in ("input", "output", "temp", "user", "loras", "custom_nodes"):
+        for name in ("input", "output", "temp", "user", *MODELS, "custom_nodes"):
             (folder / name).mkdir()
         (folder / "custom_nodes" / "comfyui_patchconv").symlink_to(PACK)
-        paths = {"base_path": str(folder), "custom_nodes": "custom_nodes", "loras": "loras"}
+        paths = {"base_path": str(folder), **{name: name for name in ("custom_nodes", *MODELS)}}
         (folder / "paths.yaml").write_text(json.dumps({"patchconv": paths}))  # JSON is YAML
         command = [python(), str(Path(__file__).with_name("launch.py")), str(checkout)]
         command += ["--extra-model-paths-config", str(folder / "paths.yaml")]
@@ -46,8 +48,10 @@ class Server(HostProcess):
             command.append("--cpu")
         super().__init__(command, folder, checkout)
 
-    def queue(self, graph: Graph) -> str:
-        return self.get("/prompt", {"prompt": graph, "client_id": "tests"})["prompt_id"]
+    def queue(self, graph: Graph, preview: str = "default") -> str:
+        """preview: as the front end's setting of this name; by default that of the command line."""
+        extra = {"preview_method": preview}
+        return self.get("/prompt", {"prompt": graph, "client_id": "tests", "extra_data": extra})["prompt_id"]
 
     def result(self, prompt: str, seconds: float = 600) -> Any:
         """The history of a prompt once it has ended, one way or another."""
@@ -61,15 +65,21 @@ class Server(HostProcess):
         raise TimeoutError(f"prompt did not end in {seconds} s:\n{self.log()[-3000:]}")
 
     def run(self, graph: Graph) -> dict[str, Path]:
-        """Run a workflow; the file that each of its output nodes has written."""
-        history = self.result(self.queue(graph))
+        """Run a workflow; the file that each of its output nodes has written, the first if there are more."""
+        return {node: files[0] for node, files in self.run_batch(graph).items()}
+
+    def run_batch(self, graph: Graph, preview: str = "default") -> dict[str, list[Path]]:
+        """Run a workflow; all files that each of its output nodes has written. preview: see `queue`."""
+        history = self.result(self.queue(graph, preview))
         assert history["status"]["status_str"] == "success", history["status"]
-        files = {}
-        for node, output in history["outputs"].items():
-            entry = (output.get("images") or output["latents"])[0]
-            folder = self.folder / ("temp/temp" if entry["type"] == "temp" else entry["type"])  # the host's own way
-            files[node] = folder / entry["subfolder"] / entry["filename"]
-        return files
+        return {
+            node: [self._file(entry) for entry in output.get("images") or output["latents"]]
+            for node, output in history["outputs"].items()
+        }
+
+    def _file(self, entry: dict[str, str]) -> Path:
+        folder = self.folder / ("temp/temp" if entry["type"] == "temp" else entry["type"])  # the host's own way
+        return folder / entry["subfolder"] / entry["filename"]
 
     def error(self, graph: Graph) -> str:
         """Run a workflow that has to fail; the message that the user sees."""
@@ -90,7 +100,7 @@ class Server(HostProcess):
         thread = threading.Thread(target=lambda: self._read(listener, received), daemon=True)
         thread.start()
         try:
-            end = time.monotonic() + 20
+            end = time.monotonic() + 120
             while not received:  # the server greets whoever connects
                 assert time.monotonic() < end
                 time.sleep(0.05)
