@@ -122,12 +122,13 @@ def test_half_precision(server: Server) -> None:
 
 def test_classes(server: Server) -> None:
     graph = loading("classes.safetensors")
-    for name, settings in (
-        ("zero", {"class_label": 0}),
-        ("two", {"class_label": 2}),
-        ("guided", {"class_label": 2, "guidance": 4.0}),
-        ("free", {"class_label": 2, "guidance": 1.0}),
-    ):
+    variants: dict[str, Graph] = {
+        "zero": {"class_label": 0},
+        "two": {"class_label": 2},
+        "guided": {"class_label": 2, "guidance": 4.0},
+        "free": {"class_label": 2, "guidance": 1.0},
+    }
+    for name, settings in variants.items():
         graph |= sampling(name, **settings)
     found = list(pixels(server.run(graph)).values())
     assert not any(np.array_equal(one, other) for number, one in enumerate(found) for other in found[:number])
