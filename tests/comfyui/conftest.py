@@ -124,6 +124,20 @@ class Server(HostProcess):
         return file
 
 
+def assert_described(server: Server, kind: str, title: str, beside: str) -> None:
+    """A node with `title` in its name, all of it explained, in the category of the node `beside`, with a help page."""
+    info = server.get("/object_info")
+    shown = info[kind]
+    assert title in shown["display_name"]
+    assert shown["description"]
+    assert shown["category"] == info[beside]["category"]
+    assert all(options["tooltip"] for _, options in shown["input"]["required"].values())
+    assert all(shown["output_tooltips"])
+    page = server.get(f"/extensions/comfyui_patchconv/docs/{kind}/en.md").decode()
+    assert page.startswith(f"# {shown['display_name']}")
+    assert all(f"- `{name}`: " in page for name in shown["input"]["required"])
+
+
 def python() -> str:
     return os.environ.get("COMFYUI_PYTHON", sys.executable)
 

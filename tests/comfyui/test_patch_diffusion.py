@@ -18,7 +18,7 @@ from comfyui_patchconv.patch_diffusion.checkpoints import save
 from comfyui_patchconv.patch_diffusion.config import Config
 from comfyui_patchconv.patch_diffusion.model import PatchUNet
 
-from .conftest import Graph, Server, read_image
+from .conftest import Graph, Server, assert_described, read_image
 from .test_server import ALWAYS, MODEL, assert_same_image, node
 
 LOADER, SAMPLER = "PatchConv_PatchDiffusionLoader", "PatchConv_PatchDiffusionSampler"
@@ -59,16 +59,7 @@ def pixels(files: dict[str, Path]) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("kind", [LOADER, SAMPLER])
 def test_object_info_and_help(server: Server, kind: str) -> None:
-    info = server.get("/object_info")
-    shown = info[kind]
-    assert shown["display_name"].startswith("Patch Diffusion")
-    assert shown["description"]
-    assert shown["category"] == info["UNETLoader" if kind == LOADER else "KSampler"]["category"]
-    assert all(options["tooltip"] for _, options in shown["input"]["required"].values())
-    assert all(shown["output_tooltips"])
-    page = server.get(f"/extensions/comfyui_patchconv/docs/{kind}/en.md").decode()
-    assert page.startswith(f"# {shown['display_name']}")
-    assert all(f"- `{name}`: " in page for name in shown["input"]["required"])
+    assert_described(server, kind, "Patch Diffusion", "UNETLoader" if kind == LOADER else "KSampler")
 
 
 def test_the_loader_lists_models(server: Server) -> None:
