@@ -39,7 +39,7 @@ def train_patch_diffusion(folder: Path, images: Path) -> tuple[Path, list[Path]]
     """The trained file, and the grids of samples on the way."""
     arguments = (
         "--config lsun_p4 --image_size 64 --num_channels 64 --channel_mult 1,1 --num_res_blocks 1 "
-        "--attention_resolutions 8 --num_head_channels 32 --steps 4000 --learning_rate 1e-3 --warm_up 100 "
+        "--attention_resolutions 8 --num_head_channels 32 --steps 2500 --learning_rate 1e-3 --warm_up 100 "
         "--ema_decay 0.95 --ema_every 10 --save_every 500 --workers 0"
     )
     _run("patch-diffusion", "train", str(images), "--out", str(folder), *arguments.split())

@@ -252,7 +252,7 @@ def test_the_authors_stride(tmp_path: Path, model: Path) -> None:
 
 def test_half_precision_that_is_too_narrow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     network = PatchUNet(CONFIG)
-    network.out[2].bias.data.fill_(float("nan"))
+    next(network.out.parameters()).data.fill_(float("nan"))
     save([network], tmp_path / "nan.safetensors")
     run("sample", "cpu", "fid", tmp_path / "nan.safetensors", 1, tmp_path / "out", *FEW, "--policy", "fp16", code=2)
     assert "--policy is fp16 and gives NaN for an image: use bf16 or fp32" in capsys.readouterr().err

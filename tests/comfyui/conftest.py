@@ -100,7 +100,7 @@ class Server(HostProcess):
         thread = threading.Thread(target=lambda: self._read(listener, received), daemon=True)
         thread.start()
         try:
-            end = time.monotonic() + 20
+            end = time.monotonic() + 120
             while not received:  # the server greets whoever connects
                 assert time.monotonic() < end
                 time.sleep(0.05)
@@ -122,6 +122,20 @@ class Server(HostProcess):
         noise = torch.randn(1, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(seed))
         save_file({"latent_tensor": noise, "latent_format_version_0": torch.tensor([])}, self.folder / "input" / file)
         return file
+
+
+def assert_described(server: Server, kind: str, title: str, beside: str) -> None:
+    """A node with `title` in its name, all of it explained, in the category of the node `beside`, with a help page."""
+    info = server.get("/object_info")
+    shown = info[kind]
+    assert title in shown["display_name"]
+    assert shown["description"]
+    assert shown["category"] == info[beside]["category"]
+    assert all(options["tooltip"] for _, options in shown["input"]["required"].values())
+    assert all(shown["output_tooltips"])
+    page = server.get(f"/extensions/comfyui_patchconv/docs/{kind}/en.md").decode()
+    assert page.startswith(f"# {shown['display_name']}")
+    assert all(f"- `{name}`: " in page for name in shown["input"]["required"])
 
 
 def python() -> str:

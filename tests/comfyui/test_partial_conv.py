@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from .conftest import Graph, Server, read_image, read_latent
+from .conftest import Graph, Server, assert_described, read_image, read_latent
 from .test_inside import probe
 from .test_server import ALWAYS, STREAM, VAE, assert_same_image, assert_same_latent, decoding, loader, node
 
@@ -64,16 +64,8 @@ def _pictures(server: Server) -> None:
 
 @pytest.mark.parametrize("kind", [ENCODE, FILL])
 def test_object_info_and_help(server: Server, kind: str) -> None:
-    info = server.get("/object_info")
-    shown = info[kind]
-    assert "(Partial Conv)" in shown["display_name"]
-    assert shown["description"]
-    assert shown["category"] == info["VAEEncodeForInpaint" if kind == ENCODE else "ImagePadForOutpaint"]["category"]
-    assert all(options["tooltip"] for _, options in shown["input"]["required"].values())
-    assert all(shown["output_tooltips"])
-    page = server.get(f"/extensions/comfyui_patchconv/docs/{kind}/en.md").decode()
-    assert page.startswith(f"# {shown['display_name']}")
-    assert all(f"- `{name}`: " in page for name in shown["input"]["required"])
+    beside = "VAEEncodeForInpaint" if kind == ENCODE else "ImagePadForOutpaint"
+    assert_described(server, kind, "(Partial Conv)", beside)
 
 
 def test_the_latent_does_not_change_with_the_pixels_under_the_mask(server: Server, checkpoint: str) -> None:
