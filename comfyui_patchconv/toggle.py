@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .convert import convert_model, convolutions, restore_model
+from .figures import Figures, StripCount
 from .footprint import peak_activations
 from .measure import Recorder
 from .memory import free
@@ -77,8 +78,7 @@ class Toggle:
 
     def __init__(self, settings: Settings, tell: Optional[Tell] = None) -> None:
         self.settings, self.tell = settings, tell
-        self._strips: dict[str, int] = {}
-        self._figures: dict[str, _Figures] = {}
+        self._figures: dict[str, Figures] = {}
         self._models: list[tuple[Any, list[_StandIn]]] = []
         self._covered: list[_StandIn] = []
 
@@ -118,18 +118,14 @@ class Toggle:
 
     def report(self) -> str:
         """What was done, in one line, with figures where they were measured."""
-        parts = [self._of_half(half, figures) for half, figures in self._figures.items() if figures.calls]
-        parts += [_in_strips(part, count) for part, count in self._strips.items() if part not in HALVES]
+        parts = [figures.line() for part, figures in self._figures.items() if figures.calls or part not in HALVES]
         return "Patch Conv: " + ("; ".join(parts) or "nothing that it was asked to patch has run")
 
-    def _of_half(self, half: str, figures: _Figures) -> str:
-        words = f"VAE {half}"
-        words = f"{words} streamed" if self.settings.mode == "stream" else _in_strips(words, self._strips[half])
-        if figures.peak:
-            words += f", peak {_size(figures.peak)}"
-        if figures.plain:
-            words += f" (plain: about {_size(figures.plain)})"
-        return words
+    def _figures_of(self, part: str) -> Figures:
+        """Of all models that have such a part."""
+        streamed = part in HALVES and self.settings.mode == "stream"
+        words = f"VAE {part}" if part in HALVES else part
+        return self._figures.setdefault(part, Figures(words, streamed))
 
     def _patch_vae(self, model: nn.Module, stand_ins: list[_StandIn]) -> None:
         for half, method in _METHODS.items():
@@ -140,7 +136,7 @@ class Toggle:
             owner, _, name = part_of(model, half, method).rpartition(".")
             module = model.get_submodule(owner)
             if _free(module, name) or name != "forward":
-                stand_ins.append(_Half(self, half, module, name, self._figures.setdefault(half, _Figures())))
+                stand_ins.append(_Half(self, half, module, name, self._figures_of(half)))
 
     def _patch_unet(self, model: nn.Module, stand_ins: list[_StandIn]) -> None:
         if any(convolutions(model, predicate=lambda *_: True)):  # a transformer may have none
@@ -154,11 +150,7 @@ class Toggle:
     def _patch_convolutions(
         self, model: nn.Module, part: str, chosen: Callable[[str, Convolution], bool], stand_ins: list[_StandIn]
     ) -> None:
-        self._strips.setdefault(part, 0)
-
-        def note(module: nn.Module, rows_done: int, rows: int) -> None:
-            self._strips[part] = max(self._strips[part], -(-rows // max(rows_done, 1)))
-
+        note = StripCount(self._figures_of(part))
         splits, threshold = int(self.settings.splits), round(self.settings.threshold * MILLION)
         convert_model(model, splits, threshold=threshold, predicate=chosen, on_strip=note)
         for _, module in convolutions(model, predicate=chosen):
@@ -173,15 +165,6 @@ def _free(module: nn.Module, name: str) -> bool:
         current.leave()  # put back by whoever had found it there
         current = module.__dict__.get(name)
     return current is None or getattr(current, "__func__", None) is getattr(type(module), name)
-
-
-@dataclass
-class _Figures:
-    """Of all calls of a decoder or encoder: how many, the highest peak, and what plain would have needed; bytes."""
-
-    calls: int = 0
-    peak: int = 0
-    plain: int = 0
 
 
 class _StandIn:
@@ -230,7 +213,7 @@ class _CastingForward(_StandIn):
 class _Half(_StandIn):
     """Of a decoder or encoder: streamed if that was asked for, and measured."""
 
-    def __init__(self, toggle: Toggle, half: str, module: nn.Module, name: str, figures: _Figures) -> None:
+    def __init__(self, toggle: Toggle, half: str, module: nn.Module, name: str, figures: Figures) -> None:
         super().__init__(toggle, module, name)
         self.half, self.figures = half, figures
         self._streamed: Optional[Callable[..., Any]] = None
@@ -244,8 +227,7 @@ class _Half(_StandIn):
         run = self.plain if self.toggle.settings.mode == "patch" else self._stream(device)
         with Recorder(device, own_peak=False) as recorded:
             result = run(*args, **kwargs)
-        self.figures.calls += 1
-        self.figures.peak = max(self.figures.peak, recorded.peak)
+        self.figures.add(recorded)
         self.figures.plain = max(self.figures.plain, self._plain_needs(args, kwargs, device))
         return result
 
@@ -320,13 +302,5 @@ class _Estimate(_StandIn):
         return maps + working_set(maps, int(settings.splits), threshold, device.type, dtype.itemsize)
 
 
-def _in_strips(part: str, strips: int) -> str:
-    return f"{part} in up to {strips} strips" if strips > 1 else f"{part} whole (no convolution above the threshold)"
-
-
 def _empty(value: Any) -> Any:
     return torch.empty_like(value) if isinstance(value, Tensor) else value
-
-
-def _size(count: int) -> str:
-    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"

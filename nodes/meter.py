@@ -1,0 +1,142 @@
+"""What a decode, an encode or a sampling took: measured where it happens, and told to the front end."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Optional, Protocol
+
+import torch
+from comfy.patcher_extension import WrappersMP  # pyright: ignore[reportMissingImports]
+from comfy_execution.utils import get_executing_context  # pyright: ignore[reportMissingImports]
+from torch import Tensor
+
+from ..comfyui_patchconv.figures import Figures
+from ..comfyui_patchconv.measure import Recorder
+from .front_end import Messenger
+
+EVENT = "patchconv.report"
+"""`node`: the id of a Patch Conv node. `prompt`: the run's. `running`: whether it goes on. The rest is of `Figures`."""
+
+_KEY = "patchconv"  # of our wrappers among those of a model
+_MEASURED = ("cpu", "cuda")  # device types whose memory `Recorder` reads
+_INTERVAL, _SAMPLES = 0.01, 256  # of the timeline: from 100 samples a second down, as the run grows
+_LIVE = 1.0  # seconds between two states of a run that goes on
+
+
+class Counter(Protocol):
+    """What counts strips while they run."""
+
+    strips: int
+
+    def start(self) -> None: ...
+
+
+class Meter:
+    """Measures the runs of one part of a model that a Patch Conv node has patched.
+
+    node: the node's id. figures: of the last run that got anywhere; None before it. prompt: the id of its prompt.
+    A run is what one node of the workflow does at a stretch: calls of `measuring` from one `start` to the next.
+    """
+
+    def __init__(self, node: str, part: str, streamed: bool, device: torch.device, counter: Counter) -> None:
+        self.node, self.part, self.streamed, self.device, self.counter = node, part, streamed, device, counter
+        self.figures: Optional[Figures] = None
+        self.prompt = ""
+        self._messenger = Messenger(EVENT)
+        self._recorder: Optional[Recorder] = None
+        self._before = Figures(part, streamed)
+        self._fresh, self._where, self._next = True, None, 0.0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Meter:
+        return self  # a copied model reports to the same node
+
+    def start(self) -> None:
+        """The next call begins a run."""
+        self._fresh = True
+
+    @contextmanager
+    def measuring(self, plain: Callable[[], int]) -> Iterator[None]:
+        """One call, around which this is put. plain: bytes that it was counted to need without us, or 0; asked later.
+
+        A call that raises leaves the figures as they were last told.
+        """
+        where = get_executing_context()
+        if self._fresh or where != self._where:
+            self._fresh, self._where = False, where
+            self.prompt = where.prompt_id if where is not None else ""
+            self._before = Figures(self.part, self.streamed)
+            self.counter.start()
+        self._next = time.monotonic() + _LIVE
+        if self.device.type not in _MEASURED:
+            yield
+            self._before.calls += 1
+        else:
+            recorder = Recorder(self.device, _INTERVAL, samples=_SAMPLES)
+            try:
+                with recorder:
+                    self._recorder = recorder
+                    yield
+            finally:
+                self._recorder = None
+            self._before.add(recorder)
+        self._before.plain = max(self._before.plain, plain())
+        self._tell(self._before, running=False)
+
+    def look(self) -> None:
+        """After a strip: tell how far it is, now and then."""
+        now = time.monotonic()
+        recorder = self._recorder
+        if recorder is None or now < self._next:
+            return
+        self._next = now + _LIVE
+        recorder.update()
+        figures = copy.copy(self._before)
+        figures.timeline = [*figures.timeline]
+        figures.add(recorder)
+        self._tell(figures, running=True)
+
+    def _tell(self, figures: Figures, running: bool) -> None:
+        figures.strips = self.counter.strips
+        self.figures = figures
+        data = {"node": self.node, "prompt": self.prompt, "running": running, **figures.as_json()}
+        self._messenger.tell(data)
+
+
+class Measured:
+    """Stands in for a VAE's `decode` or `encode`, `forward`, and measures it."""
+
+    def __init__(self, forward: Callable[..., Any], meter: Meter, plain: Callable[[], int]) -> None:
+        self.forward, self.meter, self.plain = forward, meter, plain
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        samples = args[0].shape[0] if args and isinstance(args[0], Tensor) else 1
+        with self.meter.measuring(lambda: samples * self.plain()):
+            return self.forward(*args, **kwargs)
+
+
+class MeasuredSampling:
+    """The host's wrapper of a whole sampling, which measures it."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        self.meter.start()
+        with self.meter.measuring(lambda: 0):
+            return executor(*args, **kwargs)
+
+
+def measure_sampling(model: Any, meter: Meter) -> None:
+    """Have the host measure what is sampled with `model`, a copy made for it; the last node of several counts."""
+    model.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, _KEY)
+    model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, _KEY, MeasuredSampling(meter))
+
+
+def meters_of(vae: Any = None, model: Any = None) -> list[Meter]:
+    """Those that Patch Conv nodes have put on a VAE and on a model."""
+    found = [] if vae is None else [one for one in vae.patcher.object_patches.values() if isinstance(one, Measured)]
+    sampling = [] if model is None else model.get_wrappers(WrappersMP.SAMPLER_SAMPLE, _KEY)
+    return [one.meter for one in (*found, *sampling)]
