@@ -63,9 +63,10 @@ class Figures:
     def line(self) -> str:
         """The words as one line."""
         words = self.words()
-        memory = " ".join([*([words["peak"]] if self.peak else []), *([f"({words['plain']})"] if self.plain else [])])
-        rest = [memory, words.get("time", "")]
-        return ", ".join([f"{self.part} {words['way']}", *filter(None, rest)])
+        if "peak" in words and "plain" in words:
+            words["peak"] += f" ({words.pop('plain')})"
+        rest = [words[name] for name in ("peak", "plain", "time") if name in words]
+        return ", ".join([f"{self.part} {words['way']}", *rest])
 
     def as_json(self) -> dict[str, Any]:
         """For a front end: the figures and the words."""

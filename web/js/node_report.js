@@ -1,0 +1,86 @@
+// What stands on a node: a button for each part that ran, or the text of Patch Conv Report.
+
+import { spark } from "./chart.js";
+import { make, openCharts } from "./dialog.js";
+
+const NAME = "patchconv_report";
+const ROW = 58, GAP = 4, TEXT = 84;
+
+/** Show `content` (`reports` or `text`) on a node of the canvas, in place of what stood there. */
+export function show(node, key, content) {
+    const { reports, text } = content;
+    const height = reports ? reports.length * (ROW + GAP) - GAP : TEXT;
+    let widget = widgetOf(node);
+    if (!widget || widget.patchConvHeight !== height) {
+        hide(node);
+        widget = add(node, height);
+    }
+    widget.element.replaceChildren(...(reports ? reports.map((report) => row(node, key, report)) : [wordsOf(text)]));
+    node.setDirtyCanvas?.(true, true);
+}
+
+/** Take it off again; the node is as large as before. */
+export function hide(node) {
+    const widget = widgetOf(node);
+    if (!widget) return;
+    widget.onRemove?.();
+    node.widgets.splice(node.widgets.indexOf(widget), 1);
+    node.setSize([node.size[0], node.size[1] - widget.patchConvGrowth]);
+    node.setDirtyCanvas?.(true, true);
+}
+
+function widgetOf(node) {
+    return node.widgets?.find((widget) => widget.name === NAME);
+}
+
+function add(node, height) {
+    const element = make("div", { className: "patchconv-report" });
+    element.setAttribute("role", "group");
+    element.setAttribute("aria-label", "Patch Conv: what the last run took");
+    const before = node.size[1];
+    const widget = node.addDOMWidget(NAME, NAME, element, {
+        serialize: false, // not sent with the prompt
+        getMinHeight: () => height,
+        getMaxHeight: () => height,
+        getHeight: () => height,
+    });
+    widget.serialize = false; // nor saved
+    widget.patchConvHeight = height;
+    const needed = node.computeSize()[1];
+    if (needed > before) node.setSize([node.size[0], needed]);
+    widget.patchConvGrowth = Math.max(needed - before, 0);
+    if (!node.patchConvSaves) {
+        // A workflow is saved with the size that the node has without us.
+        node.patchConvSaves = true;
+        const save = node.onSerialize;
+        node.onSerialize = function (saved) {
+            save?.call(this, saved);
+            const growth = widgetOf(this)?.patchConvGrowth ?? 0;
+            if (growth) saved.size = [saved.size[0], saved.size[1] - growth];
+        };
+    }
+    return widget;
+}
+
+function row(node, key, report) {
+    const { way, peak, plain, time } = report.words;
+    const first = [peak, time].filter(Boolean).join(", ") || way;
+    const lines = [first + (report.running ? " so far" : ""), `${report.part} ${way}`, plain ?? ""];
+    const words = make("div", { className: "patchconv-words" });
+    words.append(...lines.filter(Boolean).map((line) => make("span", { textContent: line })));
+    const button = make("button", { type: "button", className: "patchconv-row", title: report.line }, words);
+    if (report.peak) button.append(spark(report));
+    button.setAttribute("aria-haspopup", "dialog");
+    button.setAttribute("aria-label", `${report.line}. Open the chart of memory over time.`);
+    button.addEventListener("click", (event) => {
+        event.stopPropagation();
+        openCharts(key, node.title, node.patchConvReports());
+    });
+    return button;
+}
+
+function wordsOf(text) {
+    const words = make("pre", { className: "patchconv-text", textContent: text, tabIndex: 0 });
+    words.setAttribute("aria-label", "Report");
+    return words;
+}
