@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Optional, Protocol
 
 import torch
 from comfy.patcher_extension import WrappersMP  # pyright: ignore[reportMissingImports]
 from comfy_execution.utils import get_executing_context  # pyright: ignore[reportMissingImports]
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..comfyui_patchconv.figures import Figures
+from ..comfyui_patchconv.footprint import peak_activations
 from ..comfyui_patchconv.measure import Recorder
+from ..comfyui_patchconv.streaming import signature
 from .front_end import Messenger
+from .vae_memory import COUNT_SECONDS, HOST_ATTRIBUTES
 
 EVENT = "patchconv.report"
 """`node`: the id of a Patch Conv node. `prompt`: the run's. `running`: whether it goes on. The rest is of `Figures`."""
@@ -82,7 +85,8 @@ class Meter:
             finally:
                 self._recorder = None
             self._before.add(recorder)
-        self._before.plain = max(self._before.plain, plain())
+        if self.streamed or self.counter.strips > 1:  # else it ran as plain does
+            self._before.plain = max(self._before.plain, plain())
         self._tell(self._before, running=False)
 
     def look(self) -> None:
@@ -118,25 +122,60 @@ class Measured:
 
 
 class MeasuredSampling:
-    """The host's wrapper of a whole sampling, which measures it."""
+    """Measures each sampling with a model, and counts what one call of its network would need without us."""
 
-    def __init__(self, meter: Meter) -> None:
-        self.meter = meter
+    def __init__(self, network: nn.Module, meter: Meter) -> None:
+        self.network, self.meter = network, meter
+        self._counted: dict[Any, int] = {}
+        self._call: Optional[list[Any]] = None
 
-    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+    def sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """The host's wrapper of a whole sampling."""
+        self._call = None
         self.meter.start()
-        with self.meter.measuring(lambda: 0):
+        with self.meter.measuring(self._plain):
             return executor(*args, **kwargs)
+
+    def note(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """The host's wrapper of a call of the network: the first of a sampling stands for all."""
+        if self._call is None:
+            # Not what other nodes pass on in dictionaries: that is not ours to run.
+            self._call = [_without_values({} if isinstance(value, dict) else value, "meta") for value in args]
+        return executor(*args, **kwargs)
+
+    def _plain(self) -> int:
+        if self._call is None:
+            return 0
+        args, key = self._call, signature(self._call)
+        if key not in self._counted:
+            self._counted[key] = 0
+            device = self.meter.device
+            with suppress(Exception):  # the host's code is free to do what tensors without values cannot
+                self._counted[key] = peak_activations(
+                    self.network,
+                    lambda twin: twin(*(_without_values(value, device) for value in args)),
+                    device=device,
+                    dtype=args[0].dtype,
+                    seconds=COUNT_SECONDS,
+                    attributes=HOST_ATTRIBUTES,
+                )
+        return self._counted[key]
+
+
+def _without_values(value: Any, device: torch.device | str) -> Any:
+    return torch.empty_like(value, device=device) if isinstance(value, Tensor) else value
 
 
 def measure_sampling(model: Any, meter: Meter) -> None:
     """Have the host measure what is sampled with `model`, a copy made for it; the last node of several counts."""
-    model.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, _KEY)
-    model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, _KEY, MeasuredSampling(meter))
+    measured = MeasuredSampling(model.model.diffusion_model, meter)
+    for kind, wrapper in ((WrappersMP.SAMPLER_SAMPLE, measured.sample), (WrappersMP.DIFFUSION_MODEL, measured.note)):
+        model.remove_wrappers_with_key(kind, _KEY)
+        model.add_wrapper_with_key(kind, _KEY, wrapper)
 
 
 def meters_of(vae: Any = None, model: Any = None) -> list[Meter]:
     """Those that Patch Conv nodes have put on a VAE and on a model."""
     found = [] if vae is None else [one for one in vae.patcher.object_patches.values() if isinstance(one, Measured)]
     sampling = [] if model is None else model.get_wrappers(WrappersMP.SAMPLER_SAMPLE, _KEY)
-    return [one.meter for one in (*found, *sampling)]
+    return [one.meter for one in (*found, *(wrapper.__self__ for wrapper in sampling))]

@@ -13,7 +13,8 @@ from ..comfyui_patchconv import planner
 from ..comfyui_patchconv.footprint import peak_activations
 from ..comfyui_patchconv.tiled_conv import Tiling
 
-_SECONDS = 5.0  # the longest a count may take: video in many chunks is thousands of operators
+COUNT_SECONDS = 5.0
+"""The longest a count may take: video in many chunks is thousands of operators."""
 
 HOST_ATTRIBUTES = {"comfy_cast_weights": False, "weight_function": [], "bias_function": []}
 """Of modules in a copy that is counted: its weights are where and what they should be, nothing to cast or to move."""
@@ -72,7 +73,7 @@ class Memory(ABC):
                     lambda model: getattr(model, self.method)(torch.empty(sample, dtype=dtype, device=self.device)),
                     device=self.device,
                     dtype=dtype,
-                    seconds=_SECONDS,
+                    seconds=COUNT_SECONDS,
                     attributes=HOST_ATTRIBUTES,
                 )
             except Exception as error:

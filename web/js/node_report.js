@@ -4,16 +4,17 @@ import { spark } from "./chart.js";
 import { make, openCharts } from "./dialog.js";
 
 const NAME = "patchconv_report";
-const ROW = 58, GAP = 4, TEXT = 84;
+const ROW = 56, GAP = 4, MARGIN = 6; // pixels
+const TEXT = [320, 96]; // of the node at least, and of the text
 
 /** Show `content` (`reports` or `text`) on a node of the canvas, in place of what stood there. */
 export function show(node, key, content) {
     const { reports, text } = content;
-    const height = reports ? reports.length * (ROW + GAP) - GAP : TEXT;
+    const height = 2 * MARGIN + (reports ? reports.length * (ROW + GAP) - GAP : TEXT[1]);
     let widget = widgetOf(node);
     if (!widget || widget.patchConvHeight !== height) {
         hide(node);
-        widget = add(node, height);
+        widget = add(node, height, reports ? 0 : TEXT[0]);
     }
     widget.element.replaceChildren(...(reports ? reports.map((report) => row(node, key, report)) : [wordsOf(text)]));
     node.setDirtyCanvas?.(true, true);
@@ -25,7 +26,7 @@ export function hide(node) {
     if (!widget) return;
     widget.onRemove?.();
     node.widgets.splice(node.widgets.indexOf(widget), 1);
-    node.setSize([node.size[0], node.size[1] - widget.patchConvGrowth]);
+    node.setSize(less(node.size, widget.patchConvGrowth));
     node.setDirtyCanvas?.(true, true);
 }
 
@@ -33,30 +34,35 @@ function widgetOf(node) {
     return node.widgets?.find((widget) => widget.name === NAME);
 }
 
-function add(node, height) {
+function less(size, growth) {
+    return [size[0] - growth[0], size[1] - growth[1]];
+}
+
+function add(node, height, width) {
     const element = make("div", { className: "patchconv-report" });
     element.setAttribute("role", "group");
     element.setAttribute("aria-label", "Patch Conv: what the last run took");
-    const before = node.size[1];
+    const [wide, high] = node.size;
     const widget = node.addDOMWidget(NAME, NAME, element, {
         serialize: false, // not sent with the prompt
         getMinHeight: () => height,
         getMaxHeight: () => height,
         getHeight: () => height,
+        margin: MARGIN,
     });
     widget.serialize = false; // nor saved
     widget.patchConvHeight = height;
-    const needed = node.computeSize()[1];
-    if (needed > before) node.setSize([node.size[0], needed]);
-    widget.patchConvGrowth = Math.max(needed - before, 0);
+    const size = [Math.max(wide, width), Math.max(high, node.computeSize()[1])];
+    widget.patchConvGrowth = less(size, [wide, high]);
+    node.setSize(size);
     if (!node.patchConvSaves) {
         // A workflow is saved with the size that the node has without us.
         node.patchConvSaves = true;
         const save = node.onSerialize;
         node.onSerialize = function (saved) {
             save?.call(this, saved);
-            const growth = widgetOf(this)?.patchConvGrowth ?? 0;
-            if (growth) saved.size = [saved.size[0], saved.size[1] - growth];
+            const growth = widgetOf(this)?.patchConvGrowth;
+            if (growth) saved.size = less(saved.size, growth);
         };
     }
     return widget;

@@ -38,6 +38,7 @@ function display(graph, id) {
 }
 
 function displayAll() {
+    if (!contents.size) return; // the host calls this before there is a graph, too
     const graph = root()?.id;
     for (const key of contents.keys()) {
         const [of, id] = key.split(" ");
