@@ -42,7 +42,7 @@ function level(y, left, right, kind) {
 
 /** The small one: no words, for the eye only. */
 export function spark(report) {
-    const [width, height] = [72, 38];
+    const [width, height] = [60, 38];
     const { y, line, area } = shape(report, 1.05 * highest(report), 0, width, 0, height);
     const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, class: "patchconv-spark", "aria-hidden": "true" });
     svg.append(draw("polygon", { points: area, class: "patchconv-area" }));

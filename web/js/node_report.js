@@ -5,7 +5,7 @@ import { make, openCharts } from "./dialog.js";
 
 const NAME = "patchconv_report";
 const ROW = 56, GAP = 4, MARGIN = 6; // pixels
-const TEXT = [320, 96]; // of the node at least, and of the text
+const TEXT = [320, 72]; // of the node at least, and of the text
 
 /** Show `content` (`reports` or `text`) on a node of the canvas, in place of what stood there. */
 export function show(node, key, content) {
@@ -71,7 +71,11 @@ function add(node, height, width) {
 function row(node, key, report) {
     const { way, peak, plain, time } = report.words;
     const first = [peak, time].filter(Boolean).join(", ") || way;
-    const lines = [first + (report.running ? " so far" : ""), `${report.part} ${way}`, plain ?? ""];
+    const lines = [
+        first + (report.running ? " so far" : ""),
+        `${report.part.replace("VAE ", "")} ${way}`,
+        plain?.replace(": at least", " ≥") ?? "",
+    ];
     const words = make("div", { className: "patchconv-words" });
     words.append(...lines.filter(Boolean).map((line) => make("span", { textContent: line })));
     const button = make("button", { type: "button", className: "patchconv-row", title: report.line }, words);
