@@ -38,7 +38,7 @@ class Figures:
         """One more call."""
         self.calls += 1
         self.peak = max(self.peak, recorded.peak)
-        self.timeline += [(self.seconds + at, size) for at, size in recorded.timeline]
+        self.timeline += [(self.seconds + min(at, recorded.seconds), size) for at, size in recorded.timeline]
         self.seconds += recorded.seconds
         while len(self.timeline) > _SAMPLES:
             self.timeline = thinned(self.timeline)

@@ -68,7 +68,8 @@ class Recorder:
         """Set `peak` and `seconds` to what they are so far, from inside the block; nothing is waited for."""
         self.seconds = time.perf_counter() - self._start
         peak = self._peak()
-        self.peak = max(peak - self._start_bytes, 0) if peak > self._peak_before else 0
+        raised = peak - self._start_bytes if peak > self._peak_before else 0
+        self.peak = max(raised, 0, *(size for _, size in self.timeline))  # the kernel's mark lags by some pages
 
     def _peak(self) -> int:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else peak_resident()

@@ -68,7 +68,7 @@ def test_batch_is_one_run(server: Server, checkpoint: str) -> None:
     _, told, _ = run_and_listen(server, graph)
     assert sum(not report["running"] for report in told) >= 1
     whole = told[-1]
-    graph["latent"]["inputs"]["latent"] = server.latent("tiles", 128, seed=10)
+    graph["latent"]["inputs"]["latent"] = server.latent("tiles", 96, seed=10)
     graph["decode"] = node(
         "VAEDecodeTiled", samples=["latent", 0], vae=["patch", 0], tile_size=64, overlap=16, temporal_size=64,
         temporal_overlap=8,
