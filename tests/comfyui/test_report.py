@@ -88,7 +88,12 @@ def test_sampling(server: Server, checkpoint: str) -> None:
     history, told, seconds = run_and_listen(server, graph)
     last = told[-1]
     print(last["line"])
-    assert (last["node"], last["part"], last["strips"], last["running"]) == ("patch", "Model", 5, False)
+    assert (last["node"], last["part"], last["strips"], last["running"]) == (
+        "patch",
+        "Model",
+        4,
+        False,
+    )  # of 4 of 16 rows
     assert 0 < last["seconds"] < seconds
     assert last["peak"] > 0
     assert last["plain"] > 1 << 20
@@ -108,7 +113,7 @@ def test_report_node(server: Server, checkpoint: str) -> None:
     assert read_image(files["again"]).shape == (480, 1024, 3)
     assert_same_image(files["patched"], files["passed"])
 
-    other = graph | {"other": node(REPORT, after=["patched_decode", 0], vae=["patch", 0])}
+    other = graph | {"other": node(REPORT, after=["latent", 0], vae=["patch", 0])}
     del other["report"], other["plot"], other["passed"]
     history, told, _ = run_and_listen(server, other)
     assert not told
