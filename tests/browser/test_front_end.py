@@ -84,8 +84,10 @@ def wait_until(front: Front, condition: Callable[[], bool], seconds: float = 60)
 def test_added_from_search_and_from_the_library(front: Front) -> None:
     page = front.page
     page.evaluate(f"() => {GRAPH}.clear()")
+    page.mouse.click(800, 450)
     page.mouse.dblclick(800, 450)
-    page.wait_for_function("() => document.activeElement?.tagName === 'INPUT'")
+    page.wait_for_function("() => document.activeElement?.matches('input[placeholder], [role=dialog] input')")
+    page.wait_for_timeout(1000)
     page.keyboard.type("patch conv (vae)")
     page.wait_for_timeout(1500)
     front.picture("search")

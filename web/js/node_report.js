@@ -24,8 +24,7 @@ export function show(node, key, content) {
 export function hide(node) {
     const widget = widgetOf(node);
     if (!widget) return;
-    widget.onRemove?.();
-    node.widgets.splice(node.widgets.indexOf(widget), 1);
+    node.removeWidget(widget);
     node.setSize(less(node.size, widget.patchConvGrowth));
     node.setDirtyCanvas?.(true, true);
 }

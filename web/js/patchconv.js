@@ -12,6 +12,7 @@ const TEXT_NODE = "PatchConv_Report";
 
 const contents = new Map(); // of a node, by `keyOf`: { reports } or { text }
 const graphs = new Map(); // id of the workflow, by that of the prompt
+let shows = true; // the setting
 
 const root = () => app.rootGraph ?? app.graph;
 const keyOf = (graph, node) => `${graph} ${node}`;
@@ -32,7 +33,7 @@ function display(graph, id) {
     const type = node.comfyClass ?? node.type;
     if (!(content.reports ? REPORTING.includes(type) : type === TEXT_NODE)) return;
     node.patchConvReports = () => contents.get(key)?.reports ?? [];
-    if (app.extensionManager.setting.get(SETTING)) show(node, key, content);
+    if (shows) show(node, key, content);
     else hide(node);
     if (content.reports) followCharts(key, content.reports);
 }
@@ -74,10 +75,14 @@ app.registerExtension({
             tooltip: "Strips, peak memory and time, measured, under Patch Conv (VAE) and Patch Conv (Model).",
             type: "boolean",
             defaultValue: true,
-            onChange: displayAll,
+            onChange(value) {
+                shows = value; // which the host keeps only after this
+                displayAll();
+            },
         },
     ],
     setup() {
+        shows = app.extensionManager.setting.get(SETTING) ?? true;
         const style = Object.assign(document.createElement("link"), { rel: "stylesheet" });
         style.href = new URL("./patchconv.css", import.meta.url).href;
         document.head.append(style);
