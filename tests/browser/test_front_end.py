@@ -32,6 +32,7 @@ class Front(NamedTuple):
 
     def open(self, graph: Graph) -> None:
         """A workflow, in the API's form, as it is laid out by the front end, at its size."""
+        self.page.keyboard.press("Escape")  # whatever may still be open
         self.page.evaluate("async graph => { await app.loadApiJson(graph, 'tests'); }", graph)
         self.page.wait_for_function(f"count => {GRAPH}.nodes.length === count", arg=len(graph))
         self.page.evaluate(
