@@ -1,15 +1,110 @@
-"""Runs cases in fresh processes, in turn, and collects what each measured."""
+"""Runs cases in fresh processes, in turn, collects what each measured, and keeps it for `report.py`."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "benchmarks"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one benchmark found, as `docs/benchmarks/NAME.json` keeps it. Cells are text, as they are shown.
+
+    bars: columns of `head` that are drawn. pictures: files in docs/ that belong to it.
+    """
+
+    title: str
+    what: str
+    head: list[str]
+    rows: list[list[str]]
+    machine: str
+    versions: dict[str, str]
+    date: str
+    command: str
+    bars: list[str] = field(default_factory=list)
+    pictures: list[str] = field(default_factory=list)
+
+
+def publish(
+    name: str,
+    title: str,
+    what: str,
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    device: str,
+    bars: Sequence[str] = (),
+    pictures: Sequence[str] = (),
+    packages: Sequence[str] = (),
+    versions: dict[str, str] | None = None,
+    environment: Sequence[str] = (),
+    folder: Path = RESULTS,
+) -> Path:
+    """Print a table and keep it, with machine, versions, date and this process's command, in `folder`/NAME.json.
+
+    what: one or two sentences on what was measured and how. packages: distributions whose versions matter, beside
+    torch; `versions` names others. environment: variables that the command needs. ValueError where a row has another
+    length than `head`, two columns have one name, or `bars` names one that is not there.
+    """
+    if wrong := [row for row in rows if len(row) != len(head)]:
+        raise ValueError(f"{name}: a row of {len(wrong[0])} cells under {len(head)} headings: {wrong[0]}.")
+    if twice := {column for column in head if head.count(column) > 1}:
+        raise ValueError(
+            f"{name}: two columns are called {sorted(twice)[0]!r}: a table of README.md could not tell them."
+        )
+    if unknown := set(bars) - set(head):
+        raise ValueError(f"{name}: no column is called {sorted(unknown)[0]!r}; there are {', '.join(head)}.")
+    result = Result(
+        title=title,
+        what=what,
+        head=[*head],
+        rows=[[*row] for row in rows],
+        machine=_place(device),
+        versions={
+            "torch": torch.__version__,
+            "Python": platform.python_version(),
+            **{package: metadata.version(package) for package in packages},
+            **(versions or {}),
+        },
+        date=date.today().isoformat(),
+        command=command(sys.argv, environment),
+        bars=[*bars],
+        pictures=[*pictures],
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")
+    print(f"{what}\n{machine(device)}\n\n{table(result.head, result.rows)}\n\nKept in {path}", flush=True)
+    return path
+
+
+def command(argv: Sequence[str], environment: Sequence[str] = ()) -> str:
+    """The command that repeats this process: the script as seen from the repository, and no path of this machine."""
+    words = [f"{name}=…" for name in environment if os.environ.get(name)]
+    words += ["python", f"{Path(__file__).parent.name}/{Path(argv[0]).name}"]
+    for word in argv[1:]:
+        option, equals, value = word.rpartition("=")
+        if Path(value).is_absolute():
+            words.append(f"{option}{equals}…/{Path(value).name}")
+        else:
+            words.append(shlex.quote(word))
+    return " ".join(words)
 
 
 def run_fresh(case: dict[str, Any], command: list[str]) -> dict[str, Any]:
@@ -42,8 +137,12 @@ def rounds(cases: list[dict[str, Any]], commands: list[list[str]], times: int) -
 
 def machine(device: str) -> str:
     """One line that says what the figures were measured on."""
+    return f"{_place(device)}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def _place(device: str) -> str:
     name = torch.cuda.get_device_name() if device == "cuda" else _processor()
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def _processor() -> str:

@@ -1,12 +1,12 @@
 """Streaming with the SD VAE: plain, streamed, and streamed within a budget, in fresh processes.
 
     python benchmarks/streaming.py [--sizes 1024 2048] [--budget 1] [--rounds 3] [--encode] [--dtype bfloat16]
-                                   [--methods plain streamed bounded] [--device cuda]
+                                   [--methods exact plain streamed bounded] [--device cuda] [--name NAME]
 
 The VAE is AutoencoderKL at full width with seeded random weights. Peak is memory beyond the loaded model and the input;
 on the CPU "own" is the part of it that is the process's own (anonymous), without the pages of files, read every 10 ms.
-"expected" is what the plan said. The error is the largest difference to plain relative to the range of plain's output,
-where plain was run.
+"expected" is what the plan said. Ratios are to the first method but `exact`, which is plain in float64: errors are
+relative to its range where it is run, else to that of the first.
 """
 
 from __future__ import annotations
@@ -23,14 +23,19 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import torch
-from harness import machine, rounds, table
-from vae_decode import difference
+from harness import publish, rounds
+from torch import nn
 
 from comfyui_patchconv.files import random_vae
 from comfyui_patchconv.measure import Recorder
 from comfyui_patchconv.streaming import choose, stream
 
-METHODS = {"plain": "plain", "streamed": "streamed", "bounded": "streamed, {budget:g} GiB"}
+METHODS = {
+    "exact": "plain, float64",
+    "plain": "plain",
+    "streamed": "ours, streamed",
+    "bounded": "ours, streamed, {budget:g} GiB",
+}
 
 
 class Anonymous(threading.Thread):
@@ -59,12 +64,14 @@ class Anonymous(threading.Thread):
 def worker(case: dict[str, Any]) -> dict[str, Any]:
     """One decode or encode in this process; the result goes to a file for comparison."""
     torch.manual_seed(0)
-    dtype, size = getattr(torch, case["dtype"]), case["size"]
+    dtype, size, plain = getattr(torch, case["dtype"]), case["size"], case["method"] in ("exact", "plain")
     vae: Any = random_vae(0, dtype, case["device"])
     module = vae.encoder if case["encode"] else vae.decoder
     shape = (1, 3, size, size) if case["encode"] else (1, 4, size // 8, size // 8)
     input = torch.rand(shape).mul(2).sub(1) if case["encode"] else torch.randn(shape)
     input = input.to(case["device"], dtype)
+    if case["method"] == "exact":
+        vae, input = nn.Module.to(vae, torch.float64), input.double()
 
     def work(value: torch.Tensor) -> torch.Tensor:
         return vae.encode(value).latent_dist.mode() if case["encode"] else vae.decode(value, return_dict=False)[0]
@@ -73,13 +80,13 @@ def worker(case: dict[str, Any]) -> dict[str, Any]:
     expected = 0
     with torch.inference_mode():
         work(input[..., :64, :64])  # the libraries' own start-up
-        if case["method"] == "plain":
+        if plain:
             result, record, own = measured(work, input, case["device"])
         else:
             expected = choose(module.forward, (input,), {}, budget=budget).peak
             with stream(module, budget=budget):
                 result, record, own = measured(work, input, case["device"])
-    torch.save(result.float().cpu(), case["result"])
+    torch.save(result.double().cpu(), case["result"])
     return {"peak": record.peak, "own": own, "expected": expected, "seconds": [record.seconds]}
 
 
@@ -101,35 +108,54 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--encode", action="store_true", help="encode an image instead of decoding a latent")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["plain", "streamed"])
+    parser.add_argument("--name", help="of the table that is kept (default: streaming or streaming_encode)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         print(json.dumps(worker(json.loads(args.worker))))
         return
-    rows = []
+    rows, first = [], next((method for method in args.methods if method != "exact"), "exact")
     with tempfile.TemporaryDirectory() as folder:
         for size in args.sizes:
             results = {method: Path(folder, f"{method}-{size}.pt") for method in args.methods}
             shared = dict(device=args.device, dtype=args.dtype, size=size, budget=args.budget, encode=args.encode)
             cases = [shared | dict(method=method, result=str(path)) for method, path in results.items()]
             figures = rounds(cases, [[sys.executable, __file__]] * len(cases), args.rounds)
-            base = dict(zip(args.methods, figures)).get("plain", {"error": ""})
-            for (method, path), found in zip(results.items(), figures):
+            done = {method: found for method, found in zip(args.methods, figures) if "error" not in found}
+            base = done.get(first, {"error": ""})
+            for method, found in zip(args.methods, figures):
                 rows.append([f"{size}²", METHODS[method].format(budget=args.budget), *row(found, base)])
-                if "error" not in found and "error" not in base:
-                    rows[-1][-1] = difference(path, results["plain"])
+                if method in done and args.methods[0] in done:
+                    rows[-1][-2:] = errors(results[method], results[args.methods[0]])
     work = "encode" if args.encode else "decode"
-    print(f"{work}, {machine(args.device)}, {args.dtype}, median of {args.rounds} interleaved rounds\n")
-    head = ["image", "method", "peak MB", "own MB", "expected MB", "/ plain", "s", "/ plain", "largest error"]
-    print(table(head, rows))
+    what = ["peak MB", "own MB", "expected MB", f"memory / {first}", "s", f"time / {first}"]
+    publish(
+        args.name or ("streaming_encode" if args.encode else "streaming"),
+        f"Streaming: {work}, {args.dtype}" + (f", within {args.budget:g} GiB" if "bounded" in args.methods else ""),
+        "Stable Diffusion's VAE, random weights. Peak is memory beyond the weights and the input, own the part of it "
+        "that is the process's own, expected what the plan said beforehand; errors are differences to the first row, "
+        f"relative to its range. Median of {args.rounds} interleaved rounds of fresh processes.",
+        ["image", "method", *what, "largest error", "mean error"],
+        rows,
+        device=args.device,
+        bars=["peak MB", "s"],
+        packages=["diffusers"],
+    )
+
+
+def errors(path: Path, reference: Path) -> list[str]:
+    """Largest and root mean square difference, relative to the reference's range."""
+    result, expected = (torch.load(file, weights_only=True) for file in (path, reference))
+    difference, span = result - expected, expected.max() - expected.min()
+    return [f"{value / span:.2e}" for value in (difference.abs().max(), difference.square().mean().sqrt())]
 
 
 def row(found: dict[str, Any], base: dict[str, Any]) -> list[str]:
     if "error" in found:
-        return [found["error"], *[""] * 6]
+        return [found["error"], *[""] * 7]
     ratios = ["", ""] if "error" in base else [f"{found[key] / base[key]:.2f}" for key in ("peak", "seconds")]
     megabytes = [f"{found[key] / 1e6:.0f}" for key in ("peak", "own", "expected")]
-    return [*megabytes, ratios[0], f"{found['seconds']:.1f}", ratios[1], ""]
+    return [*megabytes, ratios[0], f"{found['seconds']:.1f}", ratios[1], "", ""]
 
 
 if __name__ == "__main__":

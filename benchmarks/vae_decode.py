@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import torch
-from harness import machine, rounds, table
+from harness import publish, rounds
 from safetensors.torch import save_file
 from single_conv import patch_conv_module
 
@@ -96,6 +97,11 @@ def difference(path: Path, plain: Path) -> str:
     return f"{(image - reference).abs().max() / (reference.max() - reference.min()):.1e}"
 
 
+def comfyui_version(checkout: str) -> str:
+    found = re.search(r'__version__ = "([^"]+)"', Path(checkout, "comfyui_version.py").read_text())
+    return found[1] if found else "unknown"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -143,8 +149,20 @@ def main() -> None:
                         difference(images[method], images[reference]),
                     ]
                 )
-    print(f"{machine(args.device)}, {args.dtype}, median of {args.rounds} interleaved rounds\n")
-    print(table(["image", "method", "peak MB", "/ plain", "s", "/ plain", "largest error"], rows))
+    publish(
+        "vae_decode",
+        "Decoding with Stable Diffusion's VAE",
+        "Peak is memory beyond the weights and the latent. The error is the largest difference to plain, for ComfyUI's "
+        "nodes to its VAE Decode, relative to the range of the image; the weights are random, which makes tiling look "
+        f"worse than trained ones do. {args.dtype}, median of {args.rounds} interleaved rounds of fresh processes.",
+        ["image", "method", "peak MB", "memory / plain", "s", "time / plain", "largest error"],
+        rows,
+        device=args.device,
+        bars=["peak MB", "s"],
+        packages=["diffusers", "patch_conv"],
+        versions={"ComfyUI": comfyui_version(checkout)} if checkout else None,
+        environment=["COMFYUI_PATH", "COMFYUI_PYTHON"],
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Convolutions in strips: the same pixels in less memory. See README.md."""
 
+from contextlib import suppress
+
 from .convert import convert_model, convolutions, patched, restore_model
 from .partial_conv import PartialConv2d, PartialConv3d, PConv2d
 from .tiled_conv import PatchConv2d, TiledForward, Tiling
 
-__version__ = "0.1.0"
 __all__ = [
     "PConv2d",
     "PartialConv2d",
@@ -17,3 +18,13 @@ __all__ = [
     "patched",
     "restore_model",
 ]
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`, where this is installed: a folder of a host's has it in its pyproject.toml alone."""
+    if name == "__version__":
+        from importlib import metadata
+
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version("patchconv")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
-from .toggle import Settings
+from .settings import Settings
 
 TITLE = "Patch Conv"
 NAMES = ("enabled", "mode", "vae", "unet", "splits", "threshold", "budget")

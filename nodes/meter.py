@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from ..comfyui_patchconv.figures import Figures
 from ..comfyui_patchconv.footprint import peak_activations
 from ..comfyui_patchconv.measure import Recorder
+from ..comfyui_patchconv.plain_needs import COUNT_SECONDS
 from ..comfyui_patchconv.streaming import signature
 from .front_end import Messenger
-from .vae_memory import COUNT_SECONDS, HOST_ATTRIBUTES
+from .vae_memory import HOST_ATTRIBUTES
 
 EVENT = "patchconv.report"
 """`node`: the id of a Patch Conv node. `prompt`: the run's. `running`: whether it goes on. The rest is of `Figures`."""

@@ -11,10 +11,8 @@ import torch
 
 from ..comfyui_patchconv import planner
 from ..comfyui_patchconv.footprint import peak_activations
+from ..comfyui_patchconv.plain_needs import COUNT_SECONDS
 from ..comfyui_patchconv.tiled_conv import Tiling
-
-COUNT_SECONDS = 5.0
-"""The longest a count may take: video in many chunks is thousands of operators."""
 
 HOST_ATTRIBUTES = {"comfy_cast_weights": False, "weight_function": [], "bias_function": []}
 """Of modules in a copy that is counted: its weights are where and what they should be, nothing to cast or to move."""

@@ -27,14 +27,20 @@ class HostProcess:
         self, command: list[str], folder: Path, checkout: Path, environment: Optional[dict[str, str]] = None
     ) -> None:
         self.folder = folder
+        self._command, self._checkout, self._environment = command, checkout, environment
+        self.start()
+
+    def start(self) -> None:
+        """Once more after `stop`: another port, a new log, everything else as it was left."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.address = f"127.0.0.1:{port}"
-        self._log = (folder / "log.txt").open("w")
+        self._log = (self.folder / "log.txt").open("w")
         self._process = subprocess.Popen(
-            [*command, "--port", str(port)],
-            stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT, cwd=checkout, env=environment,
+            [*self._command, "--port", str(port)],
+            stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT,
+            cwd=self._checkout, env=self._environment,
         )  # fmt: skip
 
     def wait(self, ready: Callable[[], object], seconds: float = 240) -> None:

@@ -28,12 +28,25 @@ def random_network(seed: int) -> tuple[list[Any], int]:
         weight = weights(channels, channels, 3, 3)
         return lambda x, old: F.conv2d(F.pad(x, (0, 1, 0, 1)), weight, stride=2) if x.shape[-2] > 6 else x
 
+    def transposed() -> Any:
+        kernel, stride, padding, added, dilation = draw.choice(
+            [(4, 2, 1, 0, 1), (3, 2, 1, 1, 1), (3, 1, 1, 0, 1), (2, 2, 0, 0, 1), (1, 3, 0, 2, 1), (3, 3, 0, 1, 2)]
+        )
+        weight, bias = weights(channels, channels, kernel, kernel), weights(1, channels)[0]
+        return lambda x, old: (
+            F.conv_transpose2d(x, weight, bias, stride, padding, added, 1, dilation) if x.shape[-2] < 30 else x
+        )
+
     def norm() -> Any:
         weight, bias = weights(1, channels)[0], weights(1, channels)[0]
         return lambda x, old: F.group_norm(x, 2, weight, bias)
 
     def padded() -> Any:
-        mode, top, bottom = draw.choice(["constant", "reflect", "replicate"]), draw.randint(0, 2), draw.randint(0, 2)
+        mode, top, bottom = (
+            draw.choice(["constant", "reflect", "replicate", "circular"]),
+            draw.randint(0, 2),
+            draw.randint(0, 2),
+        )
         weight = weights(channels, channels, top + bottom + 1, 3)
         return lambda x, old: F.conv2d(F.pad(x, (1, 1, top, bottom), mode), weight) if min(x.shape[-2:]) > 2 else x
 
@@ -48,7 +61,7 @@ def random_network(seed: int) -> tuple[list[Any], int]:
         return lambda x, old: F.avg_pool2d(x, kernel, stride, padding, ceil, counted) if x.shape[-1] > 6 else x
 
     makers = [
-        convolution, convolution, convolution, norm, down, padded, smooth, average,
+        convolution, convolution, convolution, norm, down, transposed, padded, smooth, average,
         lambda: lambda x, old: F.silu(x),
         lambda: lambda x, old: F.silu(x.clone(), inplace=True),
         lambda: lambda x, old: x + old if old.shape == x.shape else x,

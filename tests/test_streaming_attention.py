@@ -68,9 +68,17 @@ def values_behind(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(scores.softmax(-1), v.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(q.shape)
 
 
+def one_projection(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As Wan in `diffusers`: queries, keys and values in one map, parted as tokens."""
+    batch, channels = q.shape[:2]
+    tokens = torch.cat([q, k, v], 1).reshape(batch, 1, 3 * channels, -1).permute(0, 1, 3, 2).contiguous()
+    out = F.scaled_dot_product_attention(*tokens.chunk(3, dim=-1))
+    return out.squeeze(1).permute(0, 2, 1).reshape(q.shape)
+
+
 FORMS = {
     "one head": heads(1), "four heads": heads(4), "one operator": one_operator, "whole": parts(1), "parts": parts(3),
-    "values behind": values_behind,
+    "values behind": values_behind, "one projection": one_projection,
 }  # fmt: skip
 
 

@@ -51,7 +51,8 @@ def choose(
         with torch.inference_mode(), mode:
             positional, named = tree_map(lambda value: _fake(value, device), (args, kwargs))
             carry_out(copied, positional, named, run)
-        return replace(run.plan, peak=run.peak, moved=run.moved, work=run.work), run.again
+        found = replace(run.plan, peak=run.peak, stored=run.stored, moved=run.moved, work=run.work)
+        return found, run.again
 
     first, again = trial(None)
     if budget is not None and first.peak <= budget:

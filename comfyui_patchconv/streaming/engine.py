@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..geometry import strips
 from .buffers import FileBuffer
-from .graph import Attend, Node, Normalise, RowLocal
+from .graph import Attend, Node, Normalise, RowLocal, Wrap
 from .rows import Rows, Statistics
 from .sweep import Sweep, producers_first, rows_that_suit
 
@@ -40,7 +40,8 @@ def finish(nodes: Sequence[Node]) -> None:
 
 
 def _prepare(root: Node) -> None:
-    """Give every normalisation among the steps to `root` its statistics, and attention its keys and values."""
+    """Give every step on the way to `root` what it needs beforehand: a normalisation its statistics, attention its keys
+    and values, circular padding the rows at either end."""
     while True:
         # No list of the steps may outlive this line: what it holds would count as in use.
         node = next((one for one in producers_first([root]) if not _is_prepared(one)), None)
@@ -48,6 +49,10 @@ def _prepare(root: Node) -> None:
             return
         if isinstance(node.step, Normalise):
             _gather(node.inputs[0], node.step.groups, root)
+            node.step.prepare(node.inputs[0])
+        elif isinstance(node.step, Wrap):
+            if node.inputs[0].rows is None:
+                _store([node.inputs[0]])
             node.step.prepare(node.inputs[0])
         elif isinstance(node.step, Attend):
             node.step.prepare(*(_all_tokens(source) for source in node.inputs[1:]))

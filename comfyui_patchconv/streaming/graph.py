@@ -64,6 +64,27 @@ class Convolve(Step):
         return self.call([piece])
 
 
+class ConvolveTransposed(Step):
+    """A transposed convolution: input row i adds to the output rows `i * stride - before + dilation * t`, t < kernel.
+
+    `call` runs it on a piece without padding along the rows. axis: of the convolution that it is the transpose of.
+    """
+
+    def __init__(self, axis: Axis, call: Piece) -> None:
+        self.axis, self.call = axis, call
+
+    def needs(self, first: int, last: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
+        axis = self.axis
+        low, high = first + axis.before, last + axis.before
+        # Where rows lie between those of two inputs, which no input reaches, both of these are read.
+        start = min(-((axis.span - 1 - low) // axis.stride), low // axis.stride)
+        return [_clipped(start, (high - 1) // axis.stride + 1 + (axis.stride > axis.span), sizes[0])]
+
+    def compute(self, first: int, last: int, pieces: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        ((low, _),) = self.needs(first, last, sizes)
+        return self.call(pieces).narrow(-2, first - low * self.axis.stride + self.axis.before, last - first)
+
+
 class Resample(Step):
     """Each `down` input rows become `up` output rows: upsampling, pixel shuffle, which need no other rows.
 
@@ -213,6 +234,43 @@ class Pad(Step):
             rows = [padded_row(row, size, self.mode) - start for row in range(low, high)]
             piece = pieces[0].index_select(-2, torch.tensor(rows, device=pieces[0].device))
         return self.call([piece])
+
+
+class Wrap(Step):
+    """Circular padding: before the first row come the last `before` rows, after the last one the first `after`.
+
+    `call` pads a piece on its other sides. The rows at either end are taken from the stored map beforehand, so that it
+    is read from top to bottom all the same.
+    """
+
+    def __init__(self, before: int, after: int, call: Piece) -> None:
+        self.before, self.after, self.call = before, after, call
+        self.prepared = False
+        self._ends: list[Tensor] = []
+
+    def prepare(self, node: Node) -> None:
+        """Take the rows at either end of the input, `node`, which is stored; in a dry run there are none."""
+        self.prepared = True
+        if not node.run.dry:
+            assert node.rows is not None
+            height = node.height
+            ends = ((height - self.before, height), (0, self.after))
+            self._ends = [node.rows.read(low, high).clone() for low, high in ends if low < high]
+
+    def needs(self, first: int, last: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
+        return [_clipped(first - self.before, last - self.before, sizes[0])]
+
+    def compute(self, first: int, last: int, pieces: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        size, low, high = sizes[0], first - self.before, last - self.before
+        parts = []
+        if low < 0:
+            parts.append(self._ends[0].narrow(-2, first, min(high, 0) - low))
+        if max(low, 0) < min(high, size):
+            parts.append(pieces[0])
+        if high > size:
+            start = max(low, size)
+            parts.append(self._ends[-1].narrow(-2, start - size, high - start))
+        return self.call([parts[0] if len(parts) == 1 else torch.cat(parts, -2)])
 
 
 def _clipped(low: int, high: int, size: int) -> tuple[int, int]:

@@ -16,7 +16,18 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..geometry import Axis
 from . import engine
-from .graph import Convolve, Node, Normalise, Pad, Resample, RowLocal, Step, UpsampledConvolve
+from .graph import (
+    Convolve,
+    ConvolveTransposed,
+    Node,
+    Normalise,
+    Pad,
+    Resample,
+    RowLocal,
+    Step,
+    UpsampledConvolve,
+    Wrap,
+)
 
 aten = torch.ops.aten
 
@@ -43,6 +54,7 @@ SAME = ("alias", "detach", "contiguous", "lift_fresh")
 
 Operator = Callable[..., Any]
 _CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
+_CONVOLVE_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 def build(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[tuple[Node, ...]]:
@@ -109,7 +121,9 @@ def _convolution(
 ) -> Optional[Node]:
     """`aten.conv2d`, `conv3d` (groups follow) and `convolution` (transposed, output padding and groups follow)."""
     transposed, groups = (rest[0], rest[2]) if len(rest) == 3 else (False, rest[0] if rest else 1)
-    if not isinstance(input, Node) or isinstance(weight, Node) or transposed or isinstance(padding, str):
+    if transposed:
+        return _transposed(func, input, weight, bias, stride, padding, rest[1], groups, dilation)
+    if not isinstance(input, Node) or isinstance(weight, Node) or isinstance(padding, str):
         return None
     sides = len(input.shape) - 2
     stride, padding, dilation = (_each(value, sides) for value in (stride, padding, dilation))
@@ -132,6 +146,35 @@ def _convolution(
 
     return _shaped(input, Convolve(axis, call), lambda x: convolve(
         x, _as_meta(weight), _as_meta(bias), stride, padding, dilation, groups
+    ))  # fmt: skip
+
+
+def _transposed(
+    func: Any,
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Optional[Node]:
+    """`aten.conv_transpose2d` and `conv_transpose3d`."""
+    if not isinstance(input, Node) or isinstance(weight, Node) or weight.dim() != len(input.shape):
+        return None
+    sides = len(input.shape) - 2
+    stride, padding, added, dilation = (_each(value, sides) for value in (stride, padding, output_padding, dilation))
+    axis = Axis.of(weight.shape[-2], stride[-2], dilation[-2], padding[-2])
+    weight, bias = own(weight), own(bias)
+    convolve = _CONVOLVE_TRANSPOSED[sides - 1]
+    inner = [*padding[:-2], 0, padding[-1]]
+
+    def call(pieces: Sequence[Tensor]) -> Tensor:
+        return convolve(pieces[0], weight, bias, stride, inner, added, groups, dilation)
+
+    return _shaped(input, ConvolveTransposed(axis, call), lambda x: convolve(
+        x, _as_meta(weight), _as_meta(bias), stride, padding, added, groups, dilation
     ))  # fmt: skip
 
 
@@ -229,7 +272,7 @@ def _pad(func: Any, input: Any, pad: Sequence[int], *rest: Any) -> Optional[Node
     mode = {"r": "replicate" if name.startswith("replic") else "reflect"}.get(name[0], "constant")
     if rest and isinstance(rest[0], str):
         mode = rest[0]
-    if not isinstance(input, Node) or mode == "circular" or min(pad) < 0:
+    if not isinstance(input, Node) or min(pad) < 0:
         return None
     value = next((float(one) for one in rest if isinstance(one, (int, float))), 0.0)
     left, right, before, after, *others = [*pad, *(0,) * (4 - len(pad))]
@@ -240,7 +283,9 @@ def _pad(func: Any, input: Any, pad: Sequence[int], *rest: Any) -> Optional[Node
         edges = (left, right, above, below, *others)
         return F.pad(piece, edges, mode, value if mode == "constant" else None) if any(edges) else piece
 
-    step = Pad(before, after, mode, value, lambda pieces: pad_with(pieces[0], 0, 0))
+    step: Step = Pad(before, after, mode, value, lambda pieces: pad_with(pieces[0], 0, 0))
+    if mode == "circular" and before + after:
+        step = Wrap(before, after, lambda pieces: pad_with(pieces[0], 0, 0))
     return _shaped(input, step, lambda x: pad_with(x, before, after))
 
 
@@ -284,7 +329,7 @@ def _type_as(func: Any, input: Any, other: Any) -> Optional[Node]:
 
 
 def _dropout(func: Any, input: Any, p: float, train: bool) -> Optional[Node]:
-    return None if train or not isinstance(input, Node) else _identity(input)
+    return None if (train and p) or not isinstance(input, Node) else _identity(input)
 
 
 def _identity(input: Node) -> Node:
@@ -295,6 +340,8 @@ _SPECIAL: dict[str, Operator] = {
     "conv2d": _convolution,
     "conv3d": _convolution,
     "convolution": _convolution,
+    "conv_transpose2d": _transposed,
+    "conv_transpose3d": _transposed,
     "group_norm": _group_norm,
     "batch_norm": _batch_norm,
     "upsample_nearest2d": _upsample,
@@ -353,7 +400,7 @@ def _over_channels(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
 
 _ALONG = {
     "cat": 1, "concat": 1, "concatenate": 1, "slice": 1, "narrow": 1, "select": 1, "unbind": 1, "unsqueeze": 1,
-    "squeeze": 1, "split": 2, "split_with_sizes": 2, "chunk": 2, "repeat_interleave": 2,
+    "squeeze": 1, "stack": 1, "split": 2, "split_with_sizes": 2, "chunk": 2, "repeat_interleave": 2,
 }  # fmt: skip
 """Operators along one dimension, and where among their arguments it stands."""
 
@@ -365,6 +412,6 @@ def _not_along_rows(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> b
     dim = kwargs.get("dim", args[place] if len(args) > place else 0)
     if not nodes or not isinstance(dim, int):
         return False
-    dims = len(nodes[0].shape) + (name == "unsqueeze")
-    removed = name in ("select", "unbind", "squeeze")
-    return dim % dims < dims - 2 if removed or name == "unsqueeze" else dim % dims != dims - 2
+    added, removed = name in ("unsqueeze", "stack"), name in ("select", "unbind", "squeeze")
+    dims = len(nodes[0].shape) + added
+    return dim % dims < dims - 2 if added or removed else dim % dims != dims - 2

@@ -18,12 +18,14 @@ class Plan:
 
     budget: bytes of the device to stay within; None for no limit. unstored_from: maps of so many bytes, if they are
     cheap to have again from a smaller one, are computed anew wherever they are read. peak: bytes expected at once,
-    beyond inputs and weights. moved: bytes of maps that are kept elsewhere. work: bytes of maps computed in all.
+    beyond inputs and weights. stored: of these, of maps. moved: bytes of maps that are kept elsewhere. work: bytes of
+    maps computed in all.
     """
 
     budget: Optional[int] = None
     unstored_from: Optional[int] = None
     peak: int = 0
+    stored: int = 0
     moved: int = 0
     work: int = 0
 
@@ -43,7 +45,7 @@ class Run:
     ) -> None:
         self.plan, self.dry = plan, dry
         self.report = {} if report is None else report
-        self.held = self.peak = self.moved = self.work = 0
+        self.held = self.peak = self.stored = self.moved = self.work = 0
         self.again: set[int] = set()
         self._on_progress = on_progress
         self._beside: Optional[int] = None
@@ -55,9 +57,14 @@ class Run:
             self._beside = beside
         return beside - self._beside
 
-    def note(self, more: int) -> None:
-        """At this moment `more` bytes are in use beside what is held."""
-        self.peak = max(self.peak, self.held + more)
+    def spare(self) -> int:
+        """Bytes of maps that the plan has at some other moment beyond what is held now."""
+        return max(self.plan.stored - self.held, 0)
+
+    def note(self, growth: int, workspace: int) -> None:
+        """What is held grows by `growth` bytes now, and `workspace` bytes are in use beside it."""
+        stored = self.held + max(growth, 0)
+        self.stored, self.peak = max(self.stored, stored), max(self.peak, stored + workspace)
 
     def leaves_unstored(self, size: int) -> bool:
         """Whether a map of `size` bytes that is cheap to have again is better not stored."""

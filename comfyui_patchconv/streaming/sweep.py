@@ -20,7 +20,7 @@ from .graph import Node, RowLocal
 
 Sink = Callable[[Tensor], None]
 
-_STRIPS_AT_ONCE = 5
+_STRIPS_AT_ONCE = 6
 """Strips of the widest step alive at once: with their halo rows, its result, and what a backend copies of them."""
 
 
@@ -41,8 +41,11 @@ def producers_first(roots: list[Node]) -> list[Node]:
 
 
 def rows_that_suit(node: Node, row_bytes: int) -> int:
-    """Rows of `node` in a strip, where one of them stands for `row_bytes` bytes."""
-    target = planner.STRIP_BYTES.get(node.device.type, planner.STRIP_BYTES_ELSEWHERE) // 4
+    """Rows of `node` in a strip, where one of them stands for `row_bytes` bytes.
+
+    All strips that are alive at once take what suits a convolution's input and output.
+    """
+    target = planner.STRIP_BYTES.get(node.device.type, planner.STRIP_BYTES_ELSEWHERE) // _STRIPS_AT_ONCE
     return min(max(target // max(row_bytes, 1), 1), max(node.height, 1))
 
 
@@ -102,7 +105,7 @@ class Sweep:
     def run(self, sinks: list[Sink]) -> None:
         """Give the rows of each root to its sink, from top to bottom."""
         run, height = self._run, self._main.height
-        run.note(self._workspace + max(self._growth, 0))
+        run.note(self._growth, self._workspace)
         work = sum(node.bytes for node in self._order)
         if run.dry:
             for node in self._dying:
@@ -129,7 +132,7 @@ class Sweep:
                     sink(strip)
                 del strip
             state = ahead
-            if self._main.device.type == "cpu" and run.excess() > planner.ALLOCATOR_BYTES["cpu"]:
+            if self._main.device.type == "cpu" and run.excess() > planner.ALLOCATOR_BYTES["cpu"] + run.spare():
                 trim()
             for node in self._dying:
                 assert node.rows is not None

@@ -13,8 +13,7 @@ from .graph import Node
 from .run import Run
 from .scores import Scores
 
-_SEVERAL = ("split", "split_with_sizes", "chunk", "unbind")
-_VIEWS = (*_SEVERAL, *operators.ARRANGING, "slice", "narrow", "select", "unsqueeze", "squeeze")
+_VIEWS = (*tokens.SEVERAL, *operators.ARRANGING, "slice", "narrow", "select", "unsqueeze", "squeeze")
 
 _NEW = ("empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full")
 """What makes a tensor of its own, often to write parts of it: nothing to put off."""
@@ -79,6 +78,8 @@ class LazyTensor(Tensor):
         in_place = name.endswith("_") and not name.startswith("_") and isinstance(first, LazyTensor)
         if in_place and first._hold.viewed:
             raise CannotStreamError(f"{name} writes through a view")
+        if name in _NEW:
+            return func(*tree_map(_without_values, args), **kwargs)
         results = None if kwargs.get("out") is not None else _deferred(func, args, kwargs, lazy)
         if results is None:
             run = lazy[0]._hold.node.run
@@ -92,7 +93,7 @@ class LazyTensor(Tensor):
         if name in _VIEWS:
             for tensor in (*results, *lazy):
                 tensor._hold.viewed = True
-        return results if name in _SEVERAL else results[0]
+        return results if name in tokens.SEVERAL else results[0]
 
 
 def _deferred(func: Any, args: Any, kwargs: Any, lazy: list[LazyTensor]) -> Optional[list[LazyTensor]]:
@@ -104,8 +105,7 @@ def _deferred(func: Any, args: Any, kwargs: Any, lazy: list[LazyTensor]) -> Opti
     viewed = tokens.build(func, *tree_map(_viewed, (args, kwargs)))
     if viewed is None:
         return None
-    node, layout = viewed
-    return [LazyTensor.of(node, None if tokens.is_map(node, layout) else layout)]
+    return [LazyTensor.of(node, None if tokens.is_map(node, layout) else layout) for node, layout in viewed]
 
 
 def _node(value: Any) -> Any:
@@ -147,9 +147,14 @@ def _whole(func: Any, name: str, target: Any, args: Any, kwargs: Any, run: Run) 
     if target is not None:
         target._hold.become(Node.of(result, run))
         return target
-    if name in _NEW:
-        return result
     return tree_map(lambda value: _lazy_again(value, run), result)
+
+
+def _without_values(value: Any) -> Any:
+    """A tensor of the shape, type and device of a deferred one, in next to no memory."""
+    if not isinstance(value, LazyTensor):
+        return value
+    return torch.empty((), dtype=value.dtype, device=value.device).expand(value.shape)
 
 
 def _lazy_again(value: Any, run: Run) -> Any:

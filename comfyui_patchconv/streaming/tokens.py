@@ -8,6 +8,7 @@ and norms on such views are steps on the map; anything else is evaluated.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Optional
 
 import torch
@@ -22,6 +23,9 @@ Viewed = tuple[Node, Tensor]
 
 _ARRANGING = (*operators.ARRANGING, "unsqueeze", "squeeze", "t")
 _KEEPING = (*operators.SAME, "clone")
+SEVERAL = ("split", "split_with_sizes", "chunk", "unbind")
+"""Operators with several results."""
+
 _OF_LAST = ("linear", "layer_norm", "rms_norm")
 """Operators on the last dimension."""
 
@@ -36,9 +40,16 @@ def evaluated(tensor: Tensor, layout: Tensor) -> Tensor:
     return tensor.contiguous().as_strided(layout.shape, layout.stride()).contiguous()
 
 
-def build(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[Viewed]:
+def build(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[list[Viewed]]:
     """What `func` returns, its deferred arguments being given as `(map, layout)`; None if it has to be evaluated."""
     name = func.overloadpacket.__name__
+    if name in SEVERAL:
+        return _parts(func, args, kwargs)
+    viewed = _one(func, name, args, kwargs)
+    return None if viewed is None else [viewed]
+
+
+def _one(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[Viewed]:
     if not isinstance(args[0], tuple) or len(args[0]) != 2 or not isinstance(args[0][0], Node):
         return None
     node, layout = args[0]
@@ -79,6 +90,23 @@ def _sliced(node: Node, layout: Tensor, dim: int = 0, start: Any = None, end: An
     """A slice that takes everything, as a loop over parts of the queries makes it when one part will do."""
     everything = start in (None, 0) and (end is None or end >= layout.shape[dim]) and step == 1
     return (node, layout) if everything else None
+
+
+def _parts(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[list[Viewed]]:
+    """Parts of the channels of `[B, pixels, C]` or `[B, 1, pixels, C]`: queries, keys and values of one projection."""
+    if not isinstance(args[0], tuple) or not isinstance(args[0][0], Node) or len(args[0][0].shape) != 4:
+        return None
+    node, layout = args[0]
+    dims, dim = layout.dim(), kwargs.get("dim", args[2] if len(args) > 2 else 0)
+    if dims not in (3, 4) or dim % dims != dims - 1 or not _lies(layout, *_of_heads(node, 1, dims)):
+        return None
+    sizes = [len(part) for part in func(torch.empty(node.shape[1], device="meta"), args[1], 0)]
+    parts = []
+    for first, size in zip(accumulate(sizes, initial=0), sizes):
+        step = RowLocal(lambda pieces, first=first, size=size: pieces[0].narrow(1, first, size))
+        part = node.then(step, (node.shape[0], size, *node.shape[2:]))
+        parts.append((part, _meta(*_of_heads(part, 1, dims), part.dtype)))
+    return parts
 
 
 def _over_channels(

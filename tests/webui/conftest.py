@@ -12,8 +12,10 @@ import base64
 import io
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -25,12 +27,17 @@ from host_process import HostProcess, checkpoint_in
 
 PACK = Path(__file__).parents[2]
 CHECKPOINTS = ("first", "second")
+PATCH = {"mode": "patch", "unet": True, "splits": 3, "threshold": 0.0}
+STREAM = {"mode": "stream", "unet": True, "splits": 3, "threshold": 0.0}
+MODES = pytest.mark.parametrize("settings", [PATCH, STREAM], ids=["patch", "stream"])
+FULL = ("--no-half",)
 
 
 class Host(NamedTuple):
     """What differs between the WebUIs.
 
-    cpu: flags for a machine without a GPU. frugal: flags that have weights move; none where these need a GPU.
+    cpu: flags for a machine without a GPU. frugal: flags that have weights move, one each.
+    half, mixed: flags for half precision; for a U-Net in half precision and a VAE that is not.
     plot: arguments of the X/Y/Z plot behind its axes: no legend, the single pictures too, no others; no other seeds.
     hires: what a request for hires fix needs beside the usual.
     """
@@ -38,15 +45,29 @@ class Host(NamedTuple):
     name: str
     cpu: tuple[str, ...]
     frugal: tuple[str, ...]
+    half: tuple[str, ...]
+    mixed: tuple[str, ...]
     plot: tuple[Any, ...]
     hires: Mapping[str, Any] = MappingProxyType({})
 
 
-_ALWAYS_CPU = ("--skip-torch-cuda-test", "--always-cpu")
 _PLOT = (True, False, False, False, False, False, 0, False)
-_USE_CPU = ("--skip-torch-cuda-test", "--use-cpu", "all")
-A1111 = Host("Automatic1111", _USE_CPU, ("--medvram", "--lowvram"), (False, *_PLOT))
-REFORGE = Host("reForge", _ALWAYS_CPU, ("--always-low-vram", "--always-no-vram"), (False, False, False, 0, *_PLOT))
+A1111 = Host(
+    "Automatic1111",
+    cpu=("--skip-torch-cuda-test", "--use-cpu", "all"),
+    frugal=("--medvram", "--lowvram"),
+    half=("--precision", "half"),
+    mixed=("--upcast-sampling", "--no-half-vae"),
+    plot=(False, *_PLOT),
+)
+REFORGE = Host(
+    "reForge",
+    cpu=("--skip-torch-cuda-test", "--always-cpu"),
+    frugal=("--always-low-vram", "--always-no-vram"),
+    half=("--unet-in-fp16", "--vae-in-fp16"),
+    mixed=("--unet-in-fp16", "--vae-in-fp32"),
+    plot=(False, False, False, 0, *_PLOT),
+)
 FORGE = REFORGE._replace(name="Forge", plot=A1111.plot, hires={"hr_additional_modules": ["Use same choices"]})
 
 
@@ -61,7 +82,7 @@ class Result(NamedTuple):
 class WebUI(HostProcess):
     """One WebUI process with a data folder of its own; the checkout stays as it is."""
 
-    def __init__(self, checkout: Path, checkpoint: str, folder: Path, flags: tuple[str, ...] = ()) -> None:
+    def __init__(self, checkout: Path, checkpoint: str, folder: Path, flags: tuple[str, ...]) -> None:
         extensions, checkpoints = folder / "extensions", folder / "checkpoints"
         extensions.mkdir()
         checkpoints.mkdir()
@@ -73,7 +94,7 @@ class WebUI(HostProcess):
         # Random weights have no mean that emphasis could be scaled to.
         options = {"emphasis": "No norm", "live_previews_enable": False, "sd_model_checkpoint": "first.safetensors"}
         (folder / "config.json").write_text(json.dumps(options))
-        command = [python(), "launch.py", "--skip-prepare-environment", "--no-download-sd-model", "--api", "--no-half"]
+        command = [python(), "launch.py", "--skip-prepare-environment", "--no-download-sd-model", "--api"]
         command += ["--do-not-download-clip", "--data-dir", str(folder), "--ckpt-dir", str(checkpoints), *flags]
         command += ["--gradio-allowed-path", str(checkout)]  # Forge hands out its own scripts from the data folder only
         self.host = host_of(checkout)
@@ -81,6 +102,15 @@ class WebUI(HostProcess):
             command += self.host.cpu
         environment = {"HF_HUB_OFFLINE": "1", "SD_WEBUI_RESTARTING": "1"}  # restarting: it opens no browser
         super().__init__(command, folder, checkout, os.environ | environment)
+
+    def start(self) -> None:
+        super().start()
+        try:
+            # Asked before it is through, it would refuse to add the rest of its routes.
+            self.wait(lambda: "Startup time:" in self.log())
+        except BaseException:
+            self.stop()
+            raise
 
     def run(self, kind: str = "txt2img", patch_conv: Any = None, **request: Any) -> Result:
         """A picture of 128 pixels by two steps, `request` apart; patch_conv: the script's arguments."""
@@ -140,11 +170,10 @@ def checkpoint(checkout: Path) -> str:
     return checkpoint_in(folder, "WEBUI_CHECKPOINT", os.environ.get("WEBUI_CHECKPOINT"))
 
 
-def _serve(checkout: Path, checkpoint: str, folder: Path, flags: tuple[str, ...] = ()) -> Iterator[WebUI]:
+@contextmanager
+def serve(checkout: Path, checkpoint: str, folder: Path, flags: tuple[str, ...] = FULL) -> Iterator[WebUI]:
     webui = WebUI(checkout, checkpoint, folder, flags)
     try:
-        # Asked before it is through, it would refuse to add the rest of its routes.
-        webui.wait(lambda: "Startup time:" in webui.log())
         yield webui
     finally:
         webui.stop()
@@ -152,7 +181,8 @@ def _serve(checkout: Path, checkpoint: str, folder: Path, flags: tuple[str, ...]
 
 @pytest.fixture(scope="session")
 def webui(checkout: Path, checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
-    yield from _serve(checkout, checkpoint, tmp_path_factory.mktemp("webui"))
+    with serve(checkout, checkpoint, tmp_path_factory.mktemp("webui")) as webui:
+        yield webui
 
 
 @pytest.fixture(scope="module", params=[0, 1], ids=["medium", "low"])
@@ -162,4 +192,19 @@ def frugal_webui(
     host = host_of(checkout)
     if host is not A1111 and not torch.cuda.is_available():
         pytest.skip(f"there is no GPU: {host.name} moves weights for want of its memory only")
-    yield from _serve(checkout, checkpoint, tmp_path_factory.mktemp("frugal"), (host.frugal[request.param],))
+    flags = (*FULL, host.frugal[request.param])
+    with serve(checkout, checkpoint, tmp_path_factory.mktemp("frugal"), flags) as webui:
+        yield webui
+
+
+@pytest.fixture(scope="module", params=["half", "mixed"])
+def half_webui(
+    request: pytest.FixtureRequest, checkout: Path, checkpoint: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[WebUI]:
+    """In half precision, or with a VAE that is not."""
+    code = "import torch; torch.nn.Conv2d(1, 1, 1).half()(torch.ones(1, 1, 1, 1).half())"
+    if not torch.cuda.is_available() and subprocess.run([python(), "-c", code], capture_output=True).returncode:
+        pytest.skip(f"the torch of {python()} has no convolution in half precision on the CPU, and there is no GPU")
+    flags = getattr(host_of(checkout), request.param)
+    with serve(checkout, checkpoint, tmp_path_factory.mktemp(request.param), flags) as webui:
+        yield webui

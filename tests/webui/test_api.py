@@ -13,12 +13,9 @@ import numpy as np
 import pytest
 from host_process import assert_same_picture
 
-from .conftest import A1111, FORGE, Result, WebUI, as_base64
+from .conftest import A1111, FORGE, MODES, PATCH, STREAM, Result, WebUI, as_base64
 
-PATCH = {"mode": "patch", "unet": True, "splits": 3, "threshold": 0.0}
-STREAM = {"mode": "stream", "unet": True, "splits": 3, "threshold": 0.0}
 HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_second_pass_steps": 1, "denoising_strength": 0.5}
-MODES = pytest.mark.parametrize("settings", [PATCH, STREAM], ids=["patch", "stream"])
 
 
 @pytest.fixture(scope="module")

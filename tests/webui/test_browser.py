@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 from host_process import page_of
 
+from .accordion import ACCORDION, CHECKED, enabled, fill_number, mode, number, open_tab, turn_on
 from .conftest import WebUI
-
-ACCORDION = "#script_txt2img_patch_conv_enabled"
-CHECKED = f"() => document.querySelector('{ACCORDION}-checkbox input').checked"
 
 
 @pytest.fixture(scope="module")
@@ -25,22 +23,12 @@ def page(webui: WebUI) -> Iterator[Any]:
         yield page
 
 
-def number(page: Any, name: str) -> Any:
-    return page.locator(f"#{name} input[type=number]")
-
-
 def test_turned_on_used_and_pasted_back(page: Any, tmp_path: Path) -> None:
-    enabled = page.locator(f"{ACCORDION}-checkbox input[type=checkbox]")
-    assert not enabled.is_checked()
+    assert not enabled(page).is_checked()
     page.fill("#txt2img_prompt textarea", "a cat")
     for name, value in (("txt2img_width", "128"), ("txt2img_height", "128"), ("txt2img_steps", "2")):
-        number(page, name).fill(value)
-        number(page, name).press("Tab")
-    page.locator(f"{ACCORDION} > .label-wrap").click()
-    page.wait_for_function(CHECKED)
-    page.locator("#script_txt2img_patch_conv_mode").get_by_label("stream").check()
-    number(page, "script_txt2img_patch_conv_budget").fill("1.5")
-    number(page, "script_txt2img_patch_conv_budget").press("Tab")
+        fill_number(page, name, value)
+    turn_on(page, "1.5")
     page.click("#txt2img_generate")
     page.wait_for_selector("#txt2img_gallery img", timeout=300_000)
     report = page.locator("#html_log_txt2img").first.inner_text(timeout=60_000)
@@ -53,17 +41,16 @@ def test_turned_on_used_and_pasted_back(page: Any, tmp_path: Path) -> None:
 
     page.reload()
     page.wait_for_selector("#txt2img_generate")
-    assert not enabled.is_checked()
+    assert not enabled(page).is_checked()
     page.fill("#txt2img_prompt textarea", infotext)
     page.click("#paste")
     page.wait_for_function(CHECKED)
-    assert page.locator("#script_txt2img_patch_conv_mode").get_by_label("stream").is_checked()
+    assert mode(page, "stream").is_checked()
     assert number(page, "script_txt2img_patch_conv_budget").input_value() == "1.5"
 
 
 def test_settings(page: Any) -> None:
-    page.get_by_role("tab", name="Settings").or_(page.get_by_role("button", name="Settings", exact=True)).first.click()
-    name = {"name": "Patch Conv", "exact": True}
-    page.get_by_role("tab", **name).or_(page.get_by_role("button", **name)).first.click()
+    open_tab(page, "Settings")
+    open_tab(page, "Patch Conv")
     for name in ("enabled", "mode", "vae", "unet", "splits", "threshold", "budget"):
         assert page.locator(f"#setting_patch_conv_{name}").is_visible()

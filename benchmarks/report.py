@@ -1,0 +1,134 @@
+"""Runs the benchmarks, and writes what all of them have kept into docs/benchmarks.md and into README.md's tables.
+
+    python benchmarks/report.py [NAMES …] [--nvidia PATH/models/partialconv2d.py]     all of them, or those named
+    python benchmarks/report.py --page                                                run none, write the page
+
+Each leaves docs/benchmarks/NAME.json (see `harness.publish`), so they may run on different days and machines.
+COMFYUI_PATH and COMFYUI_PYTHON let `vae_decode` run ComfyUI's nodes too.
+
+In README.md the lines between `<!-- benchmark: NAME; COLUMNS -->` and `<!-- /benchmark -->` are replaced. COLUMNS,
+parted by semicolons, are columns in the order wanted, all of them by default; `COLUMN=VALUE` keeps the rows that have
+this value, and does not show the column unless it is named as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import charts
+from harness import RESULTS, ROOT, Result, table
+
+BENCHMARKS = {
+    "single_conv": ["single_conv.py"],
+    "vae_decode": ["vae_decode.py"],
+    "streaming": ["streaming.py"],
+    "streaming_encode": ["streaming.py", "--encode"],
+    "streaming_half": [
+        *("streaming.py", "--name", "streaming_half", "--sizes", "512", "--dtype", "bfloat16"),
+        *("--methods", "exact", "plain", "streamed", "--rounds", "1"),
+    ],
+    "streaming_bounded": [
+        *("streaming.py", "--name", "streaming_bounded", "--sizes", "2048"),
+        *("--methods", "streamed", "bounded", "--rounds", "2"),
+    ],
+    "streaming_4096": [
+        *("streaming.py", "--name", "streaming_4096", "--sizes", "4096", "--methods", "bounded", "--rounds", "1"),
+    ],
+    "partial_conv": ["partial_conv.py"],
+}
+"""What each is run by, in the order of the page; others that have kept something stand behind them."""
+
+_MARKED = re.compile(r"(<!-- benchmark: ([^>]*?) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
+
+
+def results(folder: Path = RESULTS) -> dict[str, Result]:
+    """What the benchmarks have kept, by name, in the order of the page."""
+    names = sorted(path.stem for path in folder.glob("*.json"))
+    order = [name for name in BENCHMARKS if name in names] + [name for name in names if name not in BENCHMARKS]
+    return {name: Result(**json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))) for name in order}
+
+
+def page(kept: dict[str, Result]) -> str:
+    """docs/benchmarks.md: of each benchmark what was measured, its pictures, its table, and how to repeat it."""
+    parts = [
+        "# Benchmarks",
+        "Written by `python benchmarks/report.py` from what the benchmarks have kept in `docs/benchmarks/`: no figure "
+        "is typed by hand. MB are 10⁶ bytes.",
+    ]
+    for name, result in kept.items():
+        pictures = [f"benchmarks/{name}.svg"] if result.bars else []
+        parts += [f"## {result.title}", result.what]
+        parts += [f"![{result.title}]({picture})" for picture in [*pictures, *result.pictures]]
+        parts += [table(result.head, result.rows), f"{measured(result)}. To repeat it: `{result.command}`"]
+    return "\n\n".join(parts) + "\n"
+
+
+def measured(result: Result) -> str:
+    """Where and when, and with which versions."""
+    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+    return f"Measured on {result.date}: {result.machine}, {versions}"
+
+
+def filled(text: str, kept: dict[str, Result]) -> str:
+    """`text` with the tables between its marks made anew. KeyError for a benchmark, ValueError for a column or value,
+    that is not there."""
+    return _MARKED.sub(lambda found: f"{found[1]}\n{_chosen(found[2], kept)}\n\n{found[3]}", text)
+
+
+def _chosen(mark: str, kept: dict[str, Result]) -> str:
+    name, *wanted = (part.strip() for part in mark.split(";"))
+    if name not in kept:
+        raise KeyError(f"<!-- benchmark: {mark} -->: there is no docs/benchmarks/{name}.json.")
+    head, rows = kept[name].head, kept[name].rows
+    shown = [column for column in wanted if "=" not in column] or head
+    for condition in wanted:
+        if "=" in condition:
+            column, _, value = condition.partition("=")
+            rows = [row for row in rows if row[_place(column, head, mark)] == value]
+    if not rows:
+        raise ValueError(f"<!-- benchmark: {mark} -->: no row is left.")
+    places = [_place(column, head, mark) for column in shown]
+    return table(shown, [[row[place] for place in places] for row in rows])
+
+
+def _place(column: str, head: list[str], mark: str) -> int:
+    if column not in head:
+        raise ValueError(f"<!-- benchmark: {mark} -->: no column is called {column!r}; there are {', '.join(head)}.")
+    return head.index(column)
+
+
+def write() -> None:
+    """The page, its charts, and README.md's tables."""
+    kept = results()
+    (ROOT / "docs" / "benchmarks.md").write_text(page(kept), encoding="utf-8")
+    for name, result in kept.items():
+        if result.bars:
+            (RESULTS / f"{name}.svg").write_text(charts.svg(result), encoding="utf-8")
+    readme = ROOT / "README.md"
+    readme.write_text(filled(readme.read_text(encoding="utf-8"), kept), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all")
+    parser.add_argument("--page", action="store_true", help="run none")
+    parser.add_argument("--nvidia", help="models/partialconv2d.py of NVIDIA/partialconv, for partial_conv")
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(BENCHMARKS):
+        parser.error(f"{sorted(unknown)[0]!r} is no benchmark: choose from {', '.join(BENCHMARKS)}.")
+    for name in [] if args.page else args.names or BENCHMARKS:
+        script, *more = BENCHMARKS[name]
+        if name == "partial_conv" and args.nvidia:
+            more += ["--nvidia", args.nvidia]
+        print(f"\n# {name}", flush=True)
+        subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *more], check=True)
+    write()
+
+
+if __name__ == "__main__":
+    main()

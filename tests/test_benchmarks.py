@@ -1,0 +1,124 @@
+"""What the benchmarks keep, and the page and tables that are made of it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import charts  # noqa: E402
+import harness  # noqa: E402
+import report  # noqa: E402
+
+HEAD = ["image", "method", "peak MB", "s"]
+ROWS = [
+    ["512²", "plain", "200", "4.0"],
+    ["512²", "ours", "50", "3.0"],
+    ["1024²", "plain", "out of memory", ""],
+    ["1024²", "ours", "100", "12.0"],
+]
+RESULT = harness.Result("A decode", "What it is.", HEAD, ROWS, "a machine", {"torch": "2.13.0"}, "2026-11-24",
+                        "python benchmarks/a.py", ["peak MB", "s"], ["a.png"])  # fmt: skip
+KEPT = {"a": RESULT}
+
+
+def published(folder: Path, **changes: Any) -> harness.Result:
+    values: dict[str, Any] = dict(name="a", title="A", what="What.", head=HEAD, rows=ROWS, device="cpu", folder=folder)
+    return harness.Result(**json.loads(harness.publish(**values | changes).read_text(encoding="utf-8")))
+
+
+def test_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["/home/a/benchmarks/a.py", "--sizes", "512", "--to", "/home/a/b.py", "--x=/c/d"])
+    monkeypatch.setenv("COMFYUI_PATH", "/home/a/ComfyUI")
+    environment = ["COMFYUI_PATH", "COMFYUI_PYTHON_THAT_IS_NOT_SET"]
+    found = published(tmp_path, packages=["safetensors"], versions={"peer": "7"}, environment=environment)
+    assert found.rows == ROWS
+    assert found.command == "COMFYUI_PATH=… python benchmarks/a.py --sizes 512 --to …/b.py --x=…/d"
+    assert {"torch", "Python", "safetensors"} < set(found.versions)
+    assert found.versions["peer"] == "7"
+    assert found.machine
+    assert found.date.startswith("20")
+    assert "| 512²  | ours   | 50            | 3.0  |" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a row of 3 cells under 4 headings"):
+        published(tmp_path, rows=[*ROWS, ROWS[0][:3]])
+    with pytest.raises(ValueError, match="no column is called 'MB'; there are image, method, peak MB, s"):
+        published(tmp_path, bars=["MB"])
+    with pytest.raises(ValueError, match="two columns are called 's'"):
+        published(tmp_path, head=["image", "s", "peak MB", "s"])
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_page_says_all_that_was_kept() -> None:
+    page = report.page(KEPT)
+    for text in [*HEAD, *(cell for row in ROWS for cell in row), RESULT.title, RESULT.what, RESULT.command,
+                 RESULT.date, RESULT.machine, "torch 2.13.0", "(benchmarks/a.svg)", "(a.png)"]:  # fmt: skip
+        assert text in page
+
+
+def test_bars_are_as_long_as_the_numbers() -> None:
+    tree = ElementTree.fromstring(charts.svg(RESULT))
+    bars = [node for node in tree.iter() if node.tag.endswith("rect")]
+    assert [bar.get("class") for bar in bars] == ["bar", "bar", "ours", "ours", "ours", "ours"]
+    lengths = [float(bar.get("width", "")) for bar in bars]
+    peaks = [length for length, bar in zip(lengths, bars) if bar.get("x") == str(charts.LABEL)]
+    assert [round(peak / peaks[0], 2) for peak in peaks] == [1, 0.25, 0.5]
+    assert "out of memory" in [node.text for node in tree.iter()]
+
+
+def test_marked_tables_are_filled() -> None:
+    mark = "before\n<!-- benchmark: a; method; peak MB; image=512² -->\n"
+    found = report.filled(f"{mark}old\nlines\n<!-- /benchmark -->\nafter <!-- x -->\n", KEPT)
+    assert found == (
+        f"{mark}\n"
+        "| method | peak MB |\n| ------ | ------- |\n| plain  | 200     |\n| ours   | 50      |\n\n"
+        "<!-- /benchmark -->\nafter <!-- x -->\n"
+    )
+    assert report.filled(found, KEPT) == found
+    whole = report.filled("<!-- benchmark: a -->\n<!-- /benchmark -->", KEPT)
+    assert harness.table(HEAD, ROWS) in whole
+
+
+@pytest.mark.parametrize("mark", ["b", "a; peak", "a; image=64²", "a; size=512²"])
+def test_a_mark_that_names_nothing_is_an_error(mark: str) -> None:
+    with pytest.raises((KeyError, ValueError), match=mark):
+        report.filled(f"<!-- benchmark: {mark} -->\n<!-- /benchmark -->", KEPT)
+
+
+def test_the_order_of_the_page(tmp_path: Path) -> None:
+    for name in ("another", "streaming", "single_conv"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(asdict(replace(RESULT, title=name))), encoding="utf-8")
+    assert [*report.results(tmp_path)] == ["single_conv", "streaming", "another"]
+
+
+def test_every_script_that_publishes_is_run() -> None:
+    """Each benchmark of report.py is there, and each script that keeps something is one of them."""
+    publishing = {
+        path.name
+        for path in (ROOT / "benchmarks").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "publish"
+    }
+    assert publishing == {script for script, *_ in report.BENCHMARKS.values()}
+
+
+def test_page_charts_and_readme_are_in_step_with_what_was_kept() -> None:
+    kept, readme = report.results(), (ROOT / "README.md").read_text(encoding="utf-8")
+    assert report.filled(readme, kept) == readme, "run python benchmarks/report.py --page"
+    if not kept:
+        pytest.skip("docs/benchmarks/ has no figures yet: run python benchmarks/report.py")
+    assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == report.page(kept)
+    for name, result in kept.items():
+        assert not result.bars or (harness.RESULTS / f"{name}.svg").read_text(encoding="utf-8") == charts.svg(result)
+        assert all((ROOT / "docs" / picture).exists() for picture in result.pictures)
