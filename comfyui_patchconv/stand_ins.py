@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from .figures import Figures
 from .footprint import peak_activations
+from .measure import Recorder
 from .memory import free
+from .plain_needs import COUNT_SECONDS, PlainNeeds
 from .planner import GIB, MARGIN, MILLION, OF_FREE, working_set
-from .report import COUNT_SECONDS, Figures, PlainNeeds
 from .settings import Settings
 from .streaming import choose, streamed
 
@@ -95,7 +97,9 @@ class Half(StandIn):
             return self.plain(*args, **kwargs)
         device = maps[0].device
         run = self.plain if self.toggle.settings.mode == "patch" else self._stream(device)
-        result = self.figures.measure(lambda: run(*args, **kwargs), device)
+        with Recorder(device, own_peak=False) as recorded:
+            result = run(*args, **kwargs)
+        self.figures.add(recorded)
         self.figures.plain = max(self.figures.plain, self._plain_needs.of(args, kwargs, device))
         return result
 

@@ -8,8 +8,8 @@ from typing import Any, Optional
 from torch import nn
 
 from .convert import convert_model, convolutions, restore_model
+from .figures import Figures, StripCount
 from .planner import MILLION
-from .report import Figures, in_strips
 from .settings import Settings
 from .stand_ins import CASTS, CastingForward, Estimate, Half, StandIn, Tell, untouched
 from .tiled_conv import Convolution
@@ -28,7 +28,6 @@ class Toggle:
 
     def __init__(self, settings: Settings, tell: Optional[Tell] = None) -> None:
         self.settings, self.tell = settings, tell
-        self._strips: dict[str, int] = {}
         self._figures: dict[str, Figures] = {}
         self._models: list[tuple[Any, list[StandIn]]] = []
         self._covered: list[StandIn] = []
@@ -69,14 +68,14 @@ class Toggle:
 
     def report(self) -> str:
         """What was done, in one line, with figures where they were measured."""
-        streams = self.settings.mode == "stream"
-        parts = [
-            figures.in_words(half, None if streams else self._strips[half])
-            for half, figures in self._figures.items()
-            if figures.calls
-        ]
-        parts += [in_strips(part, count) for part, count in self._strips.items() if part not in HALVES]
+        parts = [figures.line() for part, figures in self._figures.items() if figures.calls or part not in HALVES]
         return "Patch Conv: " + ("; ".join(parts) or "nothing that it was asked to patch has run")
+
+    def _figures_of(self, part: str) -> Figures:
+        """Of all models that have such a part."""
+        streamed = part in HALVES and self.settings.mode == "stream"
+        words = f"VAE {part}" if part in HALVES else part
+        return self._figures.setdefault(part, Figures(words, streamed))
 
     def _patch_vae(self, model: nn.Module, stand_ins: list[StandIn]) -> None:
         for half, method in _METHODS.items():
@@ -87,7 +86,7 @@ class Toggle:
             owner, _, name = part_of(model, half, method).rpartition(".")
             module = model.get_submodule(owner)
             if untouched(module, name) or name != "forward":
-                stand_ins.append(Half(self, half, module, name, self._figures.setdefault(half, Figures())))
+                stand_ins.append(Half(self, half, module, name, self._figures_of(half)))
 
     def _patch_unet(self, model: nn.Module, stand_ins: list[StandIn]) -> None:
         if any(convolutions(model, predicate=lambda *_: True)):  # a transformer may have none
@@ -101,11 +100,7 @@ class Toggle:
     def _patch_convolutions(
         self, model: nn.Module, part: str, chosen: Callable[[str, Convolution], bool], stand_ins: list[StandIn]
     ) -> None:
-        self._strips.setdefault(part, 0)
-
-        def note(module: nn.Module, rows_done: int, rows: int) -> None:
-            self._strips[part] = max(self._strips[part], -(-rows // max(rows_done, 1)))
-
+        note = StripCount(self._figures_of(part))
         splits, threshold = int(self.settings.splits), round(self.settings.threshold * MILLION)
         convert_model(model, splits, threshold=threshold, predicate=chosen, on_strip=note)
         for _, module in convolutions(model, predicate=chosen):

@@ -8,6 +8,7 @@ from .partial_conv import FillMaskedArea, VAEEncodePartialConv
 from .patch_conv import PatchConvModel, PatchConvVAE
 from .patch_ddpm import PatchDDPMLoader, PatchDDPMSampler
 from .patch_diffusion import PatchDiffusionLoader, PatchDiffusionSampler
+from .report import PatchConvReport
 
 
 class PatchConvExtension(ComfyExtension):
@@ -15,6 +16,7 @@ class PatchConvExtension(ComfyExtension):
         return [
             PatchConvVAE,
             PatchConvModel,
+            PatchConvReport,
             VAEEncodePartialConv,
             FillMaskedArea,
             PatchDiffusionLoader,

@@ -17,9 +17,10 @@ from ..comfyui_patchconv.planner import GIB, MILLION, MODES
 from ..comfyui_patchconv.tiled_conv import TiledForward, tiled_forward
 from ..comfyui_patchconv.vae_parts import HALVES, half_of, part_of
 from .host import MODEL_CATEGORY, VAE_CATEGORY, advanced, schema
-from .progress import Progress, StreamProgress, interruptible
+from .meter import Measured, Meter, measure_sampling
+from .progress import Progress, StreamProgress, Strips
 from .streamed_half import StreamedForward, StreamMemory
-from .vae_memory import StripMemory
+from .vae_memory import Memory, StripMemory
 
 
 class PatchConvVAE(io.ComfyNode):
@@ -71,6 +72,7 @@ class PatchConvVAE(io.ComfyNode):
                 _padding_input(),
             ],
             outputs=[io.Vae.Output(tooltip="A copy of the VAE that works in strips.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -93,9 +95,9 @@ class PatchConvVAE(io.ComfyNode):
                 continue
             leave(patched, name, method)
             if mode == "stream":
-                count += _stream_half(patched, name, method, round(budget * GIB), padding)
+                count += _stream_half(patched, name, method, round(budget * GIB), padding, _id(cls))
             else:
-                count += _patch_half(patched, name, method, splits, round(threshold * MILLION), padding)
+                count += _patch_half(patched, name, method, splits, round(threshold * MILLION), padding, _id(cls))
         if not count:
             raise ValueError(_nothing_found("VAE", type(vae.first_stage_model).__name__, half))
         return io.NodeOutput(patched)
@@ -121,14 +123,19 @@ class PatchConvModel(io.ComfyNode):
                 _padding_input(),
             ],
             outputs=[io.Model.Output(tooltip="A copy of the model that works in strips.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model: Any, splits: int, threshold: float, padding: str = "plain") -> io.NodeOutput:
         patched = model.clone()
-        tiling = Tiling(splits, threshold=round(threshold * MILLION), on_strip=interruptible)
+        strips = Strips()
+        tiling = Tiling(splits, threshold=round(threshold * MILLION), on_strip=strips)
         if not _patch(patched, model.model, tiling, padding, lambda name: True):
             raise ValueError(_nothing_found("model", type(model.model).__name__))
+        meter = Meter(_id(cls), "Model", False, torch.device(model.load_device), strips)
+        strips.then(meter.look)
+        measure_sampling(patched, meter)
         return io.NodeOutput(patched)
 
 
@@ -182,8 +189,8 @@ def _patch(patcher: Any, model: nn.Module, tiling: Tiling, padding: str, chosen:
     return len(found)
 
 
-def _patch_half(vae: Any, half: str, method: str, splits: int, threshold: int, padding: str) -> int:
-    """Strips and estimate of one half of `vae`, a copy made for it; the number of convolutions."""
+def _patch_half(vae: Any, half: str, method: str, splits: int, threshold: int, padding: str, node: str) -> int:
+    """Strips, estimate and measurement of one half of `vae`, a copy made for it; the number of convolutions."""
     progress = Progress()
     tiling = Tiling(splits, threshold=threshold, on_strip=progress)
     progress.convolutions = _patch(
@@ -191,12 +198,15 @@ def _patch_half(vae: Any, half: str, method: str, splits: int, threshold: int, p
     )
     if progress.convolutions:
         host = getattr(vae, f"memory_used_{method}")
-        setattr(vae, f"memory_used_{method}", StripMemory(vae, method, host, tiling, progress))
+        meter = _meter(vae, half, False, progress, node)
+        memory = StripMemory(vae, method, host, tiling, progress.start, meter.start)
+        setattr(vae, f"memory_used_{method}", memory)
+        _measure(vae, method, meter, memory)
     return progress.convolutions
 
 
-def _stream_half(vae: Any, half: str, method: str, budget: int, padding: str) -> int:
-    """Streaming and estimate of one half of `vae`, a copy made for it; the number of convolutions in that half."""
+def _stream_half(vae: Any, half: str, method: str, budget: int, padding: str, node: str) -> int:
+    """Streaming, estimate and measurement of one half of `vae`, a copy made for it; the convolutions in that half."""
     count = sum(half_of(name) == half for name, _ in convolutions(vae.first_stage_model, predicate=lambda *_: True))
     if count:
         if padding != "plain":  # whole: the strips are streaming's
@@ -204,11 +214,31 @@ def _stream_half(vae: Any, half: str, method: str, budget: int, padding: str) ->
             _patch(vae.patcher, vae.first_stage_model, whole, padding, lambda name: half_of(name) == half)
         key = part_of(vae.first_stage_model, half, method)
         forward = vae.patcher.get_model_object(key)
-        streamed = StreamedForward(forward, torch.device(vae.device), budget, StreamProgress())
+        progress = StreamProgress()
+        streamed = StreamedForward(forward, torch.device(vae.device), budget, progress)
         vae.patcher.add_object_patch(key, streamed)
         host = getattr(vae, f"memory_used_{method}")
-        setattr(vae, f"memory_used_{method}", StreamMemory(vae, method, host, streamed))
+        meter = _meter(vae, half, True, progress, node)
+        memory = StreamMemory(vae, method, host, streamed, meter.start)
+        setattr(vae, f"memory_used_{method}", memory)
+        _measure(vae, method, meter, memory)
     return count
+
+
+def _meter(vae: Any, half: str, streamed: bool, progress: Progress | StreamProgress, node: str) -> Meter:
+    meter = Meter(node, f"VAE {half}", streamed, torch.device(vae.device), progress)
+    progress.then(meter.look)
+    return meter
+
+
+def _measure(vae: Any, method: str, meter: Meter, memory: Memory) -> None:
+    """Have the whole of `method` measured, be it in strips or streamed by now."""
+    vae.patcher.add_object_patch(method, Measured(vae.patcher.get_model_object(method), meter, memory.plain))
+
+
+def _id(node: type[io.ComfyNode]) -> str:
+    """Of the node in the workflow; empty where it is called by hand."""
+    return str(getattr(node.hidden, "unique_id", None) or "")
 
 
 def leave(vae: Any, half: str, method: str) -> None:
@@ -217,6 +247,9 @@ def leave(vae: Any, half: str, method: str) -> None:
     if not isinstance(estimate, (StripMemory, StreamMemory)):
         return
     setattr(vae, f"memory_used_{method}", estimate.host)
+    measured = vae.patcher.object_patches.get(method)
+    if isinstance(measured, Measured):
+        vae.patcher.add_object_patch(method, measured.forward)
     for key, patch in list(vae.patcher.object_patches.items()):
         if isinstance(patch, StreamedForward) and key == part_of(vae.first_stage_model, half, method):
             vae.patcher.add_object_patch(key, patch.forward)

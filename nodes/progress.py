@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, Optional
 
 from comfy.model_management import (  # pyright: ignore[reportMissingImports]
@@ -11,33 +12,69 @@ from comfy.model_management import (  # pyright: ignore[reportMissingImports]
 from comfy.utils import ProgressBar  # pyright: ignore[reportMissingImports]
 from torch import nn
 
+from ..comfyui_patchconv.figures import strips_of
+
 _STEPS = 1000  # of the bar of a streamed call
 _UNITS = 100  # of the bar per convolution: its values are whole numbers
 
 
-def interruptible(module: nn.Module, rows_done: int, rows: int) -> None:
-    """For a model under a sampler, which has a bar of its own: stop after any strip when the user asks to.
+class _Watch:
+    """Stops the work after any strip when the user asks to, and counts strips.
 
-    A `Tiling.on_strip`. Raises the host's InterruptProcessingException.
+    strips: since the start; of the convolution that was cut into most, or of all that is streamed.
     """
-    throw_exception_if_processing_interrupted()
 
-
-class _Bar:
-    """The host's bar: it appears after `delay` seconds, and moves every `interval` seconds at most."""
-
-    def __init__(self, delay: float, interval: float) -> None:
-        self.delay, self.interval = delay, interval
+    def __init__(self) -> None:
+        self._then: Optional[Callable[[], None]] = None
         self.start()
 
     def start(self) -> None:
         """Something begins, whatever became of what was before."""
+        self.strips = 0
+
+    def then(self, call: Callable[[], None]) -> None:
+        """Call this after each strip."""
+        self._then = call
+
+    def _look(self) -> None:
+        """After a strip. Raises the host's InterruptProcessingException when the user asks to stop."""
+        throw_exception_if_processing_interrupted()
+        if self._then is not None:
+            self._then()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles hold the settings and not how far it is: the host's bar leads to its server."""
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._then = None
+        self.start()
+
+
+class Strips(_Watch):
+    """For a model under a sampler, which has a bar of its own; a `Tiling.on_strip`."""
+
+    def __call__(self, module: nn.Module, rows_done: int, rows: int) -> None:
+        self.strips = max(self.strips, strips_of(rows_done, rows))
+        self._look()
+
+
+class _Bar(_Watch):
+    """The host's bar: it appears after `delay` seconds, and moves every `interval` seconds at most."""
+
+    def __init__(self, delay: float, interval: float) -> None:
+        self.delay, self.interval = delay, interval
+        super().__init__()
+
+    def start(self) -> None:
+        super().start()
         self._next = time.monotonic() + self.delay
         self._bar: Optional[Any] = None
 
     def _is_due(self) -> bool:
-        """Whether to move it now. Raises the host's InterruptProcessingException when the user asks to stop."""
-        throw_exception_if_processing_interrupted()
+        """Whether to move it now. Raises as `_look` does."""
+        self._look()
         now = time.monotonic()
         if now < self._next:
             return False
@@ -47,14 +84,6 @@ class _Bar:
     def _move(self, done: int, total: int) -> None:
         bar = self._bar = self._bar or ProgressBar(total)
         bar.update_absolute(done, total)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles hold the settings and not how far it is: the host's bar leads to its server."""
-        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.start()
 
 
 class Progress(_Bar):
@@ -72,6 +101,7 @@ class Progress(_Bar):
         self._finished = 0
 
     def __call__(self, module: nn.Module, rows_done: int, rows: int) -> None:
+        self.strips = max(self.strips, strips_of(rows_done, rows))
         self._finished += rows_done >= rows
         if not self._is_due():
             return
@@ -87,5 +117,6 @@ class StreamProgress(_Bar):
         super().__init__(delay, interval)
 
     def __call__(self, done: int, work: int) -> None:
+        self.strips += 1
         if self._is_due() and work:
             self._move(min(done * _STEPS // work, _STEPS), _STEPS)

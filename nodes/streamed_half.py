@@ -46,12 +46,14 @@ class StreamedForward:
 class StreamMemory(Memory):
     """Of a VAE that is streamed: what the plan expects. Video is not planned: the host's own estimate stands for it."""
 
-    def __init__(self, vae: Any, method: str, host: Estimate, forward: StreamedForward) -> None:
-        super().__init__(vae, method, host, forward.start)
+    def __init__(
+        self, vae: Any, method: str, host: Estimate, forward: StreamedForward, *starts: Callable[[], None]
+    ) -> None:
+        super().__init__(vae, method, host, forward.start, *starts)
         self.budget = forward.budget or None
 
     def _count(self, sample: tuple[int, ...], dtype: torch.dtype) -> float:
-        if len(sample) == 5 and sample[2] > 1:
+        if _is_video(sample):
             return float("inf")
         return choose(
             MethodType(getattr(type(self.model), self.method), self.model),  # its own, not what is patched in
@@ -62,3 +64,10 @@ class StreamMemory(Memory):
             dtype=dtype,
             attributes=HOST_ATTRIBUTES,
         ).peak
+
+    def maps(self, sample: tuple[int, ...], dtype: torch.dtype) -> int:
+        return 0 if _is_video(sample) else super().maps(sample, dtype)
+
+
+def _is_video(sample: tuple[int, ...]) -> bool:
+    return len(sample) == 5 and sample[2] > 1

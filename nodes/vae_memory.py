@@ -5,40 +5,43 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
 from ..comfyui_patchconv import planner
 from ..comfyui_patchconv.footprint import peak_activations
+from ..comfyui_patchconv.plain_needs import COUNT_SECONDS
 from ..comfyui_patchconv.tiled_conv import Tiling
-from .progress import Progress
-
-_SECONDS = 5.0  # the longest a count may take: video in many chunks is thousands of operators
 
 HOST_ATTRIBUTES = {"comfy_cast_weights": False, "weight_function": [], "bias_function": []}
 """Of modules in a copy that is counted: its weights are where and what they should be, nothing to cast or to move."""
 
 Estimate = Callable[[Any, torch.dtype], float]
+_Input = tuple[tuple[int, ...], torch.dtype]
 
 
 class Memory(ABC):
     """Stands in for a VAE's `memory_used_decode` or `memory_used_encode`: bytes for an input of a shape and dtype.
 
     One sample is counted by `_count`, once for each shape; the host's own estimate is the upper bound, and the answer
-    where its code cannot be counted. The host asks once at the start of every decode or encode: `start` is called then.
+    where its code cannot be counted. The host asks once at the start of every decode or encode: `starts` are called
+    then.
 
     host: the estimate that the VAE came with. method: `"decode"` or `"encode"` of `vae.first_stage_model`.
     """
 
-    def __init__(self, vae: Any, method: str, host: Estimate, start: Callable[[], None]) -> None:
+    def __init__(self, vae: Any, method: str, host: Estimate, *starts: Callable[[], None]) -> None:
         self.model, self.device = vae.first_stage_model, torch.device(vae.device)
-        self.method, self.host, self.start = method, host, start
-        self._counted: dict[tuple[tuple[int, ...], torch.dtype], float] = {}
+        self.method, self.host, self.starts = method, host, starts
+        self._counted: dict[_Input, float] = {}
+        self._maps: dict[_Input, int | Exception] = {}
+        self._asked: Optional[_Input] = None
 
     def __call__(self, shape: Any, dtype: torch.dtype) -> float:
-        self.start()
-        key = (tuple(shape)[1:], dtype)
+        for start in self.starts:
+            start()
+        key = self._asked = (tuple(shape)[1:], dtype)
         if key not in self._counted:
             try:
                 self._counted[key] = self._count((1, *key[0]), dtype) * planner.MARGIN
@@ -46,6 +49,37 @@ class Memory(ABC):
                 logging.info("Patch Conv: %s of %s not counted (%s).", self.method, type(self.model).__name__, error)
                 self._counted[key] = float("inf")
         return min(self.host(shape, dtype), self._counted[key])
+
+    def plain(self) -> int:
+        """Bytes of the feature maps that one sample of the input last asked about needs at once without us; 0 where
+        that cannot be counted."""
+        if self._asked is None:
+            return 0
+        sample, dtype = self._asked
+        try:
+            return self.maps((1, *sample), dtype)
+        except Exception:  # as above
+            return 0
+
+    def maps(self, sample: tuple[int, ...], dtype: torch.dtype) -> int:
+        """`peak_activations` for an input of shape `sample`, counted once. Raises as that does."""
+        key = (sample, dtype)
+        if key not in self._maps:
+            try:
+                self._maps[key] = peak_activations(
+                    self.model,
+                    lambda model: getattr(model, self.method)(torch.empty(sample, dtype=dtype, device=self.device)),
+                    device=self.device,
+                    dtype=dtype,
+                    seconds=COUNT_SECONDS,
+                    attributes=HOST_ATTRIBUTES,
+                )
+            except Exception as error:
+                self._maps[key] = error
+        counted = self._maps[key]
+        if isinstance(counted, Exception):
+            raise counted
+        return counted
 
     @abstractmethod
     def _count(self, sample: tuple[int, ...], dtype: torch.dtype) -> float:
@@ -55,18 +89,12 @@ class Memory(ABC):
 class StripMemory(Memory):
     """Of a VAE whose convolutions run in strips: its activations, and the working set of a strip."""
 
-    def __init__(self, vae: Any, method: str, host: Estimate, tiling: Tiling, progress: Progress) -> None:
-        super().__init__(vae, method, host, progress.start)
+    def __init__(self, vae: Any, method: str, host: Estimate, tiling: Tiling, *starts: Callable[[], None]) -> None:
+        super().__init__(vae, method, host, *starts)
         self.tiling = tiling
 
     def _count(self, sample: tuple[int, ...], dtype: torch.dtype) -> float:
-        activations = peak_activations(
-            self.model,
-            lambda model: getattr(model, self.method)(torch.empty(sample, dtype=dtype, device=self.device)),
-            device=self.device,
-            dtype=dtype,
-            seconds=_SECONDS,
-            attributes=HOST_ATTRIBUTES,
+        maps = self.maps(sample, dtype)
+        return maps + planner.working_set(
+            maps, self.tiling.splits, self.tiling.threshold, self.device.type, dtype.itemsize
         )
-        needs = (self.tiling.splits, self.tiling.threshold, self.device.type, dtype.itemsize)
-        return activations + planner.working_set(activations, *needs)

@@ -65,6 +65,24 @@ def test_the_timeline_has_rising_times_and_sees_the_memory() -> None:
     assert block.nbytes == 48 << 20
 
 
+def test_samples_are_thinned_and_peaks_stay() -> None:
+    with Recorder(interval=0.002, samples=16) as recorder:
+        time.sleep(0.1)
+        block = torch.ones(48 << 20, dtype=torch.uint8)
+        time.sleep(0.05)
+        del block
+        time.sleep(0.1)
+        recorder.update()
+        so_far = recorder.peak, recorder.seconds
+    assert recorder.interval > 0.002
+    assert 4 <= len(recorder.timeline) < 16
+    times = [at for at, _ in recorder.timeline]
+    assert times == sorted(times)
+    assert max(size for _, size in recorder.timeline) >= 32 << 20
+    assert so_far[0] <= recorder.peak
+    assert 0.2 <= so_far[1] <= recorder.seconds
+
+
 def test_without_an_interval_there_is_no_timeline() -> None:
     with Recorder() as recorder:
         time.sleep(0.02)

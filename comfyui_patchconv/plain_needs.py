@@ -1,50 +1,19 @@
-"""What a decoder or encoder took, beside what it would have taken without us: measured, counted, and in words."""
+"""What a call would take without us, counted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .footprint import peak_activations
-from .measure import Recorder
-from .planner import GIB
 from .streaming import signature
 
 COUNT_SECONDS = 5.0
 """The longest that counting what plain would need may take."""
-
-
-@dataclass
-class Figures:
-    """Of all calls of a decoder or encoder: how many, the highest peak, and what plain would have needed; bytes."""
-
-    calls: int = 0
-    peak: int = 0
-    plain: int = 0
-
-    def measure(self, run: Callable[[], Any], device: torch.device) -> Any:
-        """What `run()` returns; it is one call more."""
-        with Recorder(device, own_peak=False) as recorded:
-            result = run()
-        self.calls += 1
-        self.peak = max(self.peak, recorded.peak)
-        return result
-
-    def in_words(self, half: str, strips: Optional[int]) -> str:
-        """Without what was not measured. strips: the most that a convolution ran in; None if the half was streamed."""
-        words = f"VAE {half}"
-        words = f"{words} streamed" if strips is None else in_strips(words, strips)
-        if self.peak:
-            words += f", peak {size(self.peak)}"
-        if self.plain:
-            words += f" (plain: about {size(self.plain)})"
-        return words
 
 
 class PlainNeeds:
@@ -71,15 +40,6 @@ class PlainNeeds:
                     attributes=self.attributes,
                 )
         return self._needs[key]
-
-
-def in_strips(part: str, strips: int) -> str:
-    return f"{part} in up to {strips} strips" if strips > 1 else f"{part} whole (no convolution above the threshold)"
-
-
-def size(count: int) -> str:
-    """Bytes in words."""
-    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
 
 
 def _empty(value: Any) -> Any:

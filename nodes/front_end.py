@@ -1,0 +1,51 @@
+"""What the server tells the front end of our own accord, over the host's own channel."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from typing import Any, Optional
+
+
+class Messenger:
+    """Tells the front end what `event` is about: of many states in a row the newest, `interval` seconds apart at least.
+
+    The last one always gets through. It goes to the page that queued what is running, as the host's progress does.
+    """
+
+    def __init__(self, event: str, interval: float = 0.25) -> None:
+        self.event, self.interval = event, interval
+        self._lock = threading.Lock()
+        self._next = 0.0
+        self._waiting: Optional[tuple[Any, str]] = None
+
+    def tell(self, data: Any) -> None:
+        """`data`: what JSON can hold. Nothing happens without a server, or without a page that listens."""
+        client = getattr(_server(), "client_id", None)
+        if client is None:
+            return
+        with self._lock:
+            waits, self._waiting = self._waiting is not None, (data, client)
+            seconds = self._next - time.monotonic()
+            if seconds <= 0 and not waits:
+                self._send()
+            elif not waits:
+                timer = threading.Timer(seconds, self._send_late)
+                timer.daemon = True
+                timer.start()
+
+    def _send_late(self) -> None:
+        with self._lock:
+            self._send()
+
+    def _send(self) -> None:
+        if self._waiting is not None:
+            _server().send_sync(self.event, *self._waiting)
+            self._next, self._waiting = time.monotonic() + self.interval, None
+
+
+def _server() -> Any:
+    """The host's server; None where ComfyUI is used as a library."""
+    module = sys.modules.get("server")
+    return getattr(getattr(module, "PromptServer", None), "instance", None)

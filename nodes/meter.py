@@ -1,0 +1,182 @@
+"""What a decode, an encode or a sampling took: measured where it happens, and told to the front end."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Optional, Protocol
+
+import torch
+from comfy.patcher_extension import WrappersMP  # pyright: ignore[reportMissingImports]
+from comfy_execution.utils import get_executing_context  # pyright: ignore[reportMissingImports]
+from torch import Tensor, nn
+
+from ..comfyui_patchconv.figures import Figures
+from ..comfyui_patchconv.footprint import peak_activations
+from ..comfyui_patchconv.measure import Recorder
+from ..comfyui_patchconv.plain_needs import COUNT_SECONDS
+from ..comfyui_patchconv.streaming import signature
+from .front_end import Messenger
+from .vae_memory import HOST_ATTRIBUTES
+
+EVENT = "patchconv.report"
+"""`node`: the id of a Patch Conv node. `prompt`: the run's. `running`: whether it goes on. The rest is of `Figures`."""
+
+_KEY = "patchconv"  # of our wrappers among those of a model
+_MEASURED = ("cpu", "cuda")  # device types whose memory `Recorder` reads
+_INTERVAL, _SAMPLES = 0.01, 256  # of the timeline: from 100 samples a second down, as the run grows
+_LIVE = 1.0  # seconds between two states of a run that goes on
+
+
+class Counter(Protocol):
+    """What counts strips while they run."""
+
+    strips: int
+
+    def start(self) -> None: ...
+
+
+class Meter:
+    """Measures the runs of one part of a model that a Patch Conv node has patched.
+
+    node: the node's id. figures: of the last run that got anywhere; None before it. prompt: the id of its prompt.
+    A run is what one node of the workflow does at a stretch: calls of `measuring` from one `start` to the next.
+    """
+
+    def __init__(self, node: str, part: str, streamed: bool, device: torch.device, counter: Counter) -> None:
+        self.node, self.part, self.streamed, self.device, self.counter = node, part, streamed, device, counter
+        self.figures: Optional[Figures] = None
+        self.prompt = ""
+        self._messenger = Messenger(EVENT)
+        self._recorder: Optional[Recorder] = None
+        self._before = Figures(part, streamed)
+        self._fresh, self._where, self._next = True, None, 0.0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Meter:
+        return self  # a copied model reports to the same node
+
+    def start(self) -> None:
+        """The next call begins a run."""
+        self._fresh = True
+
+    @contextmanager
+    def measuring(self, plain: Callable[[], int]) -> Iterator[None]:
+        """One call, around which this is put. plain: bytes that it was counted to need without us, or 0; asked later.
+
+        A call that raises leaves the figures as they were last told.
+        """
+        where = get_executing_context()
+        if self._fresh or where != self._where:
+            self._fresh, self._where = False, where
+            self.prompt = where.prompt_id if where is not None else ""
+            self._before = Figures(self.part, self.streamed)
+            self.counter.start()
+        self._next = time.monotonic() + _LIVE
+        if self.device.type not in _MEASURED:
+            yield
+            self._before.calls += 1
+        else:
+            recorder = Recorder(self.device, _INTERVAL, samples=_SAMPLES)
+            try:
+                with recorder:
+                    self._recorder = recorder
+                    yield
+            finally:
+                self._recorder = None
+            self._before.add(recorder)
+        if self.streamed or self.counter.strips > 1:  # else it ran as plain does
+            self._before.plain = max(self._before.plain, plain())
+        self._tell(self._before, running=False)
+
+    def look(self) -> None:
+        """After a strip: tell how far it is, now and then."""
+        now = time.monotonic()
+        recorder = self._recorder
+        if recorder is None or now < self._next:
+            return
+        self._next = now + _LIVE
+        recorder.update()
+        figures = copy.copy(self._before)
+        figures.timeline = [*figures.timeline]
+        figures.add(recorder)
+        self._tell(figures, running=True)
+
+    def _tell(self, figures: Figures, running: bool) -> None:
+        figures.strips = self.counter.strips
+        self.figures = figures
+        data = {"node": self.node, "prompt": self.prompt, "running": running, **figures.as_json()}
+        self._messenger.tell(data)
+
+
+class Measured:
+    """Stands in for a VAE's `decode` or `encode`, `forward`, and measures it."""
+
+    def __init__(self, forward: Callable[..., Any], meter: Meter, plain: Callable[[], int]) -> None:
+        self.forward, self.meter, self.plain = forward, meter, plain
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        samples = args[0].shape[0] if args and isinstance(args[0], Tensor) else 1
+        with self.meter.measuring(lambda: samples * self.plain()):
+            return self.forward(*args, **kwargs)
+
+
+class MeasuredSampling:
+    """Measures each sampling with a model, and counts what one call of its network would need without us."""
+
+    def __init__(self, network: nn.Module, meter: Meter) -> None:
+        self.network, self.meter = network, meter
+        self._counted: dict[Any, int] = {}
+        self._call: Optional[list[Any]] = None
+
+    def sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """The host's wrapper of a whole sampling."""
+        self._call = None
+        self.meter.start()
+        with self.meter.measuring(self._plain):
+            return executor(*args, **kwargs)
+
+    def note(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """The host's wrapper of a call of the network: the first of a sampling stands for all."""
+        if self._call is None:
+            # Not what other nodes pass on in dictionaries: that is not ours to run.
+            self._call = [_without_values({} if isinstance(value, dict) else value, "meta") for value in args]
+        return executor(*args, **kwargs)
+
+    def _plain(self) -> int:
+        if self._call is None:
+            return 0
+        args, key = self._call, signature(self._call)
+        if key not in self._counted:
+            self._counted[key] = 0
+            device = self.meter.device
+            with suppress(Exception):  # the host's code is free to do what tensors without values cannot
+                self._counted[key] = peak_activations(
+                    self.network,
+                    lambda twin: twin(*(_without_values(value, device) for value in args)),
+                    device=device,
+                    dtype=args[0].dtype,
+                    seconds=COUNT_SECONDS,
+                    attributes=HOST_ATTRIBUTES,
+                )
+        return self._counted[key]
+
+
+def _without_values(value: Any, device: torch.device | str) -> Any:
+    return torch.empty_like(value, device=device) if isinstance(value, Tensor) else value
+
+
+def measure_sampling(model: Any, meter: Meter) -> None:
+    """Have the host measure what is sampled with `model`, a copy made for it; the last node of several counts."""
+    measured = MeasuredSampling(model.model.diffusion_model, meter)
+    for kind, wrapper in ((WrappersMP.SAMPLER_SAMPLE, measured.sample), (WrappersMP.DIFFUSION_MODEL, measured.note)):
+        model.remove_wrappers_with_key(kind, _KEY)
+        model.add_wrapper_with_key(kind, _KEY, wrapper)
+
+
+def meters_of(vae: Any = None, model: Any = None) -> list[Meter]:
+    """Those that Patch Conv nodes have put on a VAE and on a model."""
+    found = [] if vae is None else [one for one in vae.patcher.object_patches.values() if isinstance(one, Measured)]
+    sampling = [] if model is None else model.get_wrappers(WrappersMP.SAMPLER_SAMPLE, _KEY)
+    return [one.meter for one in (*found, *(wrapper.__self__ for wrapper in sampling))]

@@ -1,0 +1,131 @@
+"""What the server tells the front end of a run behind Patch Conv, and what Patch Conv Report says."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+import pytest
+
+from .conftest import Graph, Server, read_image
+from .test_server import ALWAYS, DEFAULTS, MODEL, STREAM, assert_same_image, decoding, loader, node, sampling
+
+REPORT = "PatchConv_Report"
+
+
+def run_and_listen(server: Server, graph: Graph) -> tuple[Any, list[Any], float]:
+    """History of a prompt that succeeds, what was told of Patch Conv meanwhile, and the seconds it took."""
+    with server.messages() as messages:
+        start = time.monotonic()
+        history = server.result(server.queue(graph))
+        seconds = time.monotonic() - start
+    assert history["status"]["status_str"] == "success", history["status"]
+    return history, [message["data"] for message in messages if message["type"] == "patchconv.report"], seconds
+
+
+@pytest.mark.parametrize(
+    ("settings", "way"), [(ALWAYS, "in up to 5 strips"), (STREAM, r"streamed in \d+ strips")], ids=["patch", "stream"]
+)
+def test_decode(server: Server, checkpoint: str, settings: Graph, way: str) -> None:
+    """One run, told with the figures of that run, and nothing of the branch without us."""
+    server.run(decoding(checkpoint, server.latent("warm", 64), plain=True))
+    graph = decoding(checkpoint, server.latent("report", 128, seed=len(settings)), plain=True, patched=settings)
+    history, told, seconds = run_and_listen(server, graph)
+    assert {report["node"] for report in told} == {"patch"}
+    assert {report["prompt"] for report in told} == {history["prompt"][1]}
+    assert [report["running"] for report in told] == [True] * (len(told) - 1) + [False]
+    last = told[-1]
+    print(last["line"])
+    assert re.fullmatch(
+        rf"VAE decoder {way}, peak \d+ MiB \(plain: at least \d+ MiB, counted\), [\d.]+ s", last["line"]
+    )
+    assert last["strips"] > 1
+    assert 0 < last["seconds"] < seconds
+    assert last["peak"] > last["plain"] / 4 > 1 << 20
+    times, sizes = zip(*last["timeline"], strict=True)
+    assert list(times) == sorted(times)
+    assert times[-1] <= last["seconds"]
+    assert 0 < max(sizes) <= last["peak"]
+
+
+def test_decode_with_nothing_large_enough(server: Server, checkpoint: str) -> None:
+    graph = decoding(checkpoint, server.latent("tiny", 64, seed=8), patched=DEFAULTS)
+    _, told, _ = run_and_listen(server, graph)
+    assert told[-1]["words"]["way"] == "whole (no convolution above the threshold)"
+    assert told[-1]["plain"] == 0
+
+
+def test_batch_is_one_run(server: Server, checkpoint: str) -> None:
+    """Whether the host decodes a batch at once or in parts; and a tiled decode, which calls the VAE for each tile."""
+    graph = loader(checkpoint) | {
+        "latent": node("LoadLatent", latent=server.latent("batch", 64, seed=9)),
+        "batch": node("RepeatLatentBatch", samples=["latent", 0], amount=3),
+        "patch": node("PatchConv_VAE", vae=["load", 2], half="decoder", **ALWAYS),
+        "decode": node("VAEDecode", samples=["batch", 0], vae=["patch", 0]),
+        "save": node("PreviewImage", images=["decode", 0]),
+    }
+    _, told, _ = run_and_listen(server, graph)
+    assert sum(not report["running"] for report in told) >= 1
+    whole = told[-1]
+    graph["latent"]["inputs"]["latent"] = server.latent("tiles", 96, seed=10)
+    graph["decode"] = node(
+        "VAEDecodeTiled", samples=["latent", 0], vae=["patch", 0], tile_size=64, overlap=16, temporal_size=64,
+        temporal_overlap=8,
+    )  # fmt: skip
+    _, told, seconds = run_and_listen(server, graph)
+    tiled = told[-1]
+    print(whole["line"], tiled["line"])
+    assert tiled["prompt"] != whole["prompt"]
+    assert tiled["seconds"] < seconds
+    assert tiled["timeline"][-1][0] <= tiled["seconds"]
+
+
+def test_sampling(server: Server, checkpoint: str) -> None:
+    graph = loader(checkpoint) | {"patch": node(MODEL, model=["load", 0], **ALWAYS)}
+    graph |= sampling(checkpoint, "strips", ["patch", 0])
+    graph["report"] = node(REPORT, after=["strips_sample", 0], model=["patch", 0])
+    history, told, seconds = run_and_listen(server, graph)
+    last = told[-1]
+    print(last["line"])
+    assert (last["node"], last["part"], last["strips"], last["running"]) == (
+        "patch",
+        "Model",
+        4,
+        False,
+    )  # of 4 of 16 rows
+    assert 0 < last["seconds"] < seconds
+    assert last["peak"] > 0
+    assert last["plain"] > 1 << 20
+    assert history["outputs"]["report"]["text"] == [f"Patch Conv: {last['line']}"]
+
+
+def test_report_node(server: Server, checkpoint: str) -> None:
+    """Text and plot of the run before it; that run's where ComfyUI has kept the result; the image passes through."""
+    graph = decoding(checkpoint, server.latent("node", 64, seed=3), patched=ALWAYS)
+    graph["report"] = node(REPORT, after=["patched_decode", 0], vae=["patch", 0])
+    graph["plot"] = node("SaveImage", images=["report", 1], filename_prefix="plot")
+    graph["passed"] = node("SaveImage", images=["report", 2], filename_prefix="passed")
+    history, told, _ = run_and_listen(server, graph)
+    assert history["outputs"]["report"]["text"] == [f"Patch Conv: {told[-1]['line']}"]
+    files = server.run(graph | {"again": node(REPORT, after=["patched_decode", 0], vae=["patch", 0])})
+    assert read_image(files["plot"]).shape == (480, 1024, 3)
+    assert read_image(files["again"]).shape == (480, 1024, 3)
+    assert_same_image(files["patched"], files["passed"])
+
+    other = graph | {"other": node(REPORT, after=["latent", 0], vae=["patch", 0])}
+    del other["report"], other["plot"], other["passed"]
+    history, told, _ = run_and_listen(server, other)
+    assert not told
+    assert "measured in an earlier run" in history["outputs"]["other"]["text"][0]
+
+
+def test_report_without_a_run(server: Server, checkpoint: str) -> None:
+    graph = decoding(checkpoint, server.latent("unused", 64, seed=4), patched=ALWAYS | {"splits": 7})
+    graph |= {"report": node(REPORT, after=["latent", 0], vae=["patch", 0])}
+    del graph["patched_decode"], graph["patched"]
+    history, told, _ = run_and_listen(server, graph)
+    assert not told
+    assert "nothing was measured" in history["outputs"]["report"]["text"][0]
+    graph["report"]["inputs"]["vae"] = ["load", 2]
+    assert "connect vae to Patch Conv (VAE)" in server.error(graph)

@@ -1,0 +1,94 @@
+// Patch Conv in the front end: after a run, what it took stands on the node; a click opens a chart of it.
+
+import { app } from "../../../scripts/app.js";
+import { api } from "../../../scripts/api.js";
+import { followCharts } from "./dialog.js";
+import { hide, show } from "./node_report.js";
+
+const EVENT = "patchconv.report";
+const SETTING = "PatchConv.Report.ShowOnNodes";
+const REPORTING = ["PatchConv_VAE", "PatchConv_Model"];
+const TEXT_NODE = "PatchConv_Report";
+
+const contents = new Map(); // of a node, by `keyOf`: { reports } or { text }
+const graphs = new Map(); // id of the workflow, by that of the prompt
+let shows = true; // the setting
+
+const root = () => app.rootGraph ?? app.graph;
+const keyOf = (graph, node) => `${graph} ${node}`;
+
+/** The node of the open workflow with an id as the server has it: `12:3` is node 3 in subgraph node 12. */
+function nodeOf(id) {
+    const path = String(id).split(":");
+    let graph = root();
+    for (const step of path.slice(0, -1)) graph = graph?.getNodeById(step)?.subgraph;
+    return graph?.getNodeById(path.at(-1)) ?? null;
+}
+
+function display(graph, id) {
+    const node = graph === root()?.id ? nodeOf(id) : null;
+    const key = keyOf(graph, id);
+    const content = contents.get(key);
+    if (!node || !content) return;
+    const type = node.comfyClass ?? node.type;
+    if (!(content.reports ? REPORTING.includes(type) : type === TEXT_NODE)) return;
+    node.patchConvReports = () => contents.get(key)?.reports ?? [];
+    if (shows) show(node, key, content);
+    else hide(node);
+    if (content.reports) followCharts(key, content.reports);
+}
+
+function displayAll() {
+    if (!contents.size) return; // the host calls this before there is a graph, too
+    const graph = root()?.id;
+    for (const key of contents.keys()) {
+        const [of, id] = key.split(" ");
+        if (of === graph) display(graph, id);
+    }
+}
+
+function onReport({ detail: report }) {
+    const graph = graphs.get(report.prompt) ?? root()?.id;
+    const key = keyOf(graph, report.node);
+    const others = (contents.get(key)?.reports ?? []).filter(
+        (one) => one.prompt === report.prompt && one.part !== report.part,
+    );
+    contents.set(key, { reports: [...others, report] });
+    display(graph, report.node);
+}
+
+function onExecuted({ detail: { node: id, prompt_id: prompt, output } }) {
+    const text = output?.text;
+    const graph = graphs.get(prompt) ?? root()?.id;
+    if (!text || graph !== root()?.id || (nodeOf(id)?.comfyClass ?? "") !== TEXT_NODE) return;
+    contents.set(keyOf(graph, id), { text: [text].flat().join("\n") });
+    display(graph, id);
+}
+
+app.registerExtension({
+    name: "PatchConv",
+    settings: [
+        {
+            id: SETTING,
+            category: ["Patch Conv", "Report", "ShowOnNodes"],
+            name: "Show on the nodes what a run took",
+            tooltip: "Strips, peak memory and time, measured, under Patch Conv (VAE) and Patch Conv (Model).",
+            type: "boolean",
+            defaultValue: true,
+            onChange(value) {
+                shows = value; // which the host keeps only after this
+                displayAll();
+            },
+        },
+    ],
+    setup() {
+        shows = app.extensionManager.setting.get(SETTING) ?? true;
+        const style = Object.assign(document.createElement("link"), { rel: "stylesheet" });
+        style.href = new URL("./patchconv.css", import.meta.url).href;
+        document.head.append(style);
+        api.addEventListener("execution_start", ({ detail }) => graphs.set(detail.prompt_id, root()?.id));
+        api.addEventListener(EVENT, onReport);
+        api.addEventListener("executed", onExecuted);
+    },
+    afterConfigureGraph: displayAll,
+});
