@@ -72,7 +72,8 @@ def one_projection(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """As Wan in `diffusers`: queries, keys and values in one map, parted as tokens."""
     batch, channels = q.shape[:2]
     tokens = torch.cat([q, k, v], 1).reshape(batch, 1, 3 * channels, -1).permute(0, 1, 3, 2).contiguous()
-    out = F.scaled_dot_product_attention(*tokens.chunk(3, dim=-1))
+    queries, keys, values = tokens.chunk(3, dim=-1)
+    out = F.scaled_dot_product_attention(queries, keys, values)
     return out.squeeze(1).permute(0, 2, 1).reshape(q.shape)
 
 
