@@ -17,6 +17,10 @@ VAE = "PatchConv_VAE"
 READY = f'() => !!window.app?.canvas?.graph && !!window.LiteGraph?.registered_node_types["{VAE}"]'
 GRAPH = "(app.rootGraph ?? app.graph)"
 LINE = r"VAE decoder in up to 5 strips, peak \d+ MiB \(plain: at least \d+ MiB, counted\), [\d.]+ s"
+OPEN_AGAIN = (
+    f"async () => await app.loadGraphData({GRAPH}.serialize(), false, false, "
+    "app.extensionManager.workflow.activeWorkflow)"
+)
 
 
 class Front(NamedTuple):
@@ -35,6 +39,7 @@ class Front(NamedTuple):
         self.page.keyboard.press("Escape")  # whatever may still be open
         self.page.evaluate("async graph => { await app.loadApiJson(graph, 'tests'); }", graph)
         self.page.wait_for_function(f"count => {GRAPH}.nodes.length === count", arg=len(graph))
+        self.page.evaluate(OPEN_AGAIN)  # which gives it an id, as a saved one has
         self.page.evaluate(
             f"() => {{ {GRAPH}.nodes.forEach((node, i) => (node.pos = [380 * (i % 3), 300 * Math.floor(i / 3)])); "
             "Object.assign(app.canvas.ds, { scale: 0.9 }); app.canvas.ds.offset = [120, 90]; "
@@ -233,10 +238,7 @@ def test_with_the_other_renderer(front: Front, ran: tuple[Graph, dict[str, Any]]
 def test_kept_when_the_workflow_is_opened_again(front: Front, ran: tuple[Graph, dict[str, Any]]) -> None:
     """As undo and the tabs of workflows do it."""
     page = front.page
-    page.evaluate(
-        f"async () => await app.loadGraphData({GRAPH}.serialize(), false, false, "
-        "app.extensionManager.workflow.activeWorkflow)"
-    )
+    page.evaluate(OPEN_AGAIN)
     wait_until(front, lambda: page.locator(".patchconv-row").count() == 1)
     assert front.saved()["size"] == ran[1]["size"]
 
