@@ -20,7 +20,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import torch
-from harness import machine, rounds, table
+from harness import publish, rounds
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -100,9 +100,18 @@ def main() -> None:
             first = found[0].get(name)
             measured += [f"{result[name] / unit:.{digits}f}", f"{result[name] / first:.2f}" if first else "-"]
         rows.append([*counted, *measured])
-    what = f"base width {args.channels}, {args.dtype}, batch of 1, median of {args.rounds} interleaved rounds"
-    print(f"{machine(args.device)}, {what}\n")
-    print(table(["image", "P", "GMAC a step", "/ 64²", "peak MB", "/ 64²", "s a step", "/ 64²"], rows))
+    publish(
+        "patch_diffusion",
+        "Patch Diffusion: a sampling step",
+        "The network of lsun_p4 with its widths the same for each patch size P. Multiplications are counted; peak is "
+        f"memory beyond the weights. Base width {args.channels}, {args.dtype}, batch of 1, median of {args.rounds} "
+        "interleaved rounds of fresh processes.",
+        ["image", "P", "GMAC", "GMAC / 64²", "peak MB", "memory / 64²", "s", "time / 64²"],
+        rows,
+        device=args.device,
+        bars=["GMAC", "peak MB", "s"],
+        pictures=["learning_patch_diffusion.png"],
+    )
 
 
 if __name__ == "__main__":

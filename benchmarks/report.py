@@ -40,6 +40,8 @@ BENCHMARKS = {
         *("streaming.py", "--name", "streaming_4096", "--sizes", "4096", "--methods", "bounded", "--rounds", "1"),
     ],
     "partial_conv": ["partial_conv.py"],
+    "patch_diffusion": ["patch_diffusion.py"],
+    "patch_ddpm": ["patch_ddpm.py"],
 }
 """What each is run by, in the order of the page; others that have kept something stand behind them."""
 
