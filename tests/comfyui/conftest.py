@@ -81,6 +81,20 @@ class Server(HostProcess):
         folder = self.folder / ("temp/temp" if entry["type"] == "temp" else entry["type"])  # the host's own way
         return folder / entry["subfolder"] / entry["filename"]
 
+    def interrupted(self, graph: Graph, sampler: str) -> list[int]:
+        """Run a workflow, and interrupt it when its node `sampler` first shows progress; all that was shown."""
+        with self.messages() as messages:
+            prompt = self.queue(graph)
+            while not any(m["type"] == "progress" and m["data"]["node"] == sampler for m in messages):
+                self.check()
+                time.sleep(0.05)
+            asked = time.monotonic()
+            self.get("/interrupt", {})
+            history = self.result(prompt)
+        print(f"stopped after {time.monotonic() - asked:.2f} s")
+        assert history["status"]["messages"][-1][0] == "execution_interrupted"
+        return [m["data"]["value"] for m in messages if m["type"] == "progress"]
+
     def error(self, graph: Graph) -> str:
         """Run a workflow that has to fail; the message that the user sees."""
         history = self.result(self.queue(graph))

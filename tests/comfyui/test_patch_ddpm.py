@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -159,19 +158,7 @@ def test_progress_and_preview(server: Server) -> None:
 
 
 def test_interrupt(server: Server) -> None:
-    graph = loading() | sampling("long", steps=1000, batch_size=16, seed=5)
-    with server.messages() as messages:
-        prompt = server.queue(graph)
-        while not any(m["type"] == "progress" and m["data"]["node"] == "long_sample" for m in messages):
-            server.check()
-            time.sleep(0.05)
-        asked = time.monotonic()
-        server.get("/interrupt", {})
-        history = server.result(prompt)
-    seconds = time.monotonic() - asked
-    done = [m["data"]["value"] for m in messages if m["type"] == "progress"]
-    print(f"stopped after {seconds:.2f} s, {done[-1]} of 1000 steps")
-    assert history["status"]["messages"][-1][0] == "execution_interrupted"
+    done = server.interrupted(loading() | sampling("long", steps=1000, batch_size=16, seed=5), "long_sample")
     assert done[-1] < 1000
     files = server.run(loading() | sampling("next", seed=6) | sampling("again", seed=6, patches_at_once=5))
     assert_same_image(files["next"], files["again"])
