@@ -154,7 +154,7 @@ def row(found: dict[str, Any], base: dict[str, Any]) -> list[str]:
     if "error" in found:
         return [found["error"], *[""] * 7]
     ratios = ["", ""] if "error" in base else [f"{found[key] / base[key]:.2f}" for key in ("peak", "seconds")]
-    megabytes = [f"{found[key] / 1e6:.0f}" for key in ("peak", "own", "expected")]
+    megabytes = [f"{found[key] / 1e6:.0f}" if found[key] else "" for key in ("peak", "own", "expected")]
     return [*megabytes, ratios[0], f"{found['seconds']:.1f}", ratios[1], "", ""]
 
 

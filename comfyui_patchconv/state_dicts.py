@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -31,15 +32,17 @@ def read(path: str | Path, key: str, kind: str) -> tuple[dict[str, Tensor], str]
     return tensors, metadata[key]
 
 
-def unpickled(path: str | Path) -> Any:
+def unpickled(path: str | Path, mmap: bool = False) -> Any:
     """What a file of `torch.save` holds, on the CPU, if that is tensors, numbers, names and containers of them alone.
 
+    mmap: leave on the disk what is not used, where the file's form allows that.
     Raises OSError for a file that cannot be opened, and ValueError for one that is something else.
     """
     with open(path, "rb"):
         pass
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # A string: torch 2.1 maps no other paths.
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap and is_zipfile(path))
     except Exception as error:  # a damaged or hostile pickle raises anything
         if is_out_of_memory(error):
             raise

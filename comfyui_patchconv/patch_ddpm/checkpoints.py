@@ -6,14 +6,12 @@ import math
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
-from zipfile import is_zipfile
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..arguments import first_line
-from ..state_dicts import read, with_state
+from ..state_dicts import read, unpickled, with_state
 from .config import Config, DiffusionConfig, ModelConfig
 from .diffusion import schedule_buffers
 from .model import PatchDenoiser
@@ -69,10 +67,7 @@ def opened(path: str | Path, mmap: bool = True) -> dict[str, Any]:
 
     mmap: leave on the disk what is not used; training's entries are three times the weights' size.
     """
-    try:
-        file = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap and is_zipfile(path))
-    except Exception as error:  # a damaged or hostile pickle raises anything
-        raise ValueError(f"{path} is not a checkpoint of tensors alone: {first_line(error)}.") from None
+    file = unpickled(path, mmap)
     if not isinstance(file, dict):
         raise ValueError(f"{path} is no checkpoint of a training: it holds a {type(file).__name__}.")
     return file
