@@ -1,10 +1,12 @@
-"""Decoding with the SD VAE: plain, `patch_conv`, ours, diffusers' tiling, and ComfyUI's nodes, in fresh processes.
+"""Decoding with the SD VAE: plain, `patch_conv`, ours, diffusers' tiling, and both hosts, in fresh processes.
 
     python benchmarks/vae_decode.py [--sizes 512 1024] [--rounds 3] [--device cuda] [--dtype float16] [--methods …]
-    COMFYUI_PATH=… COMFYUI_PYTHON=… python benchmarks/vae_decode.py     (with ComfyUI's two decode nodes)
+
+with the hosts that the environment names: ComfyUI's two decode nodes with COMFYUI_PATH and COMFYUI_PYTHON,
+Automatic1111's decode and Tiled VAE with WEBUI_PATH, WEBUI_PYTHON and TILED_VAE_PATH, a checkout of its extension.
 
 The VAE is AutoencoderKL at full width with seeded random weights. Peak is memory beyond the loaded model and the
-latent. The error is the largest difference to plain (for ComfyUI to its VAE Decode), relative to the range of plain's
+latent. The error is the largest difference to plain (for a host to its own decode), relative to the range of plain's
 output. `patch_conv` acts from 2^30 input elements only, which a decode of 1024² never reaches; the row "threshold 0"
 is with that limit removed.
 """
@@ -45,11 +47,16 @@ METHODS = {
 TILE = 512
 """Pixels; the default of both hosts' tiling."""
 
-HOST_METHODS = {
+COMFYUI = {
     "comfyui": "ComfyUI VAE Decode",
     "comfyui_ours": "ComfyUI VAE Decode + Patch Conv",
     "comfyui_streamed": "ComfyUI VAE Decode + Patch Conv, stream",
     "comfyui_tiled": "ComfyUI VAE Decode (Tiled)",
+}
+WEBUI = {
+    "webui": "Automatic1111",
+    "webui_streamed": "Automatic1111 + Patch Conv, stream",
+    "webui_tiled": "Automatic1111 + Tiled VAE",
 }
 
 
@@ -100,14 +107,31 @@ def difference(path: Path, plain: Path) -> str:
 
 
 def commands_of(methods: Iterable[str]) -> list[list[str]]:
-    """What decodes by each: this script, or for ComfyUI's nodes the one that runs in COMFYUI_PYTHON."""
-    host = [os.environ.get("COMFYUI_PYTHON", sys.executable), str(Path(__file__).with_name("comfyui_decode.py"))]
-    return [host if method in HOST_METHODS else [sys.executable, __file__] for method in methods]
+    """What decodes by each: this script, or for a host the one that runs in COMFYUI_PYTHON or WEBUI_PYTHON."""
+    scripts = {"COMFYUI_PYTHON": "comfyui_decode.py", "WEBUI_PYTHON": "webui_decode.py"}
+    hosts = {
+        name: [os.environ.get(name, sys.executable), str(Path(__file__).with_name(script))]
+        for name, script in scripts.items()
+    }
+    of = {**dict.fromkeys(COMFYUI, "COMFYUI_PYTHON"), **dict.fromkeys(WEBUI, "WEBUI_PYTHON")}
+    return [hosts[of[method]] if method in of else [sys.executable, __file__] for method in methods]
 
 
-def comfyui_version(checkout: str) -> str:
-    found = re.search(r'__version__ = "([^"]+)"', Path(checkout, "comfyui_version.py").read_text())
-    return found[1] if found else "unknown"
+def base_of(method: str) -> str:
+    """The plain decode that a method is compared with."""
+    return "comfyui" if method in COMFYUI else "webui" if method in WEBUI else "plain"
+
+
+def versions(comfyui: str | None, webui: str | None) -> dict[str, str]:
+    """Of the hosts in these checkouts."""
+    found = {}
+    if comfyui:
+        version = re.search(r'__version__ = "([^"]+)"', Path(comfyui, "comfyui_version.py").read_text())
+        found["ComfyUI"] = version[1] if version else "unknown"
+    if webui:
+        version = re.search(r"## (\S+)", Path(webui, "CHANGELOG.md").read_text())
+        found["Automatic1111"] = version[1] if version else "unknown"
+    return found
 
 
 def main() -> None:
@@ -116,14 +140,16 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *HOST_METHODS], help="default: all that are there")
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *COMFYUI, *WEBUI], help="default: all that are there")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         print(json.dumps(worker(json.loads(args.worker))))
         return
-    checkout = os.environ.get("COMFYUI_PATH")
-    labels = METHODS | HOST_METHODS if checkout else METHODS
+    comfyui, webui, extension = (os.environ.get(f"{name}_PATH") for name in ("COMFYUI", "WEBUI", "TILED_VAE"))
+    labels = METHODS | (COMFYUI if comfyui else {}) | (WEBUI if webui else {})
+    if not extension:
+        labels.pop("webui_tiled", None)
     if args.methods:
         labels = {method: label for method, label in labels.items() if method in args.methods}
     rows = []
@@ -133,12 +159,15 @@ def main() -> None:
         for size in args.sizes:
             images = {method: Path(folder, f"{method}-{size}.pt") for method in labels}
             shared = dict(
-                device=args.device, dtype=args.dtype, size=size, tile=TILE, checkout=checkout, vae=str(weights)
+                device=args.device, dtype=args.dtype, size=size, tile=TILE, vae=str(weights), extension=extension
             )
-            cases = [shared | dict(method=method, image=str(image)) for method, image in images.items()]
+            cases = [
+                shared | dict(method=method, image=str(image), checkout=webui if method in WEBUI else comfyui)
+                for method, image in images.items()
+            ]
             results = dict(zip(labels, rounds(cases, commands_of(labels), args.rounds)))
             for method, result in results.items():
-                reference = "comfyui" if method in HOST_METHODS else "plain"
+                reference = base_of(method)
                 base = results.get(reference, {"error": "not run"})
                 if "error" in result or "error" in base:
                     rows.append([f"{size}²", labels[method], result.get("error", "no plain result"), "", "", "", ""])
@@ -157,16 +186,17 @@ def main() -> None:
     publish(
         "vae_decode",
         "Decoding with Stable Diffusion's VAE",
-        "Peak is memory beyond the weights and the latent. The error is the largest difference to plain, for ComfyUI's "
-        "nodes to its VAE Decode, relative to the range of the image; the weights are random, which makes tiling look "
-        f"worse than trained ones do. {args.dtype}, median of {args.rounds} interleaved rounds of fresh processes.",
+        "Peak is memory beyond the weights and the latent. The error is the largest difference to plain, for a host to "
+        "its own decode, relative to the range of the image; the weights are random, which makes tiling look worse than "
+        f"trained ones do. {args.dtype}, median of {args.rounds} interleaved rounds of fresh processes."
+        + (" Automatic1111 has a torch of its own, 2.1.2." if webui else ""),
         ["image", "method", "peak MB", "memory / plain", "s", "time / plain", "largest error"],
         rows,
         device=args.device,
         bars=["peak MB", "s"],
         packages=["diffusers", "patch_conv"],
-        versions={"ComfyUI": comfyui_version(checkout)} if checkout else None,
-        environment=["COMFYUI_PATH", "COMFYUI_PYTHON"],
+        versions=versions(comfyui, webui),
+        environment=["COMFYUI_PATH", "COMFYUI_PYTHON", "WEBUI_PATH", "WEBUI_PYTHON", "TILED_VAE_PATH"],
     )
 
 

@@ -23,7 +23,7 @@ hand out again (memory.py); so strips ran in 0.80 to 0.98 of plain's time, and i
 STRIP_BYTES_ELSEWHERE = 64 << 20
 """The same for other devices: enough rows to fill a GPU, little beside what it holds anyway. Not measured yet."""
 
-ALLOCATOR_BYTES = {"cpu": 32 << 20}
+ALLOCATOR_BYTES = {"cpu": 24 << 20}
 """What an allocator may keep of freed strips, beside those in use, before it has to hand it back; more while less is
 stored than at the worst moment, since what is handed back is taken anew."""
 
