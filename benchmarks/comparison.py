@@ -72,14 +72,13 @@ def draw(images: dict[str, Tensor], args: argparse.Namespace, path: Path) -> Non
     figure, axes = pyplot.subplots(2, len(shown), figsize=(3.3 * len(shown), 7.4), dpi=110, facecolor="white")
     for axis in axes.flat:
         axis.axis("off")
-    first = images[shown[0]].flatten(1)
-    low, high = first.quantile(0.005, 1)[:, None, None], first.quantile(0.995, 1)[:, None, None]
     for (top, bottom), method in zip(axes.T, shown):
+        plain = images["comfyui" if method.startswith("comfyui") else "plain"]
+        low, high = (plain.flatten(1).quantile(share, 1)[:, None, None] for share in (0.005, 0.995))
         top.set_title(COLUMNS[method], fontsize=11, fontweight="bold" if method.endswith("streamed") else "normal")
         top.imshow(((images[method] - low) / (high - low)).clamp(0, 1).movedim(0, -1), interpolation="nearest")
         if method == shown[0]:
             continue
-        plain = images["comfyui" if method.startswith("comfyui") else "plain"]
         error = (images[method] - plain).abs() / (plain.max() - plain.min())
         bottom.imshow((GAIN * error).clamp(0, 1).movedim(0, -1), interpolation="nearest")
         bottom.set_title(f"largest error {error.max():.1e}", fontsize=10, color="#444")

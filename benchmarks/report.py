@@ -8,7 +8,7 @@ COMFYUI_PATH and COMFYUI_PYTHON let `vae_decode` run ComfyUI's nodes too.
 
 In README.md the lines between `<!-- benchmark: NAME; COLUMNS -->` and `<!-- /benchmark -->` are replaced. COLUMNS,
 parted by semicolons, are columns in the order wanted, all of them by default; `COLUMN=VALUE` keeps the rows that have
-this value, and does not show the column unless it is named as well.
+this value, or another that is given for the column, and does not show the column unless it is named as well.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from harness import RESULTS, ROOT, Result, table
 
 BENCHMARKS = {
     "single_conv": ["single_conv.py"],
-    "vae_decode": ["vae_decode.py"],
+    "vae_decode": ["vae_decode.py", "--sizes", "1024"],
     "streaming": ["streaming.py"],
     "streaming_encode": ["streaming.py", "--encode"],
     "streaming_half": [
@@ -88,12 +88,15 @@ def _chosen(mark: str, kept: dict[str, Result]) -> str:
         raise KeyError(f"<!-- benchmark: {mark} -->: there is no docs/benchmarks/{name}.json.")
     head, rows = kept[name].head, kept[name].rows
     shown = [column for column in wanted if "=" not in column] or head
+    kept_values: dict[str, set[str]] = {}
     for condition in wanted:
-        if "=" in condition:
-            column, _, value = condition.partition("=")
-            rows = [row for row in rows if row[_place(column, head, mark)] == value]
-    if not rows:
-        raise ValueError(f"<!-- benchmark: {mark} -->: no row is left.")
+        column, equals, value = condition.partition("=")
+        if equals:
+            kept_values.setdefault(column, set()).add(value)
+    for column, values in kept_values.items():
+        rows = [row for row in rows if row[_place(column, head, mark)] in values]
+        if missing := values - {row[_place(column, head, mark)] for row in rows}:
+            raise ValueError(f"<!-- benchmark: {mark} -->: no row has {sorted(missing)[0]!r} under {column}.")
     places = [_place(column, head, mark) for column in shown]
     return table(shown, [[row[place] for place in places] for row in rows])
 

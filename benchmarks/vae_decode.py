@@ -140,7 +140,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *COMFYUI, *WEBUI], help="default: all that are there")
+    parser.add_argument(
+        "--methods", nargs="+", choices=[*METHODS, *COMFYUI, *WEBUI], help="default: all that are there"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -186,9 +188,9 @@ def main() -> None:
     publish(
         "vae_decode",
         "Decoding with Stable Diffusion's VAE",
-        "Peak is memory beyond the weights and the latent. The error is the largest difference to plain, for a host to "
-        "its own decode, relative to the range of the image; the weights are random, which makes tiling look worse than "
-        f"trained ones do. {args.dtype}, median of {args.rounds} interleaved rounds of fresh processes."
+        "Peak is memory beyond the weights and the latent. The error is the largest difference to plain, for a host "
+        "to its own decode, relative to the range of the image; the weights are random, which makes tiling look worse "
+        f"than trained ones do. {args.dtype}, median of {args.rounds} interleaved rounds of fresh processes."
         + (" Automatic1111 has a torch of its own, 2.1.2." if webui else ""),
         ["image", "method", "peak MB", "memory / plain", "s", "time / plain", "largest error"],
         rows,

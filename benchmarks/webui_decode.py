@@ -1,6 +1,7 @@
 """One decode by Automatic1111's VAE, in the WebUI's Python: `webui_decode.py --worker CASE`, for `vae_decode.py`.
 
-Plain, with this pack's toggle, or with the extension Tiled VAE (`pkuliyi2015/multidiffusion-upscaler-for-automatic1111`).
+Plain, with this pack's toggle, or with the extension Tiled VAE, a part of
+`pkuliyi2015/multidiffusion-upscaler-for-automatic1111`.
 The VAE is the WebUI's own class with weights drawn by its own initialisation.
 """
 

@@ -86,11 +86,13 @@ def test_marked_tables_are_filled() -> None:
         "<!-- /benchmark -->\nafter <!-- x -->\n"
     )
     assert report.filled(found, KEPT) == found
+    several = "<!-- benchmark: a; s; image=512²; method=ours; method=plain -->\n<!-- /benchmark -->"
+    assert harness.table(["s"], [["4.0"], ["3.0"]]) in report.filled(several, KEPT)
     whole = report.filled("<!-- benchmark: a -->\n<!-- /benchmark -->", KEPT)
     assert harness.table(HEAD, ROWS) in whole
 
 
-@pytest.mark.parametrize("mark", ["b", "a; peak", "a; image=64²", "a; size=512²"])
+@pytest.mark.parametrize("mark", ["b", "a; peak", "a; image=64²", "a; size=512²", "a; image=512²; image=64²"])
 def test_a_mark_that_names_nothing_is_an_error(mark: str) -> None:
     with pytest.raises((KeyError, ValueError), match=mark):
         report.filled(f"<!-- benchmark: {mark} -->\n<!-- /benchmark -->", KEPT)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +69,8 @@ def test_a_run_takes_what_the_plan_expects(name: str, budget: int | None, monkey
         result = call(model, input)
     assert type(result) is Tensor
     assert_same(result, expected, 1e-5)
-    assert (run.peak, run.moved, run.work) == (plan.peak, plan.moved, plan.work)
+    assert (run.peak, run.moved, run.elsewhere, run.work) == (plan.peak, plan.moved, plan.elsewhere, plan.work)
+    assert plan.elsewhere <= plan.moved
     assert plan.peak > 0
 
 
@@ -147,6 +151,16 @@ def test_only_modules_and_methods_are_streamed() -> None:
         pass
 
 
+def bytes_of_files(folder: Path) -> int:
+    """What the open files without a name in `folder` take on the disk."""
+    taken: dict[int, int] = {}
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # of the listing itself, closed by now
+            if os.readlink(link).startswith(f"{folder}/"):
+                taken[link.stat().st_ino] = link.stat().st_blocks * 512
+    return sum(taken.values())
+
+
 class TestFiles:
     @pytest.fixture(autouse=True)
     def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -166,9 +180,48 @@ class TestFiles:
         assert first.unique().tolist() == [1.0]
         assert third.unique().tolist() == [3.0]
 
+    def test_no_room_is_said_with_the_way_out(self) -> None:
+        with pytest.raises(OSError, match=r"has no room for it \(.+\): have TMPDIR name .+, or raise the budget"):
+            FileBuffer(1 << 63)
+
     def test_no_room_is_said_before_work(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        with pytest.raises(OSError, match=r"space|large"):
-            FileBuffer(1 << 60)
+        model: Any = draw_weights(kl(4))
+        latent, done = image(4, 19, 16), []
+        needed = choose(model.decode, (latent,), {}, budget=1).elsewhere
+        usage = shutil.disk_usage(tempfile.gettempdir())
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed // 4))
+        decode = streamed(model.decode, budget=1, on_progress=lambda *steps: done.append(steps))
+        with pytest.raises(OSError, match=r"feature maps lie in a file, and .+ has no room for it \(.+ MB are free\)"):
+            decode(latent)
+        assert done == []
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+        decode(latent)
+        assert done
+
+    def test_where_room_is_short_a_plan_keeps_less(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(planner.STRIP_BYTES, "cpu", 4_000)
+        model: Any = draw_weights(kl(4))
+        latent = image(4, 64, 64)
+        budget = choose(model.decode, (latent,), {}).peak // 2
+        wide = choose(model.decode, (latent,), {}, budget=budget)
+        usage = shutil.disk_usage(tempfile.gettempdir())
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=wide.elsewhere - 1))
+        short = choose(model.decode, (latent,), {}, budget=budget)
+        assert wide.peak <= budget >= short.peak
+        assert short.elsewhere < wide.elsewhere
+        assert short.unstored_from is not None
+
+    @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="what files take is read from /proc/self/fd")
+    def test_files_take_what_the_plan_expects(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(planner.STRIP_BYTES, "cpu", 2_000_000)
+        model: Any = draw_weights(kl(4))
+        latent = image(4, 96, 96)
+        plan = choose(model.decode, (latent,), {}, budget=1)
+        taken: list[int] = []
+        run = Run(plan, on_progress=lambda *steps: taken.append(bytes_of_files(folder)))
+        carry_out(model.decode, (latent,), {}, run)
+        assert 0.95 * plan.elsewhere < max(taken) < 1.05 * plan.elsewhere
+        assert bytes_of_files(folder) == 0
 
     def test_an_interrupted_run_leaves_nothing(self, folder: Path) -> None:
         model: Any = draw_weights(kl(4))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import mmap
 import os
+import shutil
 import tempfile
 from contextlib import suppress
 
 import torch
 from torch import Tensor
+
+from ..memory import free
 
 
 class HostBuffer:
@@ -26,21 +29,23 @@ class FileBuffer:
     """Strips in a file of `size` bytes without a name, mapped into memory: it is gone when nothing reads it any more.
 
     The system writes it out and reads it as it sees fit; none of it counts as this process's own memory. It lies where
-    temporary files do (`TMPDIR`). Raises OSError where there is no room for it.
+    temporary files do (`TMPDIR`), and takes room as strips come. Raises OSError where there is none.
     """
 
     def __init__(self, size: int) -> None:
-        with tempfile.TemporaryFile(prefix="patchconv-") as file:
-            if hasattr(os, "posix_fallocate"):  # room that is missing is an error now, not a crash when it is written
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                file.truncate(size)
-            self._map = mmap.mmap(file.fileno(), size)
+        try:
+            self._file = tempfile.TemporaryFile(prefix="patchconv-")  # noqa: SIM115 - open while it is mapped
+            self._file.truncate(size)
+            self._map = mmap.mmap(self._file.fileno(), size)
+        except (OSError, OverflowError) as error:
+            raise OSError(_no_room(size, error)) from error
         self._end = 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The next part of the file as a tensor."""
-        tensor = torch.frombuffer(self._map, dtype=dtype, count=torch.Size(shape).numel(), offset=self._end).view(shape)
+        count = torch.Size(shape).numel()
+        self._take(count * dtype.itemsize)
+        tensor = torch.frombuffer(self._map, dtype=dtype, count=count, offset=self._end).view(shape)
         self._end += tensor.nbytes
         return tensor
 
@@ -56,6 +61,33 @@ class FileBuffer:
         if remove is not None and first < last:
             with suppress(OSError):  # not every file system can
                 self._map.madvise(remove, first, last - first)
+
+    def _take(self, size: int) -> None:
+        """Room for the next `size` bytes: what is missing is an error now, not a crash when they are written."""
+        if size and hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(self._file.fileno(), self._end, size)
+            except OSError as error:
+                raise OSError(_no_room(size, error)) from error
+
+
+def room(device: torch.device) -> int:
+    """Bytes that there is room for elsewhere than on `device`."""
+    return shutil.disk_usage(tempfile.gettempdir()).free if device.type == "cpu" else free(torch.device("cpu"))
+
+
+def require_room(size: int) -> None:
+    """Raise OSError where files have no room for `size` bytes."""
+    unused = room(torch.device("cpu"))
+    if size > unused:
+        raise OSError(_no_room(size, f"{unused / 1e6:.0f} MB are free"))
+
+
+def _no_room(size: int, why: object) -> str:
+    return (
+        f"The budget has {size / 1e6:.0f} MB of feature maps lie in a file, and {tempfile.gettempdir()} has no room "
+        f"for it ({why}): have TMPDIR name a folder on a larger disk, or raise the budget."
+    )
 
 
 def lasting(like: Tensor) -> Tensor:

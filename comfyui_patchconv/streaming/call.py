@@ -9,14 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .buffers import require_room
 from .graph import Node
 from .run import Run
 from .tensor import CannotStreamError, LazyTensor, evaluated, finish
 
 
 def carry_out(function: Callable[..., Any], args: Any, kwargs: Any, run: Run) -> Any:
-    """What `function(*args, **kwargs)` returns, computed in strips as `run` says."""
+    """What `function(*args, **kwargs)` returns, computed in strips as `run` says.
+
+    Raises OSError where there is no room for what the plan keeps elsewhere; see `buffers.FileBuffer`.
+    """
     given = (*args, *kwargs.values())
+    if not run.dry and any(isinstance(value, Tensor) and value.device.type == "cpu" for value in given):
+        require_room(run.plan.elsewhere)
     before = [pair for value in given for pair in _contents(value)]
     try:
         with torch.inference_mode():  # operators arrive whole there: one convolution, one group norm

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from ..footprint import twin
+from . import buffers
 from .call import carry_out
 from .run import Plan, Run
 
@@ -30,7 +31,8 @@ def choose(
     dtype: Optional[torch.dtype] = None,
     attributes: Optional[dict[str, Any]] = None,
 ) -> Plan:
-    """The plan for `function(*args, **kwargs)`: the least work of those that stay within `budget`.
+    """The plan for `function(*args, **kwargs)`: the least work of those that stay within `budget`, and that find room
+    for what they keep elsewhere.
 
     Where no plan does, the one that puts least elsewhere; without a budget, the one of the lowest peak.
 
@@ -51,16 +53,17 @@ def choose(
         with torch.inference_mode(), mode:
             positional, named = tree_map(lambda value: _fake(value, device), (args, kwargs))
             carry_out(copied, positional, named, run)
-        found = replace(run.plan, peak=run.peak, stored=run.stored, moved=run.moved, work=run.work)
-        return found, run.again
+        figures = dict(peak=run.peak, stored=run.stored, moved=run.moved, elsewhere=run.elsewhere, work=run.work)
+        return replace(run.plan, **figures), run.again
 
     first, again = trial(None)
-    if budget is not None and first.peak <= budget:
+    unused = buffers.room(device)
+    if budget is not None and first.peak <= budget and first.elsewhere <= unused:
         return first
     best = first
     for size in sorted((size for size in again if size >= first.peak / 8), reverse=True):
         plan, _ = trial(size)
-        if not _better(plan, best, budget):
+        if not _better(plan, best, budget, unused):
             break
         best = plan
     return best
@@ -82,11 +85,12 @@ def choose_if_possible(
         return Plan(budget)
 
 
-def _better(plan: Plan, best: Plan, budget: Optional[int]) -> bool:
-    """Whether a plan that computes more is worth it."""
+def _better(plan: Plan, best: Plan, budget: Optional[int], room: int) -> bool:
+    """Whether a plan that computes more is worth it. room: bytes that can be kept elsewhere."""
     if budget is None:
         return plan.peak < _WORTH * best.peak
-    return (plan.peak > budget, plan.moved) < (best.peak > budget, _WORTH * best.moved)
+    misses, best_misses = ((one.peak > budget, one.elsewhere > room) for one in (plan, best))
+    return (*misses, plan.moved) < (*best_misses, _WORTH * best.moved)
 
 
 def _fake(value: Any, device: torch.device) -> Any:

@@ -172,7 +172,7 @@ def _into_tensors(targets: list[tuple[Node, tuple[int, ...], Part]], results: bo
             tensor = torch.empty(shape, dtype=node.dtype, device=node.device)
         tensors.append(tensor)
     sweep.run([_Writer(tensor, part) for tensor, (_, _, part) in zip(tensors, targets)])
-    return [Rows.of(tensor, nodes[0].run, counted=not elsewhere) for tensor, elsewhere in zip(tensors, places)]
+    return [Rows.of(tensor, nodes[0].run, elsewhere=elsewhere) for tensor, elsewhere in zip(tensors, places)]
 
 
 class _Writer:

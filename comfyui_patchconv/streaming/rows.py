@@ -16,21 +16,22 @@ class Rows:
     """A feature map as strips of rows, which are added in order and can be given up in order.
 
     elsewhere: keep them in host memory, or in a file where the device is the CPU. What lies on the device counts as
-    held by `run`. In a dry run the strips are numbers only.
+    held by `run`, the rest as kept aside. In a dry run the strips are numbers only.
     """
 
     def __init__(
         self, run: Run, shape: Sequence[int], dtype: torch.dtype, device: torch.device, elsewhere: bool = False
     ) -> None:
         self.run, self.shape, self.dtype, self.device, self.elsewhere = run, tuple(shape), dtype, device, elsewhere
-        self.end = 0
+        self.end, self._counted = 0, True
         self._strips: list[tuple[int, int, Optional[Tensor]]] = []  # first row, rows, values
         self._buffer: Optional[Union[HostBuffer, FileBuffer]] = None
 
     @classmethod
-    def of(cls, tensor: Tensor, run: Run, counted: bool = True) -> Rows:
-        """A tensor that is there already; one of the caller's is not counted."""
-        rows = cls(run, tensor.shape, tensor.dtype, tensor.device, elsewhere=not counted)
+    def of(cls, tensor: Tensor, run: Run, counted: bool = True, elsewhere: bool = False) -> Rows:
+        """A tensor that is there already, in a file if `elsewhere`; one of the caller's is not counted."""
+        rows = cls(run, tensor.shape, tensor.dtype, tensor.device, elsewhere)
+        rows._counted = counted
         rows._fill(tensor.shape[-2], tensor)
         return rows
 
@@ -44,7 +45,15 @@ class Rows:
     @property
     def bytes_held(self) -> int:
         """Bytes that it takes on the device."""
-        return 0 if self.elsewhere else sum(rows for _, rows, _ in self._strips) * self.row_bytes
+        return 0 if self.elsewhere else self._bytes()
+
+    @property
+    def bytes_aside(self) -> int:
+        """Bytes that it takes elsewhere."""
+        return self._bytes() if self.elsewhere else 0
+
+    def _bytes(self) -> int:
+        return sum(rows for _, rows, _ in self._strips) * self.row_bytes if self._counted else 0
 
     def append(self, strip: Tensor) -> None:
         rows = strip.shape[-2]
@@ -89,7 +98,7 @@ class Rows:
                 if strip is not None:
                     tensor.narrow(-2, start, rows).copy_(strip)
             self.give_up(self.end)
-            self._buffer, self.elsewhere = None, False
+            self._buffer, self.elsewhere, self._counted = None, False, True
             self._fill(self.end, tensor)
         tensor = self._strips[0][2]
         assert tensor is not None
@@ -101,8 +110,11 @@ class Rows:
         self._count(rows)
 
     def _count(self, rows: int) -> None:
-        if not self.elsewhere:
-            self.run.held += rows * self.row_bytes
+        size = rows * self.row_bytes if self._counted else 0
+        if self.elsewhere:
+            self.run.aside += size
+        else:
+            self.run.held += size
 
 
 def _is_borrowed(strip: Tensor) -> bool:

@@ -18,8 +18,8 @@ class Plan:
 
     budget: bytes of the device to stay within; None for no limit. unstored_from: maps of so many bytes, if they are
     cheap to have again from a smaller one, are computed anew wherever they are read. peak: bytes expected at once,
-    beyond inputs and weights. stored: of these, of maps. moved: bytes of maps that are kept elsewhere. work: bytes of
-    maps computed in all.
+    beyond inputs and weights. stored: of these, of maps. moved: bytes of maps that are kept elsewhere. elsewhere: of
+    these, at once. work: bytes of maps computed in all.
     """
 
     budget: Optional[int] = None
@@ -27,11 +27,13 @@ class Plan:
     peak: int = 0
     stored: int = 0
     moved: int = 0
+    elsewhere: int = 0
     work: int = 0
 
 
 class Run:
-    """State of one call. `held`: bytes of stored maps on the device now. The other figures are those of a `Plan`.
+    """State of one call. `held`, `aside`: bytes of stored maps on the device and elsewhere now. The other figures are
+    those of a `Plan`.
 
     dry: maps are counted, not computed. again: sizes of the maps that `unstored_from` could be about.
     """
@@ -45,7 +47,7 @@ class Run:
     ) -> None:
         self.plan, self.dry = plan, dry
         self.report = {} if report is None else report
-        self.held = self.peak = self.stored = self.moved = self.work = 0
+        self.held = self.aside = self.peak = self.stored = self.moved = self.elsewhere = self.work = 0
         self.again: set[int] = set()
         self._on_progress = on_progress
         self._beside: Optional[int] = None
@@ -61,10 +63,12 @@ class Run:
         """Bytes of maps that the plan has at some other moment beyond what is held now."""
         return max(self.plan.stored - self.held, 0)
 
-    def note(self, growth: int, workspace: int) -> None:
-        """What is held grows by `growth` bytes now, and `workspace` bytes are in use beside it."""
+    def note(self, growth: int, elsewhere: int, workspace: int) -> None:
+        """What is held grows by `growth` bytes now, what is kept elsewhere by `elsewhere`, and `workspace` bytes are in
+        use beside both."""
         stored = self.held + max(growth, 0)
         self.stored, self.peak = max(self.stored, stored), max(self.peak, stored + workspace)
+        self.elsewhere = max(self.elsewhere, self.aside + max(elsewhere, 0))
 
     def leaves_unstored(self, size: int) -> bool:
         """Whether a map of `size` bytes that is cheap to have again is better not stored."""

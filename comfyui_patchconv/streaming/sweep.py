@@ -93,7 +93,7 @@ class Sweep:
         self._strip_rows = max(rows_that_suit(self._main, share), self._rows_worth_the_weights(share))
         self._line_bytes = self._bytes_of_lines()
         self._workspace = self._bytes_beside_maps()
-        self._growth = 0
+        self._growth = self._elsewhere = 0
         self._lines: dict[Node, list[Optional[Tensor]]] = {}
 
     def places(self, sizes: list[int], movable: bool = True) -> list[bool]:
@@ -105,16 +105,18 @@ class Sweep:
             places.append(movable and not planner.fits(run.plan.budget, held, freed, size))
             if places[-1]:
                 run.moved += size
+                self._elsewhere += size
             else:
                 held += size
                 self._growth += size
         self._growth -= freed
+        self._elsewhere -= sum(node.rows.bytes_aside for node in self._dying if node.rows)
         return places
 
     def run(self, sinks: list[Sink]) -> None:
         """Give the rows of each root to its sink, from top to bottom."""
         run, height = self._run, self._main.height
-        run.note(self._growth, self._workspace)
+        run.note(self._growth, self._elsewhere, self._workspace)
         work = sum(node.bytes for node in self._order)
         if run.dry:
             for node in self._dying:

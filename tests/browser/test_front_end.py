@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from comfyui.conftest import Graph, Server
 from comfyui.test_server import ALWAYS, decoding, node
 from host_process import page_of
 
+TEMPLATES = sorted((Path(__file__).parents[2] / "example_workflows").glob("*.json"))
 VAE = "PatchConv_VAE"
 READY = f'() => !!window.app?.canvas?.graph && !!window.LiteGraph?.registered_node_types["{VAE}"]'
 GRAPH = "(app.rootGraph ?? app.graph)"
@@ -269,6 +271,24 @@ def test_interrupt(front: Front, server: Server, ran: tuple[Graph, dict[str, Any
     assert page.locator(".patchconv-row").get_attribute("aria-label") != label
     last = next(reversed(server.get("/history").values()))
     assert last["status"]["messages"][-1][0] == "execution_interrupted"
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_template_opens_from_the_browser(front: Front, path: Path) -> None:
+    page, nodes = front.page, json.loads(path.read_text(encoding="utf-8"))["nodes"]
+    page.keyboard.press("Escape")
+    page.evaluate(f"() => {GRAPH}.clear()")
+    page.evaluate("() => { app.extensionManager.command.execute('Comfy.BrowseTemplates'); }")
+    ours = page.get_by_text("comfyui_patchconv", exact=True)
+    ours.first.click()
+    page.get_by_text(path.stem, exact=True).first.click()
+    page.wait_for_function(f"count => {GRAPH}.nodes.length === count", arg=len(nodes))
+    ours.first.wait_for(state="hidden")
+    page.wait_for_timeout(1000)
+    front.picture(f"template_{path.stem}")
+    assert sorted(page.evaluate(f"() => {GRAPH}.nodes.map(node => node.type)")) == sorted(one["type"] for one in nodes)
+    unknown = "node => !window.LiteGraph.registered_node_types[node.type]"
+    assert page.evaluate(f"() => {GRAPH}.nodes.filter({unknown}).map(node => node.type)") == []
 
 
 def test_nothing_of_ours_went_wrong_or_elsewhere(front: Front, server: Server) -> None:
