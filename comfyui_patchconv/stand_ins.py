@@ -105,7 +105,7 @@ class Half(StandIn):
 
     def _stream(self, device: torch.device) -> Callable[..., Any]:
         if self._streamed is None:
-            budget = round(self.toggle.settings.budget * GIB) or int(OF_FREE * free(device))
+            budget = round(self.toggle.settings.budget * GIB) or int(OF_FREE * free(device)) or 1
             self._streamed = streamed(self.plain, budget=budget, on_progress=self._tell)
         return self._streamed
 

@@ -39,7 +39,7 @@ class StreamedForward:
         return carry_out(self.forward, args, kwargs, Run(self._plans[key], on_progress=self.progress))
 
     def _plan(self, args: Any, kwargs: Any) -> Plan:
-        budget = self.budget or int(OF_FREE * model_management.get_free_memory(self.device))
+        budget = self.budget or int(OF_FREE * model_management.get_free_memory(self.device)) or 1
         return choose_if_possible(self.forward, args, kwargs, budget=budget, attributes=HOST_ATTRIBUTES)
 
 

@@ -30,9 +30,9 @@ WHOLE: dict[str, set[str]] = {
     "mochi decode": {"view"},
     "mochi encode": {"sin", "cos", "linear"},
     "cosmos decode": {
-        "new_ones", "scaled_dot_product_attention", "type_as", "repeat_interleave", "flatten",
+        "new_ones", "scaled_dot_product_attention", "slice", "cat", "repeat_interleave", "flatten",
     },
-    "cosmos encode": {"avg_pool3d", "scaled_dot_product_attention", "type_as", "new_ones", "flatten"},
+    "cosmos encode": {"avg_pool3d", "scaled_dot_product_attention", "slice", "cat", "new_ones", "flatten"},
     "cogvideox encode": {"select", "slice"},
     "dc decode": {"linear", "conv2d", "cat", "chunk", "matmul", "slice", "mean", "add", "mul"},
     "dc encode": {"linear", "conv2d", "cat", "chunk", "matmul", "slice", "mean", "add", "mul"},

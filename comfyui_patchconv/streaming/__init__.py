@@ -11,8 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from .call import carry_out
 from .dry_run import choose, choose_if_possible
-from .run import OnProgress, Plan, Run
-from .tensor import CannotStreamError
+from .run import CannotStreamError, OnProgress, Plan, Run
 
 __all__ = [
     "CannotStreamError",

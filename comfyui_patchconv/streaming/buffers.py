@@ -15,11 +15,21 @@ from ..memory import free
 
 
 class HostBuffer:
-    """Copies of strips in host memory, page-locked for CUDA so that they need not wait for each other."""
+    """Copies of strips in host memory, page-locked for CUDA so that the host need not wait for them.
+
+    Until the device is through with its work they may be read by the device alone, whole.
+    """
 
     def keep(self, strip: Tensor) -> Tensor:
-        copy = torch.empty(strip.shape, dtype=strip.dtype, device="cpu", pin_memory=strip.device.type == "cuda")
+        copy = self._empty(strip)
         return copy.copy_(strip, non_blocking=copy.is_pinned())
+
+    @staticmethod
+    def _empty(strip: Tensor) -> Tensor:
+        if strip.device.type == "cuda":
+            with suppress(RuntimeError):  # systems lock a part of their memory at most
+                return torch.empty(strip.shape, dtype=strip.dtype, pin_memory=True)
+        return torch.empty(strip.shape, dtype=strip.dtype)
 
     def discard(self, strip: Tensor) -> None:
         """The memory of a strip goes with it."""
@@ -33,13 +43,17 @@ class FileBuffer:
     """
 
     def __init__(self, size: int) -> None:
+        self._end = 0
         try:
             self._file = tempfile.TemporaryFile(prefix="patchconv-")  # noqa: SIM115 - open while it is mapped
             self._file.truncate(size)
             self._map = mmap.mmap(self._file.fileno(), size)
         except (OSError, OverflowError) as error:
             raise OSError(_no_room(size, error)) from error
-        self._end = 0
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The next part of the file as a tensor."""
@@ -63,12 +77,21 @@ class FileBuffer:
                 self._map.madvise(remove, first, last - first)
 
     def _take(self, size: int) -> None:
-        """Room for the next `size` bytes: what is missing is an error now, not a crash when they are written."""
-        if size and hasattr(os, "posix_fallocate"):
-            try:
+        """Room for the next `size` bytes: what is missing is an error now, not a crash when they are written.
+
+        Windows has taken it for the whole file already.
+        """
+        try:
+            if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self._file.fileno(), self._end, size)
-            except OSError as error:
-                raise OSError(_no_room(size, error)) from error
+            elif hasattr(os, "pwrite"):
+                os.pwrite(self._file.fileno(), bytes(size), self._end)
+        except OSError as error:
+            raise OSError(_no_room(size, error)) from error
+
+
+GIVES_BACK = hasattr(mmap, "MADV_REMOVE")
+"""Whether the room of strips that are discarded can be had again before the whole file is gone."""
 
 
 def room(device: torch.device) -> int:
@@ -78,7 +101,7 @@ def room(device: torch.device) -> int:
 
 def require_room(size: int) -> None:
     """Raise OSError where files have no room for `size` bytes."""
-    unused = room(torch.device("cpu"))
+    unused = room(torch.device("cpu")) if size else 0
     if size > unused:
         raise OSError(_no_room(size, f"{unused / 1e6:.0f} MB are free"))
 

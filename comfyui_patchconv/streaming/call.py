@@ -11,30 +11,34 @@ from torch.utils._pytree import tree_map
 
 from .buffers import require_room
 from .graph import Node
-from .run import Run
-from .tensor import CannotStreamError, LazyTensor, evaluated, finish
+from .run import CannotStreamError, Run
+from .tensor import LazyTensor, evaluated, finish
 
 
 def carry_out(function: Callable[..., Any], args: Any, kwargs: Any, run: Run) -> Any:
     """What `function(*args, **kwargs)` returns, computed in strips as `run` says.
 
-    Raises OSError where there is no room for what the plan keeps elsewhere; see `buffers.FileBuffer`.
+    Raises OSError where files have no room for what the plan keeps elsewhere; in a dry run CannotStreamError for what
+    would run plain.
     """
     given = (*args, *kwargs.values())
-    if not run.dry and any(isinstance(value, Tensor) and value.device.type == "cpu" for value in given):
-        require_room(run.plan.elsewhere)
     before = [pair for value in given for pair in _contents(value)]
     try:
         with torch.inference_mode():  # operators arrive whole there: one convolution, one group norm
             lazy = [enter(value, run) for value in args]
+            if not run.dry and any(type(value) is LazyTensor and value.device.type == "cpu" for value in lazy):
+                require_room(run.plan.elsewhere)
             result = function(*lazy, **{name: enter(value, run) for name, value in kwargs.items()})
             del lazy
     except CannotStreamError as error:
+        if run.dry:
+            raise
         run.report[str(error)] = 1
         for container, content in before:
             container.clear()
             container.update(content) if isinstance(container, dict) else container.extend(content)
-        result = function(*args, **kwargs)
+        with torch.no_grad():
+            result = function(*args, **kwargs)
     with torch.no_grad():
         found: list[LazyTensor] = []
         _settle((result, *given), lambda tensor: found.append(tensor) or tensor)

@@ -57,7 +57,7 @@ def choose(
         return replace(run.plan, **figures), run.again
 
     first, again = trial(None)
-    unused = buffers.room(device)
+    unused = buffers.room(device) if first.elsewhere else 0
     if budget is not None and first.peak <= budget and first.elsewhere <= unused:
         return first
     best = first

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..geometry import Axis, padded_row
-from .rows import Rows, Statistics
+from .rows import Rows, Statistics, in_float64
 from .run import Run
 
 Piece = Callable[[Sequence[Tensor]], Tensor]
@@ -124,11 +124,12 @@ class Normalise(Step):
         shift = -statistics.mean * scale
         scale, shift = (value.repeat_interleave(channels // self.groups, 1) for value in (scale, shift))
         if self.weight is not None:
-            scale, shift = scale * self.weight.double(), shift * self.weight.double()
+            scale, shift = scale * in_float64(self.weight), shift * in_float64(self.weight)
         if self.bias is not None:
-            shift = shift + self.bias.double()
+            shift = shift + in_float64(self.bias)
         wide = torch.promote_types(node.dtype, torch.float32)
         scale, shift = (value.to(wide).reshape(*value.shape, *(1,) * (dims - 2)) for value in (scale, shift))
+        scale, shift = scale.to(node.device), shift.to(node.device)
         self._line = scale, shift
 
     def compute(self, first: int, last: int, pieces: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
@@ -203,10 +204,10 @@ def _summed(weight: Tensor, odd_row: int, odd_column: int) -> Tensor:
     rows, columns = (((0, 1), (1, 3)) if not odd else ((0, 2), (2, 3)) for odd in (odd_row, odd_column))
     kernel = weight.new_empty((*weight.shape[:2], 2, 2))
     for part, whole in zip(kernel.split(64), weight.split(64)):
-        wide = whole.double()
+        wide = in_float64(whole)
         for y, (top, bottom) in enumerate(rows):
             for x, (left, right) in enumerate(columns):
-                part[..., y, x] = wide[..., top:bottom, left:right].sum((-2, -1))
+                part[..., y, x] = wide[..., top:bottom, left:right].sum((-2, -1)).to(weight.dtype)
     return kernel
 
 

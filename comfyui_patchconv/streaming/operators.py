@@ -51,7 +51,7 @@ ARRANGING = (
 """Operators that may leave the last two dimensions as they are."""
 
 SAME = ("alias", "detach", "contiguous", "lift_fresh")
-"""Operators whose result is their input."""
+"""Operators whose result is their input; for others that may be it, see `keeps`."""
 
 Operator = Callable[..., Any]
 _CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
@@ -73,14 +73,37 @@ def build(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[tu
     return None
 
 
+def writes(name: str) -> bool:
+    """Whether the operator `name` writes into its first argument."""
+    return name.endswith("_") and not name.startswith("_")
+
+
+def keeps(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether `func` returns its first argument itself: no cast where the type is right, no dropout in evaluation."""
+    name, input = func.overloadpacket.__name__, args[0]
+    if name in SAME:
+        return True
+    if name not in ("to", "type_as", "dropout", "feature_dropout"):
+        return False
+    given = {argument.name: value for argument, value in zip(func._schema.arguments, args)} | kwargs
+    if "train" in given:
+        return not given["train"] or not given["p"]
+    like = given.get("other")
+    dtype, device = (given.get(name, getattr(like, name, None)) for name in ("dtype", "device"))
+    same_place = device is None or torch.device(device) in (input.device, torch.device(input.device.type))
+    return same_place and dtype in (None, input.dtype) and not given.get("copy")
+
+
 def _row_local(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[tuple[Node, ...]]:
     flat, spec = tree_flatten((list(args), dict(kwargs)))
     height, run = next((value.height, value.run) for value in flat if isinstance(value, Node))
     places: list[int] = []
     inputs: list[Node] = []
     for place, value in enumerate(flat):
-        if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[-2] != 1:
-            value = Node.of(value, run, counted=False)
+        if isinstance(value, Tensor):
+            flat[place] = value = own(value)  # it may be written to before it is read
+            if value.dim() >= 2 and value.shape[-2] != 1:
+                value = Node.of(value, run, counted=not isinstance(value, nn.Parameter))
         if isinstance(value, torch.device) and value != next(iter(_nodes(flat))).device:
             return None
         if isinstance(value, Node):
@@ -102,7 +125,7 @@ def _row_local(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Option
     with _disable_current_modes():  # see `_shaped`
         meta = call([_meta(node.shape, node.dtype) for node in inputs], [_as_meta(value) for value in flat])
     outputs = [meta] if isinstance(meta, Tensor) else list(meta)
-    if any(output.dim() < 3 or output.shape[-2] != height for output in outputs):
+    if any(output.dim() < 4 or output.shape[-2] != height for output in outputs):
         return None
     device = inputs[0].device
     if isinstance(meta, Tensor):
@@ -299,7 +322,7 @@ def _arranged(func: Any, input: Any, *args: Any, **kwargs: Any) -> Optional[Node
     values = [_as_meta(value) for value in args]
     arranged = func(_meta(input.shape, input.dtype), *values, **kwargs)
     shape = arranged.shape
-    if tuple(shape[-2:]) != input.shape[-2:] or arranged.dtype != input.dtype:
+    if len(shape) < 4 or tuple(shape[-2:]) != input.shape[-2:] or arranged.dtype != input.dtype:
         return None
     if name in ("permute", "movedim", "transpose"):  # of what stays last two, none may have come from elsewhere
         probe = func(_meta(range(2, 2 + len(input.shape)), input.dtype), *values, **kwargs).shape

@@ -8,7 +8,7 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
-from .buffers import FileBuffer, HostBuffer
+from .buffers import GIVES_BACK, FileBuffer, HostBuffer
 from .run import Run
 
 
@@ -23,15 +23,16 @@ class Rows:
         self, run: Run, shape: Sequence[int], dtype: torch.dtype, device: torch.device, elsewhere: bool = False
     ) -> None:
         self.run, self.shape, self.dtype, self.device, self.elsewhere = run, tuple(shape), dtype, device, elsewhere
-        self.end, self._counted = 0, True
+        self.end, self._counted, self._in_strips = 0, True, True
         self._strips: list[tuple[int, int, Optional[Tensor]]] = []  # first row, rows, values
+        self._near: dict[int, Tensor] = {}  # strips kept elsewhere that are on the device too, by their first row
         self._buffer: Optional[Union[HostBuffer, FileBuffer]] = None
 
     @classmethod
     def of(cls, tensor: Tensor, run: Run, counted: bool = True, elsewhere: bool = False) -> Rows:
         """A tensor that is there already, in a file if `elsewhere`; one of the caller's is not counted."""
         rows = cls(run, tensor.shape, tensor.dtype, tensor.device, elsewhere)
-        rows._counted = counted
+        rows._counted, rows._in_strips = counted, False
         rows._fill(tensor.shape[-2], tensor)
         return rows
 
@@ -48,9 +49,12 @@ class Rows:
         return 0 if self.elsewhere else self._bytes()
 
     @property
-    def bytes_aside(self) -> int:
-        """Bytes that it takes elsewhere."""
-        return self._bytes() if self.elsewhere else 0
+    def bytes_that_go(self) -> tuple[int, int]:
+        """Bytes on the device and elsewhere that it gives up row by row; a map in one tensor goes as a whole."""
+        size = self._bytes() if self._in_strips else 0
+        if not self.elsewhere:
+            return size, 0
+        return 0, size if self.device.type != "cpu" or GIVES_BACK else 0
 
     def _bytes(self) -> int:
         return sum(rows for _, rows, _ in self._strips) * self.row_bytes if self._counted else 0
@@ -68,6 +72,11 @@ class Rows:
         self.end += rows
         self._count(rows)
 
+    @property
+    def tensor(self) -> Optional[Tensor]:
+        """The one tensor that has all rows; None where there are several, or none."""
+        return self._strips[0][2] if len(self._strips) == 1 else None
+
     def pretend(self) -> None:
         """In a dry run: all rows are there."""
         self._fill(self.shape[-2], None)
@@ -75,12 +84,23 @@ class Rows:
     def read(self, first: int, last: int) -> Tensor:
         """Rows `[first, last)`, on the device: a view where one strip has them all."""
         parts = []
+        self._near = {start: near for start, near in self._near.items() if start + near.shape[-2] > first}
         for start, rows, strip in self._strips:
             if start < last and start + rows > first:
                 assert strip is not None
-                part = strip.narrow(-2, max(first - start, 0), min(last, start + rows) - max(first, start))
-                parts.append(part.to(self.device, non_blocking=True))
+                strip = self._on_device(start, strip)
+                parts.append(strip.narrow(-2, max(first - start, 0), min(last, start + rows) - max(first, start)))
+        if last >= self.end:
+            self._near = {}
         return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+
+    def _on_device(self, start: int, strip: Tensor) -> Tensor:
+        """A strip, brought back whole: of a part the host would make a copy first, of what may not have arrived yet."""
+        if strip.device == self.device:
+            return strip
+        if start not in self._near:
+            self._near[start] = strip.to(self.device, non_blocking=strip.is_pinned())
+        return self._near[start]
 
     def give_up(self, before: int) -> None:
         """Free the strips that lie wholly above row `before`."""
@@ -92,17 +112,17 @@ class Rows:
 
     def whole(self) -> Tensor:
         """The whole map as one tensor, which then is all that is stored; in a dry run one without values."""
-        if len(self._strips) != 1 or self._strips[0][2] is None or self._buffer is not None:
+        if self.tensor is None or self._buffer is not None:
+            self.run.note(self._bytes(), 0, 0)
             tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
             for start, rows, strip in self._strips:
                 if strip is not None:
                     tensor.narrow(-2, start, rows).copy_(strip)
             self.give_up(self.end)
-            self._buffer, self.elsewhere, self._counted = None, False, True
+            self._buffer, self.elsewhere, self._counted, self._in_strips = None, False, True, False
             self._fill(self.end, tensor)
-        tensor = self._strips[0][2]
-        assert tensor is not None
-        return tensor
+        assert self.tensor is not None
+        return self.tensor
 
     def _fill(self, rows: int, values: Optional[Tensor]) -> None:
         self._strips = [(0, rows, values)]
@@ -124,6 +144,11 @@ def _is_borrowed(strip: Tensor) -> bool:
     return not own or storage.nbytes() > strip.numel() * strip.element_size()
 
 
+def in_float64(tensor: Tensor) -> Tensor:
+    """`tensor` in float64; on the CPU where its device may have none, as Apple's and some of Intel's."""
+    return tensor.double() if tensor.device.type in ("cpu", "cuda", "meta") else tensor.cpu().double()
+
+
 class Statistics:
     """Mean and variance of each group of channels, strip by strip, merged in float64 (Chan et al. 1979).
 
@@ -143,7 +168,7 @@ class Statistics:
         count = each * (channels // self.groups)
         # Of the operators that give both moments the fastest by far, though it normalises into the bargain.
         _, mean, scale = torch.native_group_norm(wide.contiguous(), None, None, batch, channels, each, self.groups, 0.0)
-        mean, squares = mean.double(), scale.double() ** -2 * count
+        mean, squares = in_float64(mean), in_float64(scale) ** -2 * count
         if self._mean is None or self._squares is None:
             self.count, self._mean, self._squares = count, mean, squares
             return

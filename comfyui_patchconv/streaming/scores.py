@@ -9,6 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
+from . import operators
+from .run import CannotStreamError
+
 _BLOCK_BYTES = 256 << 20
 """Of scores at once, where a device's kernel makes them."""
 
@@ -17,7 +20,7 @@ class Scores(Tensor):
     """`[B, queries, keys]`: the product of queries `[B, queries, C]` and keys `[B, C, keys]`, not computed yet.
 
     scale: a factor. normalised: a softmax over the keys follows. turned: the last two dimensions are exchanged.
-    What else is done to it computes it first.
+    viewed: there is a view of it. What else is done to it computes it first.
     """
 
     queries: Tensor
@@ -25,6 +28,7 @@ class Scores(Tensor):
     scale: float
     normalised: bool
     turned: bool
+    viewed: bool
 
     @staticmethod
     def __new__(
@@ -34,7 +38,7 @@ class Scores(Tensor):
         shape = [shape[0], shape[2], shape[1]] if turned else shape
         tensor = Tensor._make_wrapper_subclass(cls, shape, dtype=queries.dtype, device=queries.device)
         tensor.queries, tensor.keys = queries, keys
-        tensor.scale, tensor.normalised, tensor.turned = scale, normalised, turned
+        tensor.scale, tensor.normalised, tensor.turned, tensor.viewed = scale, normalised, turned, False
         return tensor
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -45,11 +49,22 @@ class Scores(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = _next(func.overloadpacket.__name__, args, kwargs)
+        name = func.overloadpacket.__name__
+        if operators.writes(name) and isinstance(args[0], Scores):
+            return args[0].written(name, args, kwargs)
+        result = _next(name, args, kwargs)
         if result is not None:
             return result
         args, kwargs = tree_map(lambda value: value.computed() if isinstance(value, Scores) else value, (args, kwargs))
         return func(*args, **kwargs)
+
+    def written(self, name: str, args: Any, kwargs: Any) -> Scores:
+        """Itself, scaled in place. Raises CannotStreamError for any other write."""
+        result = _next(name[:-1], args, kwargs)
+        if self.viewed or not isinstance(result, Scores) or result.turned != self.turned:
+            raise CannotStreamError(f"{name} writes into scores")
+        self.scale, self.normalised = result.scale, result.normalised
+        return self
 
     def computed(self) -> Tensor:
         scores = torch.bmm(self.queries, self.keys) * self.scale
@@ -88,7 +103,10 @@ def _next(name: str, args: Any, kwargs: Any) -> Optional[Tensor]:
         turned = not turned
     else:
         return None
-    return Scores(first.queries, first.keys, scale, normalised, turned)
+    result = Scores(first.queries, first.keys, scale, normalised, turned)
+    if turned != first.turned:
+        first.viewed = result.viewed = True
+    return result
 
 
 def _exchanges(name: str, args: tuple[Any, ...]) -> bool:

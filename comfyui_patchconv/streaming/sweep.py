@@ -99,10 +99,11 @@ class Sweep:
     def places(self, sizes: list[int], movable: bool = True) -> list[bool]:
         """For each new map, of `sizes` bytes: whether it has to lie elsewhere than on the device, if it may."""
         run = self._run
-        held, freed = run.held + self._workspace, sum(node.rows.bytes_held for node in self._dying if node.rows)
+        going = [node.rows.bytes_that_go for node in self._dying if node.rows]
+        held, freed = run.held + self._workspace, sum(here for here, _ in going)
         places = []
         for size in sizes:
-            places.append(movable and not planner.fits(run.plan.budget, held, freed, size))
+            places.append(movable and size > 0 and not planner.fits(run.plan.budget, held, freed, size))
             if places[-1]:
                 run.moved += size
                 self._elsewhere += size
@@ -110,7 +111,7 @@ class Sweep:
                 held += size
                 self._growth += size
         self._growth -= freed
-        self._elsewhere -= sum(node.rows.bytes_aside for node in self._dying if node.rows)
+        self._elsewhere -= sum(elsewhere for _, elsewhere in going)
         return places
 
     def run(self, sinks: list[Sink]) -> None:

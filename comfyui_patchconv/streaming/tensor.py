@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from . import engine, operators, tokens
 from .graph import Node
-from .run import Run
+from .rows import Rows
+from .run import CannotStreamError, Run
 from .scores import Scores
 
 _VIEWS = (*tokens.SEVERAL, *operators.ARRANGING, "slice", "narrow", "select", "unsqueeze", "squeeze")
@@ -19,16 +20,16 @@ _NEW = ("empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_
 """What makes a tensor of its own, often to write parts of it: nothing to put off."""
 
 
-class CannotStreamError(RuntimeError):
-    """A write through a view of a deferred map: the computation has to run plain."""
-
-
 class _Hold:
-    """A tensor's claim on its node, given back when the tensor goes."""
+    """A tensor's claim on its node, given back when the tensor goes.
+
+    viewed: other deferred tensors look at the same map; a write would have to reach them. exposed: a plain tensor
+    shares the memory of the map, and may be written to at any time; nothing that reads it is put off.
+    """
 
     def __init__(self, node: Node) -> None:
         self.node = node
-        self.viewed = False
+        self.viewed = self.exposed = False
         node.users += 1
 
     def become(self, node: Node) -> None:
@@ -72,15 +73,20 @@ class LazyTensor(Tensor):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         first: Any = args[0] if args else None
-        if name in operators.SAME and isinstance(first, LazyTensor):
+        if isinstance(first, LazyTensor) and operators.keeps(func, args, kwargs):
+            # Where plain may have a copy instead, of another memory format, a write into either runs plain.
+            first._hold.viewed |= kwargs.get("memory_format") is not None
             return LazyTensor(first._hold, first._layout)  # one map: what is written into either is seen in both
         lazy = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, LazyTensor)]
-        in_place = name.endswith("_") and not name.startswith("_") and isinstance(first, LazyTensor)
+        writes = operators.writes(name)
+        if kwargs.get("out") is not None or (writes and not isinstance(first, LazyTensor)):
+            return _into_plain(func, name, args, kwargs, lazy[0]._hold.node.run)
+        in_place = writes and isinstance(first, LazyTensor)
         if in_place and first._hold.viewed:
             raise CannotStreamError(f"{name} writes through a view")
         if name in _NEW:
             return func(*tree_map(_without_values, args), **kwargs)
-        results = None if kwargs.get("out") is not None else _deferred(func, args, kwargs, lazy)
+        results = None if any(tensor._hold.exposed for tensor in lazy) else _deferred(func, args, kwargs, lazy)
         if results is None:
             run = lazy[0]._hold.node.run
             return _whole(func, name, first if in_place else None, args, kwargs, run)
@@ -133,21 +139,35 @@ def evaluated(value: Any) -> Any:
     return value.clone() if own else value
 
 
+def _into_plain(func: Any, name: str, args: Any, kwargs: Any, run: Run) -> Any:
+    """Run `func`, which writes into a tensor that is not deferred."""
+    if any(isinstance(value, LazyTensor) for value in tree_flatten(kwargs.get("out"))[0]):
+        raise CannotStreamError(f"{name} writes into an argument")
+    run.report[name] = run.report.get(name, 0) + 1
+    args, kwargs = tree_map(evaluated, (args, kwargs))
+    return func(*args, **kwargs)
+
+
 def _whole(func: Any, name: str, target: Any, args: Any, kwargs: Any, run: Run) -> Any:
     """Run `func` on evaluated tensors; feature maps that come of it are lazy again."""
     if target is not None and target._layout is not None:
         raise CannotStreamError(f"{name} writes through a view")
+    lazy = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, LazyTensor)]
     args, kwargs = tree_map(evaluated, (args, kwargs))
     if name == "bmm" and not kwargs:
         return func(*args) if any(isinstance(value, Scores) for value in args) else Scores(*args)
     run.report[name] = run.report.get(name, 0) + 1
-    if target is not None:
+    if target is not None and not target._hold.exposed:
         args = (args[0].clone(), *args[1:])  # other steps may read the stored map as it is
     result = func(*args, **kwargs)
     if target is not None:
-        target._hold.become(Node.of(result, run))
+        if not target._hold.exposed:
+            target._hold.become(Node.of(result, run))
+            run.note(0, 0, 0)
         return target
-    return tree_map(lambda value: _lazy_again(value, run), result)
+    result = tree_map(lambda value: _lazy_again(value, run, lazy), result)
+    run.note(0, 0, 0)
+    return result
 
 
 def _without_values(value: Any) -> Any:
@@ -157,6 +177,30 @@ def _without_values(value: Any) -> Any:
     return torch.empty((), dtype=value.dtype, device=value.device).expand(value.shape)
 
 
-def _lazy_again(value: Any, run: Run) -> Any:
-    maps = isinstance(value, Tensor) and not isinstance(value, LazyTensor) and value.dim() in (4, 5)
-    return LazyTensor.of(Node.of(value, run)) if maps and value.is_floating_point() else value
+def _lazy_again(value: Any, run: Run, sources: list[LazyTensor]) -> Any:
+    """A feature map that came of `sources`, stored; anything else as it is."""
+    if not isinstance(value, Tensor) or isinstance(value, LazyTensor):
+        return value
+    owners = [source._hold for source in sources if _shares_memory(value, source._hold.node)]
+    if value.dim() not in (4, 5) or not value.is_floating_point():
+        for hold in owners:
+            _expose(hold, run)
+        return value
+    result = LazyTensor.of(Node.of(value, run))
+    for hold in owners:
+        hold.viewed = result._hold.viewed = True
+    return result
+
+
+def _shares_memory(value: Tensor, node: Node) -> bool:
+    stored = None if node.rows is None else node.rows.tensor
+    return stored is not None and stored.untyped_storage()._cdata == value.untyped_storage()._cdata
+
+
+def _expose(hold: _Hold, run: Run) -> None:
+    """From now on the tensor may change from outside; what waits for the map keeps a copy of it as it is."""
+    hold.exposed, node = True, hold.node
+    if node.users > 1:
+        stored = engine.whole(node)
+        hold.become(Node.of(stored, run))
+        node.rows = Rows.of(stored.clone(), run)
