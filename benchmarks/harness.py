@@ -26,7 +26,7 @@ RESULTS = ROOT / "docs" / "benchmarks"
 class Result:
     """What one benchmark found, as `docs/benchmarks/NAME.json` keeps it. Cells are text, as they are shown.
 
-    bars: columns of `head` that are drawn. pictures: files in docs/ that belong to it.
+    bars: columns of `head` that are drawn.
     """
 
     title: str
@@ -38,7 +38,6 @@ class Result:
     date: str
     command: str
     bars: list[str] = field(default_factory=list)
-    pictures: list[str] = field(default_factory=list)
 
 
 def publish(
@@ -50,7 +49,6 @@ def publish(
     *,
     device: str,
     bars: Sequence[str] = (),
-    pictures: Sequence[str] = (),
     packages: Sequence[str] = (),
     versions: dict[str, str] | None = None,
     environment: Sequence[str] = (),
@@ -85,7 +83,6 @@ def publish(
         date=date.today().isoformat(),
         command=command(sys.argv, environment),
         bars=[*bars],
-        pictures=[*pictures],
     )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"

@@ -82,7 +82,6 @@ def main() -> None:
         rows,
         device=args.device,
         bars=["tensors MB", "peak MB", "s"],
-        pictures=["learning_patch_ddpm.png"],
     )
 
 

@@ -110,7 +110,6 @@ def main() -> None:
         rows,
         device=args.device,
         bars=["GMAC", "peak MB", "s"],
-        pictures=["learning_patch_diffusion.png"],
     )
 
 

@@ -4,7 +4,8 @@
     python benchmarks/report.py --page                                                run none, write the page
 
 Each leaves docs/benchmarks/NAME.json (see `harness.publish`), so they may run on different days and machines.
-COMFYUI_PATH and COMFYUI_PYTHON let `vae_decode` run ComfyUI's nodes too.
+`vae_decode` needs the hosts that README.md's table has: COMFYUI_PATH and COMFYUI_PYTHON, WEBUI_PATH and WEBUI_PYTHON,
+TILED_VAE_PATH; `comparison.py` draws the picture above that table, and is run by itself.
 
 In README.md the lines between `<!-- benchmark: NAME; COLUMNS -->` and `<!-- /benchmark -->` are replaced. COLUMNS,
 parted by semicolons, are columns in the order wanted, all of them by default; `COLUMN=VALUE` keeps the rows that have
@@ -25,7 +26,7 @@ from harness import RESULTS, ROOT, Result, table
 
 BENCHMARKS = {
     "single_conv": ["single_conv.py"],
-    "vae_decode": ["vae_decode.py", "--sizes", "1024"],
+    "vae_decode": ["vae_decode.py", "--sizes", "1024", "--rounds", "2"],
     "streaming": ["streaming.py"],
     "streaming_encode": ["streaming.py", "--encode"],
     "streaming_half": [
@@ -56,16 +57,15 @@ def results(folder: Path = RESULTS) -> dict[str, Result]:
 
 
 def page(kept: dict[str, Result]) -> str:
-    """docs/benchmarks.md: of each benchmark what was measured, its pictures, its table, and how to repeat it."""
+    """docs/benchmarks.md: of each benchmark what was measured, a chart, its table, and how to repeat it."""
     parts = [
         "# Benchmarks",
         "Written by `python benchmarks/report.py` from what the benchmarks have kept in `docs/benchmarks/`: no figure "
         "is typed by hand. MB are 10⁶ bytes.",
     ]
     for name, result in kept.items():
-        pictures = [f"benchmarks/{name}.svg"] if result.bars else []
         parts += [f"## {result.title}", result.what]
-        parts += [f"![{result.title}]({picture})" for picture in [*pictures, *result.pictures]]
+        parts += [f"![{result.title}](benchmarks/{name}.svg)"] if result.bars else []
         parts += [table(result.head, result.rows), f"{measured(result)}. To repeat it: `{result.command}`"]
     return "\n\n".join(parts) + "\n"
 

@@ -14,8 +14,8 @@ class Settings:
     mode: `"patch"` for each large convolution of the VAE in strips, `"stream"` for the whole VAE in strips. The U-Net's
         convolutions run in strips in either.
     vae, unet: what to patch.
-    splits: strips per convolution; 0 for automatic. Not for `"stream"`.
-    threshold: millions of input elements from which a convolution runs in strips. Not for `"stream"`.
+    splits: strips per convolution; 0 for automatic. For `"patch"`, and for the U-Net in either mode.
+    threshold: millions of input elements from which a convolution runs in strips. As splits.
     budget: GiB that `"stream"` stays within beside the weights; 0 for what is free.
 
     Raises ValueError for anything else.

@@ -69,7 +69,7 @@ def front(server: Server) -> Iterator[Front]:
     with page_of(server.address, 1500, 900) as page:
         front = Front(page, [], [])
         page.on("request", lambda request: front.requests.append(request.url))
-        page.on("pageerror", lambda error: front.errors.append(str(error)))
+        page.on("pageerror", lambda error: front.errors.append(f"{error.message} {error.stack}"))
         page.on("console", lambda message: message.type == "error" and front.errors.append(
             f"{message.text} {message.location.get('url', '')}"
         ))  # fmt: skip
@@ -245,6 +245,19 @@ def test_kept_when_the_workflow_is_opened_again(front: Front, ran: tuple[Graph, 
     assert front.saved()["size"] == before["size"]
 
 
+def test_a_report_leaves_the_focus(front: Front, ran: tuple[Graph, dict[str, Any]]) -> None:
+    """Of who works by keyboard while a run reports, and the button that a click began on."""
+    front.page.locator(".patchconv-row").focus()
+    again = (
+        "async () => { const { api } = await import('/scripts/api.js'); const before = document.activeElement; "
+        f"const [report] = {GRAPH}.nodes.find(node => node.type === '{VAE}').patchConvReports(); "
+        "api.dispatchEvent(new CustomEvent('patchconv.report', { detail: { ...report, line: 'told again' } })); "
+        "return [before === document.activeElement, before.title]; }"
+    )
+    assert front.page.evaluate(again) == [True, "told again"]
+    front.page.evaluate("() => document.activeElement.blur()")
+
+
 def test_help_page(front: Front, ran: tuple[Graph, dict[str, Any]]) -> None:
     page = front.page
     page.evaluate(f"() => {{ app.canvas.selectNode({GRAPH}.nodes.find(node => node.type === 'PatchConv_Report')); "
@@ -271,6 +284,29 @@ def test_interrupt(front: Front, server: Server, ran: tuple[Graph, dict[str, Any
     assert page.locator(".patchconv-row").get_attribute("aria-label") != label
     last = next(reversed(server.get("/history").values()))
     assert last["status"]["messages"][-1][0] == "execution_interrupted"
+
+
+def test_figures_go_to_the_workflow_that_was_queued(
+    front: Front, server: Server, ran: tuple[Graph, dict[str, Any]]
+) -> None:
+    """Another with a node of the same id is open by the time that it runs."""
+    page, graph = front.page, ran[0]
+    latents = [server.latent("longer", 1024, seed=78), server.latent("short", 64, seed=79)]
+    front.open(graph)
+    for latent in latents:
+        page.evaluate(
+            f"async latent => {{ const widget = {GRAPH}.nodes.find(node => node.type === 'LoadLatent').widgets[0]; "
+            "widget.options.values = [latent]; widget.value = latent; await app.queuePrompt(0); }",
+            latent,
+        )
+    page.wait_for_function("() => document.querySelector('.patchconv-row')?.innerText.includes('so far')")
+    front.open(graph)
+    server.get("/interrupt", {})
+    wait_until(front, lambda: not any(server.get("/queue").values()), 300)
+    last = next(reversed(server.get("/history").values()))
+    assert last["status"]["status_str"] == "success"
+    page.wait_for_timeout(1500)
+    assert page.locator(".patchconv-row").count() == 0
 
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)

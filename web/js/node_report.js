@@ -16,8 +16,17 @@ export function show(node, key, content) {
         hide(node);
         widget = add(node, height, reports ? 0 : TEXT[0]);
     }
-    widget.element.replaceChildren(...(reports ? reports.map((report) => row(node, key, report)) : [wordsOf(text)]));
+    const element = widget.element;
+    fill(element, reports ? reports.map((report) => row(element, node, key, report)) : [wordsOf(text)]);
     node.setDirtyCanvas?.(true, true);
+}
+
+/** Have `children` in `element`, those that are there already left in place: a button keeps its focus and its click. */
+function fill(element, children) {
+    for (const child of [...element.children]) if (!children.includes(child)) child.remove();
+    children.forEach((child, i) => {
+        if (element.children[i] !== child) element.insertBefore(child, element.children[i] ?? null);
+    });
 }
 
 /** Take it off again; the node is as large as before. */
@@ -67,7 +76,7 @@ function add(node, height, width) {
     return widget;
 }
 
-function row(node, key, report) {
+function row(element, node, key, report) {
     const { way, peak, plain, time } = report.words;
     const first = [peak, time].filter(Boolean).join(", ") || way;
     const lines = [
@@ -77,10 +86,17 @@ function row(node, key, report) {
     ];
     const words = make("div", { className: "patchconv-words" });
     words.append(...lines.filter(Boolean).map((line) => make("span", { textContent: line })));
-    const button = make("button", { type: "button", className: "patchconv-row", title: report.line }, words);
-    if (report.peak) button.append(spark(report));
-    button.setAttribute("aria-haspopup", "dialog");
+    const button = [...element.children].find((one) => one.dataset.part === report.part) ?? buttonOf(node, key, report.part);
+    button.title = report.line;
     button.setAttribute("aria-label", `${report.line}. Open the chart of memory over time.`);
+    button.replaceChildren(words, ...(report.peak ? [spark(report)] : []));
+    return button;
+}
+
+function buttonOf(node, key, part) {
+    const button = make("button", { type: "button", className: "patchconv-row" });
+    button.dataset.part = part;
+    button.setAttribute("aria-haspopup", "dialog");
     button.addEventListener("click", (event) => {
         event.stopPropagation();
         openCharts(key, node.title, node.patchConvReports());

@@ -47,6 +47,16 @@ function displayAll() {
     }
 }
 
+/** Keep which workflow a prompt comes from: another may be open by the time that it runs. */
+function followQueue() {
+    const queue = api.queuePrompt;
+    api.queuePrompt = async function (...args) {
+        const answer = await queue.apply(this, args);
+        if (answer?.prompt_id) graphs.set(answer.prompt_id, args[1]?.workflow?.id ?? root()?.id);
+        return answer;
+    };
+}
+
 function onReport({ detail: report }) {
     const graph = graphs.get(report.prompt) ?? root()?.id;
     const key = keyOf(graph, report.node);
@@ -86,7 +96,10 @@ app.registerExtension({
         const style = Object.assign(document.createElement("link"), { rel: "stylesheet" });
         style.href = new URL("./patchconv.css", import.meta.url).href;
         document.head.append(style);
-        api.addEventListener("execution_start", ({ detail }) => graphs.set(detail.prompt_id, root()?.id));
+        followQueue();
+        api.addEventListener("execution_start", ({ detail: { prompt_id: prompt } }) => {
+            if (!graphs.has(prompt)) graphs.set(prompt, root()?.id);
+        });
         api.addEventListener(EVENT, onReport);
         api.addEventListener("executed", onExecuted);
     },
