@@ -89,6 +89,7 @@ class Half(StandIn):
         super().__init__(toggle, module, name)
         self.half, self.figures = half, figures
         self._streamed: Optional[Callable[..., Any]] = None
+        self._budget = 0
         self._plain_needs = PlainNeeds(module, name, HOST_ATTRIBUTES)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,9 +105,9 @@ class Half(StandIn):
         return result
 
     def _stream(self, device: torch.device) -> Callable[..., Any]:
-        if self._streamed is None:
-            budget = round(self.toggle.settings.budget * GIB) or int(OF_FREE * free(device)) or 1
-            self._streamed = streamed(self.plain, budget=budget, on_progress=self._tell)
+        budget = round(self.toggle.settings.budget * GIB) or int(OF_FREE * free(device)) or 1
+        if self._streamed is None or budget < self._budget:
+            self._streamed, self._budget = streamed(self.plain, budget=budget, on_progress=self._tell), budget
         return self._streamed
 
     def _tell(self, done: int, work: int) -> None:
