@@ -123,6 +123,33 @@ def test_added_from_search_and_from_the_library(front: Front) -> None:
     page.keyboard.press("n")
 
 
+def test_connected_by_hand(front: Front) -> None:
+    page = front.page
+    page.keyboard.press("Escape")
+    places = page.evaluate(
+        f"""() => {{
+            {GRAPH}.clear();
+            Object.assign(app.canvas.ds, {{ scale: 1 }}).offset = [0, 0];
+            const [loader, ours] = [['CheckpointLoaderSimple', 200], ['{VAE}', 700]].map(([type, x]) => {{
+                const node = window.LiteGraph.createNode(type);
+                node.pos = [x, 300];
+                {GRAPH}.add(node);
+                return node;
+            }});
+            app.canvas.draw(true, true);
+            const slots = [loader.getConnectionPos(false, 2), ours.getConnectionPos(true, 0)];
+            const box = app.canvas.canvas.getBoundingClientRect();
+            return slots.map(([x, y]) => [x + box.left, y + box.top]);
+        }}"""
+    )
+    page.mouse.move(*places[0])
+    page.mouse.down()
+    page.mouse.move(*places[1], steps=8)
+    page.mouse.up()
+    wait_until(front, lambda: page.evaluate(f"() => {GRAPH}.nodes[1].inputs[0].link != null"))
+    front.picture("connected")
+
+
 def queue(front: Front) -> None:
     front.page.get_by_role("button", name=re.compile("^(Run|Queue)")).first.click()
 
