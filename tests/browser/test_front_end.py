@@ -142,11 +142,13 @@ def test_connected_by_hand(front: Front) -> None:
             return slots.map(([x, y]) => [x + box.left, y + box.top]);
         }}"""
     )
+    page.wait_for_timeout(500)
     page.mouse.move(*places[0])
     page.mouse.down()
     page.mouse.move(*places[1], steps=8)
     page.mouse.up()
-    wait_until(front, lambda: page.evaluate(f"() => {GRAPH}.nodes[1].inputs[0].link != null"))
+    linked = f"() => {GRAPH}.nodes.find(node => node.type === '{VAE}').inputs[0].link != null"
+    wait_until(front, lambda: page.evaluate(linked))
     front.picture("connected")
 
 
