@@ -334,7 +334,7 @@ def test_figures_go_to_the_workflow_that_was_queued(
             latent,
         )
     page.wait_for_function("() => document.querySelector('.patchconv-row')?.innerText.includes('so far')")
-    front.open(graph)
+    page.evaluate(f"async () => {{ await app.loadGraphData({{ ...{GRAPH}.serialize(), id: crypto.randomUUID() }}); }}")
     server.get("/interrupt", {})
     wait_until(front, lambda: not any(server.get("/queue").values()), 300)
     last = next(reversed(server.get("/history").values()))
