@@ -191,8 +191,11 @@ class TestFiles:
         usage = shutil.disk_usage(tempfile.gettempdir())
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed // 4))
         decode = streamed(model.decode, budget=1, on_progress=lambda *steps: done.append(steps))
-        with pytest.raises(OSError, match=r"feature maps lie in a file, and .+ has no room for it \(.+ MB are free\)"):
-            decode(latent)
+        for named in ({"z": latent}, {}):
+            with pytest.raises(
+                OSError, match=r"feature maps lie in a file, and .+ has no room for it \(.+ MB are free"
+            ):
+                decode(*(() if named else (latent,)), **named)
         assert done == []
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
         decode(latent)

@@ -25,10 +25,10 @@ def carry_out(function: Callable[..., Any], args: Any, kwargs: Any, run: Run) ->
     before = [pair for value in given for pair in _contents(value)]
     try:
         with torch.inference_mode():  # operators arrive whole there: one convolution, one group norm
-            lazy = [enter(value, run) for value in args]
+            lazy = [enter(value, run) for value in given]
             if not run.dry and any(type(value) is LazyTensor and value.device.type == "cpu" for value in lazy):
                 require_room(run.plan.elsewhere)
-            result = function(*lazy, **{name: enter(value, run) for name, value in kwargs.items()})
+            result = function(*lazy[: len(args)], **dict(zip(kwargs, lazy[len(args) :])))
             del lazy
     except CannotStreamError as error:
         if run.dry:
