@@ -6,7 +6,8 @@ import copy
 import time
 import types
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
@@ -33,12 +34,17 @@ def peak_live_bytes(
     seconds: when to give up. Raises TimeoutError then, and whatever `call` raises: code that looks at values cannot
     run on fake tensors.
     """
-    if mode is None:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-    # A tensor made in inference mode has no version counter, which fake tensors of older torch versions ask for.
-    with torch.inference_mode(False), torch.no_grad(), mode, _Live(mode, device, time.monotonic() + seconds) as live:
+    with counting(mode or FakeTensorMode(allow_non_fake_inputs=True), device, seconds) as live:
         call()
     return live.peak
+
+
+@contextmanager
+def counting(mode: FakeTensorMode, device: Optional[torch.device], seconds: float) -> Iterator[Live]:
+    """Within the block tensors are fake, and those that are made are counted; see `peak_live_bytes`."""
+    # A tensor made in inference mode has no version counter, which fake tensors of older torch versions ask for.
+    with torch.inference_mode(False), torch.no_grad(), mode, Live(mode, device, time.monotonic() + seconds) as live:
+        yield live
 
 
 def peak_activations(
@@ -74,12 +80,15 @@ def twin(
     return _Twins(mode, device, dtype, attributes or {}).of(module)
 
 
-class _Live(TorchDispatchMode):
-    """Adds up, after each operator, the storages that operators made and that something still holds."""
+class Live(TorchDispatchMode):
+    """Adds up, after each operator, the storages that operators made and that something still holds.
+
+    peak: the most bytes so far.
+    """
 
     def __init__(self, mode: FakeTensorMode, device: Optional[torch.device], deadline: float) -> None:
         super().__init__()
-        self.peak = 0
+        self.peak, self._paused = 0, False
         self._mode, self._device, self._deadline = mode, device, deadline
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self._fakes: list[Tensor] = []
@@ -91,9 +100,24 @@ class _Live(TorchDispatchMode):
         result = func(*args, **kwargs)
         for tensor in tree_flatten(result)[0]:
             self._note(tensor, made=True)
-        self._storages = {key: entry for key, entry in self._storages.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._storages.values()))
+        if not self._paused:
+            self.peak = max(self.peak, self.now)
         return result
+
+    @property
+    def now(self) -> int:
+        """Bytes of tensors that are alive."""
+        self._storages = {key: entry for key, entry in self._storages.items() if not entry[0].expired()}
+        return sum(size for _, size in self._storages.values())
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is alive within the block alone makes no peak; what outlives it counts from then on."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def _enter(self, value: Any) -> Any:
         """An operator's argument. A tensor that is not fake yet becomes so, once, and is none that was made here."""

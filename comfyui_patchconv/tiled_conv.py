@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import planner
+from . import onednn, planner
 from .geometry import Axis, Window, equal_strips
 from .memory import is_out_of_memory, keep_freed_blocks, release
 
@@ -277,7 +277,8 @@ class Call:
         """Output rows `[first, last)` from the input rows of their window."""
         count = last - first
         if self.opaque:
-            result = self.whole(piece, weight, bias)
+            with onednn.in_strips(piece):
+                result = self.whole(piece, weight, bias)
             self._check(result, self.axis.output_size(piece.shape[self.dim]))
             return result.narrow(self.dim, window.skip, count)
         pads = list(self._uneven)
@@ -286,7 +287,8 @@ class Call:
         if any(pads):
             piece = F.pad(piece, pads)
         forward = type(self.module)._conv_forward  # type: ignore[attr-defined]
-        result = forward(self._strip_module, piece, weight, bias, *self._args, **self._kwargs)
+        with onednn.in_strips(piece):
+            result = forward(self._strip_module, piece, weight, bias, *self._args, **self._kwargs)
         self._check(result, count)
         return result
 

@@ -219,7 +219,7 @@ def _stream_half(vae: Any, half: str, method: str, budget: int, padding: str, no
         vae.patcher.add_object_patch(key, streamed)
         host = getattr(vae, f"memory_used_{method}")
         meter = _meter(vae, half, True, progress, node)
-        memory = StreamMemory(vae, method, host, streamed, meter.start)
+        memory = StreamMemory(vae, method, host, key, streamed, meter.start)
         setattr(vae, f"memory_used_{method}", memory)
         _measure(vae, method, meter, memory)
     return count

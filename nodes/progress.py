@@ -111,12 +111,26 @@ class Progress(_Bar):
 
 
 class StreamProgress(_Bar):
-    """Shows how far a streamed call is; an `on_progress`."""
+    """Shows how far the streamed calls of a decode or encode are; an `on_progress` of each."""
 
     def __init__(self, delay: float = 1.0, interval: float = 0.1) -> None:
         super().__init__(delay, interval)
 
+    def start(self) -> None:
+        super().start()
+        self._expected = self._before = self._done = 0
+
+    def expect(self, work: int) -> None:
+        """This is the work of all calls until the next start, in the units of `__call__`; 0 where it is not known."""
+        self._expected = work
+
+    def next_call(self) -> None:
+        """Another call begins: a chunk of a video, or the next image of a batch."""
+        self._before, self._done = self._before + self._done, 0
+
     def __call__(self, done: int, work: int) -> None:
         self.strips += 1
+        self._done = done
         if self._is_due() and work:
+            done, work = (self._before + done, self._expected) if self._expected else (done, work)
             self._move(min(done * _STEPS // work, _STEPS), _STEPS)

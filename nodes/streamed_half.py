@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
 from comfy import model_management  # pyright: ignore[reportMissingImports]
 
+from ..comfyui_patchconv.plain_needs import COUNT_SECONDS
 from ..comfyui_patchconv.planner import OF_FREE
-from ..comfyui_patchconv.streaming import Plan, Run, carry_out, choose, choose_if_possible, signature
+from ..comfyui_patchconv.streaming import Plan, Run, carry_out, choose_if_possible, expect, signature
 from .progress import StreamProgress
 from .vae_memory import HOST_ATTRIBUTES, Estimate, Memory
 
@@ -36,6 +36,7 @@ class StreamedForward:
         key = signature((args, kwargs))
         if key not in self._plans:
             self._plans[key] = self._plan(args, kwargs)
+        self.progress.next_call()
         return carry_out(self.forward, args, kwargs, Run(self._plans[key], on_progress=self.progress))
 
     def _plan(self, args: Any, kwargs: Any) -> Plan:
@@ -44,30 +45,30 @@ class StreamedForward:
 
 
 class StreamMemory(Memory):
-    """Of a VAE that is streamed: what the plan expects. Video is not planned: the host's own estimate stands for it."""
+    """Of a VAE that is streamed: what the plans of its calls expect, and what lies beside the streamed part."""
 
     def __init__(
-        self, vae: Any, method: str, host: Estimate, forward: StreamedForward, *starts: Callable[[], None]
+        self, vae: Any, method: str, host: Estimate, part: str, forward: StreamedForward, *starts: Callable[[], None]
     ) -> None:
         super().__init__(vae, method, host, forward.start, *starts)
-        self.budget = forward.budget or None
+        self.part, self.budget, self.progress = part, forward.budget or None, forward.progress
+        self._work: dict[Any, int] = {}
+
+    def __call__(self, shape: Any, dtype: torch.dtype) -> float:
+        answer = super().__call__(shape, dtype)
+        self.progress.expect(shape[0] * self._work.get(self._asked, 0))
+        return answer
 
     def _count(self, sample: tuple[int, ...], dtype: torch.dtype) -> float:
-        if _is_video(sample):
-            return float("inf")
-        return choose(
-            MethodType(getattr(type(self.model), self.method), self.model),  # its own, not what is patched in
-            (torch.empty(sample, dtype=dtype, device="meta"),),
-            {},
+        expected = expect(
+            self.model,
+            self.part,
+            lambda model: getattr(model, self.method)(torch.empty(sample, dtype=dtype, device=self.device)),
             budget=self.budget,
             device=self.device,
             dtype=dtype,
+            seconds=COUNT_SECONDS,
             attributes=HOST_ATTRIBUTES,
-        ).peak
-
-    def maps(self, sample: tuple[int, ...], dtype: torch.dtype) -> int:
-        return 0 if _is_video(sample) else super().maps(sample, dtype)
-
-
-def _is_video(sample: tuple[int, ...]) -> bool:
-    return len(sample) == 5 and sample[2] > 1
+        )
+        self._work[self._asked] = expected.work
+        return expected.peak

@@ -122,14 +122,14 @@ def test_frames_that_a_model_keeps_become_tensors() -> None:
     latent = image(16, 3, 7, 6)
     expected = model.decode(latent, return_dict=False)[0]
     kept: list[Any] = []
-    plain = model.decoder.forward
-
-    def watch(*args: Any, **kwargs: Any) -> Any:
-        kept[:] = kwargs["feat_cache"]
-        return plain(*args, **kwargs)
-
-    model.decoder.forward = watch
     with stream(model.decoder):
+        streamed_forward = model.decoder.forward
+
+        def watch(*args: Any, **kwargs: Any) -> Any:
+            kept[:] = kwargs["feat_cache"]
+            return streamed_forward(*args, **kwargs)
+
+        model.decoder.forward = watch
         result = model.decode(latent, return_dict=False)[0]
     assert_same(result, expected, 1e-5)
     frames = [one for one in kept if isinstance(one, Tensor)]

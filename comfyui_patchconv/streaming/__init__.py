@@ -6,20 +6,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional, Union
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch import nn
 
-from .call import carry_out
+from .call import carry_out, signature
 from .dry_run import choose, choose_if_possible
+from .estimate import Expected, expect
 from .run import CannotStreamError, OnProgress, Plan, Run
 
 __all__ = [
     "CannotStreamError",
+    "Expected",
     "Plan",
     "Run",
     "carry_out",
     "choose",
     "choose_if_possible",
+    "expect",
     "signature",
     "stream",
     "streamed",
@@ -86,11 +88,3 @@ def _method(target: Any) -> tuple[Any, str]:
     if owner is None or not hasattr(owner, "__dict__"):
         raise TypeError(f"{target!r} cannot be streamed: give a module, or a method of an object such as vae.decode.")
     return owner, name
-
-
-def signature(values: Any) -> Any:
-    """What a plan depends on: the shapes, types and devices of tensors."""
-    return tuple(
-        (tuple(value.shape), value.dtype, value.device) if isinstance(value, Tensor) else type(value)
-        for value in tree_flatten(values)[0]
-    )

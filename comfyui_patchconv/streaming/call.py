@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from .buffers import require_room
 from .graph import Node
@@ -28,17 +28,20 @@ def carry_out(function: Callable[..., Any], args: Any, kwargs: Any, run: Run) ->
             lazy = [enter(value, run) for value in given]
             if not run.dry and any(type(value) is LazyTensor and value.device.type == "cpu" for value in lazy):
                 require_room(run.plan.elsewhere)
-            result = function(*lazy[: len(args)], **dict(zip(kwargs, lazy[len(args) :])))
+            for container, content in before:
+                _fill(container, content, lambda value: enter(value, run))
+            with run.origins:
+                result = function(*lazy[: len(args)], **dict(zip(kwargs, lazy[len(args) :])))
             del lazy
-    except CannotStreamError as error:
-        if run.dry:
+    except BaseException as error:
+        for container, content in before:
+            _fill(container, content, lambda value: value)
+        if run.dry or not isinstance(error, CannotStreamError):
             raise
         run.report[str(error)] = 1
-        for container, content in before:
-            container.clear()
-            container.update(content) if isinstance(container, dict) else container.extend(content)
         with torch.no_grad():
             result = function(*args, **kwargs)
+    del before  # the frames that were kept for this call can go as they are read
     with torch.no_grad():
         found: list[LazyTensor] = []
         _settle((result, *given), lambda tensor: found.append(tensor) or tensor)
@@ -53,6 +56,15 @@ def _contents(value: Any) -> list[tuple[Any, Any]]:
         return []
     inner = value.values() if isinstance(value, dict) else value
     return [(value, value.copy()), *(pair for one in inner for pair in _contents(one))]
+
+
+def _fill(container: Any, content: Any, put: Callable[[Any], Any]) -> None:
+    """Make a list or dictionary hold what is in `content`, another one, each value as `put` gives it back."""
+    if isinstance(container, dict):
+        container.clear()
+        container.update((key, put(value)) for key, value in content.items())
+    else:
+        container[:] = [put(value) for value in content]
 
 
 def enter(value: Any, run: Run) -> Any:
@@ -76,3 +88,11 @@ def _settle(value: Any, put: Callable[[LazyTensor], Any], depth: int = 4) -> Non
             put(one)  # in a result, which is mapped as a whole
         else:
             inside[key] = put(one)
+
+
+def signature(values: Any) -> Any:
+    """What a plan depends on: the shapes, types and devices of tensors."""
+    return tuple(
+        (tuple(value.shape), value.dtype, value.device) if isinstance(value, Tensor) else type(value)
+        for value in tree_flatten(values)[0]
+    )

@@ -7,6 +7,7 @@ rows of its inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Optional
 
 import torch
@@ -24,11 +25,12 @@ class Step:
     """How rows of a map come from rows of its inputs.
 
     row_bytes: bytes that an output row takes while it is computed, beside itself and what it is computed from.
-    weight_bytes: bytes that are read for any number of rows.
+    weight_bytes: bytes that are read for any number of rows. moves: see `RowLocal`.
     """
 
     row_bytes = 0
     weight_bytes = 0
+    moves = False
 
     def needs(self, first: int, last: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
         """For each input, of `sizes` rows, the rows that output rows `[first, last)` read: none beyond its edges."""
@@ -40,10 +42,13 @@ class Step:
 
 
 class RowLocal(Step):
-    """An operator that treats each row by itself: `function` of the same rows of every input."""
+    """An operator that treats each row by itself: `function` of the same rows of every input.
 
-    def __init__(self, function: Piece) -> None:
-        self.function = function
+    moves: it arranges values and computes none, so its rows are had anew from its inputs rather than kept.
+    """
+
+    def __init__(self, function: Piece, moves: bool = False) -> None:
+        self.function, self.moves = function, moves
 
     def compute(self, first: int, last: int, pieces: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         return self.function(pieces)
@@ -170,11 +175,14 @@ class UpsampledConvolve(Step):
 
     Each output pixel sees at most 2x2 different small pixels; which of the kernel's rows and columns fall on the same
     one depends on whether it is even or odd. 2.25 times fewer multiplications, and no upsampled map.
-    `call(piece, kernel)` convolves without bias, with a padding of 1 at the left and the right.
+    `call(piece, kernel)` convolves without bias, with a padding of 1 at the left and the right. kernels: what
+    `summed_kernels` makes of the weight.
     """
 
-    def __init__(self, weight: Tensor, bias: Optional[Tensor], call: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.kernels = [[_summed(weight, y, x) for x in (0, 1)] for y in (0, 1)]
+    def __init__(
+        self, kernels: list[list[Tensor]], bias: Optional[Tensor], call: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        self.kernels = kernels
         self.weight_bytes = 4 * self.kernels[0][0].nbytes
         self.bias, self.call = bias, call
 
@@ -185,18 +193,23 @@ class UpsampledConvolve(Step):
         low, high = first // 2, (last - 1) // 2 + 1
         piece, edges = pieces[0], (0, 0, int(low == 0), int(high == sizes[0]))
         piece = F.pad(piece, edges) if any(edges) else piece
-        count, width = high - low, piece.shape[-1]
+        rows, width = high - low, piece.shape[-1]
         output: Optional[Tensor] = None
         for y in (0, 1):
             for x in (0, 1):
-                part = self.call(piece.narrow(-2, y, count + 1), self.kernels[y][x])
+                part = self.call(piece.narrow(-2, y, rows + 1), self.kernels[y][x])
                 if output is None:
-                    output = part.new_empty((*part.shape[:-2], 2 * count, 2 * width))
+                    output = part.new_empty((*part.shape[:-2], 2 * rows, 2 * width))
                 output[..., y::2, x::2] = part[..., x : x + width]
         assert output is not None
         if self.bias is not None:
             output += self.bias.view(-1, 1, 1)
         return output.narrow(-2, first - 2 * low, last - first)
+
+
+def summed_kernels(weight: Tensor) -> list[list[Tensor]]:
+    """The four 2x2 kernels of a 3x3 kernel: `[odd row][odd column]` of the output."""
+    return [[_summed(weight, y, x) for x in (0, 1)] for y in (0, 1)]
 
 
 def _summed(weight: Tensor, odd_row: int, odd_column: int) -> Tensor:
@@ -283,10 +296,14 @@ def _clipped(low: int, high: int, size: int) -> tuple[int, int]:
     return low, max(min(high, size), low + 1)
 
 
+_serials = count()
+
+
 class Node:
     """A feature map: `rows` once it is stored, else `step` and `inputs`.
 
-    users: live tensors and nodes that refer to it; it decides when a stored map may be given up row by row.
+    users: live tensors and nodes that refer to it; it decides when a stored map may be given up row by row. serial: a
+    number that is higher than those of all nodes before it.
     """
 
     def __init__(
@@ -300,7 +317,7 @@ class Node:
         rows: Optional[Rows] = None,
     ) -> None:
         self.run, self.shape, self.dtype, self.device = run, tuple(shape), dtype, device
-        self.step, self.rows = step, rows
+        self.step, self.rows, self.serial = step, rows, next(_serials)
         self.inputs: tuple[Node, ...] = tuple(inputs)
         self.statistics: dict[int, Statistics] = {}
         self.users = 0

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..geometry import Axis
+from ..onednn import conv3d
 from . import engine
 from .graph import (
     Convolve,
@@ -28,6 +29,7 @@ from .graph import (
     Step,
     UpsampledConvolve,
     Wrap,
+    summed_kernels,
 )
 
 aten = torch.ops.aten
@@ -54,7 +56,7 @@ SAME = ("alias", "detach", "contiguous", "lift_fresh")
 """Operators whose result is their input; for others that may be it, see `keeps`."""
 
 Operator = Callable[..., Any]
-_CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
+_CONVOLVE = (F.conv1d, F.conv2d, conv3d)
 _CONVOLVE_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
@@ -69,7 +71,7 @@ def build(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[tu
     if plain in POINTWISE or (plain in OVER_CHANNELS and _over_channels(args, kwargs)):
         return _row_local(getattr(getattr(aten, plain), func._overloadname), args, kwargs)
     if name in _ALONG and _not_along_rows(name, args, kwargs):
-        return _row_local(func, args, kwargs)
+        return _row_local(func, args, kwargs, moves=True)
     return None
 
 
@@ -94,16 +96,21 @@ def keeps(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     return same_place and dtype in (None, input.dtype) and not given.get("copy")
 
 
-def _row_local(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[tuple[Node, ...]]:
+def _row_local(
+    func: Any, args: Sequence[Any], kwargs: dict[str, Any], moves: bool = False
+) -> Optional[tuple[Node, ...]]:
     flat, spec = tree_flatten((list(args), dict(kwargs)))
     height, run = next((value.height, value.run) for value in flat if isinstance(value, Node))
     places: list[int] = []
     inputs: list[Node] = []
     for place, value in enumerate(flat):
         if isinstance(value, Tensor):
-            flat[place] = value = own(value)  # it may be written to before it is read
+            zeros = run.origins.one_zero(value)
+            flat[place] = value = (
+                run.origins.own(value) if zeros is None else zeros
+            )  # it may be written to before it is read
             if value.dim() >= 2 and value.shape[-2] != 1:
-                value = Node.of(value, run, counted=not isinstance(value, nn.Parameter))
+                value = Node.of(value, run, counted=zeros is None and not isinstance(value, nn.Parameter))
         if isinstance(value, torch.device) and value != next(iter(_nodes(flat))).device:
             return None
         if isinstance(value, Node):
@@ -129,8 +136,8 @@ def _row_local(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Option
         return None
     device = inputs[0].device
     if isinstance(meta, Tensor):
-        return (Node(run, meta.shape, meta.dtype, device, RowLocal(call), inputs),)
-    steps = [RowLocal(lambda pieces, index=index: call(pieces)[index]) for index in range(len(outputs))]
+        return (Node(run, meta.shape, meta.dtype, device, RowLocal(call, moves), inputs),)
+    steps = [RowLocal(lambda pieces, index=index: call(pieces)[index], moves) for index in range(len(outputs))]
     return tuple(Node(run, out.shape, out.dtype, device, step, inputs) for out, step in zip(outputs, steps))
 
 
@@ -155,14 +162,16 @@ def _convolution(
     axis = Axis.of(weight.shape[-2], stride[-2], dilation[-2], padding[-2])
     if axis.output_size(input.height) < 1 or weight.dim() != len(input.shape):
         return None
-    weight, bias = own(weight), own(bias)
+    weight, bias = input.run.origins.own(weight), own(bias)
     convolve = _CONVOLVE[sides - 1]
     inner = [*padding[:-2], 0, padding[-1]]
     same = (list(weight.shape[2:]), stride, padding, dilation) == _SAME_3X3
     # Not in half precision: sums of kernels would be rounded once more than plain's.
     if same and _doubles(input.step) and weight.dtype in (torch.float32, torch.float64):
         (small,) = input.inputs
-        doubled = UpsampledConvolve(weight, bias, lambda x, kernel: convolve(x, kernel, padding=(0, 1), groups=groups))
+        kept = input.run.kernels if isinstance(weight, nn.Parameter) else {}  # a video's chunks use one weight
+        kernels = kept.setdefault(id(weight), kept.get(id(weight)) or summed_kernels(weight))
+        doubled = UpsampledConvolve(kernels, bias, lambda x, kernel: convolve(x, kernel, padding=(0, 1), groups=groups))
         shape = (input.shape[0], weight.shape[0], *input.shape[2:])
         return small.then(doubled, shape)
 
@@ -191,7 +200,7 @@ def _transposed(
     sides = len(input.shape) - 2
     stride, padding, added, dilation = (_each(value, sides) for value in (stride, padding, output_padding, dilation))
     axis = Axis.of(weight.shape[-2], stride[-2], dilation[-2], padding[-2])
-    weight, bias = own(weight), own(bias)
+    weight, bias = input.run.origins.own(weight), own(bias)
     convolve = _CONVOLVE_TRANSPOSED[sides - 1]
     inner = [*padding[:-2], 0, padding[-1]]
 
@@ -343,7 +352,7 @@ def _arranged(func: Any, input: Any, *args: Any, **kwargs: Any) -> Optional[Node
         def call(pieces: Sequence[Tensor]) -> Tensor:
             return pieces[0].reshape(*shape[:-2], pieces[0].shape[-2], shape[-1])
 
-    return input.then(RowLocal(call), shape)
+    return input.then(RowLocal(call, moves=True), shape)
 
 
 def _type_as(func: Any, input: Any, other: Any) -> Optional[Node]:

@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Optional
 
+from torch import Tensor
+
 from ..memory import anonymous
+from .origins import Origins
 
 OnProgress = Callable[[int, int], None]
 """Called after each strip with the work done and the work in all, in bytes of maps computed (0: not known)."""
@@ -39,7 +42,8 @@ class Run:
     """State of one call. `held`, `aside`: bytes of stored maps on the device and elsewhere now. The other figures are
     those of a `Plan`.
 
-    dry: maps are counted, not computed. again: sizes of the maps that `unstored_from` could be about.
+    dry: maps are counted, not computed. again: sizes of the maps that `unstored_from` could be about. origins: of plain
+    tensors. kernels: made of a parameter, by its id.
     """
 
     def __init__(
@@ -53,6 +57,8 @@ class Run:
         self.report = {} if report is None else report
         self.held = self.aside = self.peak = self.stored = self.moved = self.elsewhere = self.work = 0
         self.again: set[int] = set()
+        self.origins = Origins(dry)
+        self.kernels: dict[int, list[list[Tensor]]] = {}
         self._on_progress = on_progress
         self._beside: Optional[int] = None
 

@@ -16,13 +16,16 @@ from torch import Tensor
 from .. import planner
 from ..memory import is_out_of_memory, keep_freed_blocks, release, trim
 from .buffers import lasting
-from .graph import Node, RowLocal
+from .graph import Convolve, Node, RowLocal
 
 Sink = Callable[[Tensor], None]
 
 _STRIPS_AT_ONCE = 6
 """Strips of the widest step alive at once: with their halo rows, its result, and what a backend copies of them."""
 
+
+_COPIES = 3
+"""What the widest step takes beside the strips that wait: padded rows, and what a backend copies of them."""
 
 _WEIGHTS = 8
 """What it costs a backend to have weights in its own order for each strip, against computing a map of their size. So
@@ -33,19 +36,20 @@ _SHARE_FOR_WEIGHTS = 8
 
 
 def producers_first(roots: list[Node]) -> list[Node]:
-    """The steps that lead to `roots`, inputs before what reads them; stored maps are not steps."""
-    order: list[Node] = []
-    seen: set[int] = set()
-    stack = [(root, False) for root in roots]
+    """The steps that lead to `roots`, in the order in which the program has them; stored maps are not steps.
+
+    That order suits memory as the program's own does: a video's chunks are computed one after the other.
+    """
+    steps: list[Node] = []
+    seen: set[Node] = set()
+    stack = list(roots)
     while stack:
-        node, expanded = stack.pop()
-        if expanded:
-            order.append(node)
-        elif node.rows is None and id(node) not in seen:
-            seen.add(id(node))
-            stack.append((node, True))
-            stack.extend((source, False) for source in node.inputs)
-    return order
+        node = stack.pop()
+        if node.rows is None and node not in seen:
+            seen.add(node)
+            steps.append(node)
+            stack.extend(node.inputs)
+    return sorted(steps, key=lambda node: node.serial)
 
 
 def rows_that_suit(node: Node, row_bytes: int) -> int:
@@ -128,6 +132,7 @@ class Sweep:
         if self._main.device.type == "cpu":
             keep_freed_blocks()
             run.excess()  # the first time: from here on
+            self._hand_back(planner.ALLOCATOR_BYTES["cpu"])
         state = _State(dict.fromkeys(self._order, 0), {})
         strip_rows, first = self._strip_rows, 0
         while first < height:
@@ -144,17 +149,19 @@ class Sweep:
                     sink(strip)
                 del strip
             state = ahead
-            if self._main.device.type == "cpu" and run.excess() > self._bytes_between_strips():
-                trim()
+            self._hand_back(planner.ALLOCATOR_BYTES["cpu"] + self._line_bytes)
             for node in self._dying:
                 assert node.rows is not None
-                node.rows.give_up(self._next_row(node, state))
+                node.rows.give_up(self._next_row(node, state.done))
             run.progress(work * last // height - work * first // height)
             first = last
 
-    def _bytes_between_strips(self) -> int:
-        """Bytes that may be in use, or free and not handed back, beside what is held between two strips."""
-        return planner.ALLOCATOR_BYTES["cpu"] + self._line_bytes + self._run.spare()
+    def _hand_back(self, usual: int) -> None:
+        """Hand memory that was freed back to the system where it and what is in use are more than `usual` bytes, beside
+        what is held and what that was at the worst moment: glibc often takes new memory for an aligned block of a size
+        that it has just freed."""
+        if self._main.device.type == "cpu" and self._run.excess() > usual + self._run.spare():
+            trim()
 
     def _strips(self, state: _State, first: int, last: int) -> Optional[list[Optional[Tensor]]]:
         """The next rows of each root; None where memory ran out, which is raised for a single row."""
@@ -174,38 +181,48 @@ class Sweep:
                 wanted[root] = rows
         for node in reversed(self._order):  # consumers before producers
             low, high = wanted.get(node, (done[node], done[node]))
-            start = max(low, done[node])
+            assert node.step is not None
+            start = low if node.step.moves else max(low, done[node])
             if start < high:
-                assert node.step is not None
                 for source, (a, b) in zip(node.inputs, node.step.needs(start, high, node.sizes)):
                     c, d = wanted.get(source, (a, b))
                     wanted[source] = (min(a, c), max(b, d))
+        after = {node: max(wanted[node][1], before) if node in wanted else before for node, before in done.items()}
         pieces: dict[Node, tuple[int, Tensor]] = {}
         for node in self._order:
             if node not in wanted:
                 continue
+            assert node.step is not None
             low, high = wanted[node]
-            start = max(low, done[node])
+            start = low if node.step.moves else max(low, done[node])
             parts = []
             if node in state.lines:
                 low, line = state.lines[node]
                 parts.append(line)
             if start < high:
                 parts.append(_compute(node, start, high, pieces))
-                done[node] = high
+                if isinstance(node.step, Convolve):
+                    self._hand_back(self._workspace)
+                done[node] = after[node]
             pieces[node] = (low, parts[0] if len(parts) == 1 else torch.cat(parts, -2))
             del parts
             for source in dict.fromkeys(node.inputs):  # what no later step of this strip reads goes now
                 if source in pieces and self._last_reader(source, wanted) is node:
-                    self._keep_line(source, state, *pieces.pop(source))
+                    self._keep_line(source, state, after, *pieces.pop(source))
         return [pieces.pop(root)[1] if root in wanted else None for root in self._roots]
 
     def _last_reader(self, source: Node, wanted: dict[Node, tuple[int, int]]) -> Optional[Node]:
         return next((node for node in reversed(self._readers[source]) if node in wanted), None)
 
-    def _keep_line(self, node: Node, state: _State, begin: int, rows: Tensor) -> None:
-        """Keep of `node`, of which `rows` from row `begin` on are there, what the next strip reads again."""
-        low, done = max(self._next_row(node, state), begin), state.done[node]
+    def _keep_line(self, node: Node, state: _State, after: dict[Node, int], begin: int, rows: Tensor) -> None:
+        """Keep of `node`, of which `rows` from row `begin` on are there, what the next strip reads again.
+
+        after: the rows done of each step at the end of this strip.
+        """
+        assert node.step is not None
+        if node.step.moves:
+            return
+        low, done = max(self._next_row(node, after), begin), after[node]
         _, before = state.lines.pop(node, (0, None))
         if low < done:
             again = rows.narrow(-2, low - begin, done - low)
@@ -220,14 +237,15 @@ class Sweep:
             room = pair[index] = lasting(rows)
         return room.narrow(-2, 0, rows.shape[-2])
 
-    def _next_row(self, source: Node, state: _State) -> int:
-        """The first row of `source` that is still to be read."""
+    def _next_row(self, source: Node, done: dict[Node, int]) -> int:
+        """The first row of `source` that is still to be read, when so many rows of each step are done."""
         low = source.height
         for node in self._readers[source]:
-            done = state.done[node]
-            if done < node.height:
-                assert node.step is not None
-                for one, (a, _) in zip(node.inputs, node.step.needs(done, done + 1, node.sizes)):
+            assert node.step is not None
+            again = node.step.moves and node in self._readers
+            row = self._next_row(node, done) if again else done[node]
+            if row < node.height:
+                for one, (a, _) in zip(node.inputs, node.step.needs(row, row + 1, node.sizes)):
                     if one is source:
                         low = min(low, a)
         return low
@@ -259,21 +277,55 @@ class Sweep:
     def _bytes_of_lines(self) -> int:
         """Bytes of the rows that are kept between strips, in two parts that take turns."""
         kept = [
-            node.row_bytes * max(_rows_again(node, reader) for reader in readers)
-            for node, readers in self._readers.items()
-            if node.rows is None
+            node.row_bytes * self._rows_again(node)
+            for node in self._readers
+            if node.step is not None and not node.step.moves
         ]
         return 2 * sum(kept)
 
+    def _rows_again(self, source: Node) -> int:
+        """How many rows of `source` two rows in succession of what is computed from it share."""
+        again = 0
+        for reader in self._readers.get(source, ()):
+            assert reader.step is not None
+            again = max(again, self._rows_again(reader) if reader.step.moves else _rows_shared(source, reader))
+        return again
+
     def _bytes_beside_maps(self) -> int:
-        """Bytes taken beside stored maps: the widest step's strips, and the rows kept between strips."""
+        """Bytes taken beside stored maps: a strip's rows, what the widest step adds to them, the rows kept between
+        strips."""
         share = self._strip_rows / max(self._main.height, 1)
         strips = [_row_bytes(node) * (share * node.height + 2) for node in self._order]
-        kept = planner.ALLOCATOR_BYTES.get(self._main.device.type, 0)
-        return int(_STRIPS_AT_ONCE * max(strips)) + self._line_bytes + kept
+        widest = max(_STRIPS_AT_ONCE * max(strips), self._bytes_alive(strips) + _COPIES * max(strips))
+        return int(widest) + self._line_bytes + planner.ALLOCATOR_BYTES.get(self._main.device.type, 0)
+
+    def _bytes_alive(self, strips: list[float]) -> float:
+        """The most bytes of strips, of so many bytes each step's, that later steps still read."""
+        size = dict(zip(self._order, strips))
+        last: dict[Node, int] = {}
+        for place in range(len(self._order) - 1, -1, -1):
+            node = self._order[place]
+            last.setdefault(node, place)
+            looks = _looks_at(node)
+            for source in node.inputs:
+                last[source] = max(last.get(source, 0), last[node] if source is looks else place)
+        going: dict[int, float] = {}
+        alive = most = 0.0
+        for place, node in enumerate(self._order):
+            if _looks_at(node) is None:
+                alive += size[node]
+                going[last[node]] = going.get(last[node], 0.0) + size[node]
+            most = max(most, alive)
+            alive -= going.pop(place, 0.0)
+        return most
 
 
-def _rows_again(source: Node, reader: Node) -> int:
+def _looks_at(node: Node) -> Optional[Node]:
+    """The map that a step gives back a part of as it is, in the same memory, such as some frames of it."""
+    return node.inputs[0] if node.step is not None and node.step.moves and len(node.inputs) == 1 else None
+
+
+def _rows_shared(source: Node, reader: Node) -> int:
     """How many rows of `source` two rows of `reader` in succession share."""
     assert reader.step is not None
     middle = reader.height // 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from math import gcd, prod
 from typing import Any, Optional
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import operators
-from .graph import Attend, Node, RowLocal
+from .graph import Attend, Node, Resample, RowLocal
 
 Viewed = tuple[Node, Tensor]
 """A map and its layout."""
@@ -75,11 +76,43 @@ def _arranged(func: Any, node: Node, layout: Tensor, args: Sequence[Any], kwargs
         return None
     try:
         result = func(layout, *args, **kwargs)
-    except RuntimeError:  # a view that these strides do not allow
+    except (RuntimeError, ValueError):  # ValueError: from a fake tensor
+        return _rearranged(func, node, layout, args, kwargs)  # a view that these strides do not allow
+    if result.numel() != layout.numel() or result.dtype != layout.dtype:
         return None
     shares = result.untyped_storage()._cdata == layout.untyped_storage()._cdata
-    same = result.numel() == layout.numel() and result.dtype == layout.dtype
-    return (node, result) if shares and same else None
+    return (node, result) if shares else _rearranged(func, node, layout, args, kwargs)
+
+
+def _rearranged(func: Any, node: Node, layout: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[Viewed]:
+    """A map of a view's values in their order there, where some rows of it come of some rows of `node`, as in a pixel
+    shuffle written as views: dimensions split, exchanged and merged."""
+    shape = func(torch.empty(layout.shape, dtype=layout.dtype, device="meta"), *args, **kwargs).shape
+    if len(shape) not in (4, 5) or not layout.numel():
+        return None
+    width, size = node.shape[-1], node.height * node.shape[-1]
+    sides, strides = zip(*((side, stride) for side, stride in zip(layout.shape, layout.stride()) if side > 1))
+    for side, stride in zip(sides, strides):
+        unit, limit = (1, width) if stride < width else (width, size) if stride < size else (size, stride * side)
+        if stride % unit or (stride and side * stride > limit):
+            return None
+    common = gcd(node.height, shape[-2])
+    up, down = shape[-2] // common, node.height // common
+    before = prod(shape[:-2])
+    places = [place for place in range(len(sides)) if prod(sides[:place]) == before]
+    place = next((place for place in places if (sides[place], strides[place]) == (common, down * width)), None)
+    if place is None:
+        return None
+
+    def call(pieces: Sequence[Tensor]) -> Tensor:
+        piece = pieces[0].contiguous()
+        count = piece.shape[-2]
+        steps = [stride // node.height * count if stride >= size else stride for stride in strides]
+        values = piece.as_strided((*sides[:place], count // down, *sides[place + 1 :]), steps)
+        return values.reshape(*shape[:-2], count // down * up, shape[-1])
+
+    result = node.then(Resample(up, down, call), shape)
+    return result, layout_of(result)
 
 
 def _holds_map(value: Any) -> bool:

@@ -1,0 +1,54 @@
+"""Strips of video by the kernel that the whole video would go to."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+_SMALL = 20480
+"""Batch x channels x frames x rows up to which torch leaves a 3-D convolution in float32 on a CPU to a kernel that
+copies its input once for each place in the kernel, whatever the width (`ConvParams::use_mkldnn`)."""
+
+
+def conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    """`torch.nn.functional.conv3d`; on a CPU by oneDNN for small inputs too.
+
+    96 channels, 4 frames, 40x256: 0.021 s instead of 0.127 s, without 27 copies of the input.
+    """
+    small = input.dim() == 5 and torch.Size(input.shape[:4]).numel() <= _SMALL and groups == 1
+    if not (small and applies(input) and isinstance(padding, (int, tuple, list))) or input.numel() == 0:
+        return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
+    stride, padding, dilation = (
+        (value,) * 3 if isinstance(value, int) else value for value in (stride, padding, dilation)
+    )
+    return torch.mkldnn_convolution(input, weight, bias, padding, stride, dilation, groups)
+
+
+def applies(input: Tensor) -> bool:
+    """Whether oneDNN takes convolutions of tensors such as `input`."""
+    backend: Any = torch.backends.mkldnn
+    usable = backend.is_available() and getattr(backend, "enabled", True)
+    return usable and input.device.type == "cpu" and input.dtype == torch.float32
+
+
+class _Conv3d(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (conv3d if func is F.conv3d else func)(*args, **(kwargs or {}))
+
+
+def in_strips(input: Tensor) -> AbstractContextManager[object]:
+    """Within the block `F.conv3d`, whoever calls it, is the one above, where `input` is such a video."""
+    return _Conv3d() if input.dim() == 5 and applies(input) else nullcontext()
