@@ -40,8 +40,16 @@ def conv3d(
 def applies(input: Tensor) -> bool:
     """Whether oneDNN takes convolutions of tensors such as `input`."""
     backend: Any = torch.backends.mkldnn
-    usable = backend.is_available() and getattr(backend, "enabled", True)
+    usable = backend.is_available() and getattr(backend, "enabled", True) and not _casts()
     return usable and input.device.type == "cpu" and input.dtype == torch.float32
+
+
+def _casts() -> bool:
+    """Whether autocast chooses types on the CPU: it knows convolutions by their usual names alone."""
+    try:
+        return torch.is_autocast_enabled("cpu")
+    except TypeError:  # before torch 2.4
+        return torch.is_autocast_cpu_enabled()
 
 
 class _Conv3d(TorchFunctionMode):

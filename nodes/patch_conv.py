@@ -19,7 +19,7 @@ from ..comfyui_patchconv.vae_parts import HALVES, half_of, part_of
 from .host import MODEL_CATEGORY, VAE_CATEGORY, advanced, schema
 from .meter import Measured, Meter, measure_sampling
 from .progress import Progress, StreamProgress, Strips
-from .streamed_half import StreamedForward, StreamMemory
+from .streamed_half import StreamedAtOnce, StreamedForward, StreamMemory
 from .vae_memory import Memory, StripMemory
 
 
@@ -221,6 +221,8 @@ def _stream_half(vae: Any, half: str, method: str, budget: int, padding: str, no
         meter = _meter(vae, half, True, progress, node)
         memory = StreamMemory(vae, method, host, key, streamed, meter.start)
         setattr(vae, f"memory_used_{method}", memory)
+        if key != method:
+            vae.patcher.add_object_patch(method, StreamedAtOnce(vae.patcher.get_model_object(method), streamed, memory))
         _measure(vae, method, meter, memory)
     return count
 
@@ -251,7 +253,7 @@ def leave(vae: Any, half: str, method: str) -> None:
     if isinstance(measured, Measured):
         vae.patcher.add_object_patch(method, measured.forward)
     for key, patch in list(vae.patcher.object_patches.items()):
-        if isinstance(patch, StreamedForward) and key == part_of(vae.first_stage_model, half, method):
+        if isinstance(patch, StreamedForward) and key in (method, part_of(vae.first_stage_model, half, method)):
             vae.patcher.add_object_patch(key, patch.forward)
         elif isinstance(patch, TiledForward) and half_of(key.rpartition(".")[0]) == half:
             del vae.patcher.object_patches[key]

@@ -8,7 +8,7 @@ from typing import Any, Optional, Union
 
 from torch import nn
 
-from .call import carry_out, signature
+from .call import carry_out, joins, signature
 from .dry_run import choose, choose_if_possible
 from .estimate import Expected, expect
 from .run import CannotStreamError, OnProgress, Plan, Run
@@ -22,6 +22,7 @@ __all__ = [
     "choose",
     "choose_if_possible",
     "expect",
+    "joins",
     "signature",
     "stream",
     "streamed",
@@ -50,6 +51,8 @@ def streamed(
     plans: dict[Any, Plan] = {}
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        if joins(args, kwargs):
+            return function(*args, **kwargs)
         key = signature((args, kwargs))
         if key not in plans:
             plans[key] = choose_if_possible(function, args, kwargs, budget=budget)

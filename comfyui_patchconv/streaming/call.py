@@ -18,9 +18,11 @@ from .tensor import LazyTensor, evaluated, finish
 def carry_out(function: Callable[..., Any], args: Any, kwargs: Any, run: Run) -> Any:
     """What `function(*args, **kwargs)` returns, computed in strips as `run` says.
 
-    Raises OSError where files have no room for what the plan keeps elsewhere; in a dry run CannotStreamError for what
-    would run plain.
+    Inside of another such call, see `joins`, it is for that one to say. Raises OSError where files have no room for
+    what the plan keeps elsewhere; in a dry run CannotStreamError for what would run plain.
     """
+    if joins(args, kwargs):
+        return function(*args, **kwargs)
     given = (*args, *kwargs.values())
     before = [pair for value in given for pair in _contents(value)]
     try:
@@ -48,6 +50,11 @@ def carry_out(function: Callable[..., Any], args: Any, kwargs: Any, run: Run) ->
         finish(found)
         _settle((result, *given), evaluated)
         return tree_map(evaluated, result)
+
+
+def joins(args: Any, kwargs: Any) -> bool:
+    """Whether the arguments of a call are deferred already, by a streamed call that it is a part of."""
+    return any(type(value) is LazyTensor for value in (*args, *kwargs.values()))
 
 
 def _contents(value: Any) -> list[tuple[Any, Any]]:

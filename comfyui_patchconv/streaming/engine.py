@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Optional
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..geometry import strips
 from .buffers import FileBuffer
-from .graph import Attend, Node, Normalise, RowLocal, Wrap
+from .graph import Attend, Convolve, Node, Normalise, RowLocal, Wrap
 from .rows import Rows, Statistics
 from .sweep import Sweep, producers_first, rows_that_suit
 
@@ -55,8 +55,46 @@ def _prepare(root: Node) -> None:
                 _store([node.inputs[0]])
             node.step.prepare(node.inputs[0])
         elif isinstance(node.step, Attend):
+            store_origins(_attention_to_prepare(root))
             node.step.prepare(*(_all_tokens(source) for source in node.inputs[1:]))
             node.let_go(1)
+
+
+def _attention_to_prepare(root: Node) -> list[list[Node]]:
+    """On the way to `root`, the inputs of each attention that needs nothing else prepared."""
+    waiting: set[Node] = set()
+    found = []
+    for node in producers_first([root]):
+        behind = any(source in waiting for source in node.inputs)
+        if behind or not _is_prepared(node):
+            waiting.add(node)
+        if isinstance(node.step, Attend) and not node.step.prepared and not behind:
+            found.append(list(node.inputs))
+    return found
+
+
+def store_origins(groups: Iterable[Sequence[Node]]) -> None:
+    """For each group of maps that are read one after the other, store the one map that all of them are cheap to have
+    from, in one pass; queries, keys and values would have all before them computed three times otherwise."""
+    origins = dict.fromkeys(origin for origin in map(_origin, groups) if origin is not None)
+    for device in dict.fromkeys(node.device for node in origins):
+        _store([node for node in origins if node.device == device])
+
+
+def _origin(nodes: Sequence[Node]) -> Optional[Node]:
+    """The last map that all ways to `nodes` lead through, where what follows it needs no other rows; None where stored
+    maps are as near."""
+    front, origin = {node for node in nodes if node.rows is None}, None
+    while front:
+        if len(front) == 1:
+            (origin,) = front
+        node = max(front, key=lambda node: node.serial)
+        step = node.step
+        if not (isinstance(step, (RowLocal, Normalise)) or (isinstance(step, Convolve) and step.axis.span == 1)):
+            return origin
+        front.remove(node)
+        front.update(source for source in node.inputs if source.rows is None)
+    return None
 
 
 def _is_prepared(node: Node) -> bool:

@@ -20,10 +20,11 @@ from .run import Plan
 
 @dataclass(frozen=True)
 class Expected:
-    """peak: bytes at once, beyond weights. work: bytes of maps that the streamed part computes, in all its calls."""
+    """peak: bytes at once, beyond weights. work: bytes of maps that the streamed part computes, in all its `calls`."""
 
     peak: int
     work: int
+    calls: int
 
 
 def expect(
@@ -76,7 +77,7 @@ def expect(
         for key, shapes in arguments.items()
     }
     peaks = [held + plans[key].peak for held, key in calls]
-    return Expected(max([live.peak, *peaks]), sum(plans[key].work for _, key in calls))
+    return Expected(max([live.peak, *peaks]), sum(plans[key].work for _, key in calls), len(calls))
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,14 @@ _COPIES = 3
 """What the widest step takes beside the strips that wait: padded rows, and what a backend copies of them."""
 
 _WEIGHTS = 8
-"""What it costs a backend to have weights in its own order for each strip, against computing a map of their size. So
-9 frames of Wan's decoder, 2 latent frames of 24x32, took 1.4 of plain's time, and 2.7 with a cost of 1."""
+"""What it costs a backend to have weights in its own order for each strip, against computing a map of their size."""
 
-_SHARE_FOR_WEIGHTS = 8
-"""Strips that are larger than suits a device, for the sake of weights, take this part of a budget at most."""
+_STEP_BYTES_ELSEWHERE = 4 << 20
+"""Bytes of a strip of an average step, on devices other than the CPU, below which telling the device what to do takes
+longer than doing it. Not measured yet."""
+
+_SHARE_FOR_COSTS = 8
+"""Strips that are larger than suits a device, for the sake of such costs, take this part of a budget at most."""
 
 
 def producers_first(roots: list[Node]) -> list[Node]:
@@ -94,7 +97,7 @@ class Sweep:
         self._dying = [] if keep else self._that_die()
         self._main = max(self._roots, key=lambda root: root.height)
         share = max(_row_bytes(node) * node.height for node in self._order) // max(self._main.height, 1)
-        self._strip_rows = max(rows_that_suit(self._main, share), self._rows_worth_the_weights(share))
+        self._strip_rows = max(rows_that_suit(self._main, share), self._rows_worth_their_costs(share))
         self._line_bytes = self._bytes_of_lines()
         self._workspace = self._bytes_beside_maps()
         self._growth = self._elsewhere = 0
@@ -133,12 +136,12 @@ class Sweep:
             keep_freed_blocks()
             run.excess()  # the first time: from here on
             self._hand_back(planner.ALLOCATOR_BYTES["cpu"])
-        state = _State(dict.fromkeys(self._order, 0), {})
         strip_rows, first = self._strip_rows, 0
+        state = self._filled(min(strip_rows, height))
         while first < height:
             last = min(first + strip_rows, height)
             ahead = _State(dict(state.done), dict(state.lines))
-            strips = self._strips(ahead, first, last)
+            strips = self._strips(ahead, self._wanted(state, first, last), last - first)
             if strips is None:
                 release(self._main.device)
                 strip_rows = (last - first + 1) // 2
@@ -163,22 +166,60 @@ class Sweep:
         if self._main.device.type == "cpu" and self._run.excess() > usual + self._run.spare():
             trim()
 
-    def _strips(self, state: _State, first: int, last: int) -> Optional[list[Optional[Tensor]]]:
+    def _filled(self, rows: int) -> _State:
+        """The state from which the first `rows` rows are no more work than later ones.
+
+        Where a small map is computed from a large one through many steps, its first row needs many rows of that. All
+        steps on the way come that far in strips of the usual size, so that none is wider than what a plan counts.
+        """
+        state = _State(dict.fromkeys(self._order, 0), {})
+        aims = {
+            node: high
+            for node, (_, high) in self._wanted(state, 0, rows).items()
+            if node in self._readers and node.step is not None and not node.step.moves
+        }
+        shares = {node: -(-node.height * rows // max(self._main.height, 1)) + 2 for node in aims}
+        usual = max((_row_bytes(node) * shares[node] for node in aims), default=1)
+        parts = max((-(-_row_bytes(node) * high // max(usual, 1)) for node, high in aims.items()), default=1)
+        part = 1
+        while part < parts:
+            ahead = _State(dict(state.done), dict(state.lines))
+            wanted = {
+                node: (state.done[node], high * part // parts)
+                for node, high in aims.items()
+                if state.done[node] < high * part // parts
+            }
+            if self._strips(ahead, self._with_needs(state, wanted), parts) is None:
+                release(self._main.device)
+                part, parts = 2 * part - 1, 2 * parts
+                continue
+            state, part = ahead, part + 1
+            self._hand_back(planner.ALLOCATOR_BYTES["cpu"] + self._line_bytes)
+        return state
+
+    def _strips(
+        self, state: _State, wanted: dict[Node, tuple[int, int]], rows: int
+    ) -> Optional[list[Optional[Tensor]]]:
         """The next rows of each root; None where memory ran out, which is raised for a single row."""
         try:
-            return self._advance(state, first, last)
+            return self._advance(state, wanted)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or last - first == 1:
+            if not is_out_of_memory(error) or rows == 1:
                 raise
             return None
 
-    def _advance(self, state: _State, first: int, last: int) -> list[Optional[Tensor]]:
-        done, height = state.done, self._main.height
-        wanted: dict[Node, tuple[int, int]] = {}
+    def _wanted(self, state: _State, first: int, last: int) -> dict[Node, tuple[int, int]]:
+        """The rows of each step for rows `[first, last)` of the main root, and for as much of the others."""
+        wanted = {}
         for root in self._roots:
-            rows = done[root], root.height * last // height
+            rows = state.done[root], root.height * last // self._main.height
             if rows[0] < rows[1]:
                 wanted[root] = rows
+        return self._with_needs(state, wanted)
+
+    def _with_needs(self, state: _State, wanted: dict[Node, tuple[int, int]]) -> dict[Node, tuple[int, int]]:
+        """`wanted`, with what it is computed from."""
+        done = state.done
         for node in reversed(self._order):  # consumers before producers
             low, high = wanted.get(node, (done[node], done[node]))
             assert node.step is not None
@@ -187,6 +228,11 @@ class Sweep:
                 for source, (a, b) in zip(node.inputs, node.step.needs(start, high, node.sizes)):
                     c, d = wanted.get(source, (a, b))
                     wanted[source] = (min(a, c), max(b, d))
+        return wanted
+
+    def _advance(self, state: _State, wanted: dict[Node, tuple[int, int]]) -> list[Optional[Tensor]]:
+        """Compute what is wanted; the rows of each root among it."""
+        done = state.done
         after = {node: max(wanted[node][1], before) if node in wanted else before for node, before in done.items()}
         pieces: dict[Node, tuple[int, Tensor]] = {}
         for node in self._order:
@@ -209,6 +255,8 @@ class Sweep:
             for source in dict.fromkeys(node.inputs):  # what no later step of this strip reads goes now
                 if source in pieces and self._last_reader(source, wanted) is node:
                     self._keep_line(source, state, after, *pieces.pop(source))
+            if node in self._readers and self._last_reader(node, wanted) is None:
+                self._keep_line(node, state, after, *pieces.pop(node))
         return [pieces.pop(root)[1] if root in wanted else None for root in self._roots]
 
     def _last_reader(self, source: Node, wanted: dict[Node, tuple[int, int]]) -> Optional[Node]:
@@ -262,16 +310,21 @@ class Sweep:
                         stored.append(source)
         return [node for node in stored if references[node] == node.users]
 
-    def _rows_worth_the_weights(self, row_bytes: int) -> int:
-        """Rows in a strip whose maps outweigh what each strip does with all weights: many for a video's frames.
+    def _rows_worth_their_costs(self, row_bytes: int) -> int:
+        """Rows in a strip whose maps outweigh what each strip costs whatever its size: many for a video's frames.
 
         row_bytes: of the widest step, for a row. A budget is not spent on it.
         """
         height, budget = self._main.height, self._run.plan.budget
+        maps = max(sum(node.bytes for node in self._order), 1)
         weights = sum(node.step.weight_bytes for node in self._order if node.step is not None)
-        rows = _WEIGHTS * weights * height // max(sum(node.bytes for node in self._order), 1)
+        rows = _WEIGHTS * weights * height // maps
+        if self._main.device.type != "cpu":
+            rows = max(rows, _STEP_BYTES_ELSEWHERE * len(self._order) * height // maps)
         if budget is not None:
-            rows = min(rows, budget // _SHARE_FOR_WEIGHTS // _STRIPS_AT_ONCE // max(row_bytes, 1))
+            alive = self._bytes_alive([node.bytes / max(height, 1) for node in self._order])
+            row_bytes = max(_STRIPS_AT_ONCE * row_bytes, int(alive) + _COPIES * row_bytes)
+            rows = min(rows, budget // _SHARE_FOR_COSTS // max(row_bytes, 1))
         return min(rows, max(height, 1))
 
     def _bytes_of_lines(self) -> int:

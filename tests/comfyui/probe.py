@@ -7,6 +7,8 @@ whole: per VAE family, decode and encode in stream mode: the largest difference 
     what was evaluated whole.
 holes: per VAE family, encoding an image with a hole: whether the latent depends on what is in it, and the largest
     difference of strips to whole, of the output's range.
+video: of a decode and an encode of nine frames by a VAE that has them in chunks: the largest difference of stream mode
+    to plain, of the output's range; the estimates in bytes, the peaks measured; how the progress bar moved.
 memory CHECKPOINT SIZE: bytes for a decode: the host's estimate, ours, and the peaks measured.
 """
 
@@ -253,13 +255,37 @@ def memory(pack: str, checkpoint: str, size: str) -> dict[str, int]:
     return answer
 
 
+@torch.inference_mode()
+def video(pack: str) -> dict[str, Any]:
+    recorder = importlib.import_module(f"{pack}.comfyui_patchconv.measure").Recorder
+    utils = importlib.import_module("comfy.utils")
+    moves: list[float] = []
+    utils.set_progress_bar_global_hook(lambda value, total, *_, **__: moves.append(value / total))
+    latent = torch.randn(1, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    pixels = torch.rand(9, 256, 256, 3, generator=torch.Generator().manual_seed(1))
+    model = build("comfy.ldm.wan.vae.WanVAE", WAN | {"num_res_blocks": 2})
+    plain, _, streamed = vaes(pack, load_vae(model), splits=0, threshold=16.0)
+    answer: dict[str, Any] = {}
+    for method, input in (("decode", latent), ("encode", pixels)):
+        shape = input.shape if method == "decode" else (1, 3, 9, 256, 256)
+        results = []
+        for name, vae in (("plain", plain), ("streamed", streamed)):
+            getattr(vae, method)(input[..., :8, :8] if method == "decode" else input[:, :64, :64])
+            answer[f"{method} {name} estimate"] = int(getattr(vae, f"memory_used_{method}")(shape, vae.vae_dtype))
+            moves.clear()
+            with recorder(vae.device) as recorded:
+                results.append(getattr(vae, method)(input).float())
+            answer[f"{method} {name} measured"] = recorded.peak
+        first, second = results
+        answer[f"{method} difference"] = float((first - second).abs().max() / (first.max() - first.min()))
+        answer[f"{method} moves"] = list(moves)
+    return answer
+
+
 if __name__ == "__main__":
     path, question, *arguments = sys.argv[1:]
     package = start_host(path)
-    print(
-        json.dumps(
-            {"halves": halves, "streamed": streamed, "whole": whole, "holes": holes, "memory": memory}[question](
-                package, *arguments
-            )
-        )
-    )
+    questions = {
+        "halves": halves, "streamed": streamed, "whole": whole, "holes": holes, "video": video, "memory": memory,
+    }  # fmt: skip
+    print(json.dumps(questions[question](package, *arguments)))

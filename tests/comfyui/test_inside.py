@@ -44,6 +44,19 @@ def test_weights_streamed_at_every_use(checkout: Path) -> None:
     assert answer["difference"] <= 1e-5
 
 
+def test_video_in_chunks(checkout: Path) -> None:
+    """Wan's decoder gets a few frames at a time, and keeps frames for the next: all of it is streamed at once."""
+    answer = probe(checkout, "video")
+    print({key: value for key, value in answer.items() if "moves" not in key})
+    for method in ("decode", "encode"):
+        assert answer[f"{method} difference"] <= 1e-5
+        assert answer[f"{method} streamed estimate"] < answer[f"{method} plain estimate"] / 2
+        assert answer[f"{method} streamed measured"] <= answer[f"{method} streamed estimate"] * 1.15
+        assert answer[f"{method} streamed measured"] < answer[f"{method} plain measured"] / 2
+        moves = answer[f"{method} moves"]
+        assert moves == sorted(moves)
+
+
 @pytest.mark.slow
 def test_stated_memory(checkout: Path, checkpoint: str) -> None:
     """What the patched VAE asks the host for is enough, and nearer to the need than the host's own estimate.
