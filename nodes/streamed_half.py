@@ -18,7 +18,6 @@ from ..comfyui_patchconv.streaming import Plan, Run, carry_out, choose, choose_i
 from .progress import StreamProgress
 from .vae_memory import HOST_ATTRIBUTES, Estimate, Memory
 
-
 _MORE_WORK = 1.25
 """How much more a VAE's chunks may be to compute all at once than one by one."""
 
@@ -96,12 +95,12 @@ class StreamMemory(Memory):
             **settings,
         )
         peak, work, plan = expected.peak, expected.work, None
-        if expected.calls > 1 and self.part != self.method:
+        if expected.calls != 1 and self.part != self.method:  # none: the method goes through the part's inside itself
             method = MethodType(getattr(type(self.model), self.method), self.model)  # its own, not what is patched in
             input = torch.empty(sample, dtype=dtype, device="meta")
             with suppress(Exception):
                 plan = choose(method, (input,), {}, **settings)
-        if plan is not None and plan.peak + input.nbytes < peak and plan.work <= _MORE_WORK * work:
+        if plan is not None and plan.peak + input.nbytes < peak and (not work or plan.work <= _MORE_WORK * work):
             peak, work = plan.peak + input.nbytes, plan.work
         else:
             plan = None

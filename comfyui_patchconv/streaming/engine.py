@@ -55,7 +55,7 @@ def _prepare(root: Node) -> None:
                 _store([node.inputs[0]])
             node.step.prepare(node.inputs[0])
         elif isinstance(node.step, Attend):
-            store_origins(_attention_to_prepare(root))
+            _store_origins(_attention_to_prepare(root))
             node.step.prepare(*(_all_tokens(source) for source in node.inputs[1:]))
             node.let_go(1)
 
@@ -73,7 +73,15 @@ def _attention_to_prepare(root: Node) -> list[list[Node]]:
     return found
 
 
-def store_origins(groups: Iterable[Sequence[Node]]) -> None:
+def expect_reads(nodes: Sequence[Node]) -> None:
+    """These maps are about to be read one after the other."""
+    for node in nodes:
+        if node.rows is None:
+            _prepare(node)
+    _store_origins([nodes])
+
+
+def _store_origins(groups: Iterable[Sequence[Node]]) -> None:
     """For each group of maps that are read one after the other, store the one map that all of them are cheap to have
     from, in one pass; queries, keys and values would have all before them computed three times otherwise."""
     origins = dict.fromkeys(origin for origin in map(_origin, groups) if origin is not None)

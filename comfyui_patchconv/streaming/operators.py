@@ -427,10 +427,14 @@ def _each(value: Any, sides: int) -> list[int]:
 
 
 def _over_channels(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    dims = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, (list, tuple))]
-    if "softmax" in kwargs or not dims:
-        return isinstance(args[0], Node) and 1 in args[1:2]
-    return list(dims[0]) == [1]
+    """Whether a reduction of a map runs over dimensions between the batch and the rows alone."""
+    given = [*args[1:2], *(kwargs[key] for key in ("dim",) if key in kwargs)]
+    lists = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, (list, tuple))]
+    dims = lists[0] if lists else [value for value in given if isinstance(value, int) and not isinstance(value, bool)]
+    if not isinstance(args[0], Node) or not dims:
+        return False
+    sides = len(args[0].shape)
+    return all(0 < dim % sides < sides - 2 for dim in dims)
 
 
 _ALONG = {

@@ -154,7 +154,7 @@ def _whole(func: Any, name: str, target: Any, args: Any, kwargs: Any, run: Run) 
         raise CannotStreamError(f"{name} writes through a view")
     lazy = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, LazyTensor)]
     if name == "bmm":
-        engine.store_origins([[tensor._hold.node for tensor in lazy]])
+        engine.expect_reads([tensor._hold.node for tensor in lazy])
     args, kwargs = tree_map(evaluated, (args, kwargs))
     if name == "bmm" and not kwargs:
         return func(*args) if any(isinstance(value, Scores) for value in args) else Scores(*args)

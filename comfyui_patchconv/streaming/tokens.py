@@ -81,14 +81,15 @@ def _arranged(func: Any, node: Node, layout: Tensor, args: Sequence[Any], kwargs
     if result.numel() != layout.numel() or result.dtype != layout.dtype:
         return None
     shares = result.untyped_storage()._cdata == layout.untyped_storage()._cdata
-    return (node, result) if shares else _rearranged(func, node, layout, args, kwargs)
+    back = len(node.shape) > 5 and result.dim() in (4, 5)  # split, exchanged and merged
+    return (node, result) if shares and not back else _rearranged(func, node, layout, args, kwargs)
 
 
 def _rearranged(func: Any, node: Node, layout: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[Viewed]:
     """A map of a view's values in their order there, where some rows of it come of some rows of `node`, as in a pixel
     shuffle written as views: dimensions split, exchanged and merged."""
     shape = func(torch.empty(layout.shape, dtype=layout.dtype, device="meta"), *args, **kwargs).shape
-    if len(shape) not in (4, 5) or not layout.numel():
+    if len(shape) < 4 or not layout.numel():
         return None
     width, size = node.shape[-1], node.height * node.shape[-1]
     sides, strides = zip(*((side, stride) for side, stride in zip(layout.shape, layout.stride()) if side > 1))

@@ -1,0 +1,242 @@
+"""What video models do besides: frames kept for the next chunk, zeros before the first, pixels shuffled by views."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conv_helpers import assert_same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_zoo import draw_weights, image, wan
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from comfyui_patchconv import onednn, planner
+from comfyui_patchconv.convert import convert_model
+from comfyui_patchconv.streaming import Run, carry_out, choose, stream, streamed
+from comfyui_patchconv.streaming.run import Plan
+
+
+class Causal(nn.Module):
+    """Convolutions over time that keep their last two frames, and zeros before the first, as Wan's are."""
+
+    def __init__(self, layers: int = 3, channels: int = 8) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv3d(channels, channels, 3, padding=(0, 1, 1)) for _ in range(layers))
+
+    def forward(self, x: Tensor, kept: list[Any]) -> Tensor:
+        for index, layer in enumerate(self.layers):
+            before = kept[index]
+            if before is None:
+                before = torch.zeros(*x.shape[:2], 2, *x.shape[3:], dtype=x.dtype)
+            frames = torch.cat([before, x], 2)
+            kept[index] = frames[:, :, -2:]
+            x = F.silu(layer(frames))
+        return x
+
+    def decode(self, x: Tensor) -> Tensor:
+        kept: list[Any] = [None] * len(self.layers)
+        return torch.cat([self(chunk, kept) for chunk in x.split(2, 2)], 2)
+
+
+@pytest.fixture
+def small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(planner.STRIP_BYTES, "cpu", 20_000)
+    monkeypatch.setattr(planner, "ALLOCATOR_BYTES", {"cpu": 0})
+    monkeypatch.setattr("comfyui_patchconv.streaming.sweep._WEIGHTS", 0)
+
+
+@pytest.mark.usefixtures("small_strips")
+def test_all_chunks_at_once() -> None:
+    """Chunks in one call: the frames kept between them are never stored, nor are the zeros before the first."""
+    model, x = Causal(), image(8, 6, 96, 16)
+    with torch.no_grad():
+        expected = model.decode(x)
+        plan = choose(model.decode, (x,), {})
+        run = Run(plan)
+        result = carry_out(model.decode, (x,), {}, run)
+    assert_same(result, expected, 1e-6)
+    assert run.peak == plan.peak
+    assert plan.stored == expected.nbytes  # the result, and nothing else
+
+
+@pytest.mark.usefixtures("small_strips")
+def test_frames_of_the_caller_are_not_copied() -> None:
+    """Frames in a caller's list are its own: they are no part of what a call takes."""
+    model, x = Causal(1), image(8, 2, 96, 16)
+    kept = [image(8, 2, 96, 16)]
+    plan = choose(model.forward, (x, kept), {})
+    assert plan.stored == 2 * x.nbytes  # the result, and the frames to keep for the next call
+
+
+def test_an_error_leaves_the_callers_frames() -> None:
+    def run(x: Tensor, kept: list[Any]) -> Tensor:
+        kept[0] = kept[0] + x
+        raise KeyError("x")
+
+    before = torch.ones(1, 2, 9, 5)
+    kept = [before]
+    with pytest.raises(KeyError):
+        streamed(run)(torch.ones(1, 2, 9, 5), kept)
+    assert kept[0] is before
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_zeros_that_something_is_written_to(late: bool) -> None:
+    """Before they are read, or after: what counts is what they were when plain would have read them."""
+
+    def run(x: Tensor) -> Tensor:
+        zeros = torch.zeros(1, 4, 64, 64, 8).squeeze(0)[None]
+        if not late:
+            zeros[:, :, 3] = 5.0
+        y = torch.cat([zeros, x], 1)
+        zeros[:, :, 4] = 7.0
+        return y * 2
+
+    x = torch.randn(1, 4, 64, 64, 8)
+    assert torch.equal(streamed(run)(x), run(x))
+
+
+def test_zeros_that_no_operator_wrote_to() -> None:
+    def run(x: Tensor) -> Tensor:
+        zeros = torch.zeros(1, 4, 64, 64, 8)
+        zeros.numpy()[:] = 3.0
+        return torch.cat([zeros, x], 1) * 2
+
+    x = torch.randn(1, 4, 64, 64, 8)
+    assert torch.equal(streamed(run)(x), run(x))
+
+
+def test_parts_of_parameters_are_not_copied() -> None:
+    """Wan's first frame takes the last third of a kernel; a weight that is no parameter may be a host's buffer."""
+    weight = nn.Parameter(torch.randn(4, 4, 3, 3, 3))
+    run = Run(Plan())
+    found: list[Any] = []
+
+    def call(x: Tensor) -> Tensor:
+        parts = weight[:, :, -1:], weight.detach().clone()[:, :, -1:]
+        found.extend((part, run.origins.own(part)) for part in parts)
+        return x
+
+    carry_out(call, (torch.ones(1, 4, 1, 6, 6),), {}, run)
+    assert [one is other for one, other in found] == [True, False]
+
+
+def upsampled(x: Tensor, factors: tuple[int, int, int]) -> Tensor:
+    """Channels become frames, rows and columns between those that are there: Wan 2.2's shortcut."""
+    t, h, w = factors
+    batch, channels, frames, height, width = x.shape
+    x = x.repeat_interleave(2, 1).view(batch, 2 * channels // (t * h * w), t, h, w, frames, height, width)
+    x = x.permute(0, 1, 5, 2, 6, 3, 7, 4).contiguous()
+    return x.view(batch, -1, frames * t, height * h, width * w)
+
+
+def averaged(x: Tensor, factors: tuple[int, int, int]) -> Tensor:
+    """The other way round, with means of groups of channels."""
+    t, h, w = factors
+    batch, channels, frames, height, width = x.shape
+    x = x.view(batch, channels, frames // t, t, height // h, h, width // w, w).permute(0, 1, 3, 5, 7, 2, 4, 6)
+    x = x.reshape(batch, -1, 2, frames // t, height // h, width // w)
+    return x.mean(2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([upsampled, averaged]),
+    st.tuples(st.integers(1, 3), st.integers(2, 3), st.integers(2, 3)),
+    st.tuples(*[st.integers(1, 4)] * 4),
+    st.sampled_from([1, 3_000, 10**6]),
+)
+def test_pixels_shuffled_by_views(
+    shuffle: Any, factors: tuple[int, int, int], sizes: tuple[int, int, int, int], strip_bytes: int
+) -> None:
+    """Row by row, between two convolutions, and never whole."""
+    t, h, w = factors
+    batch, frames, height, width = sizes
+    channels = t * h * w * 2
+    x = torch.randn(batch, channels, frames * t, height * h, width * w, dtype=torch.float64)
+    before = torch.randn(channels, channels, 1, 3, 3, dtype=torch.float64)
+
+    def run(x: Tensor) -> Tensor:
+        y = shuffle(F.conv3d(x, before, padding=(0, 1, 1)), factors)
+        return F.conv3d(y, torch.ones(1, y.shape[1], 1, 3, 3, dtype=torch.float64), padding=(0, 1, 1))
+
+    report: dict[str, int] = {}
+    saved = planner.STRIP_BYTES["cpu"]
+    planner.STRIP_BYTES["cpu"] = strip_bytes
+    try:
+        result = streamed(run, report=report)(x)
+    finally:
+        planner.STRIP_BYTES["cpu"] = saved
+    assert_same(result, run(x), 1e-12)
+    assert report == {} or height == 1
+
+
+@pytest.mark.usefixtures("small_strips")
+def test_an_encoders_first_strip_is_no_wider(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first row of a small map reads many rows of a large one; they come in strips too."""
+    seen: list[int] = []
+
+    def watched(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if x.device.type != "meta":
+            seen.append(x.shape[-2])
+        return F.conv2d(x, *args, **kwargs)
+
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3, 2 if layer < 3 else 1, 1) for layer in range(9)))
+    x = torch.randn(1, 4, 512, 32)
+    with torch.no_grad():
+        expected = model(x)
+        monkeypatch.setattr("comfyui_patchconv.streaming.operators._CONVOLVE", (F.conv1d, watched, F.conv3d))
+        result = streamed(model)(x)
+    assert_same(result, expected, 1e-6)
+    assert max(seen) < 64  # of 118 that the first row needs
+
+
+def slow_convolutions(run: Any) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    return sum(event.count for event in profile.key_averages() if "slow_conv3d" in event.key)
+
+
+@pytest.mark.skipif(not onednn.applies(torch.ones(1)), reason="this torch has no oneDNN")
+def test_strips_of_video_go_to_the_kernel_of_the_whole() -> None:
+    model, x = nn.Conv3d(16, 16, 3, padding=(0, 1, 1)), torch.randn(1, 16, 4, 400, 16)
+    with torch.no_grad():
+        expected = model(x)
+        assert slow_convolutions(lambda: model(x)) == 0
+        with stream(model):
+            assert slow_convolutions(lambda: model(x)) == 0
+            assert_same(model(x), expected, 1e-6)
+        convert_model(model, splits=8, threshold=0)
+        assert slow_convolutions(lambda: model(x)) == 0
+        assert_same(model(x), expected, 1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.tuples(st.integers(1, 4), st.integers(3, 6), st.integers(3, 9), st.integers(3, 9)),
+    st.tuples(*[st.integers(1, 3)] * 3),
+    st.tuples(*[st.integers(1, 2)] * 3),
+    st.tuples(*[st.integers(0, 2)] * 3),
+    st.booleans(),
+)
+def test_small_video(
+    sizes: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], bias: bool
+) -> None:
+    x, weight = torch.randn(1, *sizes), torch.randn(5, sizes[0], *kernel)
+    given = (x, weight, torch.randn(5) if bias else None, stride, padding)
+    assert_same(onednn.conv3d(*given), F.conv3d(*given), 1e-5)
+
+
+def test_wans_chunks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a decode in one call, as many strips as rows."""
+    monkeypatch.setitem(planner.STRIP_BYTES, "cpu", 1)
+    monkeypatch.setattr("comfyui_patchconv.streaming.sweep._WEIGHTS", 0)
+    model: Any = draw_weights(wan())
+    latent = image(16, 4, 6, 5)
+    expected = model.decode(latent, return_dict=False)[0]
+    with stream(model.decode), torch.no_grad():
+        result = model.decode(latent, return_dict=False)[0]
+    assert_same(result, expected, 1e-5)
