@@ -40,6 +40,7 @@ BENCHMARKS = {
     "streaming_4096": [
         *("streaming.py", "--name", "streaming_4096", "--sizes", "4096", "--methods", "bounded", "--rounds", "1"),
     ],
+    "streaming_video": ["streaming_video.py"],
     "partial_conv": ["partial_conv.py"],
     "patch_diffusion": ["patch_diffusion.py"],
     "patch_ddpm": ["patch_ddpm.py"],

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from comfyui_patchconv import planner
 from comfyui_patchconv.streaming import Plan, choose, stream, streamed
-from comfyui_patchconv.streaming.buffers import FileBuffer, HostBuffer
+from comfyui_patchconv.streaming.buffers import FileBuffer, HostBuffer, lasting
 from comfyui_patchconv.streaming.call import carry_out
+from comfyui_patchconv.streaming.rows import _is_borrowed
 from comfyui_patchconv.streaming.run import Run
 
 
@@ -248,3 +249,12 @@ def test_host_memory_keeps_values() -> None:
     kept = HostBuffer().keep(strip)
     assert torch.equal(kept, strip)
     assert kept.data_ptr() != strip.data_ptr()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_memory_that_is_used_again_is_no_strip_to_keep(device: str) -> None:
+    line = lasting(torch.empty(1, 4, 3, 5, device=device))
+    assert line.shape == (1, 4, 3, 5)
+    assert _is_borrowed(line)
+    if hasattr(line.untyped_storage(), "resizable"):  # torch 2.1 cannot tell, and copies all
+        assert not _is_borrowed(torch.empty(1, 4, 3, 5, device=device))

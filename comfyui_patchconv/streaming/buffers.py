@@ -135,11 +135,12 @@ def _no_room(size: int, why: object) -> str:
 
 
 def lasting(like: Tensor) -> Tensor:
-    """An empty tensor as `like`; on the CPU in memory of its own, where the system has that.
+    """An empty tensor as `like` that a map cannot mistake for a strip of its own (`rows._is_borrowed`): in more memory
+    than it needs, or on the CPU in the system's, where that is possible.
 
     It outlives the temporary tensors around it, between which it would leave gaps that the allocator cannot use.
     """
     flags = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
     if like.device.type != "cpu" or not flags or not like.nbytes:
-        return torch.empty_like(like)
+        return like.new_empty((*like.shape[:-2], like.shape[-2] + 1, like.shape[-1])).narrow(-2, 0, like.shape[-2])
     return torch.frombuffer(mmap.mmap(-1, like.nbytes, flags=flags), dtype=like.dtype).view(like.shape)
