@@ -240,3 +240,23 @@ def test_wans_chunks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with stream(model.decode), torch.no_grad():
         result = model.decode(latent, return_dict=False)[0]
     assert_same(result, expected, 1e-5)
+
+
+def test_a_method_under_its_decorators_name() -> None:
+    """As diffusers' `decode` is in some versions."""
+
+    def decorated(method: Any) -> Any:
+        def wrapper(self: Any, x: Tensor) -> Tensor:
+            return method(self, x)
+
+        return wrapper
+
+    class Decorated(Causal):
+        decode = decorated(Causal.decode)
+
+    model, x = Decorated(1), image(8, 2, 9, 5)
+    with torch.no_grad(), stream(model.decode):
+        assert "decode" in model.__dict__
+        result = model.decode(x)
+    assert "decode" not in model.__dict__
+    assert_same(result, model.decode(x), 1e-6)

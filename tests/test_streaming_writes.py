@@ -83,6 +83,12 @@ def into_a_row(x: Tensor) -> Tensor:
     return z + y
 
 
+def into_a_row_of_some_channels(x: Tensor) -> Tensor:
+    y = convolved(x)
+    y[:, 1:3, 0] = 0
+    return y * 2
+
+
 def into_a_row_of_one_channel(x: Tensor) -> Tensor:
     y = convolved(x)
     z, row = y * 2, y[0, 0, 0]
@@ -130,7 +136,8 @@ def into_what_had_that_type_already(x: Tensor) -> tuple[Tensor, Tensor]:
 
 WRITES: list[Function] = [
     into_a_plain_tensor, into_a_part_of_a_plain_tensor, into_an_operand, into_scores, into_turned_scores,
-    into_scores_otherwise, into_a_row, into_a_row_of_one_channel, into_exchanged_dimensions, out_of_an_operator,
+    into_scores_otherwise, into_a_row, into_a_row_of_some_channels,
+    into_a_row_of_one_channel, into_exchanged_dimensions, out_of_an_operator,
     out_of_an_operator_into_a_plain_tensor, into_what_was_contiguous_already, into_what_had_that_type_already,
 ]  # fmt: skip
 

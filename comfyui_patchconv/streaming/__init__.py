@@ -10,8 +10,9 @@ from torch import nn
 
 from .call import carry_out, joins, signature
 from .dry_run import choose, choose_if_possible
+from .errors import CannotStreamError
 from .estimate import Expected, expect
-from .run import CannotStreamError, OnProgress, Plan, Run
+from .run import OnProgress, Plan, Run
 
 __all__ = [
     "CannotStreamError",
@@ -87,7 +88,10 @@ def stream(
 
 
 def _method(target: Any) -> tuple[Any, str]:
-    owner, name = getattr(target, "__self__", None), getattr(target, "__name__", "")
-    if owner is None or not hasattr(owner, "__dict__"):
+    """The object and the name under which it has a method; one that a decorator made may have the decorator's."""
+    owner, function = getattr(target, "__self__", None), getattr(target, "__func__", None)
+    names = [getattr(target, "__name__", ""), *dir(type(owner))]
+    name = next((name for name in names if getattr(getattr(owner, name, None), "__func__", None) is function), "")
+    if owner is None or not hasattr(owner, "__dict__") or not name:
         raise TypeError(f"{target!r} cannot be streamed: give a module, or a method of an object such as vae.decode.")
     return owner, name

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .buffers import require_room
+from .errors import CannotStreamError
 from .graph import Node
-from .run import CannotStreamError, Run
+from .run import Run
 from .tensor import LazyTensor, evaluated, finish
 
 

@@ -10,6 +10,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from .errors import CannotStreamError
+
 _MAKERS = ("zeros", "zeros_like", "new_zeros")
 
 _SMALL = 1 << 16
@@ -18,7 +20,7 @@ _SMALL = 1 << 16
 
 class Origins(TorchDispatchMode):
     """While it is entered, remembers which tensors are zeros that no operator has written to, as video models put them
-    before the first frames, and which are parts of parameters.
+    before the first frames, and which are parts of parameters. Raises CannotStreamError for a write that would be lost.
 
     dry: tensors have no values that could be looked at.
     """
@@ -28,9 +30,15 @@ class Origins(TorchDispatchMode):
         self._dry = dry
         self._zeros: dict[int, StorageWeakRef] = {}
         self._parameters: dict[int, StorageWeakRef] = {}
+        self._parts: dict[int, StorageWeakRef] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._parts and func._schema.is_mutable:
+            for argument, value in zip(func._schema.arguments, args):
+                written = argument.alias_info is not None and argument.alias_info.is_write
+                if written and isinstance(value, Tensor) and _storage(value) in self._parts:
+                    raise CannotStreamError(f"{func.overloadpacket.__name__} writes through a view of a view")
         result = func(*args, **kwargs)
         if func.overloadpacket.__name__ in _MAKERS:
             if result.nbytes >= _SMALL:
@@ -42,6 +50,10 @@ class Origins(TorchDispatchMode):
         elif args and isinstance(args[0], nn.Parameter):
             _remember(args[0], self._parameters)
         return result
+
+    def stands_alone(self, part: Tensor) -> None:
+        """`part` was computed for what should be a view of a deferred map: a write to it has to reach that."""
+        _remember(part, self._parts)
 
     def one_zero(self, tensor: Tensor) -> Optional[Tensor]:
         """The same values as `tensor`, all zeros, in the memory of one; None where it is not known to be of zeros."""

@@ -15,10 +15,6 @@ OnProgress = Callable[[int, int], None]
 """Called after each strip with the work done and the work in all, in bytes of maps computed (0: not known)."""
 
 
-class CannotStreamError(RuntimeError):
-    """A write that maps which wait would see, or would have to: the computation has to run plain."""
-
-
 @dataclass(frozen=True)
 class Plan:
     """How to run, and what that is expected to take.

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from . import operators
-from .run import CannotStreamError
+from .errors import CannotStreamError
 
 _BLOCK_BYTES = 256 << 20
 """Of scores at once, where a device's kernel makes them."""

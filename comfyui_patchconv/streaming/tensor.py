@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from . import engine, operators, tokens
+from .errors import CannotStreamError
 from .graph import Node
 from .rows import Rows
-from .run import CannotStreamError, Run
+from .run import Run
 from .scores import Scores
 
 _VIEWS = (*tokens.SEVERAL, *operators.ARRANGING, "slice", "narrow", "select", "unsqueeze", "squeeze")
@@ -186,6 +187,8 @@ def _lazy_again(value: Any, run: Run, sources: list[LazyTensor]) -> Any:
     owners = [source._hold for source in sources if _shares_memory(value, source._hold.node)]
     if value.dim() not in (4, 5) or not value.is_floating_point():
         for hold in owners:
+            if hold.viewed:
+                run.origins.stands_alone(value)
             _expose(hold, run)
         return value
     result = LazyTensor.of(Node.of(value, run))
