@@ -181,13 +181,15 @@ class Sweep:
         shares = {node: -(-node.height * rows // max(self._main.height, 1)) + 2 for node in aims}
         usual = max((_row_bytes(node) * shares[node] for node in aims), default=1)
         parts = max((-(-_row_bytes(node) * high // max(usual, 1)) for node, high in aims.items()), default=1)
+        most = max((high / node.height for node, high in aims.items()), default=0.0)
         part = 1
         while part < parts:
             ahead = _State(dict(state.done), dict(state.lines))
+            left = most * (1 - part / parts)  # of each map's height, so that no step needs rows beyond another's aim
             wanted = {
-                node: (state.done[node], high * part // parts)
+                node: (state.done[node], int(high - left * node.height))
                 for node, high in aims.items()
-                if state.done[node] < high * part // parts
+                if state.done[node] < int(high - left * node.height)
             }
             if self._strips(ahead, self._with_needs(state, wanted), parts) is None:
                 release(self._main.device)

@@ -51,7 +51,8 @@ def test_video_in_chunks(checkout: Path) -> None:
     for method in ("decode", "encode"):
         assert answer[f"{method} difference"] <= 1e-5
         assert answer[f"{method} streamed estimate"] < answer[f"{method} plain estimate"] / 2
-        assert answer[f"{method} streamed measured"] <= answer[f"{method} streamed estimate"] * 1.15
+        copies = 2 * 9 * 384 * 384 * 3 * 4  # of the pixels, by the host itself
+        assert answer[f"{method} streamed measured"] <= answer[f"{method} streamed estimate"] * 1.15 + copies
         assert answer[f"{method} streamed measured"] < answer[f"{method} plain measured"] / 2
         moves = answer[f"{method} moves"]
         assert moves == sorted(moves)

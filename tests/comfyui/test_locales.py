@@ -29,7 +29,8 @@ def test_english_names_what_the_host_lists(server: Server) -> None:
     for name, node in listed.items():
         text = english[name]
         assert (text["display_name"], text["description"]) == (node["display_name"], node["description"])
-        inputs = {key: entry for group in node["input"].values() for key, entry in group.items()}
+        seen = [group for kind, group in node["input"].items() if kind != "hidden"]
+        inputs = {key: entry for group in seen for key, entry in group.items()}
         assert set(text["inputs"]) - {"control_after_generate"} == set(inputs)
         for key, entry in inputs.items():
             assert text["inputs"][key]["tooltip"] == entry[1]["tooltip"]
