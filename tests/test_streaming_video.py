@@ -194,6 +194,29 @@ def test_an_encoders_first_strip_is_no_wider(monkeypatch: pytest.MonkeyPatch) ->
     assert max(seen) < 64  # of 118 that the first row needs
 
 
+@pytest.mark.usefixtures("small_strips")
+@pytest.mark.parametrize("limit", [0, 12, 20, 40])
+def test_first_strips_that_do_not_fit(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory for so many rows at a time: smaller steps, and an error where not even a row fits."""
+
+    def limited(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if x.device.type != "meta" and x.shape[-2] > limit:
+            raise MemoryError
+        return F.conv2d(x, *args, **kwargs)
+
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3, 2 if layer < 3 else 1, 1) for layer in range(9)))
+    x = torch.randn(1, 4, 512, 32)
+    with torch.no_grad():
+        expected = model(x)
+        monkeypatch.setattr("comfyui_patchconv.streaming.operators._CONVOLVE", (F.conv1d, limited, F.conv3d))
+        if limit == 0:
+            with pytest.raises(MemoryError):
+                streamed(model)(x)
+            return
+        result = streamed(model)(x)
+    assert_same(result, expected, 1e-6)
+
+
 def slow_convolutions(run: Any) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         run()

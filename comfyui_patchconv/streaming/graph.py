@@ -230,6 +230,8 @@ class Pad(Step):
     `call` pads a piece on its other sides. mode: `constant` (with `value`), `reflect` or `replicate`.
     """
 
+    moves = True
+
     def __init__(self, before: int, after: int, mode: str, value: float, call: Piece) -> None:
         self.before, self.after, self.mode, self.value, self.call = before, after, mode, value, call
 

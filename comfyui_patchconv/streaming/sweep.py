@@ -16,13 +16,12 @@ from torch import Tensor
 from .. import planner
 from ..memory import is_out_of_memory, keep_freed_blocks, release, trim
 from .buffers import lasting
-from .graph import Convolve, Node, RowLocal
+from .graph import Node, RowLocal
 
 Sink = Callable[[Tensor], None]
 
 _STRIPS_AT_ONCE = 6
 """Strips of the widest step alive at once: with their halo rows, its result, and what a backend copies of them."""
-
 
 _COPIES = 3
 """What the widest step takes beside the strips that wait: padded rows, and what a backend copies of them."""
@@ -180,8 +179,9 @@ class Sweep:
         }
         shares = {node: -(-node.height * rows // max(self._main.height, 1)) + 2 for node in aims}
         usual = max((_row_bytes(node) * shares[node] for node in aims), default=1)
-        parts = max((-(-_row_bytes(node) * high // max(usual, 1)) for node, high in aims.items()), default=1)
+        parts = max((round(_row_bytes(node) * high / max(usual, 1)) for node, high in aims.items()), default=1)
         most = max((high / node.height for node, high in aims.items()), default=0.0)
+        most_rows = max(aims.values(), default=1)
         part = 1
         while part < parts:
             ahead = _State(dict(state.done), dict(state.lines))
@@ -191,7 +191,7 @@ class Sweep:
                 for node, high in aims.items()
                 if state.done[node] < int(high - left * node.height)
             }
-            if self._strips(ahead, self._with_needs(state, wanted), parts) is None:
+            if self._strips(ahead, self._with_needs(state, wanted), -(-most_rows // parts)) is None:
                 release(self._main.device)
                 part, parts = 2 * part - 1, 2 * parts
                 continue
@@ -249,8 +249,7 @@ class Sweep:
                 parts.append(line)
             if start < high:
                 parts.append(_compute(node, start, high, pieces))
-                if isinstance(node.step, Convolve):
-                    self._hand_back(self._workspace)
+                self._hand_back(self._workspace - self._copies)
                 done[node] = after[node]
             pieces[node] = (low, parts[0] if len(parts) == 1 else torch.cat(parts, -2))
             del parts
@@ -351,7 +350,8 @@ class Sweep:
         strips."""
         share = self._strip_rows / max(self._main.height, 1)
         strips = [_row_bytes(node) * (share * node.height + 2) for node in self._order]
-        widest = max(_STRIPS_AT_ONCE * max(strips), self._bytes_alive(strips) + _COPIES * max(strips))
+        self._copies = int(_COPIES * max(strips))  # which come and go within a step
+        widest = max(_STRIPS_AT_ONCE * max(strips), self._bytes_alive(strips) + self._copies)
         return int(widest) + self._line_bytes + planner.ALLOCATOR_BYTES.get(self._main.device.type, 0)
 
     def _bytes_alive(self, strips: list[float]) -> float:
