@@ -38,7 +38,8 @@ def worker(case: dict[str, Any]) -> dict[str, Any]:
 
     torch.manual_seed(0)
     device, dtype = torch.device(case["device"]), getattr(torch, case["dtype"])
-    vae: Any = AutoencoderKLWan().to(device, dtype).eval()
+    vae: Any = AutoencoderKLWan()
+    vae = vae.to(device, dtype).eval()
     side = case["size"] // 8
     latent = torch.randn(1, 16, 1 + case["frames"] // 4, side, side).to(device, dtype)
     if case["method"] == "tiled":
