@@ -38,9 +38,10 @@ def conv3d(
 
 
 def applies(input: Tensor) -> bool:
-    """Whether oneDNN takes convolutions of tensors such as `input`."""
+    """Whether oneDNN takes convolutions of tensors such as `input`, and nobody is there to be told of `conv3d`."""
     backend: Any = torch.backends.mkldnn
     usable = backend.is_available() and getattr(backend, "enabled", True) and not _casts()
+    usable = usable and not torch._C._len_torch_function_stack()
     return usable and input.device.type == "cpu" and input.dtype == torch.float32
 
 

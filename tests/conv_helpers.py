@@ -112,7 +112,7 @@ class Calls(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if isinstance(out, Tensor):
-            if name in ("convolution", "conv1d", "conv2d", "conv3d"):
+            if name in ("convolution", "conv1d", "conv2d", "conv3d", "mkldnn_convolution"):
                 self.inputs.append(args[0])
                 self.outputs.append(out.shape)
             elif not any(isinstance(a, Tensor) and a.untyped_storage() is out.untyped_storage() for a in args):

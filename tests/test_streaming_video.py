@@ -265,6 +265,22 @@ def test_wans_chunks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(result, expected, 1e-5)
 
 
+def test_who_watches_convolutions_is_told_of_small_ones() -> None:
+    """`holes.with_holes` works so."""
+    seen: list[Any] = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    model, x = nn.Conv3d(2, 2, 3), torch.randn(1, 2, 4, 9, 9)
+    convert_model(model, splits=2, threshold=0)
+    with torch.no_grad(), Watch():
+        model(x)
+    assert seen.count(F.conv3d) == 2
+
+
 def test_a_method_under_its_decorators_name() -> None:
     """As diffusers' `decode` is in some versions."""
 
