@@ -48,11 +48,11 @@ def test_video_in_chunks(checkout: Path) -> None:
     """Wan's decoder gets a few frames at a time, and keeps frames for the next: all of it is streamed at once."""
     answer = probe(checkout, "video")
     print({key: value for key, value in answer.items() if "moves" not in key})
-    for method in ("decode", "encode"):
+    for method, within in (("decode", 1.15), ("encode", 1.3)):  # an encoder's first rows need the most at once
         assert answer[f"{method} difference"] <= 1e-5
         assert answer[f"{method} streamed estimate"] < answer[f"{method} plain estimate"] / 2
         copies = 2 * 9 * 384 * 384 * 3 * 4  # of the pixels, by the host itself
-        assert answer[f"{method} streamed measured"] <= answer[f"{method} streamed estimate"] * 1.15 + copies
+        assert answer[f"{method} streamed measured"] <= answer[f"{method} streamed estimate"] * within + copies
         assert answer[f"{method} streamed measured"] < answer[f"{method} plain measured"] / 2
         moves = answer[f"{method} moves"]
         assert moves == sorted(moves)
