@@ -28,12 +28,10 @@ def conv3d(
 
     96 channels, 4 frames, 40x256: 0.021 s instead of 0.127 s, without 27 copies of the input.
     """
-    small = input.dim() == 5 and torch.Size(input.shape[:4]).numel() <= _SMALL and groups == 1
-    if not (small and applies(input) and isinstance(padding, (int, tuple, list))) or input.numel() == 0:
+    small = input.dim() == 5 and 0 < torch.Size(input.shape[:4]).numel() <= _SMALL and groups == 1
+    given = all(isinstance(value, (tuple, list)) for value in (stride, padding, dilation))  # as modules give them
+    if not (small and given and applies(input)) or input.shape[4] == 0:
         return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
-    stride, padding, dilation = (
-        (value,) * 3 if isinstance(value, int) else value for value in (stride, padding, dilation)
-    )
     return torch.mkldnn_convolution(input, weight, bias, padding, stride, dilation, groups)
 
 

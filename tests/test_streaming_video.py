@@ -174,6 +174,11 @@ def test_pixels_shuffled_by_views(
     assert report == {} or height == 1
 
 
+def downsampling() -> nn.Module:
+    """To an eighth of the height; its first row needs 118 of the input's."""
+    return nn.Sequential(*(nn.Conv2d(4, 4, 3, 2 if layer < 3 else 1, 1) for layer in range(9)))
+
+
 @pytest.mark.usefixtures("small_strips")
 def test_an_encoders_first_strip_is_no_wider(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first row of a small map reads many rows of a large one; they come in strips too."""
@@ -184,14 +189,13 @@ def test_an_encoders_first_strip_is_no_wider(monkeypatch: pytest.MonkeyPatch) ->
             seen.append(x.shape[-2])
         return F.conv2d(x, *args, **kwargs)
 
-    model = nn.Sequential(*(nn.Conv2d(4, 4, 3, 2 if layer < 3 else 1, 1) for layer in range(9)))
-    x = torch.randn(1, 4, 512, 32)
+    model, x = downsampling(), torch.randn(1, 4, 512, 32)
     with torch.no_grad():
         expected = model(x)
         monkeypatch.setattr("comfyui_patchconv.streaming.operators._CONVOLVE", (F.conv1d, watched, F.conv3d))
         result = streamed(model)(x)
     assert_same(result, expected, 1e-6)
-    assert max(seen) < 64  # of 118 that the first row needs
+    assert max(seen) < 64
 
 
 @pytest.mark.usefixtures("small_strips")
@@ -204,8 +208,7 @@ def test_first_strips_that_do_not_fit(limit: int, monkeypatch: pytest.MonkeyPatc
             raise MemoryError
         return F.conv2d(x, *args, **kwargs)
 
-    model = nn.Sequential(*(nn.Conv2d(4, 4, 3, 2 if layer < 3 else 1, 1) for layer in range(9)))
-    x = torch.randn(1, 4, 512, 32)
+    model, x = downsampling(), torch.randn(1, 4, 512, 32)
     with torch.no_grad():
         expected = model(x)
         monkeypatch.setattr("comfyui_patchconv.streaming.operators._CONVOLVE", (F.conv1d, limited, F.conv3d))

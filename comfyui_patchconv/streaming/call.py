@@ -19,11 +19,9 @@ from .tensor import LazyTensor, evaluated, finish
 def carry_out(function: Callable[..., Any], args: Any, kwargs: Any, run: Run) -> Any:
     """What `function(*args, **kwargs)` returns, computed in strips as `run` says.
 
-    Inside of another such call, see `joins`, it is for that one to say. Raises OSError where files have no room for
-    what the plan keeps elsewhere; in a dry run CannotStreamError for what would run plain.
+    Raises OSError where files have no room for what the plan keeps elsewhere; in a dry run CannotStreamError for what
+    would run plain.
     """
-    if joins(args, kwargs):
-        return function(*args, **kwargs)
     given = (*args, *kwargs.values())
     before = [pair for value in given for pair in _contents(value)]
     try:

@@ -44,7 +44,7 @@ POINTWISE = frozenset(
 """Operators of one element, or of elements at one place; their in-place forms are taken too."""
 
 OVER_CHANNELS = ("mean", "sum", "linalg_vector_norm", "norm", "var", "amax", "amin", "softmax", "_softmax")
-"""Reductions, row-local if they run over channels alone, which dimension 1 is."""
+"""Reductions, row-local if they run over dimensions between the batch and the rows alone."""
 
 ARRANGING = (
     "permute", "movedim", "transpose", "expand", "expand_as", "repeat", "view", "_unsafe_view", "reshape", "flatten",
