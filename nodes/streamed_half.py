@@ -50,7 +50,12 @@ class StreamedForward:
 
     def _plan(self, args: Any, kwargs: Any) -> Plan:
         return choose_if_possible(
-            self.forward, args, kwargs, budget=self._bytes_to_stay_within(), attributes=HOST_ATTRIBUTES
+            self.forward,
+            args,
+            kwargs,
+            budget=self._bytes_to_stay_within(),
+            device=self.device,
+            attributes=HOST_ATTRIBUTES,
         )
 
     def _bytes_to_stay_within(self) -> int:
@@ -90,7 +95,7 @@ class StreamMemory(Memory):
         expected = expect(
             self.model,
             self.part,
-            lambda model: getattr(model, self.method)(torch.empty(sample, dtype=dtype, device=self.device)),
+            lambda model: self._run(model, sample, dtype),
             seconds=COUNT_SECONDS,
             **settings,
         )

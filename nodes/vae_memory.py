@@ -68,7 +68,7 @@ class Memory(ABC):
             try:
                 self._maps[key] = peak_activations(
                     self.model,
-                    lambda model: getattr(model, self.method)(torch.empty(sample, dtype=dtype, device=self.device)),
+                    lambda model: self._run(model, sample, dtype),
                     device=self.device,
                     dtype=dtype,
                     seconds=COUNT_SECONDS,
@@ -80,6 +80,13 @@ class Memory(ABC):
         if isinstance(counted, Exception):
             raise counted
         return counted
+
+    def _run(self, model: Any, sample: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Have `model` decode or encode as the host does: into a tensor of the host's where the VAE can write to one."""
+        options = {}
+        if self.method == "decode" and getattr(model, "comfy_has_chunked_io", False):
+            options["output_buffer"] = torch.empty(model.decode_output_shape(sample), device="meta")
+        getattr(model, self.method)(torch.empty(sample, dtype=dtype, device=self.device), **options)
 
     @abstractmethod
     def _count(self, sample: tuple[int, ...], dtype: torch.dtype) -> float:

@@ -60,8 +60,23 @@ def random_network(seed: int) -> tuple[list[Any], int]:
         counted, ceil = draw.choice([True, True, False]), draw.choice([False, False, True])
         return lambda x, old: F.avg_pool2d(x, kernel, stride, padding, ceil, counted) if x.shape[-1] > 6 else x
 
+    def written() -> Any:
+        count, filled = draw.randint(1, channels - 1), draw.choice([True, False])
+
+        def write(x: Tensor, old: Tensor) -> Tensor:
+            y = torch.empty_like(x) if filled else x * 2
+            if filled:
+                y[:, :count], y[:, count:] = x[:, -count:] * 2, x[:, :-count]
+            first, rest = y.split([count, channels - count], 1)
+            if old.shape == x.shape:
+                first.add_(old[:, :count])
+            y.unsqueeze(2)[:, -1].mul_(3)
+            return y + 1 if count > 1 else rest.sum(1, keepdim=True) + y
+
+        return write
+
     makers = [
-        convolution, convolution, convolution, norm, down, transposed, padded, smooth, average,
+        written, convolution, convolution, convolution, norm, down, transposed, padded, smooth, average,
         lambda: lambda x, old: F.silu(x),
         lambda: lambda x, old: F.silu(x.clone(), inplace=True),
         lambda: lambda x, old: x + old if old.shape == x.shape else x,

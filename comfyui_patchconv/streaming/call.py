@@ -24,6 +24,7 @@ def carry_out(function: Callable[..., Any], args: Any, kwargs: Any, run: Run) ->
     """
     given = (*args, *kwargs.values())
     before = [pair for value in given for pair in _contents(value)]
+    random = [] if run.dry else _random_states(given)
     try:
         with torch.inference_mode():  # operators arrive whole there: one convolution, one group norm
             lazy = [enter(value, run) for value in given]
@@ -33,6 +34,7 @@ def carry_out(function: Callable[..., Any], args: Any, kwargs: Any, run: Run) ->
                 _fill(container, content, lambda value: enter(value, run))
             with run.origins:
                 result = function(*lazy[: len(args)], **dict(zip(kwargs, lazy[len(args) :])))
+            _require_apart(run, given, before)
             del lazy
     except BaseException as error:
         for container, content in before:
@@ -40,13 +42,16 @@ def carry_out(function: Callable[..., Any], args: Any, kwargs: Any, run: Run) ->
         if run.dry or not isinstance(error, CannotStreamError):
             raise
         run.report[str(error)] = 1
+        run.written.clear()
+        for set_state, device, state in random:
+            set_state(state, *device)
         with torch.no_grad():
             result = function(*args, **kwargs)
     del before  # the frames that were kept for this call can go as they are read
     with torch.no_grad():
         found: list[LazyTensor] = []
         _settle((result, *given), lambda tensor: found.append(tensor) or tensor)
-        finish(found)
+        finish(found, run.written.values())
         _settle((result, *given), evaluated)
         return tree_map(evaluated, result)
 
@@ -76,7 +81,9 @@ def _fill(container: Any, content: Any, put: Callable[[Any], Any]) -> None:
 def enter(value: Any, run: Run) -> Any:
     """A feature map becomes lazy; anything else is itself."""
     maps = type(value) is not LazyTensor and isinstance(value, Tensor) and value.dim() in (4, 5)
-    return LazyTensor.of(Node.of(value, run, counted=False)) if maps and value.is_floating_point() else value
+    if not maps or not value.is_floating_point():
+        return value
+    return LazyTensor.of(Node.of(value, run, counted=False), original=value)
 
 
 def _settle(value: Any, put: Callable[[LazyTensor], Any], depth: int = 4) -> None:
@@ -94,6 +101,26 @@ def _settle(value: Any, put: Callable[[LazyTensor], Any], depth: int = 4) -> Non
             put(one)  # in a result, which is mapped as a whole
         else:
             inside[key] = put(one)
+
+
+def _require_apart(run: Run, given: Any, before: list[tuple[Any, Any]]) -> None:
+    """Raise CannotStreamError where an argument that was written to shares its memory with another one."""
+    if not run.written:
+        return
+    contents = [one for _, content in before for one in (content.values() if isinstance(content, dict) else content)]
+    storages = [value.untyped_storage()._cdata for value in (*given, *contents) if isinstance(value, Tensor)]
+    if any(storages.count(tensor.untyped_storage()._cdata) > 1 for tensor, _ in run.written.values()):
+        raise CannotStreamError("an argument is written to that shares its memory with another one")
+
+
+def _random_states(given: Any) -> list[tuple[Any, Any, Tensor]]:
+    """Of the generators that a call may draw from, beside its own: what sets one, for which device, and its state."""
+    states: list[tuple[Any, Any, Tensor]] = [(torch.set_rng_state, (), torch.get_rng_state())]
+    for device in dict.fromkeys(value.device for value in given if isinstance(value, Tensor)):
+        of_device: Any = getattr(torch, device.type, None)
+        if device.type != "cpu" and hasattr(of_device, "get_rng_state"):
+            states.append((of_device.set_rng_state, (device,), of_device.get_rng_state(device)))
+    return states
 
 
 def signature(values: Any) -> Any:

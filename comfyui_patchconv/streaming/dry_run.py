@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from ..footprint import twin
 from . import buffers
 from .call import carry_out
+from .errors import CannotStreamError
 from .run import Plan, Run
 
 _WORTH = 0.95
@@ -37,9 +38,9 @@ def choose(
     Where no plan does, the one that puts least elsewhere; without a budget, the one of the lowest peak.
 
     function: a module or a method of one, which runs on a copy with weights that take no memory. args, kwargs: none of
-    their tensors is read; they may be on the meta device. device, dtype, attributes: see `footprint.peak_activations`;
-    the device is that of the first tensor by default. Raises TypeError for any other function, because it would see
-    tensors without values itself, and whatever the method raises when it does.
+    their tensors is read; on the meta device they stand for tensors on `device`. device, dtype, attributes: see
+    `footprint.peak_activations`; the device is that of the first tensor by default. Raises TypeError for any other
+    function, because it would see tensors without values itself, and whatever the method raises when it does.
     """
     if not isinstance(getattr(function, "__self__", function), nn.Module):
         raise TypeError(f"{function!r} cannot be planned: give a module or a method of one.")
@@ -48,21 +49,24 @@ def choose(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     copied = twin(function, mode, device=device, dtype=dtype, attributes=attributes)
 
-    def trial(unstored_from: Optional[int]) -> tuple[Plan, set[int]]:
-        run = Run(Plan(budget, unstored_from), dry=True)
+    def trial(unstored_from: Optional[int], blanks: bool) -> tuple[Plan, set[int]]:
+        run = Run(Plan(budget, unstored_from, blanks), dry=True)
         with torch.inference_mode(), mode:
             positional, named = tree_map(lambda value: _fake(value, device), (args, kwargs))
             carry_out(copied, positional, named, run)
         figures = dict(peak=run.peak, stored=run.stored, moved=run.moved, elsewhere=run.elsewhere, work=run.work)
         return replace(run.plan, **figures), run.again
 
-    first, again = trial(None)
+    try:
+        first, again = trial(None, True)
+    except CannotStreamError:  # one that is written to in a way that is not known, it may be
+        first, again = trial(None, False)
     unused = buffers.room(device) if first.elsewhere else 0
     if budget is not None and first.peak <= budget and first.elsewhere <= unused:
         return first
     best = first
     for size in sorted((size for size in again if size >= first.peak / 8), reverse=True):
-        plan, _ = trial(size)
+        plan, _ = trial(size, first.blanks)
         if not _better(plan, best, budget, unused):
             break
         best = plan
@@ -75,14 +79,15 @@ def choose_if_possible(
     kwargs: Any,
     *,
     budget: Optional[int] = None,
+    device: Optional[torch.device] = None,
     attributes: Optional[dict[str, Any]] = None,
 ) -> Plan:
     """As `choose`, but where `function` cannot run without values a plan that knows the budget alone."""
     try:
-        return choose(function, args, kwargs, budget=budget, attributes=attributes)
+        return choose(function, args, kwargs, budget=budget, device=device, attributes=attributes)
     except Exception as error:  # anything: it streams all the same
         logging.getLogger(__name__).info("No plan for %r (%s: %s).", function, type(error).__name__, error)
-        return Plan(budget)
+        return Plan(budget, blanks=False)
 
 
 def _better(plan: Plan, best: Plan, budget: Optional[int], room: int) -> bool:
@@ -94,7 +99,9 @@ def _better(plan: Plan, best: Plan, budget: Optional[int], room: int) -> bool:
 
 
 def _fake(value: Any, device: torch.device) -> Any:
-    return torch.empty(value.shape, dtype=value.dtype, device=device) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty(value.shape, dtype=value.dtype, device=device if value.is_meta else value.device)
 
 
 def _tensors(values: Any) -> list[Tensor]:

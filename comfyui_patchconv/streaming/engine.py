@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Optional
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..geometry import strips
 from .buffers import FileBuffer
-from .graph import Attend, Convolve, Node, Normalise, RowLocal, Wrap
+from .graph import Attend, Convolve, Join, Narrow, Node, Normalise, RowLocal, Wrap
 from .rows import Rows, Statistics
 from .sweep import Sweep, producers_first, rows_that_suit
 
@@ -21,22 +22,61 @@ def whole(node: Node) -> Tensor:
     """The map of `node` as one tensor."""
     if node.rows is None:
         _prepare(node)
-        node.store(_into_tensors([(node, node.shape, _rows_of)])[0])
+        node.store(_into_tensors([_Target(node, node.shape, _rows_of)])[0])
     assert node.rows is not None
     return node.rows.whole()
 
 
-def finish(nodes: Sequence[Node]) -> None:
-    """Store what a whole computation results in, each map as one tensor on the device, all in one pass."""
-    nodes = [node for node in dict.fromkeys(nodes) if node.rows is None]
-    for node in nodes:
-        _prepare(node)
-    nodes = [node for node in nodes if node.rows is None]
-    for device in dict.fromkeys(node.device for node in nodes):
-        together = [node for node in nodes if node.device == device]
-        results = _into_tensors([(node, node.shape, _rows_of) for node in together], results=True)
-        for node, rows in zip(together, results):
+def finish(nodes: Sequence[Node], written: Sequence[tuple[Tensor, Node]] = ()) -> None:
+    """Store what a whole computation results in, each map as one tensor, and give each tensor of `written` the values
+    of its map, all in one pass."""
+    pieces = [piece for tensor, node in written for piece in _pieces(tensor, node)]
+    roots = [*nodes, *(node for _, node in pieces)]
+    for node in roots:
+        if node.rows is None:
+            _prepare(node)
+    read = {_storage(source.rows.tensor) for source in _stored(roots) if source.rows and source.rows.tensor is not None}
+    # What the pass itself reads is written to after it.
+    can_be = [node.rows is None and _storage(tensor) not in read for tensor, node in pieces]
+    at_once = [piece for piece, can in zip(pieces, can_be) if can]
+    later = [piece for piece, can in zip(pieces, can_be) if not can]
+    nodes = [node for node in dict.fromkeys([*nodes, *(node for _, node in later)]) if node.rows is None]
+    targets = [_Target(node, node.shape, _rows_of) for node in nodes]
+    targets += [_Target(node.then(_SAME, node.shape), node.shape, _rows_of, tensor) for tensor, node in at_once]
+    if targets:
+        for node, rows in zip(nodes, _into_tensors(targets, results=True)):
             node.store(rows)
+    for tensor, node in later:
+        assert node.rows is not None
+        with torch.inference_mode(tensor.is_inference()):
+            tensor.copy_(node.rows.whole())
+
+
+def _pieces(tensor: Tensor, node: Node) -> list[tuple[Tensor, Node]]:
+    """The parts of `tensor` that have to change for it to be `node`, and what each has to be."""
+    if isinstance(node.step, Join):
+        dim, sizes = node.step.dim, [source.shape[node.step.dim] for source in node.inputs]
+        parts = zip(tensor.split(sizes, dim), node.inputs)
+        return [piece for part, source in parts for piece in _pieces(part, source)]
+    if isinstance(node.step, Narrow) and node.inputs[0].rows is not None:
+        stored, step = node.inputs[0].rows.tensor, node.step
+        same = stored is not None and stored.narrow(step.dim, step.first, node.shape[step.dim])
+        if isinstance(same, Tensor) and (_storage(same), same.storage_offset(), same.shape, same.stride()) == (
+            _storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
+        ):  # fmt: skip
+            return []
+    return [(tensor, node)]
+
+
+def _stored(roots: Sequence[Node]) -> set[Node]:
+    """The stored maps that `roots` are computed from, or are."""
+    return {source for node in producers_first(list(roots)) for source in node.inputs if source.rows is not None} | {
+        node for node in roots if node.rows is not None
+    }
+
+
+def _storage(tensor: Optional[Tensor]) -> int:
+    return 0 if tensor is None else tensor.untyped_storage()._cdata
 
 
 def _prepare(root: Node) -> None:
@@ -124,7 +164,7 @@ def _gather(node: Node, groups: int, above: Node) -> None:
         else:
             _store([node, *_beside(node, above)], statistics)
     elif not node.run.dry:
-        for first, last in strips(node.height, rows_that_suit(node, node.row_bytes)):
+        for first, last in strips(node.height, rows_that_suit(node.height, node.row_bytes, node.device)):
             statistics.add(node.rows.read(first, last))
     node.statistics[groups] = statistics
 
@@ -192,7 +232,7 @@ def _all_tokens(node: Node) -> Rows:
 
     if node.rows is not None:
         node = node.then(_SAME, node.shape)
-    return _into_tensors([(node, (batch, height * width, channels), part)])[0]
+    return _into_tensors([_Target(node, (batch, height * width, channels), part)])[0]
 
 
 _SAME = RowLocal(lambda pieces: pieces[0])
@@ -202,23 +242,41 @@ def _rows_of(tensor: Tensor, first: int, last: int) -> Tensor:
     return tensor.narrow(-2, first, last - first)
 
 
-def _into_tensors(targets: list[tuple[Node, tuple[int, ...], Part]], results: bool = False) -> list[Rows]:
-    """Each node evaluated into one new tensor of a shape; `part(tensor, first, last)` is where its rows go.
+@dataclass(frozen=True)
+class _Target:
+    """Where a node goes: into a tensor of a shape, a new one unless it is given; `part(tensor, first, last)` is where
+    its rows go there."""
 
-    results: these are the results of the computation, which lie on the device whatever the budget.
+    node: Node
+    shape: tuple[int, ...]
+    part: Part
+    tensor: Optional[Tensor] = None
+
+
+def _into_tensors(targets: list[_Target], results: bool = False) -> list[Rows]:
+    """Each node evaluated into one tensor, those that are new first.
+
+    results: these are the results of the computation, which lie on their device whatever the budget.
     """
-    nodes = [node for node, _, _ in targets]
-    sweep = Sweep(nodes)
-    places = sweep.places([node.bytes for node in nodes], movable=not results and nodes[0].device.type == "cpu")
+    run = targets[0].node.run
+    sweep = Sweep([target.node for target in targets])
+    new = [target for target in targets if target.tensor is None]
+    sizes = [target.node.bytes if target.node.device == sweep.device else 0 for target in new]
+    places = sweep.places(sizes, movable=not results and sweep.device.type == "cpu")
     tensors = []
-    for (node, shape, _), elsewhere in zip(targets, places):
-        if elsewhere and not node.run.dry:
-            tensor = FileBuffer(node.bytes).empty(shape, node.dtype)
+    for target, elsewhere in zip(new, places):
+        node = target.node
+        if elsewhere and not run.dry:
+            tensor = FileBuffer(node.bytes).empty(target.shape, node.dtype)
         else:
-            tensor = torch.empty(shape, dtype=node.dtype, device=node.device)
+            tensor = torch.empty(target.shape, dtype=node.dtype, device=node.device)
         tensors.append(tensor)
-    sweep.run([_Writer(tensor, part) for tensor, (_, _, part) in zip(tensors, targets)])
-    return [Rows.of(tensor, nodes[0].run, elsewhere=elsewhere) for tensor, elsewhere in zip(tensors, places)]
+    given = [target.tensor for target in targets if target.tensor is not None]
+    sweep.run([_Writer(tensor, target.part) for tensor, target in zip([*tensors, *given], targets)])
+    return [
+        Rows.of(tensor, run, counted=tensor.device == sweep.device, elsewhere=elsewhere)
+        for tensor, elsewhere in zip(tensors, places)
+    ]
 
 
 class _Writer:
@@ -229,5 +287,6 @@ class _Writer:
 
     def __call__(self, strip: Tensor) -> None:
         last = self._first + strip.shape[-2]
-        self._part(self._tensor, self._first, last).copy_(strip)
+        with torch.inference_mode(self._tensor.is_inference()):
+            self._part(self._tensor, self._first, last).copy_(strip)
         self._first = last

@@ -54,6 +54,35 @@ class RowLocal(Step):
         return self.function(pieces)
 
 
+class Blank(Step):
+    """Rows of a map that nobody has written to yet, as `torch.empty` has them."""
+
+    moves = True
+
+    def __init__(self, like: Tensor, device: torch.device) -> None:
+        self.like, self.device = like, device
+
+    def compute(self, first: int, last: int, pieces: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        shape = (*self.like.shape[:-2], last - first, self.like.shape[-1])
+        return torch.empty(shape, dtype=self.like.dtype, device=self.device)
+
+
+class Narrow(RowLocal):
+    """Some of a map's channels or frames: `count` of them from `first` on, along `dim`."""
+
+    def __init__(self, dim: int, first: int, count: int) -> None:
+        super().__init__(lambda pieces: pieces[0].narrow(dim, first, count), moves=True)
+        self.dim, self.first = dim, first
+
+
+class Join(RowLocal):
+    """Maps one behind the other along `dim`, which is none of rows or columns, on the device of the result."""
+
+    def __init__(self, dim: int, device: torch.device) -> None:
+        super().__init__(lambda pieces: torch.cat([piece.to(device) for piece in pieces], dim), moves=True)
+        self.dim = dim
+
+
 class Convolve(Step):
     """A convolution or average with zero padding; `call` runs it on a piece whose rows are padded already."""
 

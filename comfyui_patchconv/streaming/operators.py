@@ -37,8 +37,8 @@ aten = torch.ops.aten
 POINTWISE = frozenset(
     """
     silu relu relu6 leaky_relu elu gelu mish hardswish sigmoid tanh hardtanh softplus clamp clamp_min clamp_max neg abs
-    exp log sqrt rsqrt square pow mul add sub rsub div maximum minimum lerp where addcmul reciprocal nan_to_num to
-    _to_copy clone
+    exp log sin cos sqrt rsqrt square pow mul add sub rsub div maximum minimum lerp where addcmul reciprocal
+    nan_to_num fill zero to _to_copy clone
     """.split()  # noqa: SIM905
 )
 """Operators of one element, or of elements at one place; their in-place forms are taken too."""
@@ -87,13 +87,29 @@ def keeps(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         return True
     if name not in ("to", "type_as", "dropout", "feature_dropout"):
         return False
-    given = {argument.name: value for argument, value in zip(func._schema.arguments, args)} | kwargs
+    given = _given(func, args, kwargs)
     if "train" in given:
         return not given["train"] or not given["p"]
-    like = given.get("other")
-    dtype, device = (given.get(name, getattr(like, name, None)) for name in ("dtype", "device"))
-    same_place = device is None or torch.device(device) in (input.device, torch.device(input.device.type))
-    return same_place and dtype in (None, input.dtype) and not given.get("copy")
+    dtype, device = _target(given, input)
+    return device == input.device and dtype == input.dtype and not given.get("copy")
+
+
+def _given(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {argument.name: value for argument, value in zip(func._schema.arguments, args)} | kwargs
+
+
+def _target(given: dict[str, Any], input: Any) -> tuple[torch.dtype, torch.device]:
+    """Type and device of what a cast of `input` returns."""
+    dtype, device = (given.get(name) or getattr(given.get("other"), name, None) for name in ("dtype", "device"))
+    return dtype or input.dtype, placed(device or input.device, input.device)
+
+
+def placed(device: Any, like: torch.device) -> torch.device:
+    """The device, by its number, that a user means who speaks of `device` to a map on `like`."""
+    device = torch.device(device)
+    if device.index is not None or device.type == like.type:
+        return device if device.index is not None else like
+    return torch.empty(0, device=device).device
 
 
 def _row_local(
@@ -111,8 +127,10 @@ def _row_local(
             )  # it may be written to before it is read
             if value.dim() >= 2 and value.shape[-2] != 1:
                 value = Node.of(value, run, counted=zeros is None and not isinstance(value, nn.Parameter))
-        if isinstance(value, torch.device) and value != next(iter(_nodes(flat))).device:
-            return None
+        if isinstance(value, torch.device):
+            here = next(iter(_nodes(flat))).device
+            if placed(value, here) != here:
+                return None
         if isinstance(value, Node):
             if value.height != height and value.height != 1:
                 return None
@@ -130,7 +148,7 @@ def _row_local(
         return func(*positional, **named)
 
     with _disable_current_modes():  # see `_shaped`
-        meta = call([_meta(node.shape, node.dtype) for node in inputs], [_as_meta(value) for value in flat])
+        meta = call([_meta(node.shape, node.dtype) for node in inputs], [as_meta(value) for value in flat])
     outputs = [meta] if isinstance(meta, Tensor) else list(meta)
     if any(output.dim() < 4 or output.shape[-2] != height for output in outputs):
         return None
@@ -179,7 +197,7 @@ def _convolution(
         return convolve(pieces[0], weight, bias, stride, inner, dilation, groups)
 
     return _shaped(input, Convolve(axis, call, weight.nbytes), lambda x: convolve(
-        x, _as_meta(weight), _as_meta(bias), stride, padding, dilation, groups
+        x, as_meta(weight), as_meta(bias), stride, padding, dilation, groups
     ))  # fmt: skip
 
 
@@ -208,7 +226,7 @@ def _transposed(
         return convolve(pieces[0], weight, bias, stride, inner, added, groups, dilation)
 
     return _shaped(input, ConvolveTransposed(axis, call, weight.nbytes), lambda x: convolve(
-        x, _as_meta(weight), _as_meta(bias), stride, padding, added, groups, dilation
+        x, as_meta(weight), as_meta(bias), stride, padding, added, groups, dilation
     ))  # fmt: skip
 
 
@@ -328,7 +346,7 @@ def _arranged(func: Any, input: Any, *args: Any, **kwargs: Any) -> Optional[Node
     name = func.overloadpacket.__name__
     if not isinstance(input, Node) or any(isinstance(value, Tensor) for value in args):
         return None
-    values = [_as_meta(value) for value in args]
+    values = [as_meta(value) for value in args]
     arranged = func(_meta(input.shape, input.dtype), *values, **kwargs)
     shape = arranged.shape
     if len(shape) < 4 or tuple(shape[-2:]) != input.shape[-2:] or arranged.dtype != input.dtype:
@@ -355,11 +373,21 @@ def _arranged(func: Any, input: Any, *args: Any, **kwargs: Any) -> Optional[Node
     return input.then(RowLocal(call, moves=True), shape)
 
 
-def _type_as(func: Any, input: Any, other: Any) -> Optional[Node]:
-    if not isinstance(input, Node) or input.device != other.device:
+def _cast(func: Any, input: Any, *args: Any, **kwargs: Any) -> Optional[Node]:
+    """Casts, to another device too; strips wait for their copies, whatever was asked for: the host may read them."""
+    return _like(input, *_target(_given(func, (input, *args), kwargs), input)) if isinstance(input, Node) else None
+
+
+def _copied(func: Any, target: Any, source: Any, non_blocking: bool = False) -> Optional[Node]:
+    """`target.copy_(source)`: what `target` is then."""
+    if not isinstance(source, Node) or source.shape != target.shape:
         return None
-    dtype = other.dtype
-    return input.then(RowLocal(lambda pieces: pieces[0].to(dtype)), input.shape, dtype)
+    return _like(source, target.dtype, target.device)
+
+
+def _like(input: Node, dtype: torch.dtype, device: torch.device) -> Node:
+    step = RowLocal(lambda pieces: pieces[0].to(device, dtype))
+    return Node(input.run, input.shape, dtype, device, step, [input])
 
 
 def _dropout(func: Any, input: Any, p: float, train: bool) -> Optional[Node]:
@@ -394,7 +422,8 @@ _SPECIAL: dict[str, Operator] = {
     "reflection_pad2d": _pad,
     "reflection_pad3d": _pad,
     **dict.fromkeys(ARRANGING, _arranged),
-    "type_as": _type_as,
+    **dict.fromkeys(("to", "_to_copy", "type_as"), _cast),
+    "copy_": _copied,
     "dropout": _dropout,
     "dropout_": _dropout,
     "feature_dropout": _dropout,
@@ -411,7 +440,8 @@ def _meta(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
 
-def _as_meta(value: Any) -> Any:
+def as_meta(value: Any) -> Any:
+    """A tensor without values, or the meta device, in the place of a map, a tensor or a device."""
     if isinstance(value, torch.device):
         return torch.device("meta")
     return _meta(value.shape, value.dtype) if isinstance(value, (Node, Tensor)) else value

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 from torch import Tensor
 
 from ..memory import anonymous
 from .origins import Origins
+
+if TYPE_CHECKING:
+    from .aliases import Hold
 
 OnProgress = Callable[[int, int], None]
 """Called after each strip with the work done and the work in all, in bytes of maps computed (0: not known)."""
@@ -20,13 +23,15 @@ class Plan:
     """How to run, and what that is expected to take.
 
     budget: bytes of the device to stay within; None for no limit. unstored_from: maps of so many bytes, if they are
-    cheap to have again from a smaller one, are computed anew wherever they are read. peak: bytes expected at once,
+    cheap to have again from a smaller one, are computed anew wherever they are read. blanks: maps that are made empty
+    wait for what is written to them. peak: bytes expected at once,
     beyond inputs and weights. stored: of these, of maps. moved: bytes of maps that are kept elsewhere. elsewhere: of
     these, at once. work: bytes of maps computed in all.
     """
 
     budget: Optional[int] = None
     unstored_from: Optional[int] = None
+    blanks: bool = True
     peak: int = 0
     stored: int = 0
     moved: int = 0
@@ -39,7 +44,8 @@ class Run:
     those of a `Plan`.
 
     dry: maps are counted, not computed. again: sizes of the maps that `unstored_from` could be about. origins: of plain
-    tensors. kernels: made of a parameter, by its id.
+    tensors. kernels: made of a parameter, by its id. written: tensors of the caller that were written to, and who holds
+    what they have to become, by their id.
     """
 
     def __init__(
@@ -55,6 +61,7 @@ class Run:
         self.again: set[int] = set()
         self.origins = Origins(dry)
         self.kernels: dict[int, list[list[Tensor]]] = {}
+        self.written: dict[int, tuple[Tensor, Hold]] = {}
         self._on_progress = on_progress
         self._beside: Optional[int] = None
 

@@ -54,13 +54,13 @@ def producers_first(roots: list[Node]) -> list[Node]:
     return sorted(steps, key=lambda node: node.serial)
 
 
-def rows_that_suit(node: Node, row_bytes: int) -> int:
-    """Rows of `node` in a strip, where one of them stands for `row_bytes` bytes.
+def rows_that_suit(height: int, row_bytes: int, device: torch.device) -> int:
+    """Rows in a strip of a map of `height` rows, where one of them stands for `row_bytes` bytes.
 
     All strips that are alive at once take what suits a convolution's input and output.
     """
-    target = planner.STRIP_BYTES.get(node.device.type, planner.STRIP_BYTES_ELSEWHERE) // _STRIPS_AT_ONCE
-    return min(max(target // max(row_bytes, 1), 1), max(node.height, 1))
+    target = planner.STRIP_BYTES.get(device.type, planner.STRIP_BYTES_ELSEWHERE) // _STRIPS_AT_ONCE
+    return min(max(target // max(row_bytes, 1), 1), max(height, 1))
 
 
 @dataclass
@@ -74,7 +74,8 @@ class _State:
 class Sweep:
     """Computes `roots`, whose steps are all prepared, in strips of equal share.
 
-    Stored maps that nothing else refers to are given up as it passes them, unless `keep`.
+    Stored maps that nothing else refers to are given up as it passes them, unless `keep`. device: where it computes;
+    what it reads, and what comes of it, may lie elsewhere.
     """
 
     def __init__(self, roots: list[Node], keep: bool = False) -> None:
@@ -96,7 +97,9 @@ class Sweep:
         self._dying = [] if keep else self._that_die()
         self._main = max(self._roots, key=lambda root: root.height)
         share = max(_row_bytes(node) * node.height for node in self._order) // max(self._main.height, 1)
-        self._strip_rows = max(rows_that_suit(self._main, share), self._rows_worth_their_costs(share))
+        self.device = max(self._order, key=lambda node: node.bytes).device
+        suitable = rows_that_suit(self._main.height, share, self.device)
+        self._strip_rows = max(suitable, self._rows_worth_their_costs(share))
         self._line_bytes = self._bytes_of_lines()
         self._workspace = self._bytes_beside_maps()
         self._growth = self._elsewhere = 0
@@ -131,7 +134,7 @@ class Sweep:
                 node.rows.give_up(node.height)
             run.progress(work)
             return
-        if self._main.device.type == "cpu":
+        if self.device.type == "cpu":
             keep_freed_blocks()
             run.excess()  # the first time: from here on
             self._hand_back(planner.ALLOCATOR_BYTES["cpu"])
@@ -142,7 +145,7 @@ class Sweep:
             ahead = _State(dict(state.done), dict(state.lines))
             strips = self._strips(ahead, self._wanted(state, first, last), last - first)
             if strips is None:
-                release(self._main.device)
+                release(self.device)
                 strip_rows = (last - first + 1) // 2
                 continue
             for sink in sinks:
@@ -162,7 +165,7 @@ class Sweep:
         """Hand memory that was freed back to the system where it and what is in use are more than `usual` bytes, beside
         what is held and what that was at the worst moment: glibc often takes new memory for an aligned block of a size
         that it has just freed."""
-        if self._main.device.type == "cpu" and self._run.excess() > usual + self._run.spare():
+        if self.device.type == "cpu" and self._run.excess() > usual + self._run.spare():
             trim()
 
     def _filled(self, rows: int) -> _State:
@@ -192,7 +195,7 @@ class Sweep:
                 if state.done[node] < int(high - left * node.height)
             }
             if self._strips(ahead, self._with_needs(state, wanted), -(-most_rows // parts)) is None:
-                release(self._main.device)
+                release(self.device)
                 part, parts = 2 * part - 1, 2 * parts
                 continue
             state, part = ahead, part + 1
@@ -320,7 +323,7 @@ class Sweep:
         maps = max(sum(node.bytes for node in self._order), 1)
         weights = sum(node.step.weight_bytes for node in self._order if node.step is not None)
         rows = _WEIGHTS * weights * height // maps
-        if self._main.device.type != "cpu":
+        if self.device.type != "cpu":
             rows = max(rows, _STEP_BYTES_ELSEWHERE * len(self._order) * height // maps)
         if budget is not None:
             alive = self._bytes_alive([node.bytes / max(height, 1) for node in self._order])
@@ -352,7 +355,7 @@ class Sweep:
         strips = [_row_bytes(node) * (share * node.height + 2) for node in self._order]
         self._copies = int(_COPIES * max(strips))  # which come and go within a step
         widest = max(_STRIPS_AT_ONCE * max(strips), self._bytes_alive(strips) + self._copies)
-        return int(widest) + self._line_bytes + planner.ALLOCATOR_BYTES.get(self._main.device.type, 0)
+        return int(widest) + self._line_bytes + planner.ALLOCATOR_BYTES.get(self.device.type, 0)
 
     def _bytes_alive(self, strips: list[float]) -> float:
         """The most bytes of strips, of so many bytes each step's, that later steps still read."""

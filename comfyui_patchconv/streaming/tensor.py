@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
 from . import engine, operators, tokens
+from .aliases import Hold, looks
 from .errors import CannotStreamError
-from .graph import Node
+from .graph import Blank, Node
 from .rows import Rows
 from .run import Run
 from .scores import Scores
 
-_VIEWS = (*tokens.SEVERAL, *operators.ARRANGING, "slice", "narrow", "select", "unsqueeze", "squeeze")
+_VIEWS = (
+    *tokens.SEVERAL, *(name for name in operators.ARRANGING if name != "repeat"), "slice", "narrow", "select",
+    "unsqueeze", "squeeze",
+)  # fmt: skip
 
-_NEW = ("empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full")
-"""What makes a tensor of its own, often to write parts of it: nothing to put off."""
+_BLANK = ("empty_like", "new_empty")
+"""What makes a map for others to write parts of: its rows wait as well."""
 
-
-class _Hold:
-    """A tensor's claim on its node, given back when the tensor goes.
-
-    viewed: other deferred tensors look at the same map; a write would have to reach them. exposed: a plain tensor
-    shares the memory of the map, and may be written to at any time; nothing that reads it is put off.
-    """
-
-    def __init__(self, node: Node) -> None:
-        self.node = node
-        self.viewed = self.exposed = False
-        node.users += 1
-
-    def become(self, node: Node) -> None:
-        node.users += 1
-        self.node.users -= 1
-        self.node = node
-
-    def __del__(self) -> None:
-        self.node.users -= 1
+_NEW = (
+    *_BLANK, "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_full",
+)  # fmt: skip
+"""What makes a tensor of its own, whatever the values of its argument: nothing to put off."""
 
 
 class LazyTensor(Tensor):
@@ -48,11 +38,11 @@ class LazyTensor(Tensor):
     _layout: None for the map as it is, else how this tensor looks at it (see `tokens`).
     """
 
-    _hold: _Hold
+    _hold: Hold
     _layout: Optional[Tensor]
 
     @staticmethod
-    def __new__(cls, hold: _Hold, layout: Optional[Tensor] = None) -> LazyTensor:
+    def __new__(cls, hold: Hold, layout: Optional[Tensor] = None) -> LazyTensor:
         node = hold.node
         shape = node.shape if layout is None else layout.shape
         tensor = Tensor._make_wrapper_subclass(cls, shape, dtype=node.dtype, device=node.device)
@@ -60,8 +50,8 @@ class LazyTensor(Tensor):
         return tensor
 
     @classmethod
-    def of(cls, node: Node, layout: Optional[Tensor] = None) -> LazyTensor:
-        return cls(_Hold(node), layout)
+    def of(cls, node: Node, layout: Optional[Tensor] = None, original: Optional[Tensor] = None) -> LazyTensor:
+        return cls(Hold(node, original), layout)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -83,23 +73,22 @@ class LazyTensor(Tensor):
         if kwargs.get("out") is not None or (writes and not isinstance(first, LazyTensor)):
             return _into_plain(func, name, args, kwargs, lazy[0]._hold.node.run)
         in_place = writes and isinstance(first, LazyTensor)
-        if in_place and first._hold.viewed:
-            raise CannotStreamError(f"{name} writes through a view")
+        if in_place:
+            first._hold.require_writable(name)
         if name in _NEW:
-            return func(*tree_map(_without_values, args), **kwargs)
+            return _new(func, name, args, kwargs, lazy[0])
         results = None if any(tensor._hold.exposed for tensor in lazy) else _deferred(func, args, kwargs, lazy)
         if results is None:
             run = lazy[0]._hold.node.run
             return _whole(func, name, first if in_place else None, args, kwargs, run)
         if in_place:
             result = results[0]
-            if result.shape != first.shape or result.dtype != first.dtype:
+            if (result.shape, result.dtype, result.device) != (first.shape, first.dtype, first.device):
                 return _whole(func, name, first, args, kwargs, first._hold.node.run)
-            first._hold.become(result._hold.node)
+            first._hold.write(result._hold.node)
             return first
-        if name in _VIEWS:
-            for tensor in (*results, *lazy):
-                tensor._hold.viewed = True
+        if name in _VIEWS and isinstance(first, LazyTensor):
+            _link(first, results, func, args[1:], kwargs)
         return results if name in tokens.SEVERAL else results[0]
 
 
@@ -115,6 +104,28 @@ def _deferred(func: Any, args: Any, kwargs: Any, lazy: list[LazyTensor]) -> Opti
     return [LazyTensor.of(node, None if tokens.is_map(node, layout) else layout) for node, layout in viewed]
 
 
+def _new(func: Any, name: str, args: Any, kwargs: Any, like: LazyTensor) -> Tensor:
+    """A tensor of its own, of the shape, type and device of `like` unless others are given."""
+    run, args = like._hold.node.run, tree_map(_without_values, args)
+    if name in _BLANK and run.plan.blanks:
+        with _disable_current_modes():
+            shape = func(*tree_map(operators.as_meta, args), **{**kwargs, "device": torch.device("meta")})
+        if shape.dim() in (4, 5) and shape.is_floating_point():
+            device = torch.device(kwargs.get("device") or like.device)
+            return LazyTensor.of(Node(run, shape.shape, shape.dtype, device, Blank(shape, device)))
+    return func(*args, **kwargs)
+
+
+def _link(base: LazyTensor, results: list[LazyTensor], func: Any, args: Any, kwargs: Any) -> None:
+    """`results` are views of `base`: a write into one of them is seen in all."""
+    known: Any = [None] * len(results)
+    if all(tensor._layout is None for tensor in (base, *results)):
+        with _disable_current_modes():
+            known = looks(func, base.shape, *tree_map(_without_values, (args, kwargs)))
+    for result, look in zip(results, known):
+        base._hold.link(result._hold, look)
+
+
 def _node(value: Any) -> Any:
     return value._hold.node if isinstance(value, LazyTensor) else value
 
@@ -126,9 +137,13 @@ def _viewed(value: Any) -> Any:
     return node, tokens.layout_of(node) if value._layout is None else value._layout
 
 
-def finish(tensors: list[LazyTensor]) -> None:
-    """Evaluate what a computation returns or leaves behind, in one pass."""
-    engine.finish([tensor._hold.node for tensor in tensors])
+def finish(tensors: list[LazyTensor], written: Iterable[tuple[Tensor, Hold]]) -> None:
+    """Evaluate what a computation returns or leaves behind, and what it has `written` to its arguments, in one pass."""
+    written = list(written)
+    holds = [tensor._hold for tensor in tensors if tensor._hold not in [hold for _, hold in written]]
+    engine.finish([hold.node for hold in holds], [(tensor, hold.node) for tensor, hold in written])
+    for tensor, hold in written:
+        hold.become(Node.of(tensor, hold.node.run, counted=False))
 
 
 def evaluated(value: Any) -> Any:
@@ -165,7 +180,7 @@ def _whole(func: Any, name: str, target: Any, args: Any, kwargs: Any, run: Run) 
     result = func(*args, **kwargs)
     if target is not None:
         if not target._hold.exposed:
-            target._hold.become(Node.of(result, run))
+            target._hold.write(Node.of(result, run))
             run.note(0, 0, 0)
         return target
     result = tree_map(lambda value: _lazy_again(value, run, lazy), result)
@@ -187,7 +202,7 @@ def _lazy_again(value: Any, run: Run, sources: list[LazyTensor]) -> Any:
     owners = [source._hold for source in sources if _shares_memory(value, source._hold.node)]
     if value.dim() not in (4, 5) or not value.is_floating_point():
         for hold in owners:
-            if hold.viewed:
+            if hold.viewed or hold.others:
                 run.origins.stands_alone(value)
             _expose(hold, run)
         return value
@@ -202,7 +217,7 @@ def _shares_memory(value: Tensor, node: Node) -> bool:
     return stored is not None and stored.untyped_storage()._cdata == value.untyped_storage()._cdata
 
 
-def _expose(hold: _Hold, run: Run) -> None:
+def _expose(hold: Hold, run: Run) -> None:
     """From now on the tensor may change from outside; what waits for the map keeps a copy of it as it is."""
     hold.exposed, node = True, hold.node
     if node.users > 1:
