@@ -250,6 +250,7 @@ def test_a_write_is_seen_by_whom_plain_has_see_it(function: Function, blanks: bo
     [
         into_the_argument, into_a_part_of_the_argument, into_both_parts_of_a_split, into_parts_that_overlap,
         into_a_part_of_a_part, into_one_of_several, into_an_empty_map, into_twice_the_argument,
+        into_parts_of_what_is_gone,
     ],
     ids=lambda function: function.__name__,
 )  # fmt: skip

@@ -149,31 +149,31 @@ def _look(base: Tensor, result: Tensor, may_copy: bool) -> Optional[Look]:
 class Hold:
     """A tensor's claim on its node, given back when the tensor goes.
 
-    viewed: other deferred tensors look at the same map in ways that `looks` does not know; a write would have to reach
-    them. exposed: a plain tensor shares the memory of the map, and may be written to at any time; nothing that reads it
+    viewed: others may look at the same map, it is not known which. exposed: a plain tensor shares the memory of the map, and may be written to at any time; nothing that reads it
     is put off. original: the caller's tensor that this one stands for.
     """
 
     def __init__(self, node: Node, original: Optional[Tensor] = None) -> None:
         self.node, self.original = node, original
         self.viewed = self.exposed = False
-        self.path: tuple[Look, ...] = ()
+        self.path: tuple[Optional[Look], ...] = ()
         self._family: Optional[_Family] = None
         node.users += 1
 
     def __del__(self) -> None:
         self.node.users -= 1
+        if self._family is not None and not self.path:
+            self._family.node = self.node
 
     def link(self, part: Hold, look: Optional[Look]) -> None:
         """`part` looks at this map, in a way that is not known if `look` is None."""
-        if look is None or self.viewed:
-            self.viewed = part.viewed = True
-            return
         if self._family is None or (not self.others and not self._family.callers):
             self._family, self.path = _Family(self), ()
         part._family, part.path = self._family, (*self.path, look)
         self._family.members.add(part)
-        part.become(look.at(self.node))
+        part.viewed |= self.viewed
+        if look is not None:
+            part.become(look.at(self.node))
 
     @property
     def others(self) -> list[Hold]:
@@ -186,24 +186,29 @@ class Hold:
         unknown = self.viewed
         if family is not None and (others or family.callers):
             members = [self, *others]
-            unknown |= any(one.viewed or one.exposed or any(look.may_copy for look in one.path) for one in members)
-            unknown |= family.root() is None
+            unknown |= any(one.viewed or one.exposed for one in members)
+            unknown |= any(look is None or look.may_copy for one in members for look in one.path)
+            unknown |= family.is_lost
         if unknown:
             raise CannotStreamError(f"{name} writes through a view")
 
     def write(self, node: Node) -> None:
         """The tensor is `node` from now on, for all who look at it."""
-        root = None if self._family is None else self._family.root()
-        if root is None or root is self:
-            root = self
+        family, others = self._family, self.others
+        if family is None or not (others or family.callers):
             self._put(node)
-        else:
-            root._put(_written(root.node, self.path, node))
-        for one in root.others:
-            part = root.node
+            return
+        root = family.root()
+        before = family.node if root is None else root.node
+        assert before is not None
+        whole = _written(before, self.path, node)
+        if root is None:
+            family.node = whole
+        for one in (self, *others):
+            part = whole
             for look in one.path:
-                part = look.at(part)
-            one.become(part)
+                part = part if look is None else look.at(part)
+            one._put(part)
 
     def _put(self, node: Node) -> None:
         self.become(node)
@@ -218,16 +223,25 @@ class Hold:
 
 
 class _Family:
-    """The tensors that look at one map. callers: the map is a tensor of the caller, who sees what is written to it."""
+    """The tensors that look at one map, that of `root`; `node` where that is gone. callers: it is a tensor of the
+    caller, who sees what is written to it."""
 
     def __init__(self, root: Hold) -> None:
         self.root = weakref.ref(root)
         self.members = weakref.WeakSet([root])
         self.callers = root.original is not None
+        self.node: Optional[Node] = None
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the map cannot be written to any more: the caller's is not ours, another one was given up."""
+        if self.root() is not None:
+            return False
+        return self.callers or self.node is None or not (self.node.rows is None or self.node.rows.is_complete)
 
 
-def _written(base: Node, path: Sequence[Look], part: Node) -> Node:
+def _written(base: Node, path: Sequence[Optional[Look]], part: Node) -> Node:
     """`base`, where `part` was written to what is seen of it along `path`."""
-    if not path:
+    if not path or path[0] is None:
         return part
     return path[0].put(base, _written(path[0].at(base), path[1:], part))

@@ -44,6 +44,11 @@ class Rows:
         return torch.Size(self.shape).numel() // max(self.shape[-2], 1) * self.dtype.itemsize
 
     @property
+    def is_complete(self) -> bool:
+        """Whether all rows are there."""
+        return sum(rows for _, rows, _ in self._strips) == self.shape[-2]
+
+    @property
     def bytes_held(self) -> int:
         """Bytes that it takes on the device."""
         return 0 if self.elsewhere else self._bytes()

@@ -124,6 +124,7 @@ def _link(base: LazyTensor, results: list[LazyTensor], func: Any, args: Any, kwa
             known = looks(func, base.shape, *tree_map(_without_values, (args, kwargs)))
     for result, look in zip(results, known):
         base._hold.link(result._hold, look)
+        result._hold.viewed |= result._layout is not None  # what is written to it would have to be laid out as it is
 
 
 def _node(value: Any) -> Any:
@@ -208,7 +209,8 @@ def _lazy_again(value: Any, run: Run, sources: list[LazyTensor]) -> Any:
         return value
     result = LazyTensor.of(Node.of(value, run))
     for hold in owners:
-        hold.viewed = result._hold.viewed = True
+        for one in (hold, *hold.others, result._hold):
+            one.viewed = True
     return result
 
 
