@@ -302,3 +302,15 @@ def test_a_method_under_its_decorators_name() -> None:
         result = model.decode(x)
     assert "decode" not in model.__dict__
     assert_same(result, model.decode(x), 1e-6)
+
+
+def test_frames_gathered_in_channels_by_views() -> None:
+    """As LTX's encoder halves the frames."""
+
+    def run(x: Tensor) -> Tensor:
+        y = F.silu(x).unflatten(2, (2, 2)).movedim(3, 2).flatten(1, 2)
+        return y.unflatten(1, (4, 4)).mean(2)
+
+    x, report = torch.randn(1, 8, 4, 12, 10), dict[str, int]()
+    assert_same(streamed(run, report=report)(x), run(x), 1e-6)
+    assert not report

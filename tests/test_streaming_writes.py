@@ -194,6 +194,16 @@ def into_what_may_be_a_copy(x: Tensor) -> tuple[Tensor, Tensor]:
     return y, z
 
 
+def into_what_was_shuffled(x: Tensor) -> Tensor:
+    y = convolved(x).unflatten(1, (1, 2, 2)).permute(0, 1, 4, 2, 5, 3).reshape(1, 1, 32, 32)
+    y.add_(1)
+    z = convolved(x).unflatten(1, (2, 2)).transpose(1, 2).flatten(1, 2)
+    first, rest = torch.split(z, [1, 3], 1)
+    first.add_(x[:, :1])
+    rest.mul_(x[:, 1:])
+    return z + F.pixel_unshuffle(y, 2)
+
+
 def into_an_empty_map(x: Tensor) -> Tensor:
     y, z = torch.empty_like(x), x.new_empty(1, 4, 16, 16)
     for channel in range(0, 4, 2):
@@ -227,8 +237,8 @@ WRITES: list[Function] = [
     into_exchanged_dimensions, out_of_an_operator, out_of_an_operator_into_a_plain_tensor,
     into_what_was_contiguous_already, into_what_had_that_type_already, into_the_argument, into_a_part_of_the_argument,
     into_both_parts_of_a_split, into_parts_that_overlap, into_parts_of_what_is_gone, into_a_part_of_a_part,
-    into_one_of_several, into_what_may_be_a_copy, into_an_empty_map, into_rows_of_an_empty_map,
-    into_an_empty_map_of_another_type, into_twice_the_argument,
+    into_one_of_several, into_what_may_be_a_copy, into_what_was_shuffled, into_an_empty_map,
+    into_rows_of_an_empty_map, into_an_empty_map_of_another_type, into_twice_the_argument,
 ]  # fmt: skip
 
 
@@ -250,7 +260,7 @@ def test_a_write_is_seen_by_whom_plain_has_see_it(function: Function, blanks: bo
     [
         into_the_argument, into_a_part_of_the_argument, into_both_parts_of_a_split, into_parts_that_overlap,
         into_a_part_of_a_part, into_one_of_several, into_an_empty_map, into_twice_the_argument,
-        into_parts_of_what_is_gone,
+        into_parts_of_what_is_gone, into_what_was_shuffled,
     ],
     ids=lambda function: function.__name__,
 )  # fmt: skip

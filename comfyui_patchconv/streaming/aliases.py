@@ -150,12 +150,12 @@ class Hold:
     """A tensor's claim on its node, given back when the tensor goes.
 
     viewed: others may look at the same map, it is not known which. exposed: a plain tensor shares the memory of the map, and may be written to at any time; nothing that reads it
-    is put off. original: the caller's tensor that this one stands for.
+    is put off. laid_out: it is a view whose values lie in another order than those of the map. original: the caller's tensor that this one stands for.
     """
 
     def __init__(self, node: Node, original: Optional[Tensor] = None) -> None:
         self.node, self.original = node, original
-        self.viewed = self.exposed = False
+        self.viewed = self.exposed = self.laid_out = False
         self.path: tuple[Optional[Look], ...] = ()
         self._family: Optional[_Family] = None
         node.users += 1
@@ -183,7 +183,7 @@ class Hold:
     def require_writable(self, name: str) -> None:
         """Raise CannotStreamError where it is not known who sees what the operator `name` writes here."""
         family, others = self._family, self.others
-        unknown = self.viewed
+        unknown = self.viewed or self.laid_out
         if family is not None and (others or family.callers):
             members = [self, *others]
             unknown |= any(one.viewed or one.exposed for one in members)

@@ -124,7 +124,7 @@ def _link(base: LazyTensor, results: list[LazyTensor], func: Any, args: Any, kwa
             known = looks(func, base.shape, *tree_map(_without_values, (args, kwargs)))
     for result, look in zip(results, known):
         base._hold.link(result._hold, look)
-        result._hold.viewed |= result._layout is not None  # what is written to it would have to be laid out as it is
+        result._hold.laid_out = result._layout is not None
 
 
 def _node(value: Any) -> Any:

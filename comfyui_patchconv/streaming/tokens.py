@@ -81,7 +81,9 @@ def _arranged(func: Any, node: Node, layout: Tensor, args: Sequence[Any], kwargs
     if result.numel() != layout.numel() or result.dtype != layout.dtype:
         return None
     shares = result.untyped_storage()._cdata == layout.untyped_storage()._cdata
-    back = len(node.shape) > 5 and result.dim() in (4, 5)  # split, exchanged and merged
+    rows_last = tuple(result.shape[-2:]) == node.shape[-2:] and result.stride()[-2:] == (node.shape[-1], 1)
+    back = (len(node.shape) > 5 or rows_last) and result.dim() in (4, 5)  # split, exchanged and merged
+    back &= not is_map(node, result)
     return (node, result) if shares and not back else _rearranged(func, node, layout, args, kwargs)
 
 
