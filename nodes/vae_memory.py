@@ -82,7 +82,7 @@ class Memory(ABC):
         return counted
 
     def _run(self, model: Any, sample: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Have `model` decode or encode as the host does: into a tensor of the host's where the VAE can write to one."""
+        """Have `model` decode or encode as the host does, into a tensor of the host's where the VAE writes to one."""
         options = {}
         if self.method == "decode" and getattr(model, "comfy_has_chunked_io", False):
             options["output_buffer"] = torch.empty(model.decode_output_shape(sample), device="meta")

@@ -149,8 +149,9 @@ def _look(base: Tensor, result: Tensor, may_copy: bool) -> Optional[Look]:
 class Hold:
     """A tensor's claim on its node, given back when the tensor goes.
 
-    viewed: others may look at the same map, it is not known which. exposed: a plain tensor shares the memory of the map, and may be written to at any time; nothing that reads it
-    is put off. laid_out: it is a view whose values lie in another order than those of the map. original: the caller's tensor that this one stands for.
+    viewed: others may look at the same map, it is not known which. exposed: a plain tensor shares the memory of the
+    map, and may be written to at any time; nothing that reads it is put off. laid_out: it is a view whose values lie in
+    another order than those of the map. original: the caller's tensor that this one stands for.
     """
 
     def __init__(self, node: Node, original: Optional[Tensor] = None) -> None:
