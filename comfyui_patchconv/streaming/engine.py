@@ -157,32 +157,65 @@ def _gather(node: Node, groups: int, above: Node) -> None:
     """
     if groups in node.statistics:
         return
+    origin, shared = _arranged_from(node)
+    if shared:
+        _gather_parts(origin, above)
+        return
     statistics = Statistics(groups)
     if node.rows is None:
         if _leave_unstored(node):
             Sweep([node], keep=True).run([statistics.add])
         else:
-            _store([node, *_beside(node, above)], statistics)
+            _store([node, *_beside(node, above)], {node: statistics})
     elif not node.run.dry:
         for first, last in strips(node.height, rows_that_suit(node.height, node.row_bytes, node.device)):
             statistics.add(node.rows.read(first, last))
     node.statistics[groups] = statistics
 
 
-def _store(nodes: list[Node], statistics: Optional[Statistics] = None) -> None:
-    """Store `nodes`, all in one pass; `statistics` are those of the first."""
-    sweep = Sweep(nodes)
+def _arranged_from(node: Node) -> tuple[Node, bool]:
+    """The map whose values `node` arranges anew, itself perhaps, and whether something else reads what it does."""
+    shared = False
+    while node.rows is None and node.step is not None and node.step.moves and len(node.inputs) == 1:
+        (node,) = node.inputs
+        shared |= node.users > 1
+    return node, shared
+
+
+def _gather_parts(origin: Node, above: Node) -> None:
+    """Statistics of all parts of `origin`, such as some frames each, that are normalised on the way to `above`, in one
+    pass; it is stored with that."""
+    parts: dict[Node, Statistics] = {}
+    for node in producers_first([above]):
+        if isinstance(node.step, Normalise) and not node.step.prepared:
+            (part,) = node.inputs
+            if node.step.groups not in part.statistics and _arranged_from(part) == (origin, True):
+                parts[part] = part.statistics.setdefault(node.step.groups, Statistics(node.step.groups))
+    if origin.rows is None:
+        _store([origin], parts)
+    else:
+        Sweep(list(parts), keep=True).run([statistics.add for statistics in parts.values()])
+
+
+def _store(nodes: list[Node], statistics: Optional[dict[Node, Statistics]] = None) -> None:
+    """Store `nodes`, all in one pass, in which `statistics` are gathered of these and of other nodes."""
+    statistics = statistics or {}
+    others = [node for node in statistics if node not in nodes]
+    sweep = Sweep([*nodes, *others])
     stored = [
         Rows(node.run, node.shape, node.dtype, node.device, elsewhere)
         for node, elsewhere in zip(nodes, sweep.places([node.bytes for node in nodes]))
     ]
 
-    def keep(strip: Tensor) -> None:
-        if statistics is not None:
-            statistics.add(strip)
-        stored[0].append(strip)
+    def keep(node: Node, rows: Rows) -> Callable[[Tensor], None]:
+        def sink(strip: Tensor) -> None:
+            if node in statistics:
+                statistics[node].add(strip)
+            rows.append(strip)
 
-    sweep.run([keep, *(rows.append for rows in stored[1:])])
+        return sink
+
+    sweep.run([*map(keep, nodes, stored), *(statistics[node].add for node in others)])
     for node, rows in zip(nodes, stored):
         if node.run.dry:
             rows.pretend()
