@@ -164,13 +164,37 @@ def _gather(node: Node, groups: int, above: Node) -> None:
     statistics = Statistics(groups)
     if node.rows is None:
         if _leave_unstored(node):
-            Sweep([node], keep=True).run([statistics.add])
+            _pass_over([node], keep=True).run([statistics.add])
         else:
             _store([node, *_beside(node, above)], {node: statistics})
     elif not node.run.dry:
         for first, last in strips(node.height, rows_that_suit(node.height, node.row_bytes, node.device)):
             statistics.add(node.rows.read(first, last))
     node.statistics[groups] = statistics
+
+
+_WORTH_A_CUT = 0.8
+"""A computation in two passes has to take less than this share of what one takes beside stored maps."""
+
+
+def _pass_over(roots: list[Node], keep: bool = False) -> Sweep:
+    """A pass that computes `roots`; maps on the way are stored beforehand where that takes less memory.
+
+    Steps with large weights and small maps, as an encoder's last ones, want large strips, steps with large maps want
+    small ones: where both are on the way, the maps between them are stored.
+    """
+    sweep = Sweep(roots, keep)
+    best, cut = _WORTH_A_CUT * sweep.workspace, None
+    for frontier in sweep.frontiers():
+        size = sum(node.bytes for node in frontier)
+        if size < best:
+            peak = max(Sweep(frontier).workspace, size + Sweep(roots, keep, stored=frontier).workspace)
+            if peak < best:
+                best, cut = peak, frontier
+    if cut is None:
+        return sweep
+    _store(cut)
+    return _pass_over(roots, keep)
 
 
 def _arranged_from(node: Node) -> tuple[Node, bool]:
@@ -201,7 +225,7 @@ def _store(nodes: list[Node], statistics: Optional[dict[Node, Statistics]] = Non
     """Store `nodes`, all in one pass, in which `statistics` are gathered of these and of other nodes."""
     statistics = statistics or {}
     others = [node for node in statistics if node not in nodes]
-    sweep = Sweep([*nodes, *others])
+    sweep = _pass_over([*nodes, *others])
     stored = [
         Rows(node.run, node.shape, node.dtype, node.device, elsewhere)
         for node, elsewhere in zip(nodes, sweep.places([node.bytes for node in nodes]))
@@ -292,7 +316,7 @@ def _into_tensors(targets: list[_Target], results: bool = False) -> list[Rows]:
     results: these are the results of the computation, which lie on their device whatever the budget.
     """
     run = targets[0].node.run
-    sweep = Sweep([target.node for target in targets])
+    sweep = _pass_over([target.node for target in targets])
     new = [target for target in targets if target.tensor is None]
     sizes = [target.node.bytes if target.node.device == sweep.device else 0 for target in new]
     places = sweep.places(sizes, movable=not results and sweep.device.type == "cpu")

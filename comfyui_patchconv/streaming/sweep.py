@@ -6,7 +6,7 @@ neither repeated work nor, through residual branches, work that doubles with dep
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Optional
 
@@ -37,13 +37,14 @@ _SHARE_FOR_COSTS = 8
 """Strips that are larger than suits a device, for the sake of such costs, take this part of a budget at most."""
 
 
-def producers_first(roots: list[Node]) -> list[Node]:
-    """The steps that lead to `roots`, in the order in which the program has them; stored maps are not steps.
+def producers_first(roots: list[Node], stored: Sequence[Node] = ()) -> list[Node]:
+    """The steps that lead to `roots`, in the order in which the program has them; stored maps are not steps, nor are
+    those of `stored`.
 
     That order suits memory as the program's own does: a video's chunks are computed one after the other.
     """
     steps: list[Node] = []
-    seen: set[Node] = set()
+    seen = set(stored)
     stack = list(roots)
     while stack:
         node = stack.pop()
@@ -75,12 +76,13 @@ class Sweep:
     """Computes `roots`, whose steps are all prepared, in strips of equal share.
 
     Stored maps that nothing else refers to are given up as it passes them, unless `keep`. device: where it computes;
-    what it reads, and what comes of it, may lie elsewhere.
+    what it reads, and what comes of it, may lie elsewhere. workspace: bytes that it takes beside stored maps. stored:
+    maps to be reckoned with as if they were.
     """
 
-    def __init__(self, roots: list[Node], keep: bool = False) -> None:
+    def __init__(self, roots: list[Node], keep: bool = False, stored: Sequence[Node] = ()) -> None:
         self._run = roots[0].run
-        order = producers_first(roots)
+        order = producers_first(roots, stored)
         read = {source for node in order for source in node.inputs}
         # A root that others read too goes to its sink through a step of its own, which tells how far that has come.
         self._roots = [
@@ -89,7 +91,7 @@ class Sweep:
             else root
             for root in roots
         ]
-        self._order = producers_first(self._roots)
+        self._order = producers_first(self._roots, stored)
         self._readers: dict[Node, list[Node]] = {}
         for node in self._order:
             for source in dict.fromkeys(node.inputs):
@@ -101,15 +103,32 @@ class Sweep:
         suitable = rows_that_suit(self._main.height, share, self.device)
         self._strip_rows = max(suitable, self._rows_worth_their_costs(share))
         self._line_bytes = self._bytes_of_lines()
-        self._workspace = self._bytes_beside_maps()
+        self.workspace = self._bytes_beside_maps()
         self._growth = self._elsewhere = 0
         self._lines: dict[Node, list[Optional[Tensor]]] = {}
+
+    def frontiers(self) -> list[list[Node]]:
+        """Where this pass could be two: for each height on the way, the maps of no more or of no fewer rows, as are all
+        before them, that later steps read."""
+        found: list[list[Node]] = []
+        for height in dict.fromkeys(node.height for node in self._order):
+            for sign in (1, -1):
+                before: set[Node] = set()
+                for node in self._order:
+                    ready = all(source.rows is not None or source in before for source in node.inputs)
+                    if ready and sign * node.height <= sign * height:
+                        before.add(node)
+                after = [node for node in self._order if node not in before]
+                frontier = dict.fromkeys(source for node in after for source in node.inputs if source in before)
+                if frontier and not before.intersection(self._roots) and list(frontier) not in found:
+                    found.append(list(frontier))
+        return found
 
     def places(self, sizes: list[int], movable: bool = True) -> list[bool]:
         """For each new map, of `sizes` bytes: whether it has to lie elsewhere than on the device, if it may."""
         run = self._run
         going = [node.rows.bytes_that_go for node in self._dying if node.rows]
-        held, freed = run.held + self._workspace, sum(here for here, _ in going)
+        held, freed = run.held + self.workspace, sum(here for here, _ in going)
         places = []
         for size in sizes:
             places.append(movable and size > 0 and not planner.fits(run.plan.budget, held, freed, size))
@@ -126,7 +145,7 @@ class Sweep:
     def run(self, sinks: list[Sink]) -> None:
         """Give the rows of each root to its sink, from top to bottom."""
         run, height = self._run, self._main.height
-        run.note(self._growth, self._elsewhere, self._workspace)
+        run.note(self._growth, self._elsewhere, self.workspace)
         work = sum(node.bytes for node in self._order)
         if run.dry:
             for node in self._dying:
@@ -252,7 +271,7 @@ class Sweep:
                 parts.append(line)
             if start < high:
                 parts.append(_compute(node, start, high, pieces))
-                self._hand_back(self._workspace - self._copies)
+                self._hand_back(self.workspace - self._copies)
                 done[node] = after[node]
             pieces[node] = (low, parts[0] if len(parts) == 1 else torch.cat(parts, -2))
             del parts
@@ -335,8 +354,8 @@ class Sweep:
         """Bytes of the rows that are kept between strips, in two parts that take turns."""
         kept = [
             node.row_bytes * self._rows_again(node)
-            for node in self._readers
-            if node.step is not None and not node.step.moves
+            for node in self._order
+            if node in self._readers and node.step is not None and not node.step.moves
         ]
         return 2 * sum(kept)
 
