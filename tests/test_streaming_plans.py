@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model_zoo import CASES, draw_weights, image, kl, wan
 from network_helpers import random_network, run_network
-from torch import Tensor
+from torch import Tensor, nn
 
 from comfyui_patchconv import planner
-from comfyui_patchconv.streaming import Plan, choose, stream, streamed
+from comfyui_patchconv.streaming import Plan, choose, engine, stream, streamed
 from comfyui_patchconv.streaming.buffers import FileBuffer, HostBuffer, lasting
 from comfyui_patchconv.streaming.call import carry_out
 from comfyui_patchconv.streaming.rows import _is_borrowed
@@ -258,3 +258,18 @@ def test_memory_that_is_used_again_is_no_strip_to_keep(device: str) -> None:
     assert _is_borrowed(line)
     if hasattr(line.untyped_storage(), "resizable"):  # torch 2.1 cannot tell, and copies all
         assert not _is_borrowed(torch.empty(1, 4, 3, 5, device=device))
+
+
+def test_small_maps_with_large_weights_are_a_pass_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An encoder without norms over the image: its last steps want all rows at once, its first ones few."""
+    first = [nn.Conv2d(3, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, 16, 3, padding=1), nn.SiLU()]
+    last = [nn.Conv2d(16, 256, 8, 8), *(nn.Conv2d(256, 256, 3, padding=1) for _ in range(4))]
+    model, x = nn.Sequential(*first, *last).requires_grad_(False), torch.randn(1, 3, 512, 512)
+    cut, held = choose(model, (x,), {}), []
+    run: Any = Run(cut, on_progress=lambda *steps: held.append(run.held))
+    result = carry_out(model.forward, (x,), {}, run)
+    monkeypatch.setattr(engine, "_WORTH_A_CUT", 0)
+    assert cut.peak < 0.8 * choose(model, (x,), {}).peak
+    assert len(held) > 4  # strips, and the last one of all rows
+    assert max(held) <= cut.stored
+    assert_same(result, model(x), 1e-5)
