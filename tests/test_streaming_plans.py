@@ -273,3 +273,30 @@ def test_small_maps_with_large_weights_are_a_pass_of_their_own(monkeypatch: pyte
     assert len(held) > 4  # strips, and the last one of all rows
     assert max(held) <= cut.stored
     assert_same(result, model(x), 1e-5)
+
+
+class FromAndToTheHost(nn.Module):
+    """Takes pixels that lie on the host to its device, and writes its result into a tensor of the host's, as LTX."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, pixels: Tensor, buffer: Tensor) -> Tensor:
+        y = self.convolution(pixels.to(self.convolution.weight.device))
+        for channel in range(3):
+            buffer.narrow(1, channel, 1).copy_(y.narrow(1, channel, 1))  # indexing of a fake one asks for CUDA
+        return buffer
+
+
+def test_what_lies_on_the_host_takes_nothing_of_the_device() -> None:
+    model, large = FromAndToTheHost(), torch.empty(1, 3, 1 << 18, 64)
+    plan = choose(model, (large, torch.empty_like(large)), {}, device=torch.device("cuda", 0))
+    assert plan.blanks
+    assert plan.stored == plan.moved == 0
+    assert plan.peak < large.nbytes / 2
+    pixels, buffer = torch.randn(2, 1, 3, 64, 64)
+    expected = model.convolution(pixels)
+    with stream(model):
+        assert model(pixels, buffer) is buffer
+    assert_same(buffer, expected, 1e-5)

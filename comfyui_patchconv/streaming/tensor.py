@@ -111,7 +111,7 @@ def _new(func: Any, name: str, args: Any, kwargs: Any, like: LazyTensor) -> Tens
         with _disable_current_modes():
             shape = func(*tree_map(operators.as_meta, args), **{**kwargs, "device": torch.device("meta")})
         if shape.dim() in (4, 5) and shape.is_floating_point():
-            device = torch.device(kwargs.get("device") or like.device)
+            device = operators.placed(kwargs.get("device") or like.device, like.device)
             return LazyTensor.of(Node(run, shape.shape, shape.dtype, device, Blank(shape, device)))
     return func(*args, **kwargs)
 
