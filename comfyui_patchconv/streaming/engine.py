@@ -34,6 +34,7 @@ def finish(nodes: Sequence[Node], written: Sequence[tuple[Tensor, Node]] = ()) -
     roots = [*nodes, *(node for _, node in pieces)]
     for node in roots:
         if node.rows is None:
+            _store_parts(node)
             _prepare(node)
     read = {_storage(source.rows.tensor) for source in _stored(roots) if source.rows and source.rows.tensor is not None}
     # What the pass itself reads is written to after it.
@@ -223,7 +224,7 @@ def _gather_parts(origin: Node, above: Node) -> None:
 
 def _store(nodes: list[Node], statistics: Optional[dict[Node, Statistics]] = None) -> None:
     """Store `nodes`, all in one pass, in which `statistics` are gathered of these and of other nodes."""
-    statistics = statistics or {}
+    statistics, nodes = statistics or {}, [*nodes, *_kept_for_later(nodes)]
     others = [node for node in statistics if node not in nodes]
     sweep = _pass_over([*nodes, *others])
     stored = [
@@ -244,6 +245,40 @@ def _store(nodes: list[Node], statistics: Optional[dict[Node, Statistics]] = Non
         if node.run.dry:
             rows.pretend()
         node.store(rows)
+
+
+def _store_parts(root: Node) -> None:
+    """Where `root` is put together of parts, such as a video's chunks: store those, one after the other, that let larger
+    maps go with that."""
+    while root.rows is None and isinstance(root.step, RowLocal) and len(root.inputs) == 1:
+        (root,) = root.inputs
+    if root.rows is not None or root.step is None or not root.step.moves or len(root.inputs) < 2:
+        return
+    for part in dict.fromkeys(root.inputs):
+        if part.rows is None:
+            _store_parts(part)
+            _prepare(part)
+            steps = producers_first([part])
+            for source in _stored([part]):
+                normalised = bool(source.statistics) and 2 * part.bytes <= source.bytes
+                if normalised and source.users == sum(step.inputs.count(source) for step in steps):
+                    _store([part])
+                    break
+
+
+def _kept_for_later(nodes: Sequence[Node]) -> list[Node]:
+    """Frames of the steps that lead to `nodes` that later steps read: a video's last ones, which the next chunk wants.
+
+    Stored with `nodes` they let the maps go that they are computed from, and are not computed again.
+    """
+    order = producers_first(list(nodes))
+    inside = set(order)
+    found = []
+    for node in dict.fromkeys(reader for step in order for reader in step.readers if reader not in inside):
+        frames = len(node.shape) == 5 and isinstance(node.step, Narrow) and node.step.dim == 2
+        if frames and any(node.bytes <= 1.25 * source.bytes for source in _stored([node])):
+            found.append(node)
+    return sorted(found, key=lambda node: node.serial)
 
 
 def _leave_unstored(node: Node) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Optional
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -333,8 +334,9 @@ _serials = count()
 class Node:
     """A feature map: `rows` once it is stored, else `step` and `inputs`.
 
-    users: live tensors and nodes that refer to it; it decides when a stored map may be given up row by row. serial: a
-    number that is higher than those of all nodes before it.
+    users: live tensors and nodes that refer to it; it decides when a stored map may be given up row by row. readers: the
+    nodes among them, as long as others refer to these. serial: a number that is higher than those of all nodes before
+    it.
     """
 
     def __init__(
@@ -352,8 +354,10 @@ class Node:
         self.inputs: tuple[Node, ...] = tuple(inputs)
         self.statistics: dict[int, Statistics] = {}
         self.users = 0
+        self.readers: WeakSet[Node] = WeakSet()
         for node in self.inputs:
             node.users += 1
+            node.readers.add(self)
 
     @classmethod
     def of(cls, tensor: Tensor, run: Run, counted: bool = True) -> Node:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..geometry import Axis
 from ..onednn import conv3d
 from . import engine
+from .aliases import joined
 from .graph import (
     Convolve,
     ConvolveTransposed,
@@ -70,6 +71,11 @@ def build(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[tu
     plain = name.rstrip("_") if not name.startswith("_") else name
     if plain in POINTWISE or (plain in OVER_CHANNELS and _over_channels(args, kwargs)):
         return _row_local(getattr(getattr(aten, plain), func._overloadname), args, kwargs)
+    if name in ("cat", "concat", "concatenate") and _not_along_rows(name, args, kwargs):
+        maps = args[0]
+        same = all(isinstance(one, Node) and len(one.shape) == len(maps[0].shape) for one in maps)
+        if same and len({(one.height, one.dtype, one.device) for one in maps}) == 1:
+            return (joined(maps, kwargs.get("dim", [*args, 0][1]) % len(maps[0].shape), maps[0]),)
     if name in _ALONG and _not_along_rows(name, args, kwargs):
         return _row_local(func, args, kwargs, moves=True)
     return None
