@@ -314,3 +314,37 @@ def test_frames_gathered_in_channels_by_views() -> None:
     x, report = torch.randn(1, 8, 4, 12, 10), dict[str, int]()
     assert_same(streamed(run, report=report)(x), run(x), 1e-6)
     assert not report
+
+
+class Normalised(nn.Module):
+    """Chunks of four frames through convolutions and group norms, which keep their last two, as HunyuanVideo's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv3d(8, 8 if index < 3 else 1, 3, padding=(0, 1, 1)) for index in range(4))
+        self.norms = nn.ModuleList(nn.GroupNorm(2, 8) for _ in range(4))
+
+    def decode(self, x: Tensor) -> Tensor:
+        kept: list[Any] = [x[:, :, :2] * 0] * 4
+        chunks = []
+        for chunk in x.split(4, 2):
+            for index, (norm, layer) in enumerate(zip(self.norms, self.layers)):
+                frames = torch.cat([kept[index], F.silu(norm(chunk))], 2)
+                kept[index] = frames[:, :, -2:].clone()
+                chunk = layer(frames)
+            chunks.append(chunk)
+        return torch.cat(chunks, 2)
+
+
+@pytest.mark.usefixtures("small_strips")
+def test_normalised_chunks_go_one_after_the_other() -> None:
+    """What is held does not grow with their number, but for the result; nor is anything computed for a second time."""
+    model = draw_weights(Normalised())
+    plans = [choose(model.decode, (image(8, 4 * count, 64, 16),), {}) for count in (3, 4, 9, 10)]
+    results = [image(1, 4 * count, 64, 16).nbytes for count in (3, 4, 9, 10)]
+    held = [plan.stored - 2 * size for plan, size in zip(plans, results)]
+    assert held[3] <= held[1]
+    assert plans[3].work - plans[2].work == plans[1].work - plans[0].work
+    x = image(8, 12, 64, 16)
+    with torch.no_grad():
+        assert_same(streamed(model.decode)(x), model.decode(x), 1e-5)

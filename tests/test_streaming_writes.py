@@ -300,6 +300,17 @@ def test_arguments_in_one_memory() -> None:
     assert_same(other, memory, 1e-6)
 
 
+def test_what_was_joined_is_a_copy() -> None:
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        y = convolved(x)
+        both = torch.cat([x, y], 1)
+        return y, both[:, :4], both[:, 4:], torch.cat([x])
+
+    x = torch.randn(1, 4, 16, 16)
+    memories = {tensor.untyped_storage().data_ptr() for tensor in (x, *carry_out(run, (x,), {}, Run()))}
+    assert len(memories) == 5
+
+
 def test_a_kept_frame_is_written_in_place() -> None:
     def run(x: Tensor, kept: list[Tensor]) -> Tensor:
         kept[0].mul_(2)

@@ -91,19 +91,21 @@ def narrowed(base: Node, dim: int, first: int, count: int) -> Node:
             if low < high:
                 parts.append(narrowed(source, dim, low - start, high - low))
             start += source.shape[dim]
+        if len(parts) == 1 and parts[0] not in base.inputs:
+            return parts[0]
         if parts:
             return joined(parts, dim, base)
     return base.then(Narrow(dim, first, count), (*base.shape[:dim], count, *base.shape[dim + 1 :]))
 
 
 def joined(parts: Sequence[Node], dim: int, like: Node) -> Node:
-    """`parts` one behind the other, on the device of `like`."""
+    """`parts` one behind the other, on the device of `like`; for those who look at it no part's map itself."""
     parts = [part for part in parts if part.shape[dim]] or parts[:1]
     flat: list[Node] = []
     for part in parts:
         flat.extend(part.inputs if isinstance(part.step, Join) and part.step.dim == dim else [part])
     if len(flat) == 1 and flat[0].device == like.device:
-        return flat[0]
+        return flat[0].then(RowLocal(lambda pieces: pieces[0], moves=True), flat[0].shape)  # a map of its own
     shape = (*like.shape[:dim], sum(part.shape[dim] for part in flat), *like.shape[dim + 1 :])
     return Node(like.run, shape, like.dtype, like.device, Join(dim, like.device), flat)
 

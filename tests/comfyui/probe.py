@@ -54,6 +54,7 @@ FAMILIES: list[tuple[str, dict[str, Any], tuple[int, ...], tuple[int, ...]]] = [
     ("flux", {}, (1, 16, 8, 8), (1, 3, 64, 64)),
     ("qwen image", {}, (1, 16, 1, 8, 8), (1, 3, 1, 64, 64)),
     ("hunyuan image", {}, (1, 32, 8, 8), (1, 3, 64, 64)),
+    ("hunyuan video 1.0", {}, (1, 16, 3, 8, 8), (1, 3, 9, 64, 64)),
     ("hunyuan video", {}, (1, 32, 2, 8, 8), (1, 3, 5, 64, 64)),
 ]
 """Path of the class, or a name that `build` knows; its arguments; shapes of a latent and of pixels."""
@@ -82,6 +83,10 @@ def build(path: str, options: dict[str, Any]) -> torch.nn.Module:
             path, options = "comfy.ldm.lightricks.vae.causal_video_autoencoder.VideoVAE", {"version": 2}
         if path == "qwen image":
             path, options = "comfy.ldm.wan.vae.WanVAE", WAN
+        if path == "hunyuan video 1.0":
+            config = KL | {"z_channels": 16, "conv3d": True, "time_compress": 4}
+            kind = importlib.import_module("comfy.ldm.models.autoencoder").AutoencoderKL
+            return kind(ddconfig=config, embed_dim=16)
         if path in ("flux", "hunyuan image", "hunyuan video"):
             if path == "flux":
                 kind, module, config = "DiagonalGaussian", "modules.diffusionmodules.model", KL | {"z_channels": 16}
