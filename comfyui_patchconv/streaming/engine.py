@@ -248,7 +248,7 @@ def _store(nodes: list[Node], statistics: Optional[dict[Node, Statistics]] = Non
 
 
 def _store_parts(root: Node) -> None:
-    """Where `root` is put together of parts, such as a video's chunks: store those, one after the other, that let larger
+    """Where `root` is put together of parts, as of a video's chunks: store those, one after the other, that let larger
     maps go with that."""
     while root.rows is None and isinstance(root.step, RowLocal) and len(root.inputs) == 1:
         (root,) = root.inputs

@@ -334,9 +334,9 @@ _serials = count()
 class Node:
     """A feature map: `rows` once it is stored, else `step` and `inputs`.
 
-    users: live tensors and nodes that refer to it; it decides when a stored map may be given up row by row. readers: the
-    nodes among them, as long as others refer to these. serial: a number that is higher than those of all nodes before
-    it.
+    users: live tensors and nodes that refer to it; it decides when a stored map may be given up row by row. readers:
+    the nodes among them, as long as others refer to these. serial: a number that is higher than those of all nodes
+    before it.
     """
 
     def __init__(
