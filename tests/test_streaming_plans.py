@@ -290,6 +290,8 @@ class FromAndToTheHost(nn.Module):
 
 
 def test_what_lies_on_the_host_takes_nothing_of_the_device() -> None:
+    if torch.__version__.startswith("2.1.") and not torch.cuda.is_available():
+        pytest.skip("torch 2.1 has no fake tensors of a GPU that is not there")
     model, large = FromAndToTheHost(), torch.empty(1, 3, 1 << 18, 64)
     plan = choose(model, (large, torch.empty_like(large)), {}, device=torch.device("cuda", 0))
     assert plan.blanks
