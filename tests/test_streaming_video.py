@@ -352,3 +352,13 @@ def test_normalised_chunks_go_one_after_the_other(monkeypatch: pytest.MonkeyPatc
         with monkeypatch.context() as patch:
             patch.setattr(engine, step, lambda nodes: [])
             assert choose(model.decode, (image(8, 40, 64, 16),), {}).stored > 1.2 * plans[3].stored
+
+
+def test_parts_that_are_normalised_in_two_ways() -> None:
+    def run(x: Tensor) -> Tensor:
+        y = F.silu(x)
+        parts = [y[:, :, frame : frame + 2] for frame in (0, 2)]
+        return torch.cat([F.group_norm(part, 2) + F.group_norm(part, 4) for part in parts], 2)
+
+    x = torch.randn(1, 8, 4, 12, 10)
+    assert_same(streamed(run)(x), run(x), 1e-5)

@@ -214,7 +214,8 @@ def _gather_parts(origin: Node, above: Node) -> None:
     for node in producers_first([above]):
         if isinstance(node.step, Normalise) and not node.step.prepared:
             (part,) = node.inputs
-            if node.step.groups not in part.statistics and _arranged_from(part) == (origin, True):
+            known = part in parts or node.step.groups in part.statistics
+            if not known and _arranged_from(part) == (origin, True):
                 parts[part] = part.statistics.setdefault(node.step.groups, Statistics(node.step.groups))
     if origin.rows is None:
         _store([origin], parts)
