@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from comfyui_patchconv import planner
 from comfyui_patchconv.streaming import Plan, choose, engine, stream, streamed
-from comfyui_patchconv.streaming.buffers import FileBuffer, HostBuffer, lasting
+from comfyui_patchconv.streaming.buffers import FileBuffer, is_borrowed, lasting
 from comfyui_patchconv.streaming.call import carry_out
-from comfyui_patchconv.streaming.rows import _is_borrowed
 from comfyui_patchconv.streaming.run import Run
 
 
@@ -244,20 +243,13 @@ class TestFiles:
         assert "forward" not in model.decoder.__dict__
 
 
-def test_host_memory_keeps_values() -> None:
-    strip = torch.randn(2, 3, 4, 5)
-    kept = HostBuffer().keep(strip)
-    assert torch.equal(kept, strip)
-    assert kept.data_ptr() != strip.data_ptr()
-
-
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_memory_that_is_used_again_is_no_strip_to_keep(device: str) -> None:
     line = lasting(torch.empty(1, 4, 3, 5, device=device))
     assert line.shape == (1, 4, 3, 5)
-    assert _is_borrowed(line)
+    assert is_borrowed(line)
     if hasattr(line.untyped_storage(), "resizable"):  # torch 2.1 cannot tell, and copies all
-        assert not _is_borrowed(torch.empty(1, 4, 3, 5, device=device))
+        assert not is_borrowed(torch.empty(1, 4, 3, 5, device=device))
 
 
 def test_small_maps_with_large_weights_are_a_pass_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,34 +7,103 @@ import mmap
 import os
 import shutil
 import tempfile
+from collections import deque
 from contextlib import suppress
-from typing import Any
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
 
-from ..memory import free
+from ..memory import free, is_out_of_memory
+from .copies import Arrival, Copies, copies_of
+
+
+AT_ONCE = 2
+"""Strips on their way at once, each way: one is copied while the device computes the next."""
 
 
 class HostBuffer:
-    """Copies of strips in host memory, page-locked for CUDA so that the host need not wait for them.
+    """Strips in host memory. Those that the device wrote leave while it writes the next one, and those that it will
+    read come while it reads the one before.
 
-    Until the device is through with its work they may be read by the device alone, whole.
+    A strip on its way takes its memory on the device until it is known to have left.
     """
 
-    def keep(self, strip: Tensor) -> Tensor:
-        copy = self._empty(strip)
-        return copy.copy_(strip, non_blocking=copy.is_pinned())
+    def __init__(self, copies: Copies) -> None:
+        self._copies = copies
+        self._leaving: deque[tuple[Tensor, Arrival]] = deque()
+        self._near: dict[int, _Near] = {}  # strips that are on the device too, or come there, by their first row
 
-    @staticmethod
-    def _empty(strip: Tensor) -> Tensor:
-        if strip.device.type == "cuda":
-            with suppress(RuntimeError):  # systems lock a part of their memory at most
-                return torch.empty(strip.shape, dtype=strip.dtype, pin_memory=True)
-        return torch.empty(strip.shape, dtype=strip.dtype)
+    def keep(self, strip: Tensor) -> Tensor:
+        """The values of `strip`, which nothing may write to any more, in memory of the host.
+
+        It may be read there only once it has arrived, which `bring` and `settle` see to.
+        """
+        if is_borrowed(strip):
+            strip = strip.clone()
+        self._wait(AT_ONCE - 1)
+        copy = self._copies.room(strip)
+        self._leaving.append((strip, self._copies.start(copy, strip)))
+        return copy
+
+    def bring(self, start: int, strip: Tensor, device: torch.device) -> Tensor:
+        """A strip that was kept, on the device again; row `start` is its first."""
+        near = self._near.get(start) or self._start(start, strip, device)
+        return near.ready()
+
+    def expect(self, start: int, strip: Tensor, device: torch.device) -> None:
+        """The strip from row `start` on is the one that will be read next: it may come now, where there is room."""
+        if start not in self._near:
+            try:
+                self._start(start, strip, device)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+
+    def _start(self, start: int, strip: Tensor, device: torch.device) -> _Near:
+        self.settle()
+        near = self._near[start] = _Near(torch.empty_like(strip, device=device), strip, self._copies)
+        return near
+
+    def leave(self, before: int) -> None:
+        """Rows above `before` will not be read again soon: their strips need not be on the device."""
+        gone = [start for start, near in self._near.items() if start + near.rows <= before]
+        for start in gone:
+            del self._near[start]
+
+    def settle(self) -> None:
+        """Wait for all strips that are leaving."""
+        self._wait(0)
+
+    def _wait(self, but_for: int) -> None:
+        """Wait until no more than so many strips are leaving."""
+        while len(self._leaving) > but_for:
+            self._leaving[0][1].synchronize()
+            self._leaving.popleft()
 
     def discard(self, strip: Tensor) -> None:
         """The memory of a strip goes with it."""
+
+
+class _Near:
+    """A strip `away`, which comes into `values` on the device."""
+
+    def __init__(self, values: Tensor, away: Tensor, copies: Copies) -> None:
+        self.rows = values.shape[-2]
+        self._values, self._copies = values, copies
+        self._coming: Optional[tuple[Tensor, Arrival]] = (away, copies.start(values, away))
+
+    def ready(self) -> Tensor:
+        """Its values, for work that the device is given after this."""
+        if self._coming is not None:
+            self._copies.await_on_device(self._coming[1])
+            self._coming = None
+        return self._values
+
+    def __del__(self) -> None:
+        coming = getattr(self, "_coming", None)
+        if coming is not None:  # it still writes to memory that goes now
+            coming[1].synchronize()
 
 
 class FileBuffer:
@@ -86,6 +155,19 @@ class FileBuffer:
         except OSError as error:
             raise OSError(_no_room(len(rest), error)) from error
 
+    def bring(self, start: int, strip: Tensor, device: torch.device) -> Tensor:
+        """A strip that was kept is where it can be read."""
+        return strip
+
+    def expect(self, start: int, strip: Tensor, device: torch.device) -> None:
+        """The system reads ahead by itself."""
+
+    def leave(self, before: int) -> None:
+        """Pages that are not read go by themselves."""
+
+    def settle(self) -> None:
+        """All are there."""
+
     def discard(self, strip: Tensor) -> None:
         """Give the pages back that lie wholly within a strip kept here, before they are written out for nothing."""
         first = strip.data_ptr() - torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr()
@@ -111,6 +193,11 @@ class FileBuffer:
             raise OSError(_no_room(size, error)) from error
 
 
+def buffer_for(device: torch.device, size: int) -> Union[HostBuffer, FileBuffer]:
+    """Where a map of `size` bytes lies that `device` shall not hold."""
+    return FileBuffer(size) if device.type == "cpu" else HostBuffer(copies_of(device))
+
+
 GIVES_BACK = hasattr(mmap, "MADV_REMOVE")
 """Whether the room of strips that are discarded can be had again before the whole file is gone."""
 
@@ -134,8 +221,15 @@ def _no_room(size: int, why: object) -> str:
     )
 
 
+def is_borrowed(strip: Tensor) -> bool:
+    """Whether a strip lies in memory that is more than its own, or not torch's (a part of a file may be given up)."""
+    storage = strip.untyped_storage()
+    own = strip.device.type != "cpu" or getattr(storage, "resizable", lambda: False)()  # torch 2.1 cannot tell
+    return not own or storage.nbytes() > strip.numel() * strip.element_size()
+
+
 def lasting(like: Tensor) -> Tensor:
-    """An empty tensor as `like` that a map cannot mistake for a strip of its own (`rows._is_borrowed`): in more memory
+    """An empty tensor as `like` that a map cannot mistake for a strip of its own (`is_borrowed`): in more memory
     than it needs, or on the CPU in the system's, where that is possible.
 
     It outlives the temporary tensors around it, between which it would leave gaps that the allocator cannot use.

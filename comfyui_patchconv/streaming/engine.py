@@ -229,7 +229,7 @@ def _store(nodes: list[Node], statistics: Optional[dict[Node, Statistics]] = Non
     others = [node for node in statistics if node not in nodes]
     sweep = _pass_over([*nodes, *others])
     stored = [
-        Rows(node.run, node.shape, node.dtype, node.device, elsewhere)
+        Rows(node.run, node.shape, node.dtype, node.device, elsewhere, sweep.rows_in_strip(node))
         for node, elsewhere in zip(nodes, sweep.places([node.bytes for node in nodes]))
     ]
 

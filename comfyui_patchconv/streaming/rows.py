@@ -8,7 +8,7 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
-from .buffers import GIVES_BACK, FileBuffer, HostBuffer
+from .buffers import AT_ONCE, GIVES_BACK, FileBuffer, HostBuffer, buffer_for, is_borrowed
 from .run import Run
 
 
@@ -16,16 +16,22 @@ class Rows:
     """A feature map as strips of rows, which are added in order and can be given up in order.
 
     elsewhere: keep them in host memory, or in a file where the device is the CPU. What lies on the device counts as
-    held by `run`, the rest as kept aside. In a dry run the strips are numbers only.
+    held by `run`, the rest as kept aside. strip_rows: how many a strip has. In a dry run the strips are numbers only.
     """
 
     def __init__(
-        self, run: Run, shape: Sequence[int], dtype: torch.dtype, device: torch.device, elsewhere: bool = False
+        self,
+        run: Run,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        elsewhere: bool = False,
+        strip_rows: int = 0,
     ) -> None:
         self.run, self.shape, self.dtype, self.device, self.elsewhere = run, tuple(shape), dtype, device, elsewhere
         self.end, self._counted, self._in_strips = 0, True, True
         self._strips: list[tuple[int, int, Optional[Tensor]]] = []  # first row, rows, values
-        self._near: dict[int, Tensor] = {}  # strips kept elsewhere that are on the device too, by their first row
+        self._strip_rows = strip_rows
         self._buffer: Optional[Union[HostBuffer, FileBuffer]] = None
 
     @classmethod
@@ -54,6 +60,11 @@ class Rows:
         return 0 if self.elsewhere else self._bytes()
 
     @property
+    def bytes_on_the_way(self) -> int:
+        """Bytes of the device's that strips take which lie elsewhere and come to be read."""
+        return AT_ONCE * self._strip_rows * self.row_bytes if self.elsewhere and self.device.type != "cpu" else 0
+
+    @property
     def bytes_that_go(self) -> tuple[int, int]:
         """Bytes on the device and elsewhere that it gives up row by row; a map in one tensor goes as a whole."""
         size = self._bytes() if self._in_strips else 0
@@ -68,10 +79,9 @@ class Rows:
         rows = strip.shape[-2]
         if self.elsewhere:
             if self._buffer is None:
-                size = self.row_bytes * self.shape[-2]
-                self._buffer = FileBuffer(size) if self.device.type == "cpu" else HostBuffer()
+                self._buffer = buffer_for(self.device, self.row_bytes * self.shape[-2])
             strip = self._buffer.keep(strip)
-        elif _is_borrowed(strip):
+        elif is_borrowed(strip):
             strip = strip.clone()
         self._strips.append((self.end, rows, strip))
         self.end += rows
@@ -88,24 +98,23 @@ class Rows:
 
     def read(self, first: int, last: int) -> Tensor:
         """Rows `[first, last)`, on the device: a view where one strip has them all."""
-        parts = []
-        self._near = {start: near for start, near in self._near.items() if start + near.shape[-2] > first}
+        parts, buffer = [], self._buffer
+        if buffer is not None:
+            buffer.leave(first)
         for start, rows, strip in self._strips:
-            if start < last and start + rows > first:
-                assert strip is not None
-                strip = self._on_device(start, strip)
-                parts.append(strip.narrow(-2, max(first - start, 0), min(last, start + rows) - max(first, start)))
-        if last >= self.end:
-            self._near = {}
+            if start + rows <= first:
+                continue
+            assert strip is not None
+            if start >= last:
+                if buffer is not None:
+                    buffer.expect(start, strip, self.device)
+                break
+            if buffer is not None:
+                strip = buffer.bring(start, strip, self.device)
+            parts.append(strip.narrow(-2, max(first - start, 0), min(last, start + rows) - max(first, start)))
+        if buffer is not None and last >= self.end:
+            buffer.leave(self.end)
         return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
-
-    def _on_device(self, start: int, strip: Tensor) -> Tensor:
-        """A strip, brought back whole: of a part the host would make a copy first, of what may not have arrived yet."""
-        if strip.device == self.device:
-            return strip
-        if start not in self._near:
-            self._near[start] = strip.to(self.device, non_blocking=strip.is_pinned())
-        return self._near[start]
 
     def give_up(self, before: int) -> None:
         """Free the strips that lie wholly above row `before`."""
@@ -120,6 +129,8 @@ class Rows:
         if self.tensor is None or self._buffer is not None:
             self.run.note(self._bytes(), 0, 0)
             tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            if self._buffer is not None:
+                self._buffer.settle()
             for start, rows, strip in self._strips:
                 if strip is not None:
                     tensor.narrow(-2, start, rows).copy_(strip)
@@ -140,13 +151,6 @@ class Rows:
             self.run.aside += size
         else:
             self.run.held += size
-
-
-def _is_borrowed(strip: Tensor) -> bool:
-    """Whether a strip lies in memory that is more than its own, or not torch's (a part of a file may be given up)."""
-    storage = strip.untyped_storage()
-    own = getattr(storage, "resizable", lambda: False)()  # torch 2.1 cannot tell
-    return not own or storage.nbytes() > strip.numel() * strip.element_size()
 
 
 def in_float64(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import planner
 from ..memory import is_out_of_memory, keep_freed_blocks, release, trim
-from .buffers import lasting
+from .buffers import AT_ONCE, lasting
 from .graph import Node, RowLocal
 
 Sink = Callable[[Tensor], None]
@@ -141,6 +141,10 @@ class Sweep:
         self._growth -= freed
         self._elsewhere -= sum(elsewhere for _, elsewhere in going)
         return places
+
+    def rows_in_strip(self, node: Node) -> int:
+        """Rows of `node` that come at once, at most."""
+        return -(-node.height * self._strip_rows // max(self._main.height, 1))
 
     def run(self, sinks: list[Sink]) -> None:
         """Give the rows of each root to its sink, from top to bottom."""
@@ -374,7 +378,17 @@ class Sweep:
         strips = [_row_bytes(node) * (share * node.height + 2) for node in self._order]
         self._copies = int(_COPIES * max(strips))  # which come and go within a step
         widest = max(_STRIPS_AT_ONCE * max(strips), self._bytes_alive(strips) + self._copies)
-        return int(widest) + self._line_bytes + planner.ALLOCATOR_BYTES.get(self.device.type, 0)
+        return (
+            int(widest) + self._line_bytes + self._bytes_on_the_way() + planner.ALLOCATOR_BYTES.get(self.device.type, 0)
+        )
+
+    def _bytes_on_the_way(self) -> int:
+        """Bytes of strips that come from elsewhere, and of those that leave where the roots may have to lie there."""
+        sources = {source for node in self._order for source in node.inputs if source.rows is not None}
+        coming = sum(source.rows.bytes_on_the_way for source in sources if source.rows is not None)
+        if self.device.type == "cpu" or self._run.plan.budget is None:
+            return coming
+        return coming + AT_ONCE * sum(root.row_bytes * self.rows_in_strip(root) for root in self._roots)
 
     def _bytes_alive(self, strips: list[float]) -> float:
         """The most bytes of strips, of so many bytes each step's, that later steps still read."""

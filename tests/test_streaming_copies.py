@@ -1,0 +1,185 @@
+"""Copies to the host and back run beside the device's work: what is used must have arrived, what leaves must be kept."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any, Optional
+
+import pytest
+import torch
+from conv_helpers import assert_same
+from model_zoo import draw_weights, image, kl
+from torch import Tensor
+
+from comfyui_patchconv import planner
+from comfyui_patchconv.streaming import choose, rows, stream
+from comfyui_patchconv.streaming.buffers import AT_ONCE, HostBuffer
+from comfyui_patchconv.streaming.copies import OneAfterTheOther
+from comfyui_patchconv.streaming.rows import Rows
+from comfyui_patchconv.streaming.run import Run
+
+NOTHING = float("nan")
+
+
+class Late:
+    """Copies of a device that makes each as late as it may: when somebody waits for it.
+
+    Until then there is nothing where it goes; where it comes from may have changed, or be gone.
+    """
+
+    def __init__(self) -> None:
+        self.started, self.done = 0, 0
+        self.most_at_once = 0
+
+    def room(self, like: Tensor) -> Tensor:
+        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype).fill_(NOTHING)
+
+    def start(self, target: Tensor, source: Tensor) -> LateArrival:
+        self.started += 1
+        self.most_at_once = max(self.most_at_once, self.started - self.done)
+        return LateArrival(self, target.fill_(NOTHING), source)
+
+    def await_on_device(self, arrival: LateArrival) -> None:
+        arrival.synchronize()
+
+
+class LateArrival:
+    def __init__(self, copies: Late, target: Tensor, source: Tensor) -> None:
+        self._copies: Optional[Late] = copies
+        self._ends = weakref.ref(target), weakref.ref(source)
+
+    def synchronize(self) -> None:
+        if self._copies is not None:
+            target, source = (end() for end in self._ends)
+            assert target is not None, "memory that a copy still writes to went"
+            assert source is not None, "memory that a copy still reads went"
+            target.copy_(source)
+            self._copies.done += 1
+            self._copies = None
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> Late:
+    """The copies of all maps that a plan has lie elsewhere."""
+    monkeypatch.setitem(planner.STRIP_BYTES, "cpu", 20_000)
+    copies = Late()
+    monkeypatch.setattr(rows, "buffer_for", lambda device, size: HostBuffer(copies))
+    return copies
+
+
+def a_map(strips: int) -> tuple[Rows, Tensor]:
+    """A map of strips of two rows, and its values."""
+    values = torch.randn(1, 3, 2 * strips, 4)
+    found = Rows(Run(), values.shape, values.dtype, values.device, elsewhere=True, strip_rows=2)
+    for first in range(0, 2 * strips, 2):
+        found.append(values[:, :, first : first + 2].clone())
+    return found, values
+
+
+def test_one_strip_leaves_while_the_next_is_computed(late: Late) -> None:
+    a_map(strips=5)
+    assert late.most_at_once == AT_ONCE
+    assert late.started - late.done == AT_ONCE
+
+
+def test_one_strip_comes_while_the_one_before_is_read(late: Late) -> None:
+    found, values = a_map(strips=5)
+    assert torch.equal(found.read(0, 2), values[:, :, :2])
+    assert late.done == 5 + 1
+    assert late.started == 5 + 2
+    for first in range(2, 10, 2):
+        assert torch.equal(found.read(first, first + 2), values[:, :, first : first + 2])
+    assert late.started == late.done == 5 + 5
+
+
+@pytest.mark.parametrize("reads", [[(0, 3), (2, 7), (6, 12)], [(3, 4), (0, 12)], [(11, 12), (0, 1), (4, 9)], [(0, 12)]])
+def test_rows_of_any_strips_have_arrived(late: Late, reads: list[tuple[int, int]]) -> None:
+    found, values = a_map(strips=6)
+    for first, last in reads:
+        assert torch.equal(found.read(first, last), values[:, :, first:last])
+    assert torch.equal(found.whole(), values)
+
+
+def test_a_part_of_other_memory_is_copied_before_that_changes(late: Late) -> None:
+    line = torch.ones(1, 1, 5, 4)
+    found = Rows(Run(), (1, 1, 2, 4), line.dtype, line.device, elsewhere=True, strip_rows=2)
+    found.append(line.narrow(-2, 0, 2))
+    line.zero_()
+    assert found.read(0, 2).unique().item() == 1.0
+
+
+def test_a_strip_on_its_way_to_the_device_that_nobody_reads_is_waited_for(late: Late) -> None:
+    found, _ = a_map(strips=3)
+    found.read(0, 2)
+    del found
+    gc.collect()
+    assert late.started == late.done == 3 + 2
+
+
+def test_where_the_device_has_no_room_a_strip_comes_later(late: Late, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, values = a_map(strips=3)
+    empty_like, asked = torch.empty_like, []
+
+    def short(*args: Any, **kwargs: Any) -> Tensor:
+        asked.append(args)
+        if len(asked) == 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return empty_like(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty_like", short)
+    for first in range(0, 6, 2):
+        assert torch.equal(found.read(first, first + 2), values[:, :, first : first + 2])
+    assert len(asked) == 3 + 1
+
+
+@pytest.mark.parametrize("share", [0, 2])
+def test_a_decoder_reads_nothing_too_early(late: Late, share: int) -> None:
+    """share: of its peak without a budget, that it may take; 0 for all maps elsewhere."""
+    model: Any = draw_weights(kl(4))
+    latent = image(4, 33, 16)
+    expected = model.decode(latent).sample
+    budget = choose(model.decode, (latent,), {}).peak // share if share else 1
+    with stream(model.decoder, budget=budget):
+        result = model.decode(latent).sample
+    assert_same(result, expected, 1e-5)
+    assert late.started >= 20
+    assert late.most_at_once >= AT_ONCE
+
+
+def test_an_interrupted_decoder_leaves_no_copy_that_writes(late: Late) -> None:
+    model: Any = draw_weights(kl(4))
+    latent = image(4, 33, 16)
+    calls = 0
+
+    def stop(done: int, work: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), stream(model.decoder, budget=1, on_progress=stop):
+        model.decode(latent).sample
+    gc.collect()
+    with stream(model.decoder, budget=1):
+        result = model.decode(latent).sample
+    assert_same(result, model.decode(latent).sample, 1e-5)
+
+
+def test_copies_of_other_devices_are_done_at_once() -> None:
+    strip = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    kept = HostBuffer(OneAfterTheOther()).keep(strip)
+    assert torch.equal(kept, strip)
+    assert kept.stride() == strip.stride()
+    assert kept.data_ptr() != strip.data_ptr()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
+def test_streams_of_cuda_keep_the_order() -> None:
+    model: Any = draw_weights(kl(4)).cuda()
+    latent = image(4, 64, 64).cuda()
+    expected = model.decode(latent).sample
+    for _ in range(10):
+        with stream(model.decoder, budget=1):
+            result = model.decode(latent).sample
+        assert_same(result, expected, 1e-4)  # cuDNN's convolutions of strips and of whole maps differ by so much
