@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from comfyui_patchconv import planner
-from comfyui_patchconv.streaming import Plan, Run, carry_out, streamed
+from comfyui_patchconv.streaming import Plan, Run, attention, carry_out, choose, streamed
 
 CHANNELS, HEIGHT, WIDTH = 8, 11, 6
 PIXELS = HEIGHT * WIDTH
@@ -130,6 +131,40 @@ def test_attention(form: str, linear: bool, monkeypatch: pytest.MonkeyPatch) -> 
     assert_same(result, expected, 1e-9)
     assert 0 < largest.elements < 2 * PIXELS * PIXELS
     assert set(report) <= {"zeros_like", "slice"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_kernel_that_makes_scores_gets_few_queries(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries: list[int] = []
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, scale: Any) -> Tensor:
+        queries.append(q.shape[-2])
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    block, x = Block(FORMS[form]), torch.randn(1, CHANNELS, HEIGHT, WIDTH, dtype=torch.float64)
+    expected = block(x)
+    monkeypatch.setattr(attention, "F", SimpleNamespace(scaled_dot_product_attention=kernel))
+    monkeypatch.setattr(attention, "makes_scores", lambda *tensors: True)
+    monkeypatch.setattr(attention, "_SCORES_AT_ONCE", 4 * 5 * PIXELS)
+    assert_same(streamed(block.forward)(x), expected, 1e-9)
+    heads_at_once = 4 if form == "four heads" else 1
+    assert sum(queries) == PIXELS
+    assert max(queries) == 5 // heads_at_once
+
+
+@pytest.mark.parametrize(("device", "scores"), [("cuda", 0), ("mps", 3 * (128 << 20))])
+def test_scores_count_where_a_device_makes_them(device: str, scores: int) -> None:
+    """8192 tokens, whose scores are 256 MB in float32."""
+    if device == "cuda" and torch.__version__.startswith("2.1.") and not torch.cuda.is_available():
+        pytest.skip("torch 2.1 has no fake tensors of a GPU that is not there")
+    block, x = Block(heads(1)).float(), torch.empty(1, CHANNELS, 128, 64, device="meta")
+    peak = choose(block, (x,), {}, device=torch.device(device, 0)).peak
+    assert scores < peak < scores + 30 * 4 * x.numel()
+
+
+def test_many_queries_are_attended_to_at_once_on_a_gpu() -> None:
+    assert attention.rows_that_suit(512, torch.device("cuda", 0)) == 32
+    assert attention.rows_that_suit(512, torch.device("cpu")) == 1
 
 
 def test_keys_and_values_lie_in_files_when_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:

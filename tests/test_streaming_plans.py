@@ -146,6 +146,20 @@ def test_a_wrong_budget(budget: Any) -> None:
         pass
 
 
+@pytest.mark.parametrize("budget", [2_000_000, 1_000_000, 940_000, 500_000])
+def test_half_of_a_budget_takes_no_less_than_one_that_is_too_small(
+    budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, where keys and values have to be: what was placed there before them leaves them no room."""
+    if torch.__version__.startswith("2.1.") and not torch.cuda.is_available():
+        pytest.skip("torch 2.1 has no fake tensors of a GPU that is not there")
+    monkeypatch.setattr(planner, "STRIP_BYTES_ELSEWHERE", 20_000)
+    model, device = draw_weights(kl(4)).half(), torch.device("cuda", 0)  # indexing fake float32 weights asks for CUDA
+    latent = torch.empty(1, 4, 64, 64, dtype=torch.half, device="meta")
+    peak, half = (choose(model.decode, (latent,), {}, device=device, budget=b).peak for b in (budget, budget // 2))
+    assert peak <= max(budget, half)
+
+
 def test_only_modules_and_methods_are_streamed() -> None:
     with pytest.raises(TypeError, match="cannot be streamed: give a module, or a method"), stream(3):  # type: ignore
         pass

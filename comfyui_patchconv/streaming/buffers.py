@@ -17,7 +17,6 @@ from torch import Tensor
 from ..memory import free, is_out_of_memory
 from .copies import Arrival, Copies, copies_of
 
-
 AT_ONCE = 2
 """Strips on their way at once, each way: one is copied while the device computes the next."""
 

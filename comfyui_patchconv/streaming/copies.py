@@ -47,7 +47,7 @@ class SideStreams:
             return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, pin_memory=True)
         return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
 
-    def start(self, target: Tensor, source: Tensor) -> torch.cuda.Event:
+    def start(self, target: Tensor, source: Tensor) -> Arrival:
         lane = self._back if target.device == self._device else self._out
         lane.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(lane):

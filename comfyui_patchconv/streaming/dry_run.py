@@ -35,7 +35,8 @@ def choose(
     """The plan for `function(*args, **kwargs)`: the least work of those that stay within `budget`, and that find room
     for what they keep elsewhere.
 
-    Where no plan does, the one that puts least elsewhere; without a budget, the one of the lowest peak.
+    Where no plan does, the one that puts least elsewhere, or one for a smaller budget that takes less; without a
+    budget, the one of the lowest peak.
 
     function: a module or a method of one, which runs on a copy with weights that take no memory. args, kwargs: none of
     their tensors is read; on the meta device they stand for tensors on `device`. device, dtype, attributes: see
@@ -49,7 +50,7 @@ def choose(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     copied = twin(function, mode, device=device, dtype=dtype, attributes=attributes)
 
-    def trial(unstored_from: Optional[int], blanks: bool) -> tuple[Plan, set[int]]:
+    def trial(unstored_from: Optional[int], blanks: bool, budget: Optional[int] = budget) -> tuple[Plan, set[int]]:
         run = Run(Plan(budget, unstored_from, blanks), dry=True)
         with torch.inference_mode(), mode:
             positional, named = tree_map(lambda value: _fake(value, device), (args, kwargs))
@@ -70,6 +71,12 @@ def choose(
         if not _better(plan, best, budget, unused):
             break
         best = plan
+    if budget is not None and best.peak > budget:
+        # What is placed while there is room stays where it is: less of it leaves more for what has to be there.
+        for part in (budget // 2, budget // 4):
+            plan, _ = trial(best.unstored_from, first.blanks, part)
+            if plan.peak < _WORTH * best.peak and plan.elsewhere <= max(unused, best.elsewhere):
+                best = plan
     return best
 
 

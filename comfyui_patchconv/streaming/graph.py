@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..geometry import Axis, padded_row
+from .attention import attend
 from .rows import Rows, Statistics, in_float64
 from .run import Run
 
@@ -25,12 +26,14 @@ Piece = Callable[[Sequence[Tensor]], Tensor]
 class Step:
     """How rows of a map come from rows of its inputs.
 
-    row_bytes: bytes that an output row takes while it is computed, beside itself and what it is computed from.
-    weight_bytes: bytes that are read for any number of rows. moves: see `RowLocal`.
+    workspace: bytes that it takes while it computes any number of rows, beside those and what it computes them from.
+    weight_bytes: bytes that are read for any number of rows. rows_that_suit: below which a device is not busy.
+    moves: see `RowLocal`.
     """
 
-    row_bytes = 0
+    workspace = 0
     weight_bytes = 0
+    rows_that_suit = 1
     moves = False
 
     def needs(self, first: int, last: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
@@ -193,7 +196,7 @@ class Attend(Step):
         (piece,) = pieces
         queries = self._split(piece.flatten(2).transpose(1, 2).contiguous())
         keys, values = (self._split(tokens.whole()) for tokens in self._others)
-        tokens = F.scaled_dot_product_attention(queries, keys, values, scale=self.scale)
+        tokens = attend(queries, keys, values, self.scale)
         return tokens.transpose(2, 3).reshape(piece.shape[0], -1, *piece.shape[2:])
 
     def _split(self, tokens: Tensor) -> Tensor:

@@ -6,14 +6,11 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from . import operators
+from .attention import attend
 from .errors import CannotStreamError
-
-_BLOCK_BYTES = 256 << 20
-"""Of scores at once, where a device's kernel makes them."""
 
 
 class Scores(Tensor):
@@ -55,6 +52,8 @@ class Scores(Tensor):
         result = _next(name, args, kwargs)
         if result is not None:
             return result
+        if name == "bmm" and len(types) > 1:
+            return NotImplemented  # the values are deferred too: that tensor's turn first
         args, kwargs = tree_map(lambda value: value.computed() if isinstance(value, Scores) else value, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -74,13 +73,7 @@ class Scores(Tensor):
     def with_values(self, values: Tensor) -> Tensor:
         """`[B, queries, C]` of values `[B, keys, C]`."""
         keys, values = self.keys.transpose(1, 2).contiguous(), values.contiguous()
-        row = self.keys.shape[0] * self.keys.shape[2] * self.queries.element_size()
-        count = self.queries.shape[1] if self.device.type == "cpu" else max(_BLOCK_BYTES // row, 1)
-        parts = [
-            F.scaled_dot_product_attention(part[:, None], keys[:, None], values[:, None], scale=self.scale)[:, 0]
-            for part in self.queries.split(count, 1)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return attend(self.queries[:, None], keys[:, None], values[:, None], self.scale)[:, 0]
 
 
 def _next(name: str, args: Any, kwargs: Any) -> Optional[Tensor]:

@@ -98,7 +98,7 @@ class Sweep:
                 self._readers.setdefault(source, []).append(node)
         self._dying = [] if keep else self._that_die()
         self._main = max(self._roots, key=lambda root: root.height)
-        share = max(_row_bytes(node) * node.height for node in self._order) // max(self._main.height, 1)
+        share = max(node.row_bytes * node.height for node in self._order) // max(self._main.height, 1)
         self.device = max(self._order, key=lambda node: node.bytes).device
         suitable = rows_that_suit(self._main.height, share, self.device)
         self._strip_rows = max(suitable, self._rows_worth_their_costs(share))
@@ -204,8 +204,8 @@ class Sweep:
             if node in self._readers and node.step is not None and not node.step.moves
         }
         shares = {node: -(-node.height * rows // max(self._main.height, 1)) + 2 for node in aims}
-        usual = max((_row_bytes(node) * shares[node] for node in aims), default=1)
-        parts = max((round(_row_bytes(node) * high / max(usual, 1)) for node, high in aims.items()), default=1)
+        usual = max((node.row_bytes * shares[node] for node in aims), default=1)
+        parts = max((round(node.row_bytes * high / max(usual, 1)) for node, high in aims.items()), default=1)
         most = max((high / node.height for node, high in aims.items()), default=0.0)
         most_rows = max(aims.values(), default=1)
         part = 1
@@ -348,6 +348,9 @@ class Sweep:
         rows = _WEIGHTS * weights * height // maps
         if self.device.type != "cpu":
             rows = max(rows, _STEP_BYTES_ELSEWHERE * len(self._order) * height // maps)
+        for node in self._order:
+            if node.step is not None and node.step.rows_that_suit > 1:
+                rows = max(rows, -(-node.step.rows_that_suit * height // max(node.height, 1)))
         if budget is not None:
             alive = self._bytes_alive([node.bytes / max(height, 1) for node in self._order])
             row_bytes = max(_STRIPS_AT_ONCE * row_bytes, int(alive) + _COPIES * row_bytes)
@@ -375,12 +378,12 @@ class Sweep:
         """Bytes taken beside stored maps: a strip's rows, what the widest step adds to them, the rows kept between
         strips."""
         share = self._strip_rows / max(self._main.height, 1)
-        strips = [_row_bytes(node) * (share * node.height + 2) for node in self._order]
+        strips = [node.row_bytes * (share * node.height + 2) for node in self._order]
         self._copies = int(_COPIES * max(strips))  # which come and go within a step
         widest = max(_STRIPS_AT_ONCE * max(strips), self._bytes_alive(strips) + self._copies)
-        return (
-            int(widest) + self._line_bytes + self._bytes_on_the_way() + planner.ALLOCATOR_BYTES.get(self.device.type, 0)
-        )
+        of_steps = max(node.step.workspace for node in self._order if node.step is not None)
+        kept = self._line_bytes + planner.ALLOCATOR_BYTES.get(self.device.type, 0)
+        return int(widest) + of_steps + kept + self._bytes_on_the_way()
 
     def _bytes_on_the_way(self) -> int:
         """Bytes of strips that come from elsewhere, and of those that leave where the roots may have to lie there."""
@@ -435,7 +438,3 @@ def _compute(node: Node, start: int, high: int, pieces: dict[Node, tuple[int, Te
             begin, piece = pieces[source]
             inputs.append(piece.narrow(-2, a - begin, b - a))
     return node.step.compute(start, high, inputs, node.sizes)
-
-
-def _row_bytes(node: Node) -> int:
-    return node.row_bytes + (node.step.row_bytes if node.step is not None else 0)

@@ -14,9 +14,10 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from . import operators
+from . import attention, operators
 from .graph import Attend, Node, Resample, RowLocal
 
 Viewed = tuple[Node, Tensor]
@@ -253,11 +254,17 @@ def _attention(args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[Viewed]:
     if query.shape[:2] != nodes[1].shape[:2] or nodes[1].shape[2:] != nodes[2].shape[2:]:
         return None
     step = Attend(heads, values.get("scale"))
-    if query.device.type != "cpu":  # kernels that make a matrix of scores are still in use there
-        step.row_bytes = heads * query.shape[0] * query.shape[3] * nodes[1].shape[2] * nodes[1].shape[3] * 4
+    step.workspace = attention.bytes_of_scores(*(_without_values(node, heads) for node in nodes))
+    step.rows_that_suit = attention.rows_that_suit(query.shape[-1], query.device)
     shape = (query.shape[0], nodes[2].shape[1], *query.shape[2:])
     result = Node(query.run, shape, query.dtype, query.device, step, nodes)
     return result, _meta(*_of_heads(result, heads, values["query"][1].dim()), result.dtype)
+
+
+def _without_values(node: Node, heads: int) -> Tensor:
+    """A tensor as attention gets it of a map: `[B, heads, pixels, C / heads]`."""
+    with FakeTensorMode():
+        return torch.empty(_of_heads(node, heads, 4)[0], dtype=node.dtype, device=node.device)
 
 
 def _pointwise(func: Any, name: str, layout: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[Viewed]:
