@@ -152,6 +152,14 @@ def test_a_kernel_that_makes_scores_gets_few_queries(form: str, monkeypatch: pyt
     assert max(queries) == 5 // heads_at_once
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_attention_is_planned(form: str) -> None:
+    x = torch.empty(1, CHANNELS, 32, 64, dtype=torch.float64, device="meta")
+    peak = choose(Block(FORMS[form]), (x,), {}, device=torch.device("cpu")).peak
+    scores = (32 * 64) ** 2 * 8
+    assert peak < planner.ALLOCATOR_BYTES["cpu"] + scores / 8
+
+
 @pytest.mark.parametrize(("device", "scores"), [("cuda", 0), ("mps", 3 * (128 << 20))])
 def test_scores_count_where_a_device_makes_them(device: str, scores: int) -> None:
     """8192 tokens, whose scores are 256 MB in float32."""

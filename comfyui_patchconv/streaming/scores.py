@@ -6,6 +6,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
 from . import operators
@@ -52,8 +53,8 @@ class Scores(Tensor):
         result = _next(name, args, kwargs)
         if result is not None:
             return result
-        if name == "bmm" and len(types) > 1:
-            return NotImplemented  # the values are deferred too: that tensor's turn first
+        if name == "bmm" and any(not issubclass(one, (Scores, FakeTensor)) for one in types):
+            return NotImplemented  # the values are deferred too: first it is their turn
         args, kwargs = tree_map(lambda value: value.computed() if isinstance(value, Scores) else value, (args, kwargs))
         return func(*args, **kwargs)
 
