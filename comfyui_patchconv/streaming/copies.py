@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -48,7 +49,7 @@ class SideStreams:
         return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
 
     def start(self, target: Tensor, source: Tensor) -> Arrival:
-        lane = self._back if target.device == self._device else self._out
+        lane = self._out if target.device.type == "cpu" else self._back
         lane.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(lane):
             target.copy_(source, non_blocking=True)
@@ -75,6 +76,7 @@ class OneAfterTheOther:
         """Nothing to wait for."""
 
 
+@cache
 def copies_of(device: torch.device) -> Copies:
-    """The best way that there is for `device`."""
+    """The best way that there is for `device`, one for all maps."""
     return SideStreams(device) if device.type == "cuda" else OneAfterTheOther()

@@ -7,8 +7,8 @@ whole: per VAE family, decode and encode in stream mode: the largest difference 
     what was evaluated whole.
 holes: per VAE family, encoding an image with a hole: whether the latent depends on what is in it, and the largest
     difference of strips to whole, of the output's range.
-video: of a decode and an encode of nine frames by a VAE that has them in chunks: the largest difference of stream mode
-    to plain, of the output's range; the estimates in bytes, the peaks measured; how the progress bar moved.
+video METHOD WAY FILE: of a decode or an encode, plain or streamed, of nine frames by a VAE that has them in chunks: the
+    estimate in bytes, the peak measured, how the progress bar moved; what came of it goes to the file.
 memory CHECKPOINT SIZE: bytes for a decode: the host's estimate, ours, and the peaks measured.
 """
 
@@ -290,30 +290,28 @@ def memory(pack: str, checkpoint: str, size: str) -> dict[str, int]:
 
 
 @torch.inference_mode()
-def video(pack: str) -> dict[str, Any]:
+def video(pack: str, method: str, way: str, file: str) -> dict[str, Any]:
     recorder = importlib.import_module(f"{pack}.comfyui_patchconv.measure").Recorder
     utils = importlib.import_module("comfy.utils")
     moves: list[float] = []
     utils.set_progress_bar_global_hook(lambda value, total, *_, **__: moves.append(value / total))
-    latent = torch.randn(1, 16, 3, 48, 48, generator=torch.Generator().manual_seed(0))
-    pixels = torch.rand(9, 384, 384, 3, generator=torch.Generator().manual_seed(1))
     model = build("comfy.ldm.wan.vae.WanVAE", WAN | {"num_res_blocks": 2})
     plain, _, streamed = vaes(pack, load_vae(model), splits=0, threshold=16.0)
-    answer: dict[str, Any] = {}
-    for method, input in (("decode", latent), ("encode", pixels)):
-        shape = input.shape if method == "decode" else (1, 3, 9, 384, 384)
-        results = []
-        for name, vae in (("plain", plain), ("streamed", streamed)):
-            getattr(vae, method)(input[..., :8, :8] if method == "decode" else input[:, :64, :64])
-            answer[f"{method} {name} estimate"] = int(getattr(vae, f"memory_used_{method}")(shape, vae.vae_dtype))
-            moves.clear()
-            with recorder(vae.device) as recorded:
-                results.append(getattr(vae, method)(input).float())
-            answer[f"{method} {name} measured"] = recorded.peak
-        first, second = results
-        answer[f"{method} difference"] = float((first - second).abs().max() / (first.max() - first.min()))
-        answer[f"{method} moves"] = list(moves)
-    return answer
+    vae = streamed if way == "streamed" else plain
+    generator = torch.Generator().manual_seed(0)
+    if method == "decode":
+        input = torch.randn(1, 16, 3, 48, 48, generator=generator)
+        shape, warm = tuple(input.shape), input[..., :8, :8]
+    else:
+        input = torch.rand(9, 384, 384, 3, generator=generator)
+        shape, warm = (1, 3, 9, 384, 384), input[:, :64, :64]
+    getattr(vae, method)(warm)
+    estimate = int(getattr(vae, f"memory_used_{method}")(shape, vae.vae_dtype))
+    moves.clear()
+    with recorder(vae.device) as recorded:
+        result = getattr(vae, method)(input)
+    torch.save(result.float(), file)
+    return {"estimate": estimate, "measured": recorded.peak, "moves": moves}
 
 
 if __name__ == "__main__":
