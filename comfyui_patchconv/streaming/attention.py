@@ -28,11 +28,13 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, scale: Optional[float]
 
 
 def bytes_of_scores(queries: Tensor, keys: Tensor, values: Tensor) -> int:
-    """Bytes that `attend` takes for scores; the tensors need have no values."""
+    """Bytes that `attend` takes for scores, and for the keys once more, which such a kernel scales; the tensors need
+    have no values."""
     if not makes_scores(queries, keys, values):
         return 0
     query = _scores_of_a_query(queries, keys)
-    return _COPIES_OF_SCORES * min(max(_SCORES_AT_ONCE, query), query * queries.shape[2])
+    scores = min(max(_SCORES_AT_ONCE, query), query * queries.shape[2])
+    return _COPIES_OF_SCORES * scores + keys.numel() * keys.element_size()
 
 
 def rows_that_suit(width: int, device: torch.device) -> int:

@@ -355,7 +355,7 @@ def _into_tensors(targets: list[_Target], results: bool = False) -> list[Rows]:
     sweep = _pass_over([target.node for target in targets])
     new = [target for target in targets if target.tensor is None]
     sizes = [target.node.bytes if target.node.device == sweep.device else 0 for target in new]
-    places = sweep.places(sizes, movable=not results and sweep.device.type == "cpu")
+    places = sweep.places(sizes, movable=not results and sweep.device.type == "cpu", in_strips=False)
     tensors = []
     for target, elsewhere in zip(new, places):
         node = target.node

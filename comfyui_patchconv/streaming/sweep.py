@@ -124,11 +124,17 @@ class Sweep:
                     found.append(list(frontier))
         return found
 
-    def places(self, sizes: list[int], movable: bool = True) -> list[bool]:
-        """For each new map, of `sizes` bytes: whether it has to lie elsewhere than on the device, if it may."""
+    def places(self, sizes: list[int], movable: bool = True, in_strips: bool = True) -> list[bool]:
+        """For each new map, of `sizes` bytes: whether it has to lie elsewhere than on the device, if it may.
+
+        in_strips: they grow as others go. What is one tensor takes its memory at once, but on the CPU, where the
+        system gives it when it is written to.
+        """
         run = self._run
         going = [node.rows.bytes_that_go for node in self._dying if node.rows]
         held, freed = run.held + self.workspace, sum(here for here, _ in going)
+        if not in_strips and self.device.type != "cpu":
+            freed = 0
         places = []
         for size in sizes:
             places.append(movable and size > 0 and not planner.fits(run.plan.budget, held, freed, size))

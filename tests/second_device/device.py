@@ -1,0 +1,37 @@
+"""A device `second` beside the CPU, whose tensors cannot be mixed with the CPU's, and that counts its bytes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.utils.cpp_extension import load
+
+NAME = "second"
+
+
+def register(folder: Path) -> Any:
+    """Build it in `folder`, and have torch know it. What it returns tells `now` and `peak` bytes, and can `reset_peak`.
+
+    Needs a compiler and ninja; it stays until the process ends.
+    """
+    source = Path(__file__).with_suffix(".cpp")
+    counter = load("second_device", [str(source)], extra_cflags=["-O1", "-w"], build_directory=str(folder))
+    torch.utils.rename_privateuse1_backend(NAME)
+    module = SimpleNamespace(
+        is_available=lambda: True,
+        device_count=lambda: 1,
+        current_device=lambda: 0,
+        manual_seed_all=lambda seed: None,
+        _is_in_bad_fork=lambda: False,
+        get_rng_state=lambda device=0: torch.zeros(1, dtype=torch.uint8),
+        set_rng_state=lambda state, device=0: None,
+        get_amp_supported_dtype=list,
+    )
+    torch._register_device_module(NAME, module)
+    sys.modules[f"torch.{NAME}"] = module  # type: ignore[assignment]
+    torch.utils.generate_methods_for_privateuse1_backend()
+    return counter

@@ -1,0 +1,185 @@
+"""Runs what the library does on a second device: `run.py FOLDER` prints one line of JSON, what each thing gave.
+
+FOLDER: where the device is built. difference: to the same on the CPU, of the largest value. peak, plan: bytes of the
+device at once, beyond the weights, and what was expected. An error is told in words.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import network_helpers
+import torch
+from device import register
+from model_zoo import CASES, draw_weights, image, kl
+from patch_ddpm_helpers import FEW, TALL, randomised
+from torch import Tensor, nn
+
+from comfyui_patchconv import PConv2d, PartialConv2d, Tiling, convert_model, planner
+from comfyui_patchconv.fill import fill
+from comfyui_patchconv.holes import with_holes
+from comfyui_patchconv.patch_ddpm import diffusion as patch_ddpm
+from comfyui_patchconv.patch_diffusion import diffusion as patch_diffusion
+from comfyui_patchconv.patch_diffusion.config import Config
+from comfyui_patchconv.patch_diffusion.model import PatchUNet
+from comfyui_patchconv.streaming import Plan, Run, attention, carry_out, choose, stream, sweep
+
+SECOND = torch.device("privateuseone", 0)  # which is how torch calls it before it has a name
+Answer = dict[str, Any]
+
+
+def difference(result: Tensor, expected: Tensor) -> float:
+    assert result.device == SECOND, f"on {result.device}"
+    assert result.shape == expected.shape, f"of shape {tuple(result.shape)} instead of {tuple(expected.shape)}"
+    return float((result.cpu() - expected).abs().max() / expected.abs().max())
+
+
+def both(run: Callable[[Any], Tensor], *modules: nn.Module) -> float:
+    """Of what `run` gives, the difference of the second device's; it puts its tensors on the device it is given."""
+    expected = run(torch.device("cpu"))
+    for module in modules:
+        module.to(SECOND)
+    return difference(run(SECOND), expected)
+
+
+def models(counter: Any) -> Answer:
+    """Each VAE, decode and encode, within no budget and with all that can lying elsewhere."""
+    answer = {}
+    for name, (build, run, input) in CASES.items():
+        if name == "unet":
+            continue  # it is given its timestep on the CPU
+        model, method = draw_weights(build()), name.split()[-1]
+        expected = run(model, input)
+        model.to(SECOND)
+        for budget in (None, 1):
+            try:
+                with stream(getattr(model, method), budget=budget):
+                    answer[f"{name}, budget {budget}"] = difference(run(model, input.to(SECOND)), expected)
+            except Exception as error:
+                answer[f"{name}, budget {budget}"] = f"{type(error).__name__}: {error}"
+    return answer
+
+
+def networks(counter: Any) -> Answer:
+    """Random networks, whose weights are drawn on the device that `randn` of the helpers gives."""
+    answer = {}
+    for seed in range(120):
+        results = []
+        for device in (torch.device("cpu"), SECOND):
+            network_helpers.torch = _On(device)  # type: ignore[assignment]
+            operators, channels = network_helpers.random_network(seed)
+            x = torch.randn(2, channels, 6 + seed % 12, 7, generator=torch.Generator().manual_seed(seed)).double()
+
+            def run(map: Tensor, operators: Any = operators, holds: int = 1 + seed % 3) -> Tensor:
+                return network_helpers.run_network(operators, map, holds)
+
+            if device == SECOND:
+                results.append(carry_out(run, (x.to(device),), {}, Run(Plan([None, 1, 20_000][seed % 3]))))
+            else:
+                results.append(run(x))
+        answer[f"network {seed}"] = difference(results[1], results[0])
+    return answer
+
+
+class _On:
+    """`torch`, whose random numbers lie on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def randn(self, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.randn(*args, **kwargs).to(self._device)
+
+
+def layers(counter: Any) -> Answer:
+    """Convolutions in strips, partial convolution, and what is made of it."""
+    answer = {}
+    for kind, size in ((nn.Conv1d, (40,)), (nn.Conv2d, (40, 9)), (nn.Conv3d, (5, 40, 9))):
+        layer, x = kind(4, 6, 3, padding=1), torch.randn(2, 4, *size)
+        expected = layer(x)
+        model = nn.Sequential(layer.to(SECOND))
+        convert_model(model, splits=3, threshold=0)
+        answer[kind.__name__] = difference(model(x.to(SECOND)), expected)
+    x, holes = torch.rand(1, 4, 30, 20), torch.ones(1, 1, 30, 20)
+    holes[..., 8:20, 5:12] = 0
+    nvidia, other = PartialConv2d(4, 6, 3, padding=1), PConv2d(4, 6, 3, padding=1)
+    answer["PartialConv2d"] = both(lambda device: nvidia(x.to(device), holes.to(device)), nvidia)
+    answer["PConv2d"] = both(lambda device: other(x.to(device), holes[:, 0].to(device))[0], other)
+    for edges in (False, True):
+        answer[f"fill, edges {edges}"] = both(lambda device, e=edges: fill(x[:, :3].to(device), holes.to(device), e))
+    vae: Any = draw_weights(kl(4))
+    picture = image(3, 32, 24)
+
+    def encode(device: torch.device) -> Tensor:
+        mask = holes[0, 0, :, :].to(device).repeat(2, 2)[:32, :24]
+        return with_holes(
+            vae, lambda given: vae.encode(given).latent_dist.mean, picture.to(device), mask, Tiling(3, threshold=0)
+        )
+
+    answer["with_holes"] = both(encode, vae)
+    return answer
+
+
+def pixel_models(counter: Any) -> Answer:
+    """Sampling: noise comes from the CPU's generator whatever the device, so that a seed gives one image."""
+    answer = {}
+    config = Config(16, 2, 32, (1, 2), 1, attention=(4,), head_channels=0, heads=2)
+    unet = PatchUNet(config).eval().requires_grad_(False)
+    draw_weights(unet)
+    noise = torch.randn(2, 3, 16, 16)
+    answer["patch diffusion"] = both(
+        lambda device: patch_diffusion.sample(
+            [unet], noise.to(device), steps="4", generator=torch.Generator().manual_seed(0)
+        ),
+        unet,
+    )
+    for at_once in (0, 2):
+        denoiser = randomised(TALL)
+        start = torch.randn(2, TALL.channels, *TALL.image_sides)
+        answer[f"patch ddpm, {at_once} at once"] = both(
+            lambda device, denoiser=denoiser, start=start, at_once=at_once: patch_ddpm.sample(
+                denoiser, FEW, start.to(device), generator=torch.Generator().manual_seed(0), patches_at_once=at_once
+            ),
+            denoiser,
+        )
+    return answer
+
+
+def peaks(counter: Any) -> Answer:
+    """What a decode and an encode take at once, and what their plans say."""
+    answer = {}
+    model: Any = draw_weights(kl(4)).to(SECOND)
+    latent, pixels = image(4, 96, 64).to(SECOND), image(3, 192, 128).to(SECOND)
+    for method, input in (("decode", latent), ("encode", pixels)):
+        function = getattr(model, method)
+        plain = choose(function, (input,), {}).peak
+        for share in (None, 2, 4):
+            budget = None if share is None else plain // share
+            with stream(function, budget=budget):
+                before = counter.now()
+                counter.reset_peak()
+                getattr(model, method)(input)
+                peak = counter.peak() - before
+            plan = choose(function, (input,), {}, budget=budget)
+            answer[f"{method}, budget {budget}"] = {"peak": peak, "plan": plan.peak, "elsewhere": plan.elsewhere}
+    return answer
+
+
+if __name__ == "__main__":
+    counted = register(Path(sys.argv[1]))
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    # Small maps go in several strips, too, and take more than what strips have beside them.
+    planner.STRIP_BYTES_ELSEWHERE = 20_000
+    sweep._STEP_BYTES_ELSEWHERE = attention._SCORES_AT_ONCE = 5_000
+    with torch.inference_mode():
+        print(json.dumps({part.__name__: part(counted) for part in (models, networks, layers, pixel_models, peaks)}))
