@@ -25,8 +25,6 @@ WHOLE: dict[str, set[str]] = {
     "wan decode": {"zeros_like", "stack"},
     "hunyuan decode": {"group_norm", "add"},
     "hunyuan encode": {"group_norm", "add"},
-    "ltx decode": {"flatten"},
-    "ltx encode": {"flatten"},
     "mochi decode": {"view"},
     "mochi encode": {"sin", "cos", "linear"},
     "cosmos decode": {

@@ -133,6 +133,14 @@ def upsampled(x: Tensor, factors: tuple[int, int, int]) -> Tensor:
     return x.view(batch, -1, frames * t, height * h, width * w)
 
 
+def upsampled_in_turn(x: Tensor, factors: tuple[int, int, int]) -> Tensor:
+    """As LTX in `diffusers` has it: dimensions merged one pair after the other."""
+    t, h, w = factors
+    batch, channels, frames, height, width = x.shape
+    x = x.reshape(batch, channels // (t * h * w), t, h, w, frames, height, width)
+    return x.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
 def averaged(x: Tensor, factors: tuple[int, int, int]) -> Tensor:
     """The other way round, with means of groups of channels."""
     t, h, w = factors
@@ -144,7 +152,7 @@ def averaged(x: Tensor, factors: tuple[int, int, int]) -> Tensor:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from([upsampled, averaged]),
+    st.sampled_from([upsampled, upsampled_in_turn, averaged]),
     st.tuples(st.integers(1, 3), st.integers(2, 3), st.integers(2, 3)),
     st.tuples(*[st.integers(1, 4)] * 4),
     st.sampled_from([1, 3_000, 10**6]),
@@ -172,6 +180,31 @@ def test_pixels_shuffled_by_views(
         planner.STRIP_BYTES["cpu"] = saved
     assert_same(result, run(x), 1e-12)
     assert report == {} or height == 1
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda merged: merged + 1,
+        lambda merged: merged.sum(3),
+        lambda merged: merged.contiguous().flatten(2, 3),
+        lambda merged: torch.stack([merged, merged]).sum(0),
+        lambda merged: merged * merged.flip(-1),
+        lambda merged: merged.transpose(1, 2).flatten(0, 1),
+    ],
+    ids=["number", "sum", "copy", "stack", "itself", "exchanged"],
+)
+def test_dimensions_that_were_merged_are_what_they_look_like(use: Any) -> None:
+    weight = torch.randn(8, 8, 1, 3, 3, dtype=torch.float64)
+
+    def run(x: Tensor) -> Tensor:
+        y = F.conv3d(x, weight, padding=(0, 1, 1))
+        y = y.reshape(1, 2, 1, 2, 2, 3, 6, 5).permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7)
+        assert y.shape == (1, 2, 3, 1, 6, 2, 10)
+        return use(y)
+
+    x = torch.randn(1, 8, 3, 6, 5, dtype=torch.float64)
+    assert_same(streamed(run)(x), run(x), 1e-12)
 
 
 def downsampling() -> nn.Module:

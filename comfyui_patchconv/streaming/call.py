@@ -13,7 +13,7 @@ from .buffers import require_room
 from .errors import CannotStreamError
 from .graph import Node
 from .run import Run
-from .tensor import LazyTensor, evaluated, finish
+from .tensor import LazyTensor, deferred_again, evaluated, finish, is_plain_map
 
 
 def carry_out(function: Callable[..., Any], args: Any, kwargs: Any, run: Run) -> Any:
@@ -32,6 +32,7 @@ def carry_out(function: Callable[..., Any], args: Any, kwargs: Any, run: Run) ->
                 require_room(run.plan.elsewhere)
             for container, content in before:
                 _fill(container, content, lambda value: enter(value, run))
+            run.origins.defer = lambda value: deferred_again(value, run)
             with run.origins:
                 result = function(*lazy[: len(args)], **dict(zip(kwargs, lazy[len(args) :])))
             _require_apart(run, given, before)
@@ -80,10 +81,7 @@ def _fill(container: Any, content: Any, put: Callable[[Any], Any]) -> None:
 
 def enter(value: Any, run: Run) -> Any:
     """A feature map becomes lazy; anything else is itself."""
-    maps = type(value) is not LazyTensor and isinstance(value, Tensor) and value.dim() in (4, 5)
-    if not maps or not value.is_floating_point():
-        return value
-    return LazyTensor.of(Node.of(value, run, counted=False), original=value)
+    return LazyTensor.of(Node.of(value, run, counted=False), original=value) if is_plain_map(value) else value
 
 
 def _settle(value: Any, put: Callable[[LazyTensor], Any], depth: int = 4) -> None:

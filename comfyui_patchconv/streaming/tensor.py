@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Optional
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class LazyTensor(Tensor):
     @staticmethod
     def __new__(cls, hold: Hold, layout: Optional[Tensor] = None) -> LazyTensor:
         node = hold.node
-        shape = node.shape if layout is None else layout.shape
+        shape = node.shape if layout is None else tokens.shape_of(layout)
         tensor = Tensor._make_wrapper_subclass(cls, shape, dtype=node.dtype, device=node.device)
         tensor._hold, tensor._layout = hold, layout
         return tensor
@@ -178,6 +179,8 @@ def _whole(func: Any, name: str, target: Any, args: Any, kwargs: Any, run: Run) 
     run.report[name] = run.report.get(name, 0) + 1
     if target is not None and not target._hold.exposed:
         args = (args[0].clone(), *args[1:])  # other steps may read the stored map as it is
+    elif target is not None:
+        run.origins.before_write(args[0], name)
     result = func(*args, **kwargs)
     if target is not None:
         if not target._hold.exposed:
@@ -187,6 +190,28 @@ def _whole(func: Any, name: str, target: Any, args: Any, kwargs: Any, run: Run) 
     result = tree_map(lambda value: _lazy_again(value, run, lazy), result)
     run.note(0, 0, 0)
     return result
+
+
+def is_plain_map(value: Any) -> bool:
+    """Whether a value is a feature map that is not deferred."""
+    tensor = isinstance(value, Tensor) and type(value) is not LazyTensor
+    return tensor and value.dim() in (4, 5) and value.is_floating_point()
+
+
+def deferred_again(value: Tensor, run: Run) -> tuple[Tensor, Optional[Callable[[], None]]]:
+    """A plain map, deferred, and what is to be called before something is written to its memory: whatever still reads
+    the map keeps a copy of it as it is."""
+    if not is_plain_map(value):
+        return value, None
+    node = Node.of(value, run)
+    reference = ref(node)
+
+    def keep_a_copy() -> None:
+        node = reference()
+        if node is not None and node.rows is not None:
+            node.rows = Rows.of(node.rows.whole().clone(), run)
+
+    return LazyTensor.of(node), keep_a_copy
 
 
 def _without_values(value: Any) -> Any:

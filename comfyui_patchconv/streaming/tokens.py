@@ -25,6 +25,7 @@ Viewed = tuple[Node, Tensor]
 
 _ARRANGING = (*operators.ARRANGING, "unsqueeze", "squeeze", "t")
 _KEEPING = (*operators.SAME, "clone")
+_MERGING = ("flatten", "reshape", "view", "_unsafe_view")
 SEVERAL = ("split", "split_with_sizes", "chunk", "unbind")
 """Operators with several results."""
 
@@ -37,14 +38,21 @@ def layout_of(node: Node) -> Tensor:
     return torch.empty(node.shape, dtype=node.dtype, device="meta")
 
 
+def shape_of(layout: Tensor) -> torch.Size:
+    """The shape of what is looked at: with some dimensions merged, perhaps, that no stride could go through."""
+    return getattr(layout, "merged", layout.shape)
+
+
 def evaluated(tensor: Tensor, layout: Tensor) -> Tensor:
     """The values of a view, contiguous, from the whole map."""
-    return tensor.contiguous().as_strided(layout.shape, layout.stride()).contiguous()
+    return tensor.contiguous().as_strided(layout.shape, layout.stride()).reshape(shape_of(layout)).contiguous()
 
 
 def build(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[list[Viewed]]:
     """What `func` returns, its deferred arguments being given as `(map, layout)`; None if it has to be evaluated."""
     name = func.overloadpacket.__name__
+    if any(hasattr(part, "merged") for value in args[1:] if isinstance(value, tuple) for part in value):
+        return None
     if name in SEVERAL:
         return _parts(func, args, kwargs)
     viewed = _one(func, name, args, kwargs)
@@ -55,6 +63,8 @@ def _one(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> O
     if not isinstance(args[0], tuple) or len(args[0]) != 2 or not isinstance(args[0][0], Node):
         return None
     node, layout = args[0]
+    if hasattr(layout, "merged"):
+        return _rearranged(func, node, layout, args[1:], kwargs) if name in _MERGING else None
     if name in _ARRANGING:
         return _arranged(func, node, layout, args[1:], kwargs)
     if name in _KEEPING or (name == "dropout" and not args[2]):
@@ -89,9 +99,19 @@ def _arranged(func: Any, node: Node, layout: Tensor, args: Sequence[Any], kwargs
 
 
 def _rearranged(func: Any, node: Node, layout: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[Viewed]:
-    """A map of a view's values in their order there, where some rows of it come of some rows of `node`, as in a pixel
-    shuffle written as views: dimensions split, exchanged and merged."""
-    shape = func(torch.empty(layout.shape, dtype=layout.dtype, device="meta"), *args, **kwargs).shape
+    """The values of a view in their order there, as in a pixel shuffle written as views: dimensions split, exchanged
+    and merged, all at once or in turn."""
+    shape = func(torch.empty(shape_of(layout), dtype=layout.dtype, device="meta"), *args, **kwargs).shape
+    result = _map_of(node, layout, shape)
+    if result is None and len(shape) > 5 and func.overloadpacket.__name__ in _MERGING:
+        layout = layout.as_strided(layout.shape, layout.stride())  # one of its own
+        layout.merged = shape  # type: ignore[attr-defined]
+        return node, layout
+    return result
+
+
+def _map_of(node: Node, layout: Tensor, shape: torch.Size) -> Optional[Viewed]:
+    """A map of this shape of a view's values, where some rows of it come of some rows of `node`."""
     if len(shape) < 4 or not layout.numel():
         return None
     width, size = node.shape[-1], node.height * node.shape[-1]

@@ -21,7 +21,7 @@ from model_zoo import CASES, draw_weights, image, kl
 from patch_ddpm_helpers import FEW, TALL, randomised
 from torch import Tensor, nn
 
-from comfyui_patchconv import PConv2d, PartialConv2d, Tiling, convert_model, planner
+from comfyui_patchconv import PartialConv2d, PConv2d, Tiling, convert_model, planner
 from comfyui_patchconv.fill import fill
 from comfyui_patchconv.holes import with_holes
 from comfyui_patchconv.patch_ddpm import diffusion as patch_ddpm

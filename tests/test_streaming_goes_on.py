@@ -1,0 +1,131 @@
+"""Streaming goes on behind what was evaluated whole, with plain maps that others may still write to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conv_helpers import assert_same
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from comfyui_patchconv import planner
+from comfyui_patchconv.streaming import origins, streamed
+from comfyui_patchconv.streaming.tensor import LazyTensor
+
+WEIGHT = nn.Parameter(torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(1)), requires_grad=False)
+Mode = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+@pytest.fixture(autouse=True)
+def small_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(planner.STRIP_BYTES, "cpu", 4_000)
+    monkeypatch.setattr(origins, "_SMALL", 1)
+
+
+def convolved(x: Tensor) -> Tensor:
+    return F.conv2d(x, WEIGHT, padding=1)
+
+
+def evaluated(x: Tensor) -> Tensor:
+    """A map that is plain: what is done to its pixels in one line is not known, and what comes of it is no map yet."""
+    y = torch.cumsum(convolved(x).flatten(2), -1).view(x.shape)
+    assert type(y) is Tensor
+    return y
+
+
+def nothing_else(y: Tensor) -> tuple[Tensor, ...]:
+    z = convolved(y)
+    return z, y, F.group_norm(z, 2)
+
+
+def added_to(y: Tensor) -> tuple[Tensor, ...]:
+    z = convolved(y)
+    y.add_(1)
+    return z, y
+
+
+def added_to_by_what_waits_for_it(y: Tensor) -> tuple[Tensor, ...]:
+    z = convolved(y)
+    y += z
+    return z, y, convolved(y)
+
+
+def given_as_out(y: Tensor) -> tuple[Tensor, ...]:
+    z = F.group_norm(y, 2)
+    torch.mul(torch.ones_like(y), 3, out=y)
+    return z, y
+
+
+def written_through_a_view(y: Tensor) -> tuple[Tensor, ...]:
+    z = F.interpolate(y, scale_factor=2.0)
+    y[:, 1:3, 4:] = 0
+    y.view(-1)[:7] = 5
+    return z, y, convolved(y)
+
+
+def a_part_of_another(y: Tensor) -> tuple[Tensor, ...]:
+    z = convolved(y[:, :, 2:])
+    y.mul_(2)
+    return z, y, convolved(y[..., :5])
+
+
+def a_view_with_dimensions_exchanged(y: Tensor) -> tuple[Tensor, ...]:
+    z = convolved(y.transpose(-1, -2))
+    y.zero_()
+    return z, y
+
+
+def twice(y: Tensor) -> tuple[Tensor, ...]:
+    one, other = convolved(y), F.group_norm(y, 2)
+    y.sub_(3)
+    again = convolved(y)
+    y.sub_(3)
+    return one, other, again, y
+
+
+MODES: list[Mode] = [
+    nothing_else, added_to, added_to_by_what_waits_for_it, given_as_out, written_through_a_view, a_part_of_another,
+    a_view_with_dimensions_exchanged, twice,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES, ids=[mode.__name__ for mode in MODES])
+def test_what_is_written_later_is_not_seen(mode: Mode) -> None:
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        return mode(evaluated(x))
+
+    x = torch.randn(2, 4, 16, 16)
+    plain = mode(torch.cumsum(convolved(x).flatten(2), -1).view(x.shape))
+    report: dict[str, int] = {}
+    results = streamed(run, report=report)(x)
+    for result, expected in zip(results, plain, strict=True):
+        assert_same(result, expected, 1e-5)
+    assert not [name for name in report if "writes" in name]  # it was streamed
+
+
+def test_it_waits_again() -> None:
+    seen: list[Any] = []
+
+    def run(x: Tensor) -> Tensor:
+        y = F.silu(convolved(evaluated(x)))
+        seen.append(type(y))
+        return y
+
+    streamed(run)(torch.randn(1, 4, 16, 16))
+    assert seen == [LazyTensor]
+
+
+def test_what_is_small_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(origins, "_SMALL", 1 << 20)
+    seen: list[Any] = []
+
+    def run(x: Tensor) -> Tensor:
+        y = convolved(evaluated(x))
+        seen.append(type(y))
+        return y
+
+    streamed(run)(torch.randn(1, 4, 16, 16))
+    assert seen == [Tensor]
