@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comfyui_patchconv import planner
-from comfyui_patchconv.streaming import origins, streamed
+from comfyui_patchconv.streaming import choose, origins, streamed
 from comfyui_patchconv.streaming.tensor import LazyTensor
 
 WEIGHT = nn.Parameter(torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(1)), requires_grad=False)
@@ -116,6 +116,20 @@ def test_it_waits_again() -> None:
 
     streamed(run)(torch.randn(1, 4, 16, 16))
     assert seen == [LazyTensor]
+
+
+class InOneLine(nn.Module):
+    """Three tensors that are no maps are alive at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        line = torch.cumsum(convolved(x).flatten(2), -1)
+        return convolved((line + line.exp()).view(x.shape))
+
+
+def test_a_plan_counts_what_is_no_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "ALLOCATOR_BYTES", {"cpu": 0})
+    x = torch.empty(1, 4, 128, 64, device="meta")
+    assert 3 * x.nbytes <= choose(InOneLine(), (x,), {}, device=torch.device("cpu")).peak < 4 * x.nbytes
 
 
 def test_what_is_small_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ def carry_out(function: Callable[..., Any], args: Any, kwargs: Any, run: Run) ->
             for container, content in before:
                 _fill(container, content, lambda value: enter(value, run))
             run.origins.defer = lambda value: deferred_again(value, run)
-            with run.origins:
+            with run.counter, run.origins:
                 result = function(*lazy[: len(args)], **dict(zip(kwargs, lazy[len(args) :])))
             _require_apart(run, given, before)
             del lazy

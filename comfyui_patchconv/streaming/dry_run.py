@@ -9,8 +9,10 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
 
 from ..footprint import twin
 from . import buffers
@@ -54,6 +56,7 @@ def choose(
         run = Run(Plan(budget, unstored_from, blanks), dry=True)
         with torch.inference_mode(), mode:
             positional, named = tree_map(lambda value: _fake(value, device), (args, kwargs))
+            run.counter = _Plain(run, device)
             carry_out(copied, positional, named, run)
         figures = dict(peak=run.peak, stored=run.stored, moved=run.moved, elsewhere=run.elsewhere, work=run.work)
         return replace(run.plan, **figures), run.again
@@ -95,6 +98,40 @@ def choose_if_possible(
     except Exception as error:  # anything: it streams all the same
         logging.getLogger(__name__).info("No plan for %r (%s: %s).", function, type(error).__name__, error)
         return Plan(budget, blanks=False)
+
+
+class _Plain(TorchDispatchMode):
+    """Within it, what `run` takes has in it the tensors on `device` that are alive without being feature maps: what was
+    evaluated whole, and what is made of that."""
+
+    def __init__(self, run: Run, device: torch.device) -> None:
+        super().__init__()
+        self._run, self._device = run, device
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_flatten((args, kwargs))[0]:
+            self._remember(tensor, made=False)
+        result = func(*args, **kwargs or {})
+        for tensor in tree_flatten(result)[0]:
+            self._remember(tensor, made=True)
+        self._count()
+        return result
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._count()  # without what was the function's own
+
+    def _count(self) -> None:
+        self._storages = {key: entry for key, entry in self._storages.items() if not entry[0].expired()}
+        self._run.plain = sum(size for key, (_, size) in self._storages.items() if key not in self._run.of_maps)
+        self._run.note(0, 0, 0)
+
+    def _remember(self, tensor: Any, made: bool) -> None:
+        if isinstance(tensor, FakeTensor):
+            storage = tensor.untyped_storage()
+            counts = made and tensor.device.type == self._device.type
+            self._storages.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes() if counts else 0))
 
 
 def _better(plan: Plan, best: Plan, budget: Optional[int], room: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Optional, Union
 
@@ -121,6 +122,8 @@ class Rows:
         while self._strips and sum(self._strips[0][:2]) <= before:
             _, rows, strip = self._strips.pop(0)
             self._count(-rows)
+            if self.run.dry and strip is not None:
+                self.run.of_maps -= Counter([strip.untyped_storage()._cdata])
             if self._buffer is not None and strip is not None:
                 self._buffer.discard(strip)
 
@@ -144,6 +147,8 @@ class Rows:
         self._strips = [(0, rows, values)]
         self.end = rows
         self._count(rows)
+        if self.run.dry and values is not None:
+            self.run.of_maps[values.untyped_storage()._cdata] += 1
 
     def _count(self, rows: int) -> None:
         size = rows * self.row_bytes if self._counted else 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from torch import Tensor
 
@@ -43,9 +45,11 @@ class Run:
     """State of one call. `held`, `aside`: bytes of stored maps on the device and elsewhere now. The other figures are
     those of a `Plan`.
 
-    dry: maps are counted, not computed. again: sizes of the maps that `unstored_from` could be about. origins: of plain
-    tensors. kernels: made of a parameter, by its id. written: tensors of the caller that were written to, and who holds
-    what they have to become, by their id.
+    dry: maps are counted, not computed. Then `counter` is entered around the function, and sets `plain`: bytes of
+    tensors that are no maps; `of_maps` tells how many maps lie in a storage, by its address.
+    again: sizes of the maps that `unstored_from` could be about. origins: of plain tensors. kernels: made of a
+    parameter, by its id. written: tensors of the caller that were written to, and who holds what they have to become,
+    by their id.
     """
 
     def __init__(
@@ -58,6 +62,9 @@ class Run:
         self.plan, self.dry = plan, dry
         self.report = {} if report is None else report
         self.held = self.aside = self.peak = self.stored = self.moved = self.elsewhere = self.work = 0
+        self.plain = 0
+        self.counter: AbstractContextManager[Any] = nullcontext()
+        self.of_maps: Counter[int] = Counter()
         self.again: set[int] = set()
         self.origins = Origins(dry)
         self.kernels: dict[int, list[list[Tensor]]] = {}
@@ -80,7 +87,7 @@ class Run:
         """What is held grows by `growth` bytes now, what is kept elsewhere by `elsewhere`, and `workspace` bytes are in
         use beside both."""
         stored = self.held + max(growth, 0)
-        self.stored, self.peak = max(self.stored, stored), max(self.peak, stored + workspace)
+        self.stored, self.peak = max(self.stored, stored), max(self.peak, stored + self.plain + workspace)
         self.elsewhere = max(self.elsewhere, self.aside + max(elsewhere, 0))
 
     def leaves_unstored(self, size: int) -> bool:
