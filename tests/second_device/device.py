@@ -8,6 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils.backend_registration import (
+    generate_methods_for_privateuse1_backend,
+    rename_privateuse1_backend,
+)
 from torch.utils.cpp_extension import load
 
 NAME = "second"
@@ -20,7 +24,7 @@ def register(folder: Path) -> Any:
     """
     source = Path(__file__).with_suffix(".cpp")
     counter = load("second_device", [str(source)], extra_cflags=["-O1", "-w"], build_directory=str(folder))
-    torch.utils.rename_privateuse1_backend(NAME)
+    rename_privateuse1_backend(NAME)
     module = SimpleNamespace(
         is_available=lambda: True,
         device_count=lambda: 1,
@@ -33,5 +37,5 @@ def register(folder: Path) -> Any:
     )
     torch._register_device_module(NAME, module)
     sys.modules[f"torch.{NAME}"] = module  # type: ignore[assignment]
-    torch.utils.generate_methods_for_privateuse1_backend()
+    generate_methods_for_privateuse1_backend()
     return counter
