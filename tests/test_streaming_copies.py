@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Optional
 
 import pytest
@@ -15,7 +17,7 @@ from torch import Tensor
 from comfyui_patchconv import planner
 from comfyui_patchconv.streaming import choose, rows, stream
 from comfyui_patchconv.streaming.buffers import AT_ONCE, HostBuffer
-from comfyui_patchconv.streaming.copies import OneAfterTheOther
+from comfyui_patchconv.streaming.copies import OneAfterTheOther, SideStreams
 from comfyui_patchconv.streaming.rows import Rows
 from comfyui_patchconv.streaming.run import Run
 
@@ -172,6 +174,45 @@ def test_copies_of_other_devices_are_done_at_once() -> None:
     assert torch.equal(kept, strip)
     assert kept.stride() == strip.stride()
     assert kept.data_ptr() != strip.data_ptr()
+
+
+class Stream:
+    """Of a GPU that is not there: it notes what it is told to do."""
+
+    def __init__(self, name: str, done: list[str]) -> None:
+        self.name, self.done = name, done
+
+    def wait_stream(self, other: Stream) -> None:
+        self.done.append(f"{self.name} waits for all of {other.name}")
+
+    def wait_event(self, event: str) -> None:
+        self.done.append(f"{self.name} waits for {event}")
+
+    def record_event(self) -> str:
+        return f"the copy on {self.name}"
+
+
+def test_each_way_has_a_stream_that_waits_for_the_work_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    names = iter(["out", "back"])
+    work = Stream("work", done)
+
+    @contextmanager
+    def entered(stream: Stream) -> Iterator[None]:
+        done.append(f"on {stream.name}:")
+        yield
+        done.append(f"{stream.name} ends")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(next(names), done))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: work)
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    copies = SideStreams(torch.device("cuda", 0))
+    here, there = torch.ones(2, 3), torch.empty(2, 3, device="meta")
+    copies.start(torch.zeros(2, 3), here)
+    assert done == ["out waits for all of work", "on out:", "out ends"]
+    done.clear()
+    copies.await_on_device(copies.start(there, here))
+    assert done == ["back waits for all of work", "on back:", "back ends", "work waits for the copy on back"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
