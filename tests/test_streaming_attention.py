@@ -171,8 +171,8 @@ def test_scores_count_where_a_device_makes_them(device: str, scores: int) -> Non
 
 
 def test_many_queries_are_attended_to_at_once_on_a_gpu() -> None:
-    assert attention.rows_that_suit(512, torch.device("cuda", 0)) == 32
-    assert attention.rows_that_suit(512, torch.device("cpu")) == 1
+    assert attention.least_rows(512, torch.device("cuda", 0)) == 32
+    assert attention.least_rows(512, torch.device("cpu")) == 1
 
 
 def test_keys_and_values_lie_in_files_when_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import torch
@@ -16,6 +16,12 @@ from comfyui_patchconv.streaming import choose, origins, streamed
 from comfyui_patchconv.streaming.tensor import LazyTensor
 
 WEIGHT = nn.Parameter(torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(1)), requires_grad=False)
+
+
+class Sub(Tensor):
+    """A tensor that is something else besides."""
+
+
 Mode = Callable[[Tensor], tuple[Tensor, ...]]
 
 
@@ -59,6 +65,28 @@ def given_as_out(y: Tensor) -> tuple[Tensor, ...]:
     return z, y
 
 
+def given_as_one_of_several(y: Tensor) -> tuple[Tensor, ...]:
+    z = convolved(y)
+    torch.sort(torch.ones_like(y), out=(y, torch.empty(y.shape, dtype=torch.long)))
+    return z, y
+
+
+def in_a_list(y: Tensor) -> tuple[Tensor, ...]:
+    z = convolved(y)
+    torch._foreach_add_([y[:, 1:], torch.ones(3)], 1.0)  # type: ignore[reportPrivateImportUsage]
+    return z, y
+
+
+def given_other_values(y: Tensor) -> tuple[Tensor, ...]:
+    z = convolved(y)
+    y.data = torch.zeros_like(y)
+    return z, y
+
+
+def a_subclass(y: Tensor) -> tuple[Tensor, ...]:
+    return (convolved(y.as_subclass(Sub)).as_subclass(Tensor),)
+
+
 def written_through_a_view(y: Tensor) -> tuple[Tensor, ...]:
     z = F.interpolate(y, scale_factor=2.0)
     y[:, 1:3, 4:] = 0
@@ -87,8 +115,8 @@ def twice(y: Tensor) -> tuple[Tensor, ...]:
 
 
 MODES: list[Mode] = [
-    nothing_else, added_to, added_to_by_what_waits_for_it, given_as_out, written_through_a_view, a_part_of_another,
-    a_view_with_dimensions_exchanged, twice,
+    nothing_else, added_to, added_to_by_what_waits_for_it, given_as_out, given_as_one_of_several, in_a_list,
+    given_other_values, a_subclass, written_through_a_view, a_part_of_another, a_view_with_dimensions_exchanged, twice,
 ]  # fmt: skip
 
 
@@ -106,16 +134,69 @@ def test_what_is_written_later_is_not_seen(mode: Mode) -> None:
     assert not [name for name in report if "writes" in name]  # it was streamed
 
 
-def test_it_waits_again() -> None:
+@pytest.mark.parametrize(
+    "operator",
+    [
+        convolved,
+        lambda y: F.conv3d(y[:, :, None], WEIGHT[:, :, None]),
+        lambda y: F.conv_transpose2d(y, WEIGHT, stride=2),
+        lambda y: F.conv_transpose3d(y[:, :, None], WEIGHT[:, :, None]),
+        lambda y: F.group_norm(y, 2),
+        lambda y: F.interpolate(y, scale_factor=2.0),
+        lambda y: F.interpolate(y[:, :, None], scale_factor=(1.0, 2.0, 2.0)),
+    ],
+    ids=["conv2d", "conv3d", "transposed", "transposed 3d", "norm", "upsampled", "upsampled 3d"],
+)
+def test_it_waits_again(operator: Any) -> None:
     seen: list[Any] = []
 
     def run(x: Tensor) -> Tensor:
-        y = F.silu(convolved(evaluated(x)))
+        y = F.silu(operator(evaluated(x)))
         seen.append(type(y))
         return y
 
-    streamed(run)(torch.randn(1, 4, 16, 16))
+    x = torch.randn(1, 4, 16, 16)
+    plain = F.silu(operator(torch.cumsum(convolved(x).flatten(2), -1).view(x.shape)))
+    assert_same(streamed(run)(x), plain, 1e-5)
     assert seen == [LazyTensor]
+
+
+@pytest.mark.parametrize("budget", [None, 1, 1 << 20])
+def test_a_call_inside_another_computes_for_itself(budget: Optional[int]) -> None:
+    report: dict[str, int] = {}
+
+    def inner(y: Tensor) -> Tensor:
+        return F.group_norm(convolved(convolved(y)), 2)
+
+    def outer(x: Tensor) -> Tensor:
+        return streamed(inner, budget=budget, report=report)(evaluated(x)) + 1
+
+    x = torch.randn(1, 4, 64, 64)
+    plain = inner(torch.cumsum(convolved(x).flatten(2), -1).view(x.shape)) + 1
+    assert_same(streamed(outer)(x), plain, 1e-5)
+    assert report == {}
+
+
+class Remembers(nn.Module):
+    """Makes something of a parameter once."""
+
+    made: Optional[Tensor] = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, 4, 8, 8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.made is None:
+            self.made = F.interpolate(self.table, scale_factor=2.0)
+        return convolved(x) + self.made
+
+
+def test_what_a_module_makes_of_its_parameters_is_plain() -> None:
+    model, x = Remembers(), torch.randn(1, 4, 16, 16)
+    result = streamed(model)(x)
+    assert type(model.made) is Tensor
+    assert_same(result, model(x), 1e-5)
 
 
 class InOneLine(nn.Module):
@@ -130,6 +211,35 @@ def test_a_plan_counts_what_is_no_map(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "ALLOCATOR_BYTES", {"cpu": 0})
     x = torch.empty(1, 4, 128, 64, device="meta")
     assert 3 * x.nbytes <= choose(InOneLine(), (x,), {}, device=torch.device("cpu")).peak < 4 * x.nbytes
+
+
+class OfAPart(nn.Module):
+    """All of a tensor is alive while a part of its channels is a map that waits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cumsum(convolved(x).flatten(2), -1).view(x.shape).repeat(1, 8, 1, 1)
+        z = convolved(y[:, :4])
+        return y.repeat(1, 2, 1, 1).flatten(2).sum(2, keepdim=True).sum() + z
+
+
+class ReadOften(nn.Module):
+    """One plain map, read by several convolutions."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cumsum(convolved(x).flatten(2), -1).view(x.shape)
+        return torch.cat([convolved(y) for _ in range(self.times)], 1).sum(1, keepdim=True)
+
+
+def test_a_plan_counts_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "ALLOCATOR_BYTES", {"cpu": 0})
+    x = torch.empty(1, 4, 128, 64, device="meta")
+    assert choose(OfAPart(), (x,), {}, device=torch.device("cpu")).peak >= 24 * x.nbytes
+    one, eight = (choose(ReadOften(n), (x,), {}, device=torch.device("cpu")).stored for n in (1, 8))
+    assert eight == one
 
 
 def test_what_is_small_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

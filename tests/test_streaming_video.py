@@ -191,8 +191,12 @@ def test_pixels_shuffled_by_views(
         lambda merged: torch.stack([merged, merged]).sum(0),
         lambda merged: merged * merged.flip(-1),
         lambda merged: merged.transpose(1, 2).flatten(0, 1),
+        lambda merged: torch.cat(merged.chunk(2, -1)),
+        lambda merged: torch.cat(merged.split([3, 7], -1)[::-1], -1),
+        lambda merged: merged.view(torch.int64).view(torch.float64),
+        lambda merged: merged.view(torch.float32).view(torch.float64),
     ],
-    ids=["number", "sum", "copy", "stack", "itself", "exchanged"],
+    ids=["number", "sum", "copy", "stack", "itself", "exchanged", "halves", "parts", "integers", "bits"],
 )
 def test_dimensions_that_were_merged_are_what_they_look_like(use: Any) -> None:
     weight = torch.randn(8, 8, 1, 3, 3, dtype=torch.float64)

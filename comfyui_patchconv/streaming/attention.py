@@ -37,7 +37,7 @@ def bytes_of_scores(queries: Tensor, keys: Tensor, values: Tensor) -> int:
     return _COPIES_OF_SCORES * scores + keys.numel() * keys.element_size()
 
 
-def rows_that_suit(width: int, device: torch.device) -> int:
+def least_rows(width: int, device: torch.device) -> int:
     """Rows of `width` queries below which a device would not be busy with them."""
     return 1 if device.type == "cpu" else -(-_QUERIES_THAT_SUIT // max(width, 1))
 

@@ -18,12 +18,12 @@ from ..memory import free, is_out_of_memory
 from .copies import Arrival, Copies, copies_of
 
 AT_ONCE = 2
-"""Strips on their way at once, each way: one is copied while the device computes the next."""
+"""Strips of a map that leave at once: one is copied while the device computes the next."""
 
 
 class HostBuffer:
-    """Strips in host memory. Those that the device wrote leave while it writes the next one, and those that it will
-    read come while it reads the one before.
+    """Strips in host memory. One that the device wrote leaves while it writes the next, and one that it will read comes
+    while it reads those before.
 
     A strip on its way takes its memory on the device until it is known to have left.
     """
@@ -38,7 +38,8 @@ class HostBuffer:
 
         It may be read there only once it has arrived, which `bring` and `settle` see to.
         """
-        if is_borrowed(strip):
+        repeats = any(stride == 0 and side > 1 for stride, side in zip(strip.stride(), strip.shape))
+        if is_borrowed(strip) or repeats:
             strip = strip.clone()
         self._wait(AT_ONCE - 1)
         copy = self._copies.room(strip)

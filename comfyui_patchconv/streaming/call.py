@@ -13,7 +13,7 @@ from .buffers import require_room
 from .errors import CannotStreamError
 from .graph import Node
 from .run import Run
-from .tensor import LazyTensor, deferred_again, evaluated, finish, is_plain_map
+from .tensor import LazyTensor, PlainMaps, evaluated, finish, is_plain_map
 
 
 def carry_out(function: Callable[..., Any], args: Any, kwargs: Any, run: Run) -> Any:
@@ -22,6 +22,11 @@ def carry_out(function: Callable[..., Any], args: Any, kwargs: Any, run: Run) ->
     Raises OSError where files have no room for what the plan keeps elsewhere; in a dry run CannotStreamError for what
     would run plain.
     """
+    with run.origins.innermost():
+        return _carry_out(function, args, kwargs, run)
+
+
+def _carry_out(function: Callable[..., Any], args: Any, kwargs: Any, run: Run) -> Any:
     given = (*args, *kwargs.values())
     before = [pair for value in given for pair in _contents(value)]
     random = [] if run.dry else _random_states(given)
@@ -32,7 +37,7 @@ def carry_out(function: Callable[..., Any], args: Any, kwargs: Any, run: Run) ->
                 require_room(run.plan.elsewhere)
             for container, content in before:
                 _fill(container, content, lambda value: enter(value, run))
-            run.origins.defer = lambda value: deferred_again(value, run)
+            run.origins.again = PlainMaps(run)
             with run.counter, run.origins:
                 result = function(*lazy[: len(args)], **dict(zip(kwargs, lazy[len(args) :])))
             _require_apart(run, given, before)

@@ -25,7 +25,7 @@ class Copies(Protocol):
         ...
 
     def start(self, target: Tensor, source: Tensor) -> Arrival:
-        """Copy `source` to `target`, one of which is on the device, after all work that it was given so far.
+        """Copy `source` to `target`, one of which is on the device, after the work that this thread gave it so far.
 
         Until it is done neither may be written to, and the one on the device has to be kept; that memory of the host's
         which goes is not used again too early, torch sees to.
@@ -33,11 +33,12 @@ class Copies(Protocol):
         ...
 
     def await_on_device(self, arrival: Arrival) -> None:
-        """Have the device's later work wait for a copy; the host goes on."""
+        """Have the work that this thread gives the device from now on wait for a copy; the host goes on."""
 
 
 class SideStreams:
-    """Copies of CUDA's, from and to page-locked memory, each way on a stream of its own."""
+    """Copies of CUDA's, from and to page-locked memory, each way on a stream of its own, in order with what is on the
+    stream that is current when they are asked for."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -27,13 +27,13 @@ class Step:
     """How rows of a map come from rows of its inputs.
 
     workspace: bytes that it takes while it computes any number of rows, beside those and what it computes them from.
-    weight_bytes: bytes that are read for any number of rows. rows_that_suit: below which a device is not busy.
+    weight_bytes: bytes that are read for any number of rows. least_rows: below which a device is not busy.
     moves: see `RowLocal`.
     """
 
     workspace = 0
     weight_bytes = 0
-    rows_that_suit = 1
+    least_rows = 1
     moves = False
 
     def needs(self, first: int, last: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
@@ -363,9 +363,10 @@ class Node:
             node.readers.add(self)
 
     @classmethod
-    def of(cls, tensor: Tensor, run: Run, counted: bool = True) -> Node:
+    def of(cls, tensor: Tensor, run: Run, counted: bool = True, of_map: bool = True) -> Node:
         """A stored node of a tensor that is there already; see `Rows.of`."""
-        return cls(run, tensor.shape, tensor.dtype, tensor.device, rows=Rows.of(tensor, run, counted))
+        rows = Rows.of(tensor, run, counted, of_map=of_map)
+        return cls(run, tensor.shape, tensor.dtype, tensor.device, rows=rows)
 
     def then(self, step: Step, shape: Sequence[int], dtype: Optional[torch.dtype] = None) -> Node:
         """What `step` makes of this map alone."""

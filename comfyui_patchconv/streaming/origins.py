@@ -3,11 +3,14 @@ evaluated whole left plain, with which streaming goes on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Optional
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Optional, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -30,22 +33,40 @@ _OF_MAPS = frozenset(
 """What decoders and encoders do to feature maps: with these, streaming goes on where it had stopped."""
 
 _SMALL = 1 << 16
-"""Bytes below which a tensor is not worth a look."""
+"""Bytes below which a tensor of zeros is not worth a look, nor a map worth streaming."""
+
+
+class Again(Protocol):
+    """What makes plain maps deferred again, and has those keep their values."""
+
+    def defer(self, value: Tensor) -> Tensor:
+        """A plain map, deferred; anything else as it is."""
+        ...
+
+    def before_write(self, storage: int) -> None:
+        """Something is about to be written to the memory of a storage."""
+
+
+_innermost = threading.local()
+"""`origins`: of the streamed call that this thread is in, the innermost where one is a part of another."""
 
 
 class Origins(TorchDispatchMode):
     """While it is entered, remembers which tensors are zeros that no operator has written to, as video models put them
     before the first frames, and which are parts of parameters. Raises CannotStreamError for a write that would be lost.
+    Large maps that operators made here, and that are plain, it has deferred `again` where a decoder's operators get
+    them.
 
-    dry: tensors have no values that could be looked at. defer: gives a plain map back deferred, and what is to be
-    called before something is written to its memory; anything else it gives back as it is, and nothing to call.
+    What writes without an operator, as NumPy to a tensor that shares its memory, is not seen.
+
+    dry: tensors have no values that could be looked at.
     """
 
     def __init__(self, dry: bool) -> None:
         super().__init__()
-        self.defer: Callable[[Tensor], tuple[Tensor, Optional[Callable[[], None]]]] = lambda tensor: (tensor, None)
+        self.again: Optional[Again] = None
         self._dry = dry
-        self._deferred: dict[int, tuple[StorageWeakRef, list[Callable[[], None]]]] = {}
+        self._made: dict[int, StorageWeakRef] = {}
         self._zeros: dict[int, StorageWeakRef] = {}
         self._parameters: dict[int, StorageWeakRef] = {}
         self._parts: dict[int, StorageWeakRef] = {}
@@ -53,13 +74,17 @@ class Origins(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
         if func._schema.is_mutable:
-            for argument, value in zip(func._schema.arguments, args):
+            for place, argument in enumerate(func._schema.arguments):
                 if argument.alias_info is not None and argument.alias_info.is_write:
-                    self.before_write(value, name)
-            self.before_write(kwargs.get("out"), name)
-        elif name in _OF_MAPS:
-            args = (self._again(args[0]), *args[1:])
+                    written = args[place] if place < len(args) else kwargs.get(argument.name)
+                    for value in tree_flatten(written)[0]:
+                        self.before_write(value, name)
+        elif name in _OF_MAPS and func.namespace == "aten" and args:
+            args = (self._deferred(args[0]), *args[1:])
         result = func(*args, **kwargs)
+        for value in tree_flatten(result)[0]:
+            if type(value) in (Tensor, FakeTensor) and value.layout == torch.strided and value.nbytes >= _SMALL:
+                _remember(value, self._made)
         if name in _MAKERS:
             if result.nbytes >= _SMALL:
                 _remember(result, self._zeros)
@@ -71,24 +96,32 @@ class Origins(TorchDispatchMode):
             _remember(args[0], self._parameters)
         return result
 
-    def _again(self, value: Any) -> Any:
-        """A map that is plain, deferred; anything else as it is."""
-        if not isinstance(value, Tensor) or value.nbytes < _SMALL:
+    @contextmanager
+    def innermost(self) -> Iterator[None]:
+        """Within the block this is the call that plain maps belong to, not one that it is a part of."""
+        before = getattr(_innermost, "origins", None)
+        _innermost.origins = self
+        try:
+            yield
+        finally:
+            _innermost.origins = before
+
+    def _deferred(self, value: Any) -> Any:
+        """A large plain map that was made in this call, deferred; anything else as it is."""
+        if self.again is None or _innermost.origins is not self or type(value) not in (Tensor, FakeTensor):
             return value
-        deferred, before_write = self.defer(value)
-        if before_write is not None:
-            _, calls = self._deferred.setdefault(_storage(value), (StorageWeakRef(value.untyped_storage()), []))
-            calls.append(before_write)
-        return deferred
+        if value.layout != torch.strided or value.nbytes < _SMALL or _storage(value) not in self._made:
+            return value
+        return self.again.defer(value)
 
     def before_write(self, value: Any, name: str) -> None:
         """The operator `name` is about to write to `value`."""
-        if isinstance(value, Tensor) and (self._parts or self._deferred):
+        if isinstance(value, Tensor):
             storage = _storage(value)
             if storage in self._parts:
                 raise CannotStreamError(f"{name} writes through a view of a view")
-            for call in self._deferred.pop(storage, (None, ()))[1]:
-                call()
+            if self.again is not None:
+                self.again.before_write(storage)
 
     def stands_alone(self, part: Tensor) -> None:
         """`part` was computed for what should be a view of a deferred map: a write to it has to reach that."""

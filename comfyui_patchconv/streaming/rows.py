@@ -9,7 +9,7 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
-from .buffers import AT_ONCE, GIVES_BACK, FileBuffer, HostBuffer, buffer_for, is_borrowed
+from .buffers import GIVES_BACK, FileBuffer, HostBuffer, buffer_for, is_borrowed
 from .run import Run
 
 
@@ -17,7 +17,8 @@ class Rows:
     """A feature map as strips of rows, which are added in order and can be given up in order.
 
     elsewhere: keep them in host memory, or in a file where the device is the CPU. What lies on the device counts as
-    held by `run`, the rest as kept aside. strip_rows: how many a strip has. In a dry run the strips are numbers only.
+    held by `run`, the rest as kept aside. strip_rows: how many a strip has. In a dry run strips are numbers, but for
+    what was evaluated whole.
     """
 
     def __init__(
@@ -30,16 +31,17 @@ class Rows:
         strip_rows: int = 0,
     ) -> None:
         self.run, self.shape, self.dtype, self.device, self.elsewhere = run, tuple(shape), dtype, device, elsewhere
-        self.end, self._counted, self._in_strips = 0, True, True
+        self.end, self._counted, self._in_strips, self._of_map = 0, True, True, True
         self._strips: list[tuple[int, int, Optional[Tensor]]] = []  # first row, rows, values
         self._strip_rows = strip_rows
         self._buffer: Optional[Union[HostBuffer, FileBuffer]] = None
 
     @classmethod
-    def of(cls, tensor: Tensor, run: Run, counted: bool = True, elsewhere: bool = False) -> Rows:
-        """A tensor that is there already, in a file if `elsewhere`; one of the caller's is not counted."""
+    def of(cls, tensor: Tensor, run: Run, counted: bool = True, elsewhere: bool = False, of_map: bool = True) -> Rows:
+        """A tensor that is there already, in a file if `elsewhere`; one of the caller's is not counted, nor one that
+        counts as a plain tensor, not `of_map`."""
         rows = cls(run, tensor.shape, tensor.dtype, tensor.device, elsewhere)
-        rows._counted, rows._in_strips = counted, False
+        rows._counted, rows._in_strips, rows._of_map = counted, False, of_map
         rows._fill(tensor.shape[-2], tensor)
         return rows
 
@@ -61,9 +63,9 @@ class Rows:
         return 0 if self.elsewhere else self._bytes()
 
     @property
-    def bytes_on_the_way(self) -> int:
-        """Bytes of the device's that strips take which lie elsewhere and come to be read."""
-        return AT_ONCE * self._strip_rows * self.row_bytes if self.elsewhere and self.device.type != "cpu" else 0
+    def strip_bytes(self) -> int:
+        """Bytes that a strip takes on the device when it comes to be read; 0 where it need not come."""
+        return self._strip_rows * self.row_bytes if self.elsewhere and self.device.type != "cpu" else 0
 
     @property
     def bytes_that_go(self) -> tuple[int, int]:
@@ -122,7 +124,7 @@ class Rows:
         while self._strips and sum(self._strips[0][:2]) <= before:
             _, rows, strip = self._strips.pop(0)
             self._count(-rows)
-            if self.run.dry and strip is not None:
+            if self.run.dry and self._of_map and strip is not None:
                 self.run.of_maps -= Counter([strip.untyped_storage()._cdata])
             if self._buffer is not None and strip is not None:
                 self._buffer.discard(strip)
@@ -147,7 +149,7 @@ class Rows:
         self._strips = [(0, rows, values)]
         self.end = rows
         self._count(rows)
-        if self.run.dry and values is not None:
+        if self.run.dry and self._of_map and values is not None:
             self.run.of_maps[values.untyped_storage()._cdata] += 1
 
     def _count(self, rows: int) -> None:

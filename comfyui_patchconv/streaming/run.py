@@ -26,9 +26,9 @@ class Plan:
 
     budget: bytes of the device to stay within; None for no limit. unstored_from: maps of so many bytes, if they are
     cheap to have again from a smaller one, are computed anew wherever they are read. blanks: maps that are made empty
-    wait for what is written to them. peak: bytes expected at once,
-    beyond inputs and weights. stored: of these, of maps. moved: bytes of maps that are kept elsewhere. elsewhere: of
-    these, at once. work: bytes of maps computed in all.
+    wait for what is written to them. peak: bytes expected at once, beyond inputs and weights. stored: of these, of
+    maps. moved: bytes of maps that are kept elsewhere. elsewhere: of these, at once. work: bytes of maps computed in
+    all.
     """
 
     budget: Optional[int] = None
@@ -46,7 +46,7 @@ class Run:
     those of a `Plan`.
 
     dry: maps are counted, not computed. Then `counter` is entered around the function, and sets `plain`: bytes of
-    tensors that are no maps; `of_maps` tells how many maps lie in a storage, by its address.
+    tensors beside what `held` counts; `of_maps` tells how many maps lie in a storage that it counts, by its address.
     again: sizes of the maps that `unstored_from` could be about. origins: of plain tensors. kernels: made of a
     parameter, by its id. written: tensors of the caller that were written to, and who holds what they have to become,
     by their id.

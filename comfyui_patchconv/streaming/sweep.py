@@ -355,8 +355,8 @@ class Sweep:
         if self.device.type != "cpu":
             rows = max(rows, _STEP_BYTES_ELSEWHERE * len(self._order) * height // maps)
         for node in self._order:
-            if node.step is not None and node.step.rows_that_suit > 1:
-                rows = max(rows, -(-node.step.rows_that_suit * height // max(node.height, 1)))
+            if node.step is not None and node.step.least_rows > 1:
+                rows = max(rows, -(-node.step.least_rows * height // max(node.height, 1)))
         if budget is not None:
             alive = self._bytes_alive([node.bytes / max(height, 1) for node in self._order])
             row_bytes = max(_STRIPS_AT_ONCE * row_bytes, int(alive) + _COPIES * row_bytes)
@@ -392,12 +392,19 @@ class Sweep:
         return int(widest) + of_steps + kept + self._bytes_on_the_way()
 
     def _bytes_on_the_way(self) -> int:
-        """Bytes of strips that come from elsewhere, and of those that leave where the roots may have to lie there."""
+        """Bytes of strips that come from elsewhere, and of those that leave where the roots may have to lie there.
+
+        Those that a strip of this pass reads come whole and are put together then; the next one comes meanwhile.
+        """
+        share = self._strip_rows / max(self._main.height, 1)
         sources = {source for node in self._order for source in node.inputs if source.rows is not None}
-        coming = sum(source.rows.bytes_on_the_way for source in sources if source.rows is not None)
+        coming = 0.0
+        for source in sources:
+            if source.rows is not None and source.rows.strip_bytes:
+                coming += 2 * share * source.bytes + 3 * source.rows.strip_bytes
         if self.device.type == "cpu" or self._run.plan.budget is None:
-            return coming
-        return coming + AT_ONCE * sum(root.row_bytes * self.rows_in_strip(root) for root in self._roots)
+            return int(coming)
+        return int(coming) + AT_ONCE * sum(root.row_bytes * self.rows_in_strip(root) for root in self._roots)
 
     def _bytes_alive(self, strips: list[float]) -> float:
         """The most bytes of strips, of so many bytes each step's, that later steps still read."""

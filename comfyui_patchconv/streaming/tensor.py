@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Optional
 from weakref import ref
 
@@ -198,20 +198,32 @@ def is_plain_map(value: Any) -> bool:
     return tensor and value.dim() in (4, 5) and value.is_floating_point()
 
 
-def deferred_again(value: Tensor, run: Run) -> tuple[Tensor, Optional[Callable[[], None]]]:
-    """A plain map, deferred, and what is to be called before something is written to its memory: whatever still reads
-    the map keeps a copy of it as it is."""
-    if not is_plain_map(value):
-        return value, None
-    node = Node.of(value, run)
-    reference = ref(node)
+class PlainMaps:
+    """Maps that something evaluated whole left plain, deferred again, and who reads them: before something is written
+    to one, its readers get a copy of it as it is."""
 
-    def keep_a_copy() -> None:
-        node = reference()
-        if node is not None and node.rows is not None:
-            node.rows = Rows.of(node.rows.whole().clone(), run)
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._nodes: dict[int, dict[Any, ref[Node]]] = {}  # by the storage, then by where in it a map lies
 
-    return LazyTensor.of(node), keep_a_copy
+    def defer(self, value: Tensor) -> Tensor:
+        """A plain map, deferred; anything else as it is."""
+        if not is_plain_map(value):
+            return value
+        nodes = self._nodes.setdefault(value.untyped_storage()._cdata, {})
+        place = value.storage_offset(), value.shape, value.stride(), value.dtype
+        node = nodes[place]() if place in nodes else None
+        if node is None:
+            node = Node.of(value.detach(), self._run, counted=False, of_map=False)
+            nodes[place] = ref(node)
+        return LazyTensor.of(node)
+
+    def before_write(self, storage: int) -> None:
+        """Something is about to be written to the memory of a storage."""
+        for reference in self._nodes.pop(storage, {}).values():
+            node = reference()
+            if node is not None and node.rows is not None:
+                node.rows = Rows.of(node.rows.whole().clone(), self._run)
 
 
 def _without_values(value: Any) -> Any:

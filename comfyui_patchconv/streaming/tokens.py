@@ -39,7 +39,7 @@ def layout_of(node: Node) -> Tensor:
 
 
 def shape_of(layout: Tensor) -> torch.Size:
-    """The shape of what is looked at: with some dimensions merged, perhaps, that no stride could go through."""
+    """The shape of what is looked at; where dimensions were merged that no stride can go through, not the layout's."""
     return getattr(layout, "merged", layout.shape)
 
 
@@ -51,7 +51,8 @@ def evaluated(tensor: Tensor, layout: Tensor) -> Tensor:
 def build(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[list[Viewed]]:
     """What `func` returns, its deferred arguments being given as `(map, layout)`; None if it has to be evaluated."""
     name = func.overloadpacket.__name__
-    if any(hasattr(part, "merged") for value in args[1:] if isinstance(value, tuple) for part in value):
+    merged = [any(hasattr(part, "merged") for part in value) if isinstance(value, tuple) else False for value in args]
+    if any(merged[1:]) or (any(merged) and name in SEVERAL):
         return None
     if name in SEVERAL:
         return _parts(func, args, kwargs)
@@ -100,9 +101,14 @@ def _arranged(func: Any, node: Node, layout: Tensor, args: Sequence[Any], kwargs
 
 def _rearranged(func: Any, node: Node, layout: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[Viewed]:
     """The values of a view in their order there, as in a pixel shuffle written as views: dimensions split, exchanged
-    and merged, all at once or in turn."""
-    shape = func(torch.empty(shape_of(layout), dtype=layout.dtype, device="meta"), *args, **kwargs).shape
-    result = _map_of(node, layout, shape)
+    and merged, all at once or in turn. While they are merged in turn it is a layout still, that says so (`shape_of`).
+
+    None where they would be other values, or where no rows of `node` are rows of the result.
+    """
+    meta = func(torch.empty(shape_of(layout), dtype=layout.dtype, device="meta"), *args, **kwargs)
+    if meta.numel() != layout.numel() or meta.dtype != layout.dtype:
+        return None
+    shape, result = meta.shape, _map_of(node, layout, meta.shape)
     if result is None and len(shape) > 5 and func.overloadpacket.__name__ in _MERGING:
         layout = layout.as_strided(layout.shape, layout.stride())  # one of its own
         layout.merged = shape  # type: ignore[attr-defined]
@@ -275,7 +281,7 @@ def _attention(args: Sequence[Any], kwargs: dict[str, Any]) -> Optional[Viewed]:
         return None
     step = Attend(heads, values.get("scale"))
     step.workspace = attention.bytes_of_scores(*(_without_values(node, heads) for node in nodes))
-    step.rows_that_suit = attention.rows_that_suit(query.shape[-1], query.device)
+    step.least_rows = attention.least_rows(query.shape[-1], query.device)
     shape = (query.shape[0], nodes[2].shape[1], *query.shape[2:])
     result = Node(query.run, shape, query.dtype, query.device, step, nodes)
     return result, _meta(*_of_heads(result, heads, values["query"][1].dim()), result.dtype)
