@@ -211,6 +211,20 @@ def test_dimensions_that_were_merged_are_what_they_look_like(use: Any) -> None:
     assert_same(streamed(run)(x), run(x), 1e-12)
 
 
+@pytest.mark.parametrize(
+    "parts", [lambda y: y.chunk(2, -1), lambda y: y.split(32, -1), lambda y: y.split([10, 54], -1)]
+)
+def test_parts_of_merged_tokens(parts: Any) -> None:
+    weight = torch.randn(4, 4, 3, 3, dtype=torch.float64)
+
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        return parts(F.conv2d(x, weight, padding=1).flatten(2).transpose(1, 2).reshape(1, 2, 2, 2, 2, -1))
+
+    x = torch.randn(1, 4, 16, 16, dtype=torch.float64)
+    for result, expected in zip(streamed(run)(x), run(x), strict=True):
+        assert_same(result, expected, 1e-12)
+
+
 def downsampling() -> nn.Module:
     """To an eighth of the height; its first row needs 118 of the input's."""
     return nn.Sequential(*(nn.Conv2d(4, 4, 3, 2 if layer < 3 else 1, 1) for layer in range(9)))
