@@ -122,6 +122,9 @@ MODES: list[Mode] = [
 
 @pytest.mark.parametrize("mode", MODES, ids=[mode.__name__ for mode in MODES])
 def test_what_is_written_later_is_not_seen(mode: Mode) -> None:
+    if mode is a_subclass and torch.__version__.startswith("2.1."):
+        pytest.skip("torch 2.1 makes no subclass of a tensor where operators are watched")
+
     def run(x: Tensor) -> tuple[Tensor, ...]:
         return mode(evaluated(x))
 
