@@ -69,7 +69,9 @@ def test_a_run_takes_what_the_plan_expects(name: str, budget: int | None, monkey
         result = call(model, input)
     assert type(result) is Tensor
     assert_same(result, expected, 1e-5)
-    assert (run.peak, run.moved, run.elsewhere, run.work) == (plan.peak, plan.moved, plan.elsewhere, plan.work)
+    figures = ("stored", "moved", "elsewhere", "work", *(() if run.report else ("peak",)))
+    assert [getattr(run, name) for name in figures] == [getattr(plan, name) for name in figures]
+    assert run.peak <= plan.peak  # what is evaluated whole, and no map, only a plan counts
     assert plan.elsewhere <= plan.moved
     assert plan.peak > 0
 
@@ -154,7 +156,8 @@ def test_half_of_a_budget_takes_no_less_than_one_that_is_too_small(
     if torch.__version__.startswith("2.1.") and not torch.cuda.is_available():
         pytest.skip("torch 2.1 has no fake tensors of a GPU that is not there")
     monkeypatch.setattr(planner, "STRIP_BYTES_ELSEWHERE", 20_000)
-    model, device = draw_weights(kl(4)).half(), torch.device("cuda", 0)  # indexing fake float32 weights asks for CUDA
+    model: Any = draw_weights(kl(4)).half()  # indexing fake weights in float32 asks for CUDA
+    device = torch.device("cuda", 0)
     latent = torch.empty(1, 4, 64, 64, dtype=torch.half, device="meta")
     peak, half = (choose(model.decode, (latent,), {}, device=device, budget=b).peak for b in (budget, budget // 2))
     assert peak <= max(budget, half)
