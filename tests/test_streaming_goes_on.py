@@ -191,7 +191,7 @@ class Remembers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.made is None:
-            self.made = F.interpolate(self.table, scale_factor=2.0)
+            self.made = F.interpolate(self.table[None, 0], scale_factor=2.0)
         return convolved(x) + self.made
 
 

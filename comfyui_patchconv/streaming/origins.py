@@ -19,17 +19,10 @@ from .errors import CannotStreamError
 
 _MAKERS = ("zeros", "zeros_like", "new_zeros")
 
-_OF_MAPS = frozenset(
-    (
-        "conv2d",
-        "conv3d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-        "group_norm",
-        "upsample_nearest2d",
-        "upsample_nearest3d",
-    )
-)
+_OF_MAPS = (
+    "conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d", "group_norm", "upsample_nearest2d",
+    "upsample_nearest3d",
+)  # fmt: skip
 """What decoders and encoders do to feature maps: with these, streaming goes on where it had stopped."""
 
 _SMALL = 1 << 16
@@ -66,7 +59,7 @@ class Origins(TorchDispatchMode):
         super().__init__()
         self.again: Optional[Again] = None
         self._dry = dry
-        self._made: dict[int, StorageWeakRef] = {}
+        self._large: dict[int, tuple[StorageWeakRef, bool]] = {}  # storages, and whether they were made here
         self._zeros: dict[int, StorageWeakRef] = {}
         self._parameters: dict[int, StorageWeakRef] = {}
         self._parts: dict[int, StorageWeakRef] = {}
@@ -81,10 +74,9 @@ class Origins(TorchDispatchMode):
                         self.before_write(value, name)
         elif name in _OF_MAPS and func.namespace == "aten" and args:
             args = (self._deferred(args[0]), *args[1:])
+        self._note_large((args, kwargs), made=False)
         result = func(*args, **kwargs)
-        for value in tree_flatten(result)[0]:
-            if type(value) in (Tensor, FakeTensor) and value.layout == torch.strided and value.nbytes >= _SMALL:
-                _remember(value, self._made)
+        self._note_large(result, made=True)
         if name in _MAKERS:
             if result.nbytes >= _SMALL:
                 _remember(result, self._zeros)
@@ -108,11 +100,16 @@ class Origins(TorchDispatchMode):
 
     def _deferred(self, value: Any) -> Any:
         """A large plain map that was made in this call, deferred; anything else as it is."""
-        if self.again is None or _innermost.origins is not self or type(value) not in (Tensor, FakeTensor):
+        if self.again is None or _innermost.origins is not self or not _is_large(value):
             return value
-        if value.layout != torch.strided or value.nbytes < _SMALL or _storage(value) not in self._made:
-            return value
-        return self.again.defer(value)
+        _, made = self._large.get(_storage(value), (None, False))
+        return self.again.defer(value) if made else value
+
+    def _note_large(self, values: Any, made: bool) -> None:
+        """Remember the storages of large plain tensors; the first time tells whether they were made here."""
+        for value in tree_flatten(values)[0]:
+            if _is_large(value) and _storage(value) not in self._large:
+                self._large[_storage(value)] = StorageWeakRef(value.untyped_storage()), made
 
     def before_write(self, value: Any, name: str) -> None:
         """The operator `name` is about to write to `value`."""
@@ -141,6 +138,13 @@ class Origins(TorchDispatchMode):
         if not isinstance(weight, Tensor) or isinstance(weight, nn.Parameter) or _storage(weight) in self._parameters:
             return weight
         return weight.clone()
+
+
+def _is_large(value: Any) -> bool:
+    """Whether a value is a tensor that is worth streaming, and not of a class that does something else."""
+    return (
+        type(value) in (Tensor, FakeTensor, nn.Parameter) and value.layout == torch.strided and value.nbytes >= _SMALL
+    )
 
 
 def _remember(tensor: Tensor, storages: dict[int, StorageWeakRef]) -> None:
