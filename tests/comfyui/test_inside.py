@@ -46,19 +46,17 @@ def test_weights_streamed_at_every_use(checkout: Path) -> None:
     assert answer["difference"] <= 1e-5
 
 
-@pytest.mark.parametrize(("method", "within"), [("decode", 1.15), ("encode", 1.3)])
-def test_video_in_chunks(checkout: Path, method: str, within: float, tmp_path: Path) -> None:
-    """Wan's decoder gets a few frames at a time, and keeps frames for the next: all of it is streamed at once.
-
-    within: an encoder's first rows need the most at once.
-    """
+@pytest.mark.parametrize("method", ["decode", "encode"])
+def test_video_in_chunks(checkout: Path, method: str, tmp_path: Path) -> None:
+    """Wan's decoder gets a few frames at a time, and keeps frames for the next: all of it is streamed at once."""
     files = [tmp_path / "plain.pt", tmp_path / "streamed.pt"]
     plain, streamed = (probe(checkout, "video", method, file.stem, str(file)) for file in files)
     print(*({key: one[key] for key in ("estimate", "measured")} for one in (plain, streamed)))
-    assert_same(*(torch.load(file, weights_only=True) for file in reversed(files)), 1e-5)
+    expected, result = (torch.load(file, weights_only=True) for file in files)
+    assert_same(result, expected, 1e-5)
     assert streamed["estimate"] < plain["estimate"] / 2
     copies = 2 * 9 * 384 * 384 * 3 * 4  # of the pixels, by the host itself
-    assert streamed["measured"] <= streamed["estimate"] * within + copies
+    assert streamed["measured"] <= streamed["estimate"] * 1.15 + copies
     assert streamed["measured"] < plain["measured"] / 2
     assert streamed["moves"] == sorted(streamed["moves"])
 
