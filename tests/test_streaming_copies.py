@@ -166,25 +166,6 @@ def test_a_decoder_reads_nothing_too_early(late: Late, share: int) -> None:
     assert late.most_at_once >= AT_ONCE
 
 
-def test_a_decoder_that_was_interrupted_runs_again(late: Late) -> None:
-    model: Any = draw_weights(kl(4))
-    latent = image(4, 33, 16)
-    calls = 0
-
-    def stop(done: int, work: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 20:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt), stream(model.decoder, budget=1, on_progress=stop):
-        model.decode(latent)
-    gc.collect()
-    with stream(model.decoder, budget=1):
-        result = model.decode(latent).sample
-    assert_same(result, model.decode(latent).sample, 1e-5)
-
-
 def test_copies_of_other_devices_are_done_at_once() -> None:
     strip = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     kept = HostBuffer(OneAfterTheOther()).keep(strip)
