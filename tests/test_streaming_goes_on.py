@@ -114,9 +114,15 @@ def twice(y: Tensor) -> tuple[Tensor, ...]:
     return one, other, again, y
 
 
+def read_again_behind_a_pass(y: Tensor) -> tuple[Tensor, ...]:
+    z = convolved(y)
+    return torch.cumsum(z.flatten(2), -1), convolved(y), z
+
+
 MODES: list[Mode] = [
     nothing_else, added_to, added_to_by_what_waits_for_it, given_as_out, given_as_one_of_several, in_a_list,
     given_other_values, a_subclass, written_through_a_view, a_part_of_another, a_view_with_dimensions_exchanged, twice,
+    read_again_behind_a_pass,
 ]  # fmt: skip
 
 

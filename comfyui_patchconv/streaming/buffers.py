@@ -65,7 +65,7 @@ class HostBuffer:
         near = self._near[start] = _Near(torch.empty_like(strip, device=device), strip, self._copies)
         return near
 
-    def leave(self, before: int) -> None:
+    def forget(self, before: int) -> None:
         """Rows above `before` will not be read again soon: their strips need not be on the device."""
         gone = [start for start, near in self._near.items() if start + near.rows <= before]
         for start in gone:
@@ -162,7 +162,7 @@ class FileBuffer:
     def expect(self, start: int, strip: Tensor, device: torch.device) -> None:
         """The system reads ahead by itself."""
 
-    def leave(self, before: int) -> None:
+    def forget(self, before: int) -> None:
         """Pages that are not read go by themselves."""
 
     def settle(self) -> None:

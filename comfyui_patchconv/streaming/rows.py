@@ -103,7 +103,7 @@ class Rows:
         """Rows `[first, last)`, on the device: a view where one strip has them all."""
         parts, buffer = [], self._buffer
         if buffer is not None:
-            buffer.leave(first)
+            buffer.forget(first)
         for start, rows, strip in self._strips:
             if start + rows <= first:
                 continue
@@ -116,7 +116,7 @@ class Rows:
                 strip = buffer.bring(start, strip, self.device)
             parts.append(strip.narrow(-2, max(first - start, 0), min(last, start + rows) - max(first, start)))
         if buffer is not None and last >= self.end:
-            buffer.leave(self.end)
+            buffer.forget(self.end)
         return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
     def give_up(self, before: int) -> None:

@@ -397,11 +397,11 @@ class Sweep:
         Those that a strip of this pass reads come whole and are put together then; the next one comes meanwhile.
         """
         share = self._strip_rows / max(self._main.height, 1)
-        sources = {source for node in self._order for source in node.inputs if source.rows is not None}
+        sources = {source.rows for node in self._order for source in node.inputs if source.rows is not None}
         coming = 0.0
-        for source in sources:
-            if source.rows is not None and source.rows.strip_bytes:
-                coming += 2 * share * source.bytes + 3 * source.rows.strip_bytes
+        for rows in sources:
+            if rows.strip_bytes:
+                coming += 2 * share * rows.row_bytes * rows.shape[-2] + 3 * rows.strip_bytes
         if self.device.type == "cpu" or self._run.plan.budget is None:
             return int(coming)
         return int(coming) + AT_ONCE * sum(root.row_bytes * self.rows_in_strip(root) for root in self._roots)

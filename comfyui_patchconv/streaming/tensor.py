@@ -213,7 +213,7 @@ class PlainMaps:
         nodes = self._nodes.setdefault(value.untyped_storage()._cdata, {})
         place = value.storage_offset(), value.shape, value.stride(), value.dtype
         node = nodes[place]() if place in nodes else None
-        if node is None:
+        if node is None or node.rows is None or not node.rows.is_complete:  # a pass gives rows up as it reads them
             node = Node.of(value.detach(), self._run, counted=False, of_map=False)
             nodes[place] = ref(node)
         return LazyTensor.of(node)
