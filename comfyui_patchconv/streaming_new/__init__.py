@@ -1,0 +1,111 @@
+"""Whole networks in strips: only what a normalisation or an unknown operator needs whole is ever stored."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Optional, Union
+
+import torch
+from torch import nn
+
+from .call import Call, OnProgress, is_map, joins
+from .errors import CannotEstimateError
+from .outside import eager_reason, undisturbed
+from .plan.schedule import Tuning
+from .target import Entry, methods_of
+
+__all__ = ["CannotEstimateError", "OnProgress", "Tuning", "stream", "streamed"]
+
+
+class Streamed:
+    """Calls functions in strips. The arguments are those of `streamed`."""
+
+    def __init__(
+        self, budget: Optional[int] = None, report: Optional[dict[str, int]] = None,
+        on_progress: Optional[OnProgress] = None, tuning: Tuning = Tuning(),
+    ) -> None:  # fmt: skip
+        if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget <= 0):
+            raise ValueError(f"budget is {budget!r}: give a whole number of bytes above 0, or None for no limit.")
+        self.budget, self.tuning, self.on_progress = budget, tuning, on_progress
+        self.report: dict[str, int] = {} if report is None else report
+        self.calls = 0
+        self.last: Optional[Call] = None
+        self._schedules: OrderedDict[Any, Any] = OrderedDict()
+
+    def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What `function(*args, **kwargs)` returns."""
+        if joins(args, kwargs):
+            return function(*args, **kwargs)
+        reason = eager_reason(args, kwargs)
+        if reason is not None:
+            self.report[reason] = self.report.get(reason, 0) + 1
+            return function(*args, **kwargs)
+        if not any(is_map(value) for value in (*args, *kwargs.values())):
+            return function(*args, **kwargs)
+        self.calls += 1
+        self.last = call = Call(self.budget, self.report, self.on_progress, self.tuning, self._schedules)
+        with undisturbed():
+            return call.run(function, args, kwargs)
+
+
+def streamed(
+    function: Callable[..., Any],
+    *,
+    budget: Optional[int] = None,
+    report: Optional[dict[str, int]] = None,
+    on_progress: Optional[OnProgress] = None,
+    tuning: Tuning = Tuning(),
+) -> Callable[..., Any]:
+    """`function`, with the feature maps among its arguments, and all that is computed from them, in strips.
+
+    The result is that of `function`, in less memory; its code runs once. Gradients are off, and where an argument asks
+    for them the call runs eagerly.
+
+    budget: bytes of the device, beyond weights and arguments, to stay within: maps that do not fit are kept in host
+    memory, or in a file where the device is the CPU. None for no limit. Where even a strip does not fit, more is used.
+    report: filled with the operators that were evaluated whole, and how often, and with the reasons why calls ran
+    eagerly. on_progress: see `OnProgress`; what it raises ends the call. Raises ValueError for a budget that is not a
+    whole number above 0.
+    """
+    runner = Streamed(budget, report, on_progress, tuning)
+
+    @functools.wraps(function, updated=())
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return runner.call(function, args, kwargs)
+
+    return run
+
+
+@contextmanager
+def stream(
+    target: Union[nn.Module, Callable[..., Any]],
+    *,
+    budget: Optional[int] = None,
+    report: Optional[dict[str, int]] = None,
+    on_progress: Optional[OnProgress] = None,
+    tuning: Tuning = Tuning(),
+) -> Iterator[Any]:
+    """Within the `with` block, or the decorated function, `target` computes in strips; afterwards it is as it was.
+
+    target: a module, of which `forward` is streamed, and `decode` and `encode` if it has them; or a method of an object
+    (`vae.decode`). The other arguments are those of `streamed`. Where nothing was streamed, that is said in `report`
+    and as a warning. Raises TypeError for another target.
+    """
+    runner = Streamed(budget, report, on_progress, tuning)
+    entries = [Entry(owner, name, runner.call) for owner, name in methods_of(target)]
+    for entry in entries:
+        entry.enter()
+    try:
+        yield target
+    finally:
+        for entry in entries:
+            entry.leave()
+    if not runner.calls and not runner.report:
+        names = " or ".join(f"{type(owner).__name__}.{name}" for owner, name in methods_of(target))
+        text = f"nothing was streamed: {names} was not called with a feature map; stream the part that is."
+        runner.report[text] = 1
+        warnings.warn(text[0].upper() + text[1:], stacklevel=3)

@@ -1,0 +1,200 @@
+"""One streamed call: the caller's code is recorded once, planned where a value is demanded, and run in strips."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from .execute.buffers import require_room, room
+from .execute.loop import Loop
+from .graph.node import Node, ancestors
+from .plan.choose import choose
+from .plan.eagerly import eager_schedule
+from .plan.schedule import Schedule, Tuning
+from .record.lazy import LazyTensor
+from .record.memory import is_plain
+from .record.recorder import Recorder
+
+OnProgress = Callable[[int, int], None]
+"""Called after each strip with the work done and the work in all, in bytes of maps computed (0: not known)."""
+
+_SLOWER = 1.25
+"""How much longer streaming may take where eager fits."""
+
+
+class Call:
+    """One call of a function. report, on_progress: see `streamed`. schedules: of earlier calls, by what they are for.
+
+    peak: bytes expected at once, of all segments. work: bytes of maps computed so far.
+    """
+
+    def __init__(
+        self, budget: Optional[int], report: dict[str, int], on_progress: Optional[OnProgress], tuning: Tuning,
+        schedules: OrderedDict[Any, Schedule], phantom: bool = False,
+    ) -> None:  # fmt: skip
+        self.budget, self.report, self.tuning = budget, report, tuning
+        self.peak = self.stored = self.moved = self.elsewhere = self.work = self.eager_peak = self.planned = 0
+        self.streamed = False
+        self._on_progress, self._schedules, self._phantom = on_progress, schedules, phantom
+        self._made: list[ref[Node]] = []
+        self.recorder = Recorder(self.evaluate, report, phantom)
+
+    def run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What `function(*args, **kwargs)` returns."""
+        recorder = self.recorder
+        originals: dict[int, Tensor] = {}
+
+        def enter(value: Any) -> Any:
+            if not is_map(value):
+                return value
+            lazy = recorder.defer(value)
+            originals[id(lazy)] = value
+            return lazy
+
+        given = [enter(value) for value in args]
+        named = {name: enter(value) for name, value in kwargs.items()}
+        entered = [value for value in (*given, *named.values()) if isinstance(value, LazyTensor)]
+        with torch.no_grad():
+            try:
+                with recorder:
+                    result = function(*given, **named)
+            except BaseException:
+                _forsake(recorder)
+                raise
+            del given, named
+            recorder.finish()
+            self.eager_peak = recorder.eager_peak
+        back = {id(value): originals[id(value)] for value in entered}
+        return _with_originals(result, back)
+
+    def evaluate(self, roots: Sequence[Node], later: Sequence[Node]) -> None:
+        """Store `roots`: plan the way to them, and run the plan."""
+        self._made = [one for one in self._made if one() is not None]
+        held = sum(node.bytes for node in (one() for one in self._made) if node is not None)
+        schedule = self._schedule(roots, later, held)
+        self.peak, self.stored = max(self.peak, schedule.peak), max(self.stored, schedule.stored)
+        self.elsewhere, self.moved = max(self.elsewhere, schedule.elsewhere), self.moved + schedule.moved
+        self.planned += schedule.work
+        if self._phantom:
+            for node in roots:
+                node.store(_without_values(node))
+        else:
+            if schedule.elsewhere and roots[0].device.type == "cpu":
+                require_room(schedule.elsewhere)
+            keep = {*roots, *later}
+            Loop(schedule, keep, torch.is_inference_mode_enabled(), self._progress).run()
+        self._made += [ref(node) for node in (*roots, *later) if node.tensor is not None]
+
+    def _schedule(self, roots: Sequence[Node], later: Sequence[Node], held: int) -> Schedule:
+        nodes = sorted({*ancestors(roots), *later}, key=lambda node: node.serial)
+        names = _named(nodes)
+        key = (_fingerprint(nodes, names, roots, later), self.budget, held)
+        found = self._schedules.get(key)
+        if found is not None:
+            there = list(names)
+            return found.renamed(lambda number: there[number])
+        schedule = self._chosen(roots, later, held)
+        self._schedules[key] = schedule.renamed(lambda node: names[node])
+        while len(self._schedules) > _MOST:
+            self._schedules.popitem(last=False)
+        return schedule
+
+    def _chosen(self, roots: Sequence[Node], later: Sequence[Node], held: int) -> Schedule:
+        device = max(roots, key=lambda node: node.bytes).device
+        schedule = choose(roots, later, self.tuning, self.budget, held, lambda: room(device))
+        if self.tuning.always:
+            return schedule
+        eager = eager_schedule(roots, later, held)
+        fits = self.budget is None or eager.peak <= self.budget
+        if fits and (eager.peak <= schedule.peak or eager.seconds * _SLOWER < schedule.seconds):
+            return eager
+        return schedule
+
+    def _progress(self, work: int) -> None:
+        self.streamed = True
+        self.work += work
+        if self._on_progress is not None:
+            self._on_progress(self.work, self.planned)
+
+
+_MOST = 64
+"""Schedules that are kept."""
+
+
+def is_map(value: Any) -> bool:
+    """Whether an argument is a feature map: of an image `[B, C, H, W]`, a video, a sound `[B, C, L]`, or tokens."""
+    return is_plain(value) and value.is_floating_point() and value.dim() >= 3 and value.numel() > 0
+
+
+def joins(args: Any, kwargs: Any) -> bool:
+    """Whether the arguments of a call are deferred already, by a streamed call that it is a part of."""
+    return any(isinstance(value, LazyTensor) for value in (*args, *kwargs.values()))
+
+
+def _without_values(node: Node) -> Tensor:
+    return torch.empty_strided(node.shape, node.strides, dtype=node.dtype, device="meta")
+
+
+def _forsake(recorder: Recorder) -> None:
+    """The program failed: what it left behind has values all the same, if they can be had."""
+    try:
+        recorder.finish()
+    except Exception:  # the program's own error is the one to tell
+        return
+
+
+def _with_originals(value: Any, originals: dict[int, Tensor], depth: int = 8) -> Any:
+    """A result in which what stood for an argument is that argument again."""
+    if id(value) in originals:
+        return originals[id(value)]
+    if depth and type(value) in (list, tuple):
+        mapped = [_with_originals(one, originals, depth - 1) for one in value]
+        if any(one is not other for one, other in zip(mapped, value)):
+            if isinstance(value, list):
+                value[:] = mapped
+            else:
+                return tuple(mapped)
+    elif depth and isinstance(value, dict):
+        for key, one in list(value.items()):
+            mapped_one = _with_originals(one, originals, depth - 1)
+            if mapped_one is not one:
+                value[key] = mapped_one
+    return value
+
+
+def _fingerprint(nodes: Sequence[Node], names: dict[Node, int], roots: Sequence[Node], later: Sequence[Node]) -> Any:
+    """What a schedule for these nodes depends on: the graph, and which rows each step reads, at three places of it."""
+    return (
+        tuple(names[node] for node in roots),
+        tuple(names[node] for node in later),
+        tuple(
+            (
+                node.shape, node.strides, node.dtype, node.device, node.dim, node.dims, *_traits(node),
+                tuple(names[source] for source in node.inputs),
+            )
+            for node in nodes
+        ),
+    )  # fmt: skip
+
+
+def _traits(node: Node) -> tuple[Any, ...]:
+    step = node.step
+    if step is None:
+        return ()
+    last = node.rows - 1
+    needs = () if step.takes_all else tuple(tuple(step.needs(row, row + 1)) for row in (0, last // 2, last))
+    return type(step), step.cheap, step.moves, step.weight_bytes, step.workspace, step.least_rows, step.work, needs
+
+
+def _named(nodes: Sequence[Node]) -> dict[Node, int]:
+    """Numbers for nodes and for the stored ones that they read."""
+    names: dict[Node, int] = {}
+    for node in nodes:
+        for one in (*node.inputs, node):
+            names.setdefault(one, len(names))
+    return names

@@ -1,0 +1,1 @@
+"""Runs a schedule: strips of rows in a flat loop, and what lies between passes."""

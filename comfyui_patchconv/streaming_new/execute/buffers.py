@@ -1,0 +1,244 @@
+"""Where stored maps lie when the device shall not hold them: host memory, or a file where the host is the device."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import shutil
+import tempfile
+from collections import deque
+from contextlib import suppress
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor
+
+from ...memory import free, is_out_of_memory
+from .copies import Arrival, Copies, copies_of
+
+AT_ONCE = 2
+"""Strips of a map that leave at once: one is copied while the device computes the next."""
+
+
+class HostBuffer:
+    """Strips in host memory. One that the device wrote leaves while it writes the next, and one that it will read comes
+    while it reads those before.
+
+    A strip on its way takes its memory on the device until it is known to have left.
+    """
+
+    def __init__(self, copies: Copies, dim: int = -2) -> None:
+        self._copies, self._dim = copies, dim
+        self._leaving: deque[tuple[Tensor, Arrival]] = deque()
+        self._near: dict[int, _Near] = {}  # strips that are on the device too, or come there, by their first row
+
+    def keep(self, strip: Tensor) -> Tensor:
+        """The values of `strip`, which nothing may write to any more, in memory of the host.
+
+        It may be read there only once it has arrived, which `bring` and `settle` see to.
+        """
+        repeats = any(stride == 0 and side > 1 for stride, side in zip(strip.stride(), strip.shape))
+        if is_borrowed(strip) or repeats:
+            strip = strip.clone()
+        self._wait(AT_ONCE - 1)
+        copy = self._copies.room(strip)
+        self._leaving.append((strip, self._copies.start(copy, strip)))
+        return copy
+
+    def bring(self, start: int, strip: Tensor, device: torch.device) -> Tensor:
+        """A strip that was kept, on the device again; row `start` is its first."""
+        near = self._near.get(start) or self._start(start, strip, device)
+        return near.ready()
+
+    def expect(self, start: int, strip: Tensor, device: torch.device) -> None:
+        """The strip from row `start` on is the one that will be read next: it may come now, where there is room."""
+        if start not in self._near:
+            try:
+                self._start(start, strip, device)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+
+    def _start(self, start: int, strip: Tensor, device: torch.device) -> _Near:
+        self.settle()
+        near = self._near[start] = _Near(
+            torch.empty_like(strip, device=device), strip, self._copies, strip.shape[self._dim]
+        )
+        return near
+
+    def forget(self, before: int) -> None:
+        """Rows above `before` will not be read again soon: their strips need not be on the device."""
+        gone = [start for start, near in self._near.items() if start + near.rows <= before]
+        for start in gone:
+            del self._near[start]
+
+    def settle(self) -> None:
+        """Wait for all strips that are leaving."""
+        self._wait(0)
+
+    def _wait(self, but_for: int) -> None:
+        """Wait until no more than so many strips are leaving."""
+        while len(self._leaving) > but_for:
+            self._leaving[0][1].synchronize()
+            self._leaving.popleft()
+
+    def discard(self, strip: Tensor) -> None:
+        """The memory of a strip goes with it."""
+
+
+class _Near:
+    """A strip `away`, which comes into `values` on the device."""
+
+    def __init__(self, values: Tensor, away: Tensor, copies: Copies, rows: int) -> None:
+        self.rows = rows
+        self._values, self._copies = values, copies
+        self._coming: Optional[tuple[Tensor, Arrival]] = (away, copies.start(values, away))
+
+    def ready(self) -> Tensor:
+        """Its values, for work that the device is given after this."""
+        if self._coming is not None:
+            self._copies.await_on_device(self._coming[1])
+            self._coming = None
+        return self._values
+
+    def __del__(self) -> None:
+        coming = getattr(self, "_coming", None)
+        if coming is not None:  # it still writes to memory that goes now
+            coming[1].synchronize()
+
+
+class FileBuffer:
+    """Strips in a file of `size` bytes without a name, mapped into memory: it is gone when nothing reads it any more.
+
+    The system writes it out and reads it as it sees fit; none of it counts as this process's own memory. It lies where
+    temporary files do (`TMPDIR`), and takes room as strips come. Raises OSError where there is none.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._end = 0
+        try:
+            self._file = tempfile.TemporaryFile(prefix="patchconv-")  # noqa: SIM115 - open while it is mapped
+            self._file.truncate(size)
+            self._map = mmap.mmap(self._file.fileno(), size)
+        except (OSError, OverflowError) as error:
+            raise OSError(_no_room(size, error)) from error
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The next part of the file as a tensor."""
+        self._take(torch.Size(shape).numel() * dtype.itemsize)
+        return self._next(shape, dtype)
+
+    def keep(self, strip: Tensor) -> Tensor:
+        """The next part of the file, with the values of `strip`."""
+        if not hasattr(os, "pwrite"):
+            return self.empty(tuple(strip.shape), strip.dtype).copy_(strip)
+        strip = strip.contiguous()
+        self._write((ctypes.c_char * strip.nbytes).from_address(strip.data_ptr()))
+        return self._next(tuple(strip.shape), strip.dtype)
+
+    def _next(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        count = torch.Size(shape).numel()
+        tensor = torch.frombuffer(self._map, dtype=dtype, count=count, offset=self._end).view(shape)
+        self._end += tensor.nbytes
+        return tensor
+
+    def _write(self, values: Any) -> None:
+        """Write bytes at the end: in half of the time that touching their pages in the map takes."""
+        rest, place = memoryview(values), self._end
+        try:
+            while rest:
+                written = os.pwrite(self._file.fileno(), rest, place)
+                rest, place = rest[written:], place + written
+        except OSError as error:
+            raise OSError(_no_room(len(rest), error)) from error
+
+    def bring(self, start: int, strip: Tensor, device: torch.device) -> Tensor:
+        """A strip that was kept is where it can be read."""
+        return strip
+
+    def expect(self, start: int, strip: Tensor, device: torch.device) -> None:
+        """The system reads ahead by itself."""
+
+    def forget(self, before: int) -> None:
+        """Pages that are not read go by themselves."""
+
+    def settle(self) -> None:
+        """All are there."""
+
+    def discard(self, strip: Tensor) -> None:
+        """Give the pages back that lie wholly within a strip kept here, before they are written out for nothing."""
+        first = strip.data_ptr() - torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr()
+        last = (first + strip.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        first = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+        remove = getattr(mmap, "MADV_REMOVE", None)
+        if remove is not None and first < last:
+            with suppress(OSError):  # not every file system can
+                self._map.madvise(remove, first, last - first)
+
+    def _take(self, size: int) -> None:
+        """Room for the next `size` bytes: what is missing is an error now, not a crash when they are written.
+
+        Windows has taken it for the whole file already.
+        """
+        if not hasattr(os, "posix_fallocate"):
+            if hasattr(os, "pwrite"):
+                self._write(bytes(size))
+            return
+        try:
+            os.posix_fallocate(self._file.fileno(), self._end, size)
+        except OSError as error:
+            raise OSError(_no_room(size, error)) from error
+
+
+def buffer_for(device: torch.device, size: int, dim: int = -2) -> Union[HostBuffer, FileBuffer]:
+    """Where a map of `size` bytes lies that `device` shall not hold, and that comes in rows along `dim`."""
+    return FileBuffer(size) if device.type == "cpu" else HostBuffer(copies_of(device), dim)
+
+
+GIVES_BACK = hasattr(mmap, "MADV_REMOVE")
+"""Whether the room of strips that are discarded can be had again before the whole file is gone."""
+
+
+def room(device: torch.device) -> int:
+    """Bytes that there is room for elsewhere than on `device`."""
+    return shutil.disk_usage(tempfile.gettempdir()).free if device.type == "cpu" else free(torch.device("cpu"))
+
+
+def require_room(size: int) -> None:
+    """Raise OSError where files have no room for `size` bytes."""
+    unused = room(torch.device("cpu")) if size else 0
+    if size > unused:
+        raise OSError(_no_room(size, f"{unused / 1e6:.0f} MB are free"))
+
+
+def _no_room(size: int, why: object) -> str:
+    return (
+        f"The budget has {size / 1e6:.0f} MB of feature maps lie in a file, and {tempfile.gettempdir()} has no room "
+        f"for it ({why}): have TMPDIR name a folder on a larger disk, or raise the budget."
+    )
+
+
+def is_borrowed(strip: Tensor) -> bool:
+    """Whether a strip lies in memory that is more than its own, or not torch's (a part of a file may be given up)."""
+    storage = strip.untyped_storage()
+    own = strip.device.type != "cpu" or getattr(storage, "resizable", lambda: False)()  # torch 2.1 cannot tell
+    return not own or storage.nbytes() > strip.numel() * strip.element_size()
+
+
+def lasting(like: Tensor, dim: int = -2) -> Tensor:
+    """An empty tensor as `like` that a map cannot mistake for a strip of its own (`is_borrowed`): in more memory
+    than it needs, by a row along `dim`, or on the CPU in the system's, where that is possible.
+
+    It outlives the temporary tensors around it, between which it would leave gaps that the allocator cannot use.
+    """
+    flags = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
+    if like.device.type != "cpu" or not flags or not like.nbytes:
+        shape = list(like.shape)
+        shape[dim] += 1
+        return like.new_empty(shape).narrow(dim, 0, like.shape[dim])
+    return torch.frombuffer(mmap.mmap(-1, like.nbytes, flags=flags), dtype=like.dtype).view(like.shape)

@@ -1,0 +1,83 @@
+"""Copies between a device and its host, which run beside the device's other work where it can do both at once."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Arrival(Protocol):
+    """Tells when a copy is done."""
+
+    def synchronize(self) -> None:
+        """Wait for it."""
+
+
+class Copies(Protocol):
+    """How strips get from a device to its host and back."""
+
+    def room(self, like: Tensor) -> Tensor:
+        """An empty tensor as `like`, which is dense, in memory of the host."""
+        ...
+
+    def start(self, target: Tensor, source: Tensor) -> Arrival:
+        """Copy `source` to `target`, one of which is on the device, after the work that this thread gave it so far.
+
+        Until it is done neither may be written to, and the one on the device has to be kept; that memory of the host's
+        which goes is not used again too early, torch sees to.
+        """
+        ...
+
+    def await_on_device(self, arrival: Arrival) -> None:
+        """Have the work that this thread gives the device from now on wait for a copy; the host goes on."""
+
+
+class SideStreams:
+    """Copies of CUDA's, from and to page-locked memory, each way on a stream of its own, in order with what is on the
+    stream that is current when they are asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._out, self._back = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def room(self, like: Tensor) -> Tensor:
+        with suppress(RuntimeError):  # systems lock a part of their memory at most
+            return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, pin_memory=True)
+        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
+
+    def start(self, target: Tensor, source: Tensor) -> Arrival:
+        lane = self._out if target.device.type == "cpu" else self._back
+        lane.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(lane):
+            target.copy_(source, non_blocking=True)
+            return lane.record_event()
+
+    def await_on_device(self, arrival: Any) -> None:
+        torch.cuda.current_stream(self._device).wait_event(arrival)
+
+
+class OneAfterTheOther:
+    """Copies that are done when they have been started."""
+
+    def room(self, like: Tensor) -> Tensor:
+        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
+
+    def start(self, target: Tensor, source: Tensor) -> OneAfterTheOther:
+        target.copy_(source)
+        return self
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def await_on_device(self, arrival: Arrival) -> None:
+        """Nothing to wait for."""
+
+
+@cache
+def copies_of(device: torch.device) -> Copies:
+    """The best way that there is for `device`, one for all maps."""
+    return SideStreams(device) if device.type == "cuda" else OneAfterTheOther()

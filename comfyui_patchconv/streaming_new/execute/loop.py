@@ -1,0 +1,277 @@
+"""Runs a schedule: a flat loop over its passes, and in each over its strips."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor
+
+from ... import planner
+from ...memory import anonymous, is_out_of_memory, keep_freed_blocks, release, trim
+from ..graph.node import Node, Span
+from ..plan.schedule import Apply, Pass, Schedule, Target
+from .buffers import lasting
+from .stored import Single, Strips, empty
+from .strips import Rows, Work, first_strips
+
+OnProgress = Callable[[int], None]
+"""Called after each strip with the bytes of maps that it computed."""
+
+
+class Loop:
+    """Runs `schedule` and stores its results in their nodes.
+
+    keep: what the program may still ask for, beside results. inference: whether the caller is in inference mode.
+    """
+
+    def __init__(self, schedule: Schedule, keep: set[Node], inference: bool, on_progress: OnProgress) -> None:
+        self._schedule, self._keep, self._inference, self._on_progress = schedule, keep, inference, on_progress
+        self._stored: dict[Node, Union[Single, Strips]] = {}
+        self._memory = _Memory(schedule)
+
+    def run(self) -> None:
+        """Do all of it. Raises what operators raise; of memory that runs out only where a single row does not fit."""
+        with torch.inference_mode():
+            for step in self._schedule.steps:
+                if isinstance(step, Apply):
+                    self._apply(step)
+                else:
+                    _PassLoop(step, self._stored, self._memory, self._inference, self._on_progress).run()
+                for node in step.freed:
+                    self._stored.pop(node, None)
+        for node, stored in self._stored.items():
+            if isinstance(stored, Single):
+                node.store(stored.tensor)
+
+    def _apply(self, step: Apply) -> None:
+        node = step.node
+        assert node.step is not None
+        pieces = [_whole(source, self._stored) for source in node.inputs]
+        if node.step.takes_all:
+            result = node.step.compute(0, 1, pieces)
+        elif node.step.reduces:
+            result = _reduced(node, pieces)
+        else:
+            result = node.step.compute(0, node.rows, pieces)
+        self._stored[node] = _as_stored(node, result, self._inference)
+        self._on_progress(step.work)
+
+
+def _reduced(node: Node, pieces: Sequence[Tensor]) -> Tensor:
+    gathered: Any = node.step.start()  # type: ignore[union-attr]
+    gathered.add(pieces[0], 0, pieces[0].shape[node.dims[0] or 0])
+    result = empty(node)
+    gathered.result(result)
+    return result
+
+
+def _as_stored(node: Node, result: Tensor, inference: bool) -> Single:
+    single: Single = object.__new__(Single)
+    single.node, single.end, single.dim = node, node.rows, node.dim if node.dim is not None else 0
+    if result.is_inference() != inference or result.shape != node.shape:
+        with torch.inference_mode(inference):
+            kept = empty(node)
+        result = kept.copy_(result)
+    single.tensor = result
+    return single
+
+
+def _whole(node: Node, stored: dict[Node, Any]) -> Tensor:
+    if node.tensor is not None:
+        return node.tensor
+    return stored[node].tensor
+
+
+class _Memory:
+    """What the process has beside what is stored, on a CPU: the C library keeps freed strips, and more of them each time."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._stored, self.held = schedule.stored, 0
+        self._before: Optional[int] = None
+
+    def hand_back(self, usual: int) -> None:
+        """Hand freed memory back to the system where it and what is in use are more than `usual` bytes beside what is
+        held, and what that is at the worst moment of the schedule."""
+        beside = anonymous() - self.held
+        if self._before is None:
+            self._before = beside
+        if beside - self._before > usual + max(self._stored - self.held, 0):
+            trim()
+
+
+class _PassLoop:
+    """One pass, strip by strip."""
+
+    def __init__(
+        self, one_pass: Pass, stored: dict[Node, Any], memory: _Memory, inference: bool, on_progress: OnProgress
+    ) -> None:
+        self._pass, self._stored, self._memory, self._on_progress = one_pass, stored, memory, on_progress
+        self._inference = inference
+        self._rows = Rows(one_pass)
+        self._inside = set(one_pass.order)
+        self._lines: dict[Node, Tensor] = {}
+        self._rooms: dict[Node, list[Optional[Tensor]]] = {}
+        self._gathered = {node: node.step.start() for target in one_pass.targets for node in target.reductions}  # type: ignore
+        self._new: dict[Node, Union[Single, Strips]] = {}
+        for target in one_pass.targets:
+            if target.stored and target.node not in stored:
+                self._new[target.node] = self._room_for(target)
+        self._last_readers = self._readers_at_last()
+        device = one_pass.main.device
+        self._cpu = device.type == "cpu"
+        self._device = device
+
+    def _room_for(self, target: Target) -> Union[Single, Strips]:
+        if target.whole:
+            return Single(target.node, target.elsewhere, self._inference)
+        return Strips(target.node, target.elsewhere)
+
+    def _readers_at_last(self) -> dict[Node, Node]:
+        """For each step, the last one of a strip that reads it."""
+        last: dict[Node, Node] = {}
+        for node in self._pass.order:
+            for source in node.inputs:
+                last[source] = node
+        return last
+
+    def run(self) -> None:
+        height = self._pass.main.rows
+        if self._cpu:
+            keep_freed_blocks()
+            self._memory.hand_back(planner.ALLOCATOR_BYTES["cpu"])
+        for wanted in first_strips(self._rows, self._pass):
+            done = self._rows.done
+            wanted = {node: (done[node], high) for node, (_, high) in wanted.items() if done[node] < high}
+            if not self._strip(wanted):
+                break  # the loop below comes there in smaller steps
+        first, rows, progress = 0, max(self._pass.strip_rows, 1), 0
+        while first < height:
+            last = min(first + rows, height)
+            if not self._strip(self._rows.wanted(last), last - first == 1):
+                rows = (last - first + 1) // 2
+                continue
+            for node in self._pass.shrinking:
+                self._stored[node].free(self._rows.first_needed(node))
+            share = self._pass.work * last // height
+            self._on_progress(share - progress)
+            first, progress = last, share
+        self._finish()
+
+    def _finish(self) -> None:
+        for node, gathered in self._gathered.items():
+            result = empty(node)
+            gathered.result(result)
+            self._stored[node] = _as_stored(node, result, self._inference)
+        self._stored.update(self._new)
+
+    def _strip(self, wanted: dict[Node, Span], single: bool = False) -> bool:
+        """Compute the rows that are wanted; False, and nothing is changed, where memory ran out."""
+        ahead, lines = self._rows.copy(), dict(self._lines)
+        try:
+            pieces = self._compute(ahead.advance(wanted))
+        except (RuntimeError, MemoryError) as error:
+            if single or not is_out_of_memory(error):
+                raise
+            self._lines = lines
+        else:
+            self._rows = ahead
+            for target in self._pass.targets:
+                if target.node in wanted:
+                    self._give(target, wanted[target.node], pieces)
+            if self._cpu:
+                self._memory.hand_back(planner.ALLOCATOR_BYTES["cpu"] + self._pass.line_bytes)
+            return True
+        release(self._device)
+        return False
+
+    def _give(self, target: Target, span: Span, pieces: dict[Node, Tensor]) -> None:
+        node = target.node
+        piece = pieces.pop(node) if node in pieces else self._read(node, node.dim or self._dim_of(target), *span)
+        for reduction in target.reductions:
+            self._gathered[reduction].add(piece, *span)
+        if node in self._new:
+            self._new[node].append(piece)
+
+    def _dim_of(self, target: Target) -> int:
+        return next((dim for one in target.reductions for dim in one.dims if dim is not None), 0)
+
+    def _read(self, node: Node, dim: int, first: int, last: int) -> Tensor:
+        """Rows of a stored map, along any of its dimensions."""
+        if node.tensor is not None:
+            return node.tensor.narrow(dim, first, last - first)
+        stored = self._stored[node]
+        if isinstance(stored, Single):
+            return stored.tensor.narrow(dim, first, last - first)
+        return stored.read(first, last)
+
+    def _compute(self, works: list[Work]) -> dict[Node, Tensor]:
+        """One strip; the rows of each root among it."""
+        there: dict[Node, tuple[int, Tensor]] = {}
+        roots: dict[Node, Tensor] = {}
+        wanted = {target.node for target in self._pass.targets}
+        for work in works:
+            node, (start, high) = work.node, work.rows
+            dim = node.dim or 0
+            line = self._lines.get(node)
+            piece: Optional[Tensor] = line
+            if start < high:
+                piece = self._rows_of(work, there)
+                if node in wanted:
+                    roots[node] = piece
+                if line is not None:
+                    piece = torch.cat((line, piece), dim)
+            if piece is None:
+                continue
+            there[node] = (work.begin, piece)
+            self._keep(work, piece, dim)
+            for source in dict.fromkeys(node.inputs):
+                if self._last_readers[source] is node:
+                    there.pop(source, None)
+        return roots
+
+    def _keep(self, work: Work, piece: Tensor, dim: int) -> None:
+        """Keep the rows that the next strip reads again."""
+        node, end = work.node, work.begin + piece.shape[dim]
+        if work.keep >= end or node in self._pass.again:
+            self._lines.pop(node, None)
+            return
+        rows = piece.narrow(dim, work.keep - work.begin, end - work.keep)
+        if rows is not self._lines.get(node):
+            self._lines[node] = self._other_room(node, rows, dim).copy_(rows)
+
+    def _other_room(self, node: Node, rows: Tensor, dim: int) -> Tensor:
+        """Room for `rows` of a step: of the two parts that take turns, the one that does not hold its line."""
+        pair = self._rooms.setdefault(node, [None, None])
+        line = self._lines.get(node)
+        index = int(line is not None and pair[0] is not None and line.data_ptr() == pair[0].data_ptr())
+        room = pair[index]
+        if room is None or room.shape[dim] < rows.shape[dim]:
+            room = pair[index] = lasting(rows, dim)
+        return room.narrow(dim, 0, rows.shape[dim])
+
+    def _rows_of(self, work: Work, there: dict[Node, tuple[int, Tensor]]) -> Tensor:
+        node = work.node
+        pieces, spans = [], iter(work.needs)
+        for source, dim in zip(node.inputs, node.dims):
+            if dim is None:
+                pieces.append(_whole(source, self._stored))
+                continue
+            low, high = next(spans)
+            if source in self._inside:
+                if source not in there:  # no rows of it are needed
+                    pieces.append(_no_rows(source, dim))
+                    continue
+                begin, piece = there[source]
+                whole = low == begin and high - low == piece.shape[dim]
+                pieces.append(piece if whole else piece.narrow(dim, low - begin, high - low))
+            else:
+                pieces.append(self._read(source, dim, low, high))
+        assert node.step is not None
+        return node.step.compute(*work.rows, pieces)
+
+
+def _no_rows(node: Node, dim: int) -> Tensor:
+    shape = [*node.shape[:dim], 0, *node.shape[dim + 1 :]]
+    return torch.empty(shape, dtype=node.dtype, device=node.device)

@@ -1,0 +1,100 @@
+"""Stored maps: one tensor, or strips that are added in order and can be freed in order."""
+
+from __future__ import annotations
+
+from typing import Optional, Union
+
+import torch
+from torch import Tensor
+
+from ..graph.node import Node
+from .buffers import FileBuffer, HostBuffer, buffer_for, is_borrowed
+
+
+class Strips:
+    """A map as strips of rows along `node.dim`.
+
+    elsewhere: keep them in host memory, or in a file where the device is the CPU.
+    """
+
+    def __init__(self, node: Node, elsewhere: bool) -> None:
+        self.node, self.dim, self.end = node, node.dim or 0, 0
+        self._strips: list[tuple[int, int, Tensor]] = []  # first row, rows, values
+        self._buffer: Optional[Union[HostBuffer, FileBuffer]] = (
+            buffer_for(node.device, node.bytes, self.dim) if elsewhere else None
+        )
+
+    def append(self, strip: Tensor) -> None:
+        """The next rows."""
+        rows = strip.shape[self.dim]
+        if self._buffer is not None:
+            strip = self._buffer.keep(strip)
+        elif is_borrowed(strip):
+            strip = strip.clone()
+        self._strips.append((self.end, rows, strip))
+        self.end += rows
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Rows `[first, last)`, on the device: a view where one strip has them all."""
+        parts, buffer, dim = [], self._buffer, self.dim
+        if buffer is not None:
+            buffer.forget(first)
+        for start, rows, strip in self._strips:
+            if start + rows <= first:
+                continue
+            if start >= last:
+                if buffer is not None and last > first:
+                    buffer.expect(start, strip, self.node.device)
+                break
+            if buffer is not None:
+                strip = buffer.bring(start, strip, self.node.device)
+            low, high = max(first - start, 0), min(last, start + rows) - start
+            parts.append(strip if (low, high) == (0, rows) else strip.narrow(dim, low, high - low))
+        if buffer is not None and last >= self.end:
+            buffer.forget(self.end)
+        if not parts:
+            shape = [*self.node.shape[:dim], 0, *self.node.shape[dim + 1 :]]
+            return torch.empty(shape, dtype=self.node.dtype, device=self.node.device)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+    def free(self, before: int) -> None:
+        """Free the strips that lie wholly above row `before`."""
+        while self._strips and self._strips[0][0] + self._strips[0][1] <= before:
+            strip = self._strips.pop(0)[2]
+            if self._buffer is not None:
+                self._buffer.discard(strip)
+
+
+class Single:
+    """A map in one tensor, with the strides of eager's; in a file if `elsewhere`, where the device is the CPU."""
+
+    def __init__(self, node: Node, elsewhere: bool, inference: bool) -> None:
+        self.node, self.end = node, 0
+        self.dim = node.dim if node.dim is not None else 0
+        if elsewhere and node.device.type == "cpu":
+            self._file = FileBuffer(node.bytes)
+            self.tensor = self._file.empty(node.shape, node.dtype)
+            return
+        with torch.inference_mode(inference):
+            self.tensor = empty(node)
+
+    def append(self, strip: Tensor) -> None:
+        rows = strip.shape[self.dim]
+        self.tensor.narrow(self.dim, self.end, rows).copy_(strip)
+        self.end += rows
+
+    def read(self, first: int, last: int) -> Tensor:
+        return self.tensor.narrow(self.dim, first, last - first)
+
+    def free(self, before: int) -> None:
+        """It goes as a whole."""
+
+
+def empty(node: Node) -> Tensor:
+    """An empty tensor for a map, with eager's strides where these are those of memory without gaps or overlaps."""
+    size, sides = 1, sorted((stride, side) for stride, side in zip(node.strides, node.shape) if side > 1)
+    for stride, side in sides:
+        if stride != size:
+            return torch.empty(node.shape, dtype=node.dtype, device=node.device)
+        size *= side
+    return torch.empty_strided(node.shape, node.strides, dtype=node.dtype, device=node.device)

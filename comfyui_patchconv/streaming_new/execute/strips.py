@@ -1,0 +1,143 @@
+"""Which rows of which step each strip of a pass computes: integers, worked out before the strip is run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ..graph.node import Node, Span
+from ..plan.schedule import Pass
+
+
+class Work(NamedTuple):
+    """What a strip does for one step. rows: those that it computes, none if they are equal. begin: the first row that is
+    there, computed or kept before. needs: the rows of each input that is read by rows. keep: the first row that the
+    next strip reads again; past the last for none."""
+
+    node: Node
+    begin: int
+    rows: Span
+    needs: Sequence[Span]
+    keep: int
+
+
+class Rows:
+    """How far a pass has come: rows done of each step, and where the rows begin that are kept of it."""
+
+    def __init__(self, one_pass: Pass) -> None:
+        self.order, self.again, self.main = one_pass.order, one_pass.again, one_pass.main
+        self.roots = [target.node for target in one_pass.targets]
+        inside = set(self.order)
+        self.done = {node: 0 for node in self.order}
+        self.given = {node: 0 for node in self.roots}
+        self.kept: dict[Node, int] = {}
+        self._rows_of = {
+            node: [(source, source in inside) for source, dim in zip(node.inputs, node.dims) if dim is not None]
+            for node in self.order
+        }
+        self._readers: dict[Node, list[tuple[Node, int]]] = {}
+        for node in self.order:
+            for place, (source, _) in enumerate(self._rows_of[node]):
+                self._readers.setdefault(source, []).append((node, place))
+
+    def copy(self) -> Rows:
+        """The same state, for a strip that may fail."""
+        other = object.__new__(Rows)
+        other.__dict__.update(self.__dict__)
+        other.done, other.given, other.kept = dict(self.done), dict(self.given), dict(self.kept)
+        return other
+
+    def wanted(self, last: int) -> dict[Node, Span]:
+        """The rows of each root up to row `last` of the main one, and as much of the others."""
+        height = max(self.main.rows, 1)
+        found = {}
+        for root in self.roots:
+            end = root.rows * last // height
+            if self.given[root] < end:
+                found[root] = (self.given[root], end)
+        return found
+
+    def advance(self, wanted: dict[Node, Span]) -> list[Work]:
+        """What has to be done for `wanted` rows; it counts as done."""
+        spans: dict[Node, Span] = dict(wanted)
+        needs: dict[Node, Sequence[Span]] = {}
+        todo: dict[Node, Span] = {}
+        for node in reversed(self.order):  # readers before what they read
+            span = spans.get(node)
+            if span is None:
+                continue
+            low, high = span
+            start = low if node in self.again else max(low, self.done[node])
+            if start >= high:
+                todo[node] = (high, high)
+                continue
+            assert node.step is not None
+            todo[node] = (start, high)
+            needs[node] = spans_of = node.step.needs(start, high)
+            for (source, inside), (a, b) in zip(self._rows_of[node], spans_of):
+                if inside and a < b:
+                    before = spans.get(source)
+                    spans[source] = (a, b) if before is None else (min(a, before[0]), max(b, before[1]))
+        for node, (_, high) in todo.items():
+            self.done[node] = max(self.done[node], high)
+        for node, (_, high) in wanted.items():
+            if node in self.given:
+                self.given[node] = max(self.given[node], high)
+        work = []
+        for node in self.order:
+            if node not in todo:
+                continue
+            begin = self.kept.pop(node, None)
+            rows = todo[node]
+            begin = rows[0] if begin is None else begin
+            keep = rows[1] if node in self.again else max(self._next_row(node), begin)
+            if node not in self.again and node in self._readers and keep < self.done[node]:
+                self.kept[node] = keep
+            else:
+                keep = self.done[node]
+            work.append(Work(node, begin, rows, needs.get(node, ()), keep))
+        return work
+
+    def _next_row(self, source: Node) -> int:
+        """The first row of `source` that is still to be read."""
+        low = source.rows
+        for node, place in self._readers.get(source, ()):
+            row = self.next_row(node)
+            if row < node.rows and node.step is not None:
+                low = min(low, node.step.needs(row, row + 1)[place][0])
+        return low
+
+    def next_row(self, node: Node) -> int:
+        """The first row of a step that is still to be computed, for itself or for what reads it."""
+        if node not in self.again:
+            return self.done[node]
+        row = min((self._next_row(node) if node in self._readers else node.rows), node.rows)
+        return min(row, self.given.get(node, row))
+
+    def first_needed(self, source: Node) -> int:
+        """The first row of a stored map that is still to be read."""
+        return min(self._next_row(source), self.given.get(source, source.rows))
+
+
+def first_strips(rows: Rows, one_pass: Pass) -> list[dict[Node, Span]]:
+    """What to have before the first strip: rows of the steps on the way, in parts no larger than a strip's.
+
+    Where a small map is computed from a large one through many steps, its first row needs many rows of that.
+    """
+    height = max(one_pass.main.rows, 1)
+    strip = min(one_pass.strip_rows, height)
+    trial = rows.copy()
+    aims = {
+        work.node: work.rows[1]
+        for work in trial.advance(trial.wanted(strip))
+        if work.node not in rows.again and work.rows[0] < work.rows[1]
+    }
+    usual = max((node.row_bytes * (-(-node.rows * strip // height) + 2) for node in aims), default=1)
+    parts = max((round(node.row_bytes * high / max(usual, 1)) for node, high in aims.items()), default=1)
+    most = max((high / node.rows for node, high in aims.items()), default=0.0)
+    found = []
+    for part in range(1, parts):
+        left = most * (1 - part / parts)  # of each map's rows, so that no step needs rows beyond another's aim
+        ends = {node: int(high - left * node.rows) for node, high in aims.items()}
+        found.append({node: (0, end) for node, end in ends.items() if end > 0})
+    return found

@@ -1,0 +1,105 @@
+"""A recorded computation as a graph. Integers only: what a plan needs to know, and nothing that computes.
+
+"Row" means a position along the one dimension in which a tensor comes in strips: the height of an image, the length of
+a sound, the pixels of a token matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import count
+from math import prod
+from typing import Any, Optional
+
+Span = tuple[int, int]
+"""Rows `[first, last)`."""
+
+
+class Step:
+    """How a tensor comes from others. What computes is in `steps`.
+
+    cheap: computing it again costs about what reading its result costs. moves: it arranges values and computes none.
+    takes_all: it needs all of its inputs and gives all of its result at once. reduces: it takes rows and gives its
+    result after the last. workspace: bytes that it takes, whatever the rows, beside those and what it computes them
+    from. weight_bytes: bytes that are read for any number of rows. least_rows: below which a device is not busy.
+    work: multiplications for each element of the result.
+    """
+
+    name = ""
+    cheap = moves = takes_all = reduces = False
+    workspace = weight_bytes = 0
+    least_rows = 1
+    work = 1
+
+    def needs(self, first: int, last: int) -> Sequence[Span]:
+        """For each input that is read row by row, in order, the rows that output rows `[first, last)` are made of."""
+        raise NotImplementedError
+
+    def compute(self, first: int, last: int, pieces: Sequence[Any]) -> Any:
+        """Output rows `[first, last)`. pieces: of each input the rows of `needs`, or all of one that is read whole."""
+        raise NotImplementedError
+
+
+_serials = count()
+
+
+class Node:
+    """A tensor of the program: stored once `tensor` is there, else what `step` makes of `inputs`.
+
+    dims: for each input, the dimension along which it is read row by row; None where it is read whole.
+    dim: along which it comes in rows itself; None where it comes whole. key: what a plan depends on.
+    serial: the place in the program. strides: those that eager's result has.
+    """
+
+    __slots__ = (
+        "__weakref__", "bytes", "device", "dim", "dims", "dtype", "inputs", "itemsize", "key", "row_bytes", "rows",
+        "serial", "shape", "step", "strides", "tensor",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        step: Optional[Step],
+        inputs: Sequence[Node],
+        dims: Sequence[Optional[int]],
+        *,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        dtype: Any,
+        device: Any,
+        itemsize: int,
+        dim: Optional[int],
+        key: Any = None,
+    ) -> None:
+        self.step, self.inputs, self.dims = step, tuple(inputs), tuple(dims)
+        self.shape, self.strides, self.dtype, self.device = tuple(shape), tuple(strides), dtype, device
+        self.itemsize, self.dim, self.key, self.serial = itemsize, dim, key, next(_serials)
+        self.bytes = prod(self.shape) * itemsize
+        self.rows = self.shape[dim] if dim is not None else 1
+        self.row_bytes = self.bytes // self.rows if self.rows else 0
+        self.tensor: Any = None
+
+    @property
+    def flexible(self) -> bool:
+        """Whether rows of it can be read along any dimension: it is stored, or comes whole."""
+        return self.tensor is not None or self.dim is None
+
+    @property
+    def by_rows(self) -> list[tuple[Node, int]]:
+        """The inputs that are read row by row, and along which dimension."""
+        return [(node, dim) for node, dim in zip(self.inputs, self.dims) if dim is not None]
+
+    def store(self, tensor: Any) -> None:
+        """From now on it is `tensor`, and needs its inputs no longer."""
+        self.tensor, self.step, self.inputs, self.dims = tensor, None, (), ()
+
+
+def ancestors(roots: Iterable[Node]) -> list[Node]:
+    """The nodes that are not stored and lead to `roots`, these included, in the program's order."""
+    found: set[Node] = set()
+    stack = [node for node in roots if node.tensor is None]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(source for source in node.inputs if source.tensor is None and source not in found)
+    return sorted(found, key=lambda node: node.serial)

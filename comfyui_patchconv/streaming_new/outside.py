@@ -1,0 +1,56 @@
+"""What of PyTorch does not go together with streaming, and how the two stay out of each other's way."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from .record.memory import is_plain
+
+
+def eager_reason(args: Any, kwargs: Any) -> Optional[str]:
+    """Why a call with these arguments runs eagerly; None where it can be streamed."""
+    if torch.jit.is_tracing():
+        return "it is traced"
+    if _is_compiling():
+        return "it is compiled or exported"
+    tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return "an argument requires gradients"
+    functorch: Any = getattr(torch._C, "_functorch", None)
+    if functorch is not None and functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func is active"
+    if any(type(tensor) is not Tensor and not is_plain(tensor) for tensor in tensors if tensor.layout is torch.strided):
+        return "an argument is a tensor of a class of its own"
+    return None
+
+
+def _is_compiling() -> bool:
+    compiler: Any = getattr(torch, "compiler", None)
+    names = ("is_compiling", "is_exporting", "is_dynamo_compiling")
+    return any(getattr(compiler, name)() for name in names if hasattr(compiler, name))
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Within the block nothing is compiled: what `torch.compile` was asked to compile runs as it is written."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    set_stance: Any = getattr(torch.compiler, "set_stance", None)
+    if set_stance is not None:
+        with set_stance("force_eager"):
+            yield
+        return
+    config: Any = sys.modules["torch._dynamo"].config  # before torch 2.6
+    before, config.disable = config.disable, True
+    try:
+        yield
+    finally:
+        config.disable = before

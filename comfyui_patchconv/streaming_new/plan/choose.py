@@ -1,0 +1,58 @@
+"""Tries several schedules for one graph, all of them integers, and keeps the best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Optional
+
+from ..graph.node import Node
+from .passes import Passes
+from .schedule import Schedule, Tuning
+
+_WORTH = 0.95
+"""A schedule that computes more has to take less than this share of the other's memory."""
+
+
+def choose(
+    roots: Sequence[Node],
+    later: Sequence[Node],
+    tuning: Tuning,
+    budget: Optional[int] = None,
+    held: int = 0,
+    room: Callable[[], int] = lambda: 1 << 62,
+) -> Schedule:
+    """The schedule for `roots`: the least work of those that stay within `budget`, and that find `room` for what they
+    keep elsewhere.
+
+    Where none does, the one that puts least elsewhere, or one for a smaller budget that takes less; without a budget,
+    the one of the lowest peak. later, held: see `Passes`. room: bytes that there are elsewhere, asked where it matters.
+    """
+
+    def trial(unstored_from: Optional[int], budget: Optional[int] = budget) -> Schedule:
+        return Passes(roots, later, tuning, budget, unstored_from, held).plan()
+
+    first = trial(None)
+    unused = room() if first.elsewhere else 0
+    if budget is not None and first.peak <= budget and first.elsewhere <= unused:
+        return first
+    best, chosen = first, None
+    for size in sorted((size for size in first.again if size >= first.peak / 8), reverse=True):
+        schedule = trial(size)
+        if not _better(schedule, best, budget, unused):
+            break
+        best, chosen = schedule, size
+    if budget is not None and best.peak > budget:
+        # What is placed while there is room stays where it is: less of it leaves more for what has to be there.
+        for part in (budget // 2, budget // 4):
+            schedule = trial(chosen, part)
+            if schedule.peak < _WORTH * best.peak and schedule.elsewhere <= max(unused, best.elsewhere):
+                best = schedule
+    return best
+
+
+def _better(schedule: Schedule, best: Schedule, budget: Optional[int], room: int) -> bool:
+    """Whether a schedule that computes more is worth it. room: bytes that can be kept elsewhere."""
+    if budget is None:
+        return schedule.peak < _WORTH * best.peak
+    misses, best_misses = ((one.peak > budget, one.elsewhere > room) for one in (schedule, best))
+    return (*misses, schedule.moved) < (*best_misses, _WORTH * best.moved)

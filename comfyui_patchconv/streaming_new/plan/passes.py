@@ -1,0 +1,401 @@
+"""Which passes there are, and what each of them stores: decided one after the other, as a run would need them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Optional
+
+from ... import planner
+from ..graph.node import Node
+from .cost import seconds_of
+from .schedule import Apply, Pass, Schedule, Target, Tuning
+from .sweep import Sweep, steps_to
+
+
+class Passes:
+    """Plans the way to `roots`: what a step needs whole, or statistics of, is stored or gathered in a pass beforehand.
+
+    later: what the program may still ask for behind this schedule. budget: bytes to stay within; None for no limit.
+    unstored_from: maps of so many bytes, if they are cheap to have again from a smaller one, are computed anew wherever
+    they are read; None for never. held: bytes that lie on the device already.
+    """
+
+    def __init__(
+        self, roots: Sequence[Node], later: Sequence[Node], tuning: Tuning, budget: Optional[int],
+        unstored_from: Optional[int] = None, held: int = 0,
+    ) -> None:  # fmt: skip
+        self.schedule = Schedule()
+        self._roots, self._tuning, self._budget, self._unstored_from = list(roots), tuning, budget, unstored_from
+        self._held, self._aside = held, 0
+        self._way = steps_to(roots, ())
+        self._needed = sorted({*self._way, *later}, key=lambda node: node.serial)
+        self._final = {*roots}
+        self._outer = {source for node in later for source in node.inputs} | set(later)
+        self._readers: dict[Node, list[Node]] = {}
+        for node in self._needed:
+            for source in dict.fromkeys(node.inputs):
+                self._readers.setdefault(source, []).append(node)
+        self._stored: dict[Node, Target] = {}
+        self._left: set[Node] = set()
+        self._gone: set[Node] = set()
+
+    def plan(self) -> Schedule:
+        """Decide on everything."""
+        for node in self._way:
+            if node not in self._stored:
+                self._prepare(node)
+        self._store_parts()
+        rest = [root for root in self._roots if root not in self._stored]
+        for device in dict.fromkeys(root.device for root in rest):
+            self._store([root for root in rest if root.device == device and root not in self._stored])
+        return self.schedule
+
+    # What a step needs beforehand
+
+    def _is_there(self, node: Node) -> bool:
+        return node.tensor is not None or node in self._stored
+
+    def _prepare(self, node: Node) -> None:
+        """Have what `node` needs before any of its rows can be computed, and what comes whole."""
+        step = node.step
+        assert step is not None
+        whole = [
+            source
+            for source, dim in zip(node.inputs, node.dims)
+            if not self._is_there(source) and (dim is None or dim != source.dim or step.takes_all)
+        ]
+        if whole:
+            self._store(list(dict.fromkeys(whole)), whole=True)
+        if step.takes_all:
+            self._apply(node)
+        elif step.reduces:
+            self._gather(node)
+
+    def _apply(self, node: Node) -> None:
+        self._note(node.bytes, 0, 0)
+        self._held += node.bytes
+        self._stored[node] = Target(node, whole=True, result=node in self._final)
+        freed = self._free()
+        for one in freed:
+            self._release(one)
+        self.schedule.steps.append(Apply(node, freed, node.bytes))
+        self.schedule.work += node.bytes
+        self.schedule.seconds += seconds_of([node])
+
+    def _gather(self, reduction: Node) -> None:
+        """Have a reduction's result: its input is stored in the same pass, unless it is cheap to have again."""
+        source = reduction.inputs[0]
+        if self._is_there(source):
+            self._run_pass([Target(source, stored=False, reductions=self._reductions_of([source]))])
+        elif self._leave_unstored(source):
+            self._run_pass([Target(source, stored=False, reductions=[reduction])])
+        else:
+            self._store([source])
+        if reduction not in self._stored:  # its input went with what that is a part of
+            self._run_pass([Target(source, stored=False, reductions=[reduction])])
+
+    def _leave_unstored(self, node: Node) -> bool:
+        """Whether `node` is cheap to have again and the plan has it computed wherever it is read.
+
+        Cheap is what a few steps make of a map of half its size or less. That one is stored then.
+        """
+        source = node
+        while 2 * source.bytes > node.bytes:
+            rows = source.by_rows
+            if len(rows) != 1 or len(source.inputs) != 1 or source.step is None or source.step.takes_all:
+                return False
+            source = rows[0][0]
+            if self._is_there(source):
+                break
+        if 2 * source.bytes > node.bytes:
+            return False
+        self.schedule.again.add(node.bytes)
+        if self._unstored_from is None or node.bytes < self._unstored_from:
+            return False
+        if not self._is_there(source):
+            self._store([source])
+        self._left.add(node)
+        return True
+
+    # Storing
+
+    def _store(self, nodes: Sequence[Node], whole: bool = False) -> None:
+        """Store maps in one pass, and what else of that pass later steps read."""
+        origins = list(dict.fromkeys(self._origin(node, nodes) for node in nodes)) if not whole else list(nodes)
+        origins = [node for node in origins if not self._is_there(node)]
+        if not origins:
+            return
+        self._cut(origins)
+        targets = [self._target(node) for node in origins]
+        targets += [self._target(node) for node in self._kept_for_later(origins)]
+        self._run_pass(targets)
+        if whole:
+            rest = [node for node in nodes if not self._is_there(node)]
+            if rest:
+                self._store(rest, whole=True)
+
+    def _origin(self, node: Node, nodes: Sequence[Node]) -> Node:
+        """What to store for `node`: the map that it shows a part of, where others read that too; else itself."""
+        origin = node
+        while (
+            origin not in self._final
+            and origin.step is not None
+            and origin.step.moves
+            and len(origin.inputs) == 1
+            and origin.dims[0] is not None
+        ):
+            source = origin.inputs[0]
+            if self._is_there(source) or source in self._left:
+                return node
+            origin = source
+            others = [reader for reader in self._readers.get(origin, ()) if not self._settled(reader)]
+            if len(others) > 1 or origin in self._outer:
+                return origin
+        return node
+
+    def _settled(self, node: Node) -> bool:
+        return node in self._stored
+
+    def _target(self, node: Node) -> Target:
+        """How `node` is stored: strip by strip where all who read it do so along its rows, else in one tensor."""
+        readers = self._readers.get(node, ())
+        whole = node in self._final or node in self._outer or node.dim is None
+        for reader in readers:
+            for source, dim in zip(reader.inputs, reader.dims):
+                whole = whole or (source is node and dim != node.dim)
+        return Target(node, whole=whole, result=node in self._final)
+
+    def _kept_for_later(self, targets: Sequence[Node]) -> list[Node]:
+        """Maps on the way to `targets` that steps outside this pass read, too, and that are not cheap to have again."""
+        order = steps_to(targets, self._stored)
+        inside, kept = set(order), dict.fromkeys(targets)
+        found: list[Node] = []
+        for node in order:
+            if node in kept:
+                continue
+            outside = [
+                reader for reader in self._readers.get(node, ()) if reader not in inside and not self._settled(reader)
+            ]
+            if node in self._outer and node.tensor is None:
+                outside = outside or [node]
+            if not outside:
+                continue
+            if node in self._left:
+                found += self._made_of_left(node, outside, inside, kept)
+                continue
+            if self._is_cheap(node, kept):
+                continue
+            parts = [reader for reader in outside if self._is_part(reader)]
+            smaller = parts == outside and sum(part.bytes for part in parts) <= node.bytes
+            for one in parts if smaller and node not in self._outer else [node]:
+                if one not in kept:
+                    kept[one] = None
+                    found.append(one)
+        return found
+
+    def _made_of_left(
+        self, node: Node, outside: Sequence[Node], inside: Collection[Node], kept: dict[Node, None]
+    ) -> list[Node]:
+        """What later steps make of a map that is not stored, where it takes less room: stored while that is there."""
+        found = []
+        for reader in outside:
+            step = reader.step
+            if step is None or step.takes_all or step.reduces or reader.bytes >= node.bytes or reader in kept:
+                continue
+            ready = all(
+                self._is_there(source) or (source in inside and dim == source.dim)
+                for source, dim in zip(reader.inputs, reader.dims)
+            )
+            if ready:
+                kept[reader] = None
+                found.append(reader)
+        return found
+
+    def _is_part(self, node: Node) -> bool:
+        return (
+            node.step is not None and node.step.moves and len(node.inputs) == 1 and node.dims[0] == node.inputs[0].dim
+        )
+
+    def _is_cheap(self, node: Node, kept: Collection[Node]) -> bool:
+        """Whether few and cheap steps make `node` of what is stored."""
+        stack, seen = [node], 0
+        while stack:
+            one = stack.pop()
+            if self._is_there(one) or one in kept or one in self._left:
+                continue
+            seen += 1
+            if one.step is None or not (one.step.cheap or one.step.work <= 1) or one.step.takes_all or seen > 12:
+                return False
+            stack.extend(source for source in one.inputs)
+        return True
+
+    def _store_parts(self) -> None:
+        """Where a root is put together of parts, as of a video's chunks: store those, one after the other, that let
+        larger maps go with that."""
+        for root in self._roots:
+            if not self._is_there(root):
+                self._store_parts_of(root)
+
+    def _store_parts_of(self, root: Node) -> None:
+        while root.step is not None and root.step.cheap and len(root.inputs) == 1 and not self._is_there(root):
+            root = root.inputs[0]
+        if root.step is None or not root.step.moves or len(root.inputs) < 2:
+            return
+        for part in dict.fromkeys(root.inputs):
+            if self._is_there(part):
+                continue
+            self._store_parts_of(part)
+            steps = steps_to([part], self._stored)
+            inside = set(steps)
+            sources = {source for node in steps for source in node.inputs if source in self._stored}
+            for source in sources:
+                alone = all(self._settled(one) or one in inside for one in self._readers.get(source, ()))
+                if alone and 2 * part.bytes <= source.bytes:
+                    self._store([part])
+                    break
+
+    def _cut(self, roots: Sequence[Node]) -> None:
+        """Where a pass takes less as two, because small maps with large weights want large strips and large maps small
+        ones, store what lies between beforehand."""
+        sweep = self._sweep(roots)
+        if len({node.rows for node in sweep.order}) < 2:
+            return
+        best, cut = self._tuning.worth_a_cut * sweep.workspace, None
+        for frontier in sweep.frontiers():
+            size = sum(node.bytes for node in frontier)
+            if size < best and not any(node in self._left for node in frontier):
+                first = self._sweep(frontier).workspace
+                peak = max(first, size + self._sweep(roots, frontier).workspace)
+                if peak < best:
+                    best, cut = peak, frontier
+        if cut is not None:
+            self._store([node for node in cut if not self._is_there(node)])
+
+    def _sweep(self, roots: Sequence[Node], more: Sequence[Node] = ()) -> Sweep:
+        elsewhere = {node for node, target in self._stored.items() if target.elsewhere}
+        stored = {*self._stored, *more} if more else self._stored
+        return Sweep(roots, stored, self._tuning, self._budget, elsewhere)
+
+    # Passes
+
+    def _reductions_of(self, nodes: Sequence[Node]) -> list[Node]:
+        """The reductions that are still wanted of these maps."""
+        return [
+            reader
+            for node in nodes
+            for reader in self._readers.get(node, ())
+            if reader.step is not None and reader.step.reduces and reader not in self._stored
+        ]
+
+    def _run_pass(self, targets: list[Target]) -> None:
+        """Count a pass, with all reductions that it can gather on the way."""
+        known = {target.node for target in targets}
+        sweep = self._sweep([target.node for target in targets])
+        for target in targets:
+            target.reductions = list(dict.fromkeys([*target.reductions, *self._reductions_of([target.node])]))
+        for node in sweep.order:
+            wanted = self._reductions_of([node]) if node not in known else []
+            if wanted and node not in self._left:
+                targets.append(Target(node, stored=False, reductions=wanted))
+        targets += self._parts_to_reduce(targets, sweep)
+        sweep = self._sweep([target.node for target in targets])
+        stored = [target for target in targets if target.stored and not self._is_there(target.node)]
+        reductions = [node for target in targets for node in target.reductions]
+        for target in stored:
+            self._stored[target.node] = target
+        for node in reductions:
+            self._stored[node] = Target(node, whole=True, result=node in self._final)
+        freed = self._free(sweep.order, keep=stored)
+        read = {source for node in sweep.order for source in node.inputs} | {
+            target.node for target in targets if not target.stored
+        }
+        shrinking = [node for node in freed if node in read and not self._stored[node].whole]
+        self._place(stored, sweep, shrinking)
+        small = sum(node.bytes for node in reductions)
+        self._held += small
+        self._note(0, 0, sweep.workspace)
+        for node in freed:
+            self._release(node)
+        strips = -(-sweep.main.rows // max(sweep.strip_rows, 1))
+        self.schedule.steps.append(
+            Pass(
+                targets, sweep.order, sweep.main, sweep.strip_rows, sweep.again, shrinking, freed, sweep.work,
+                sweep.line_bytes, sweep.workspace,
+            )  # fmt: skip
+        )
+        self.schedule.work += sweep.work
+        self.schedule.seconds += seconds_of(sweep.order, strips, 2 / max(sweep.strip_rows, 2))
+
+    def _parts_to_reduce(self, targets: Sequence[Target], sweep: Sweep) -> list[Target]:
+        """Parts of this pass's maps, such as some frames each, of which reductions are wanted: gathered in it too."""
+        inside = {*sweep.order, *(target.node for target in targets)}
+        known = {target.node for target in targets}
+        found: dict[Node, Target] = {}
+        stack = list(inside)
+        while stack:
+            node = stack.pop()
+            for reader in self._readers.get(node, ()):
+                if self._is_part(reader) and reader not in found and reader not in known and not self._is_there(reader):
+                    wanted = self._reductions_of([reader])
+                    if wanted:
+                        found[reader] = Target(reader, stored=False, reductions=wanted)
+                    if reader not in inside:
+                        inside.add(reader)
+                        stack.append(reader)
+        return sorted(found.values(), key=lambda target: target.node.serial)
+
+    def _free(self, order: Sequence[Node] = (), keep: Sequence[Target] = ()) -> list[Node]:
+        """The stored maps that nothing will read behind this step."""
+        done: dict[Node, bool] = {}
+        for node in reversed(self._needed):
+            readers = self._readers.get(node)
+            outer = node in self._final or node in self._outer
+            done[node] = node in self._stored or (not outer and bool(readers) and all(done[one] for one in readers or ()))
+        fresh = {target.node for target in keep}
+        return [
+            node
+            for node in self._stored
+            if node not in self._final
+            and node not in self._outer
+            and node not in fresh
+            and all(done[reader] for reader in self._readers.get(node, ()))
+            and not self._stored[node].result
+            and node not in self._gone
+        ]
+
+    def _release(self, node: Node) -> None:
+        self._gone.add(node)
+        if self._stored[node].elsewhere:
+            self._aside -= node.bytes
+        else:
+            self._held -= node.bytes
+
+    def _place(self, targets: Sequence[Target], sweep: Sweep, shrinking: Sequence[Node]) -> None:
+        """Decide for each new map whether it has to lie elsewhere than on the device."""
+        cpu = sweep.device.type == "cpu"
+        freed = sum(node.bytes for node in shrinking if not self._stored[node].elsewhere)
+        aside = sum(node.bytes for node in shrinking if self._stored[node].elsewhere)
+        growth = elsewhere = 0
+        held = self._held + sweep.workspace
+        for target in targets:
+            size = target.node.bytes
+            movable = not target.result and (cpu or not target.whole) and target.node.device == sweep.device
+            given = freed if cpu or not target.whole else 0  # what is one tensor takes its memory at once, but on a CPU
+            target.elsewhere = movable and size > 0 and not planner.fits(self._budget, held, given, size)
+            if target.elsewhere:
+                self.schedule.moved += size
+                elsewhere += size
+            else:
+                held += size
+                growth += size
+        self._note(growth - freed, elsewhere - aside, sweep.workspace)
+        self._held += growth
+        self._aside += elsewhere
+
+    def _note(self, growth: int, elsewhere: int, workspace: int) -> None:
+        """What is held grows by `growth` bytes now, what is kept elsewhere by `elsewhere`, and `workspace` bytes are in
+        use beside both."""
+        stored = self._held + max(growth, 0)
+        self.schedule.stored = max(self.schedule.stored, stored)
+        self.schedule.peak = max(self.schedule.peak, stored + workspace)
+        self.schedule.elsewhere = max(self.schedule.elsewhere, self._aside + max(elsewhere, 0))

@@ -1,0 +1,109 @@
+"""What a plan comes to: passes over maps, in order, and what they are expected to take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Optional, Union
+
+from ..graph.node import Node
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How strips are sized, and when streaming is worth it. Users leave it as it is.
+
+    strip_bytes: of all strips of the widest step that are alive at once; None for what suits the device.
+    allocator_bytes: what an allocator may keep of freed strips before it is told to hand them back; None for what suits
+    the device. always: stream even where eager would take less memory, or a little more memory and less time.
+    worth_a_cut: a pass is split in two where that takes less than this share of its memory.
+    """
+
+    strip_bytes: Optional[int] = None
+    allocator_bytes: Optional[int] = None
+    always: bool = False
+    worth_a_cut: float = 0.8
+
+
+@dataclass
+class Target:
+    """A map that a pass computes, and what becomes of its rows.
+
+    stored: they are kept. whole: in one tensor, else strip by strip. result: it outlives the schedule, and lies on its
+    device whatever the budget. elsewhere: in host memory, or in a file where the device is the CPU. reductions: what
+    its rows are also given to.
+    """
+
+    node: Node
+    stored: bool = True
+    whole: bool = False
+    result: bool = False
+    elsewhere: bool = False
+    reductions: list[Node] = field(default_factory=list)
+
+
+@dataclass
+class Pass:
+    """One way through maps from top to bottom.
+
+    order: the steps, in the program's order. strip_rows: of `main`, the tallest target. again: steps that are computed
+    anew from stored maps rather than kept between strips. shrinking: stored maps that are freed row by row as they are
+    read. freed: stored maps that are freed behind it. work: bytes of maps that it computes. line_bytes: of the rows
+    that are kept between strips.
+    """
+
+    targets: list[Target]
+    order: list[Node]
+    main: Node
+    strip_rows: int
+    again: set[Node]
+    shrinking: list[Node]
+    freed: list[Node]
+    work: int
+    line_bytes: int
+    workspace: int
+
+    def renamed(self, name: Callable[[Any], Any]) -> Pass:
+        """The same pass over other nodes."""
+        targets = [
+            replace(target, node=name(target.node), reductions=[name(node) for node in target.reductions])
+            for target in self.targets
+        ]
+        lists = {key: [name(node) for node in getattr(self, key)] for key in ("order", "shrinking", "freed")}
+        return replace(self, targets=targets, main=name(self.main), again={name(node) for node in self.again}, **lists)
+
+
+@dataclass
+class Apply:
+    """An operator that needs all of its inputs, applied to them. freed: as of `Pass`."""
+
+    node: Node
+    freed: list[Node]
+    work: int
+
+    def renamed(self, name: Callable[[Any], Any]) -> Apply:
+        """The same for another node."""
+        return replace(self, node=name(self.node), freed=[name(node) for node in self.freed])
+
+
+@dataclass
+class Schedule:
+    """What is done, and what that takes.
+
+    peak: bytes of the device expected at once, beyond arguments and weights. stored: of these, of maps. moved: bytes of
+    maps that are kept elsewhere. elsewhere: of these, at once. work: bytes of maps computed in all. seconds: reckoned,
+    for comparison alone. again: sizes of maps that could be computed anew wherever they are read.
+    """
+
+    steps: list[Union[Pass, Apply]] = field(default_factory=list)
+    peak: int = 0
+    stored: int = 0
+    moved: int = 0
+    elsewhere: int = 0
+    work: int = 0
+    seconds: float = 0.0
+    again: set[int] = field(default_factory=set)
+
+    def renamed(self, name: Callable[[Any], Any]) -> Schedule:
+        """The same schedule for a graph that is alike. name: gives the other node for each."""
+        return replace(self, steps=[step.renamed(name) for step in self.steps])

@@ -1,0 +1,207 @@
+"""One pass in strips, counted: how many rows at once, what lies beside stored maps meanwhile, what can be freed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Optional
+
+from ... import planner
+from ..graph.node import Node
+from .schedule import Tuning
+
+_STRIPS_AT_ONCE = 6
+"""Strips of the widest step alive at once: with their halo rows, its result, and what a backend copies of them."""
+
+_COPIES = 3
+"""What the widest step takes beside the strips that are alive: padded rows, and what a backend copies of them."""
+
+_WEIGHTS = 8
+"""What it costs a backend to have weights in its own order for each strip, against computing a map of their size."""
+
+_STEP_BYTES_ELSEWHERE = 4 << 20
+"""Bytes of a strip of an average step, on devices other than the CPU, below which telling the device what to do takes
+longer than doing it. Not measured yet."""
+
+_SHARE_FOR_COSTS = 8
+"""Strips that are larger than suits a device, for the sake of such costs, take this part of a budget at most."""
+
+_AT_ONCE = 2
+"""Strips of a map that leave at once: one is copied while the device computes the next."""
+
+
+def steps_to(roots: Iterable[Node], stored: Collection[Node]) -> list[Node]:
+    """The steps that lead to `roots`, these included, from stored maps on, in the program's order."""
+    found: set[Node] = set()
+    stack = [node for node in roots if node.tensor is None and node not in stored]
+    while stack:
+        node = stack.pop()
+        if node in found:
+            continue
+        found.add(node)
+        for source in node.inputs:
+            if source.tensor is None and source not in stored and source not in found:
+                stack.append(source)
+    return sorted(found, key=lambda node: node.serial)
+
+
+def computed_again(order: Sequence[Node], stored: Collection[Node]) -> set[Node]:
+    """The steps that are as cheap to compute anew from stored maps as their rows are to keep."""
+    again: set[Node] = set()
+    inside = set(order)
+    for node in order:
+        assert node.step is not None
+        near = all(source not in inside or source in again for source in node.inputs)
+        if node.step.moves or (node.step.cheap and near):
+            again.add(node)
+    return again
+
+
+class Sweep:
+    """A pass that computes `roots` from stored maps.
+
+    order: its steps. strip_rows: rows of `main`, the tallest root, that come at once. workspace: bytes that it takes
+    beside stored maps. elsewhere: the stored maps that do not lie on the device.
+    """
+
+    def __init__(
+        self, roots: Sequence[Node], stored: Collection[Node], tuning: Tuning, budget: Optional[int],
+        elsewhere: Collection[Node] = (),
+    ) -> None:  # fmt: skip
+        self.roots, self.order = list(roots), steps_to(roots, stored)
+        self._tuning, self._budget, self._elsewhere = tuning, budget, elsewhere
+        nodes = self.order or self.roots
+        self.main = max(self.roots, key=lambda node: node.rows)
+        self.device = max(nodes, key=lambda node: node.bytes).device
+        self.again = computed_again(self.order, stored)
+        self._readers: dict[Node, list[tuple[Node, int]]] = {}
+        for node in self.order:
+            place = 0
+            for source, dim in zip(node.inputs, node.dims):
+                if dim is not None:
+                    self._readers.setdefault(source, []).append((node, place))
+                    place += 1
+        height = max(self.main.rows, 1)
+        share = max(node.bytes for node in nodes) // height
+        suitable = planner.STRIP_BYTES.get(self.device.type, planner.STRIP_BYTES_ELSEWHERE)
+        suitable = tuning.strip_bytes if tuning.strip_bytes is not None else suitable
+        rows = min(max(suitable // _STRIPS_AT_ONCE // max(share, 1), 1), height)
+        self.strip_rows = max(rows, self._rows_worth_their_costs(share, height))
+        self.line_bytes = self._bytes_of_lines()
+        self.work = sum(node.bytes for node in self.order)
+        self.workspace = self._bytes_beside_maps()
+
+    def frontiers(self) -> list[list[Node]]:
+        """Where this pass could be two: for each height on the way, the maps of no more or of no fewer rows, as are all
+        before them, that later steps read."""
+        found: list[list[Node]] = []
+        inside = set(self.order)
+        roots = set(self.roots)
+        for height in dict.fromkeys(node.rows for node in self.order):
+            for sign in (1, -1):
+                before: set[Node] = set()
+                for node in self.order:
+                    ready = all(source not in inside or source in before for source in node.inputs)
+                    if ready and sign * node.rows <= sign * height:
+                        before.add(node)
+                if before & roots or len(before) == len(self.order):
+                    continue
+                frontier = dict.fromkeys(
+                    source for node in self.order if node not in before for source in node.inputs if source in before
+                )
+                if frontier and list(frontier) not in found:
+                    found.append(list(frontier))
+        return found
+
+    def rows_at_once(self, node: Node) -> int:
+        """Rows of `node` that come at once, at most."""
+        return -(-node.rows * self.strip_rows // max(self.main.rows, 1))
+
+    def _rows_worth_their_costs(self, row_bytes: int, height: int) -> int:
+        """Rows in a strip whose maps outweigh what each strip costs whatever its size: many for a video's frames.
+
+        row_bytes: of the widest step, for a row. A budget is not spent on it.
+        """
+        maps = max(sum(node.bytes for node in self.order), 1)
+        weights = sum(node.step.weight_bytes for node in self.order if node.step is not None)
+        rows = _WEIGHTS * weights * height // maps
+        if self.device.type != "cpu":
+            rows = max(rows, _STEP_BYTES_ELSEWHERE * len(self.order) * height // maps)
+        for node in self.order:
+            if node.step is not None and node.step.least_rows > 1:
+                rows = max(rows, -(-node.step.least_rows * height // max(node.rows, 1)))
+        if self._budget is not None:
+            alive = self._bytes_alive([node.bytes / height for node in self.order])
+            row_bytes = max(_STRIPS_AT_ONCE * row_bytes, int(alive) + _COPIES * row_bytes)
+            rows = min(rows, self._budget // _SHARE_FOR_COSTS // max(row_bytes, 1))
+        return min(rows, height)
+
+    def _bytes_of_lines(self) -> int:
+        """Bytes of the rows that are kept between strips, in two parts that take turns."""
+        kept = [
+            node.row_bytes * self._rows_shared(node)
+            for node in self.order
+            if node in self._readers and node not in self.again
+        ]
+        return 2 * sum(kept)
+
+    def _rows_shared(self, source: Node) -> int:
+        """How many rows of `source` two rows in succession of what is computed from it share."""
+        shared = 0
+        for reader, place in self._readers.get(source, ()):
+            if reader in self.again and reader in self._readers:
+                shared = max(shared, self._rows_shared(reader))
+            else:
+                assert reader.step is not None
+                middle = reader.rows // 2
+                one, two = (reader.step.needs(row, row + 1)[place] for row in (middle, middle + 1))
+                shared = max(shared, one[1] - two[0], 0)
+        return min(shared, source.rows)
+
+    def _bytes_beside_maps(self) -> int:
+        """Bytes taken beside stored maps: a strip's rows, what the widest step adds to them, the rows kept between
+        strips."""
+        share = self.strip_rows / max(self.main.rows, 1)
+        strips = [node.row_bytes * min(share * node.rows + 2, node.rows) for node in self.order]
+        copies = int(_COPIES * max(strips, default=0.0))  # which come and go within a step
+        widest = max(min(_STRIPS_AT_ONCE, len(self.order) + 2) * max(strips, default=0.0), self._bytes_alive(strips) + copies)
+        of_steps = max((node.step.workspace for node in self.order if node.step is not None), default=0)
+        allocator = planner.ALLOCATOR_BYTES.get(self.device.type, 0)
+        allocator = self._tuning.allocator_bytes if self._tuning.allocator_bytes is not None else allocator
+        return int(widest) + of_steps + self.line_bytes + allocator + self._bytes_on_the_way(share)
+
+    def _bytes_on_the_way(self, share: float) -> int:
+        """Bytes of strips that come from elsewhere, and of those that leave where the roots may have to lie there.
+
+        Those that a strip of this pass reads come whole and are put together then; the next one comes meanwhile.
+        """
+        if self.device.type == "cpu":
+            return 0
+        coming = sum(5 * share * source.bytes for source in self._readers if source in self._elsewhere)
+        if self._budget is None:
+            return int(coming)
+        return int(coming) + _AT_ONCE * sum(root.row_bytes * self.rows_at_once(root) for root in self.roots)
+
+    def _bytes_alive(self, strips: list[float]) -> float:
+        """The most bytes of strips, of so many bytes each step's, that later steps still read."""
+        size = dict(zip(self.order, strips))
+        last: dict[Node, int] = {}
+        for place in range(len(self.order) - 1, -1, -1):
+            node = self.order[place]
+            last.setdefault(node, place)
+            shows = _shows(node)
+            for source in node.inputs:
+                last[source] = max(last.get(source, 0), last[node] if source is shows else place)
+        freed: dict[int, float] = {}
+        alive = most = 0.0
+        for place, node in enumerate(self.order):
+            if _shows(node) is None:
+                alive += size[node]
+                freed[last[node]] = freed.get(last[node], 0.0) + size[node]
+            most = max(most, alive)
+            alive -= freed.pop(place, 0.0)
+        return most
+
+
+def _shows(node: Node) -> Optional[Node]:
+    """The map that a step gives back a part of as it is, in the same memory, such as some frames of it."""
+    return node.inputs[0] if node.step is not None and node.step.moves and len(node.inputs) == 1 else None

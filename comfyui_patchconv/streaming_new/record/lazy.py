@@ -1,0 +1,186 @@
+"""The tensor that stands for values which are computed later, and the memory that such tensors share.
+
+A `Cell` is a piece of memory as eager would have it; a `View` is a way of looking at it; a `LazyTensor` is what the
+program holds. A cell's value is a node of the graph, and a write into any view gives the cell another node. Memory that
+others can reach too, an argument's or what NumPy was given, is real: it is written to at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Optional
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from ..graph.node import Node
+from .shapes import Spec
+
+if TYPE_CHECKING:
+    from .recorder import Recorder
+
+
+class Cell:
+    """Memory that views share.
+
+    whole: what all of it looks like. value: the node of all of it, while nobody else can reach it. real: the tensor of
+    all of it, where others can. version: how often it was written to through views.
+    """
+
+    __slots__ = ("__weakref__", "bytes", "real", "recorder", "value", "version", "whole")
+
+    def __init__(
+        self, recorder: Recorder, whole: Spec, value: Optional[Node] = None, real: Optional[Tensor] = None,
+        counted: bool = True,
+    ) -> None:  # fmt: skip
+        self.recorder, self.whole, self.value, self.real, self.version = recorder, whole, value, real, 0
+        self.bytes = _bytes(whole) if counted else 0
+        recorder.lives(self.bytes)
+
+    def __del__(self) -> None:
+        if hasattr(self, "bytes"):
+            self.recorder.lives(-self.bytes)
+
+
+def _bytes(spec: Spec) -> int:
+    if 0 in spec.shape:
+        return 0
+    reach = 1 + sum((side - 1) * stride for side, stride in zip(spec.shape, spec.strides))
+    return reach * spec.dtype.itemsize
+
+
+class View:
+    """A way of looking at a cell: all of it, or what the operator `func` makes of `parent`.
+
+    place: which of several results of `func`. device: where the program has it.
+    """
+
+    __slots__ = (
+        "_known", "_memory", "_version", "args", "cell", "device", "func", "kwargs", "parent", "place", "spec",
+    )  # fmt: skip
+
+    def __init__(
+        self, cell: Cell, spec: Spec, device: torch.device, parent: Optional[View] = None, func: Any = None,
+        args: Any = (), kwargs: Any = None, place: Optional[int] = None,
+    ) -> None:  # fmt: skip
+        self.cell, self.spec, self.device, self.parent = cell, spec, device, parent
+        self.func, self.args, self.kwargs, self.place = func, args, kwargs or {}, place
+        self._known: Optional[Node] = None
+        self._version = -1
+        self._memory: Optional[tuple[ref[Node], Tensor]] = None
+
+    def node(self) -> Node:
+        """What it shows now."""
+        cell = self.cell
+        if cell.real is not None:
+            return self._node_of_memory()
+        if self.parent is None:
+            assert cell.value is not None
+            return cell.value
+        if self._version != cell.version or self._known is None:
+            chain, view = [], self
+            while view.parent is not None and (view._version != cell.version or view._known is None):
+                chain.append(view)
+                view = view.parent
+            for view in reversed(chain):  # not by recursion: programs chain views by the thousand
+                assert view.parent is not None
+                parent = view.parent
+                before = cell.value if parent.parent is None else parent._known
+                view.remember(cell.recorder.look(view, before))
+        assert self._known is not None
+        return self._known
+
+    def remember(self, node: Node) -> None:
+        """`node` is what it shows until the cell is written to."""
+        self._known, self._version = node, self.cell.version
+
+    def real(self) -> Tensor:
+        """The part of a real cell's memory."""
+        assert self.cell.real is not None
+        if self.parent is None and self.cell.real.shape == self.spec.shape:
+            return self.cell.real
+        offset = self.cell.real.storage_offset() + self.spec.offset - self.cell.whole.offset
+        return self.cell.real.as_strided(self.spec.shape, self.spec.strides, offset)
+
+    def _node_of_memory(self) -> Node:
+        """Its node is held by who reads it alone: what nobody reads need not be copied before a write."""
+        if self._memory is not None:
+            node = self._memory[0]()
+            if node is not None and node.tensor is self._memory[1]:
+                return node
+        tensor = self.real().detach()
+        node = self.cell.recorder.source(tensor)
+        self._memory = ref(node), tensor
+        return node
+
+
+class LazyTensor(Tensor):
+    """Stands for what `view` shows. Its shape, strides, type and device are known, its values may not be yet."""
+
+    view_: View
+
+    @staticmethod
+    def __new__(cls, view: View) -> LazyTensor:
+        spec = view.spec
+        tensor = Tensor._make_wrapper_subclass(
+            cls, spec.shape, strides=spec.strides, storage_offset=spec.offset, dtype=spec.dtype, device=view.device
+        )
+        tensor.view_ = view
+        view.cell.recorder.note(tensor)
+        return tensor
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "__get__" and func.__self__.__name__ not in _ACTING:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        if name in LEAVING or (name in ("__get__", "__set__") and func.__self__.__name__ in LEAVING):
+            return _leave(func, name, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass(), torch._C._InferenceMode(True):  # operators arrive whole there
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return recorder_of(args, kwargs).call(func, args, kwargs or {})
+
+
+_ACTING = frozenset("data T mT H mH real imag grad __cuda_array_interface__".split())
+"""Attributes whose value is a tensor, or that give memory away."""
+
+LEAVING = frozenset(
+    """
+    numpy tolist data_ptr __array__ __dlpack__ share_memory_ is_shared storage untyped_storage _typed_storage
+    __reduce_ex__ __deepcopy__ requires_grad_ requires_grad backward register_hook retain_grad pin_memory set_ resize_
+    resize_as_ __cuda_array_interface__ apply_ map_ map2_ swap_tensors _make_subclass as_subclass to_dlpack
+    _reduce_ex_internal register_post_accumulate_grad_hook __repr__ __format__ __array_wrap__ names rename_ to_sparse
+    to_mkldnn is_pinned
+    """.split()  # noqa: SIM905
+)
+"""What gives the memory of a tensor away, or makes something of the object: it becomes an ordinary tensor first."""
+
+
+def recorder_of(*values: Any) -> Any:
+    """The recorder of the first deferred tensor among arguments."""
+    for value in values:
+        if isinstance(value, LazyTensor):
+            return value.view_.cell.recorder
+        if isinstance(value, (list, tuple)):
+            found = recorder_of(*value)
+        elif isinstance(value, dict):
+            found = recorder_of(*value.values())
+        else:
+            continue
+        if found is not None:
+            return found
+    return None
+
+
+def _leave(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    if name == "__set__" and func.__self__.__name__ == "requires_grad" and not args[1]:
+        return None
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, LazyTensor):
+            value.view_.cell.recorder.become_ordinary([value])
+    args = [value.view_.cell.recorder.real(value) if isinstance(value, LazyTensor) else value for value in args]
+    return func(*args, **kwargs)

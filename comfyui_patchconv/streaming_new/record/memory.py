@@ -1,0 +1,84 @@
+"""Plain tensors that deferred steps will read: a write to their memory, seen first, leaves those steps a copy."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+
+class Reader(Protocol):
+    """What has a tensor to read later."""
+
+    tensor: Any
+
+
+class Held:
+    """A tensor as the call saw it: its memory, whatever becomes of the object. made: what steps have made of it."""
+
+    __slots__ = ("__weakref__", "made", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.made: dict[Any, Any] = {}
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a tensor with values in memory, and of no class of its own."""
+    if type(value) is not Tensor and type(value) is not nn.Parameter:
+        return False
+    return value.layout is torch.strided and not value.is_quantized
+
+
+class Memory:
+    """Who reads which memory later. Writes that are no operator, as NumPy's to a shared array, are not seen."""
+
+    def __init__(self) -> None:
+        self._readers: dict[int, list[ref[Any]]] = {}
+        self._held: dict[Any, ref[Held]] = {}
+
+    def hold(self, tensor: Tensor) -> Held:
+        """`tensor` as it is now, one for all who hold the same."""
+        storage = tensor.untyped_storage()._cdata
+        place = storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+        found = self._held.get(place)
+        held = found() if found is not None else None
+        if held is None:
+            held = Held(tensor.detach())
+            self._held[place] = ref(held)
+            self.watch(held)
+        return held
+
+    def watch(self, reader: Reader) -> None:
+        """`reader.tensor` will be read later."""
+        storage = reader.tensor.untyped_storage()._cdata
+        self._readers.setdefault(storage, []).append(ref(reader))
+
+    def is_read(self, tensor: Tensor) -> bool:
+        """Whether anything will read the memory of `tensor`."""
+        return any(one() is not None for one in self._readers.get(tensor.untyped_storage()._cdata, ()))
+
+    def before_write(self, tensor: Tensor) -> None:
+        """Something is about to be written to the memory of `tensor`."""
+        storage = tensor.untyped_storage()._cdata
+        for place in [place for place in self._held if place[0] == storage]:
+            del self._held[place]
+        copies: dict[Any, Tensor] = {}
+        for one in self._readers.pop(storage, ()):
+            reader = one()
+            if reader is not None and reader.tensor is not None:
+                old = reader.tensor
+                place = old.storage_offset(), old.shape, old.stride(), old.dtype
+                if place not in copies:
+                    copies[place] = old.clone()
+                reader.tensor = copies[place]

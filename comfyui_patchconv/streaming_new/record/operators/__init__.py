@@ -1,0 +1,121 @@
+"""What each operator does to rows: the table that the recorder looks into.
+
+An operator that is not here, or is called in a way that is not, is evaluated whole: always right, at worst not thrifty.
+Operators come composite (`aten.conv2d`) or decomposed (`aten.convolution`): both are here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from ...graph.node import Node
+from ..shapes import Spec
+from . import arranging, convolution, matrices, norms, reductions, resample
+from .common import Call, over, row_local
+
+__all__ = ["LIKE", "OF_MAPS", "build", "build_several", "fill_like", "over"]
+
+_POINTWISE = frozenset(
+    """
+    silu relu relu6 leaky_relu elu gelu mish hardswish hardsigmoid sigmoid log_sigmoid tanh hardtanh softplus selu celu
+    softshrink hardshrink threshold clamp clamp_min clamp_max clip neg abs exp exp2 expm1 log log2 log10 log1p sin cos
+    tan asin acos atan sinh cosh erf sqrt rsqrt square pow mul multiply add subtract sub rsub div divide true_divide
+    floor_divide remainder fmod maximum minimum fmax fmin lerp where addcmul addcdiv reciprocal nan_to_num sign round
+    floor ceil trunc frac isnan isinf isfinite eq ne lt le gt ge logical_and logical_or logical_not logical_xor
+    bitwise_and bitwise_or bitwise_not bitwise_xor masked_fill atan2 hypot float_power clone positive fill
+    """.split()  # noqa: SIM905
+)
+"""Operators of one element, or of elements at one place."""
+
+
+def _pointwise(call: Call) -> Optional[Node]:
+    return row_local(call)
+
+
+def _prelu(call: Call) -> Optional[Node]:
+    input, weight = call.args
+    channels = isinstance(input, Node) and not input.flexible and input.dim == 1
+    return None if isinstance(weight, Node) or channels else row_local(call, excluded=(1,), aligned=False)
+
+
+_TABLE: dict[str, Callable[[Call], Optional[Node]]] = {
+    **dict.fromkeys(_POINTWISE, _pointwise),
+    **dict.fromkeys(("prelu", "_prelu_kernel"), _prelu),
+    **convolution.TABLE,
+    **norms.TABLE,
+    **resample.TABLE,
+    **arranging.TABLE,
+    **matrices.TABLE,
+    **reductions.TABLE,
+    **{
+        f"{name}adaptive_avg_pool{sides}d": lambda call: reductions.pooled_to_one(call) or convolution.adaptive_pool(call)
+        for name in ("", "_")
+        for sides in (1, 2, 3)
+    },
+}
+
+OF_MAPS = frozenset(
+    """
+    conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d group_norm native_group_norm
+    upsample_nearest2d upsample_nearest3d
+    """.split()  # noqa: SIM905
+)
+"""What decoders and encoders do to feature maps: with these streaming goes on where a plain map was in between."""
+
+
+def build(
+    recorder: Any, func: Any, args: Any, kwargs: dict[str, Any], spec: Spec, device: torch.device
+) -> Optional[Node]:
+    """The node of what `func` returns, row by row or as a reduction; None if it needs all of its arguments."""
+    builder = _TABLE.get(func.overloadpacket.__name__) if func.namespace == "aten" else None
+    if builder is None or 0 in spec.shape:
+        return None
+    return builder(Call(recorder, func, args, kwargs, spec, device))
+
+
+def build_several(
+    recorder: Any, func: Any, args: Any, kwargs: dict[str, Any], specs: Sequence[Spec]
+) -> Optional[tuple[Node, ...]]:
+    """The nodes of the results of an operator that has several."""
+    name = func.overloadpacket.__name__
+    if name not in norms.SEVERAL or 0 in specs[0].shape or not isinstance(args[0], Node):
+        return None
+    return norms.native(Call(recorder, func, args, kwargs, specs[0], args[0].device), specs)
+
+
+Fill = Callable[[Any, dict[str, Any]], Any]
+
+LIKE: dict[str, Optional[Fill]] = {
+    "empty_like": lambda args, kwargs: 0,
+    "new_empty": lambda args, kwargs: 0,
+    "new_empty_strided": lambda args, kwargs: 0,
+    "zeros_like": lambda args, kwargs: 0,
+    "new_zeros": lambda args, kwargs: 0,
+    "ones_like": lambda args, kwargs: 1,
+    "new_ones": lambda args, kwargs: 1,
+    "full_like": lambda args, kwargs: args[1] if len(args) > 1 else kwargs["fill_value"],
+    "new_full": lambda args, kwargs: args[2] if len(args) > 2 else kwargs["fill_value"],
+    "rand_like": None,
+    "randn_like": None,
+    "randint_like": None,
+}
+"""What takes its looks from an argument and none of its values: what it is filled with; None for random numbers."""
+
+
+def fill_like(name: str, made: Tensor, args: Any, kwargs: dict[str, Any]) -> None:
+    """Give a new tensor the values that the operator `name` gives it."""
+    fill = LIKE[name]
+    if fill is not None:
+        if not name.startswith(("empty", "new_empty")):
+            made.fill_(fill(args, kwargs))
+    elif name == "randn_like":
+        made.normal_(generator=kwargs.get("generator"))
+    elif name == "rand_like":
+        made.uniform_(generator=kwargs.get("generator"))
+    else:
+        bounds = [value for value in args[1:] if isinstance(value, int)]
+        made.random_(*([0] if len(bounds) == 1 else []), *bounds, generator=kwargs.get("generator"))

@@ -1,0 +1,186 @@
+"""What the tables of operators share: arguments put in place, and the dimension along which a result comes in rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from ...graph.node import Node, Step
+from ...graph.steps import RowLocal
+from ..memory import Held
+from ..shapes import Spec
+
+
+class Call(NamedTuple):
+    """An operator as a program called it. Its tensors are nodes where they are deferred, else held.
+
+    spec, device: of its result. recorder: makes nodes.
+    """
+
+    recorder: Any
+    func: Any
+    args: Any
+    kwargs: dict[str, Any]
+    spec: Spec
+    device: torch.device
+
+    @property
+    def name(self) -> str:
+        return self.func.overloadpacket.__name__
+
+    def given(self) -> dict[str, Any]:
+        """The arguments by name, those left out excepted."""
+        return {one.name: value for one, value in zip(self.func._schema.arguments, self.args)} | self.kwargs
+
+    def node(self, step: Step, inputs: Sequence[Node], dims: Sequence[Optional[int]], dim: Optional[int]) -> Node:
+        step.name = self.name
+        return self.recorder.node(step, inputs, dims, self.spec, self.device, dim)
+
+
+class _Place(NamedTuple):
+    """Where an argument is the piece of an input."""
+
+    index: int
+
+
+def over(args: Any, kwargs: dict[str, Any]) -> tuple[list[Node], Callable[[Any, Sequence[Tensor]], Any]]:
+    """The nodes among arguments, and what calls a function with pieces in their places."""
+    inputs: list[Node] = []
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, Node):
+            inputs.append(value)
+            return _Place(len(inputs) - 1)
+        if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+            return [placed(one) for one in value]
+        return value
+
+    positional = placed(list(args))
+    named = {name: placed(value) for name, value in kwargs.items()}
+
+    def call(func: Any, pieces: Sequence[Tensor]) -> Any:
+        def real(value: Any) -> Any:
+            kind = type(value)
+            if kind is _Place:
+                return pieces[value.index]
+            if kind is Held:
+                return value.tensor
+            return [real(one) for one in value] if kind is list else value
+
+        if not named:
+            return func(*[real(value) for value in positional])
+        return func(*[real(value) for value in positional], **{name: real(value) for name, value in named.items()})
+
+    return inputs, call
+
+
+def candidates(count: int) -> Sequence[int]:
+    """Dimensions along which a tensor of `count` dimensions may come in rows, the usual one first."""
+    return {3: (2, 1), 4: (2, 3, 1), 5: (3, 4, 2)}.get(count, range(max(count - 2, 0), -1, -1))
+
+
+def fixed_dim(node: Node) -> Optional[int]:
+    """The dimension along which a deferred tensor comes in rows; None where any will do."""
+    return None if node.flexible else node.dim
+
+
+def default_dim(shape: Sequence[int], excluded: Collection[int] = ()) -> Optional[int]:
+    """Along which a stored tensor is read in rows."""
+    return next((dim for dim in candidates(len(shape)) if shape[dim] > 1 and dim not in excluded), None)
+
+
+def dim_of(node: Node, excluded: Collection[int] = ()) -> Optional[int]:
+    """Along which `node` is read in rows, which is none of `excluded`."""
+    dim = fixed_dim(node)
+    return dim if dim is not None and dim not in excluded else default_dim(node.shape, excluded)
+
+
+def aligned_dim(nodes: Sequence[Node], shape: Sequence[int], excluded: Collection[int]) -> Optional[int]:
+    """Along which a result of `shape` comes in rows, whose dimensions are those of `nodes` counted from the last."""
+    count = len(shape)
+    for node in nodes:
+        dim = fixed_dim(node)
+        if dim is not None:
+            place = dim - len(node.shape) + count
+            if place >= 0 and place not in excluded and shape[place] == node.rows > 1:
+                return place
+    return default_dim(shape, excluded)
+
+
+def row_local(
+    call: Call, *, excluded: Collection[int] = (), aligned: bool = True, cheap: bool = True, moves: bool = False,
+    work: int = 1,
+) -> Optional[Node]:  # fmt: skip
+    """The node of an operator whose dimensions are those of its result, counted from the last, and that treats each row
+    by itself; `excluded`: dimensions of which that is not true.
+
+    aligned: held tensors broadcast against the result, and come in rows too; else they are used as they are.
+    """
+    inputs, apply = over(call.args, call.kwargs)
+    shape = call.spec.shape
+    dim = aligned_dim(inputs, shape, excluded)
+    if dim is None:
+        return None
+    back, rows = len(shape) - dim, shape[dim]
+    dims = []
+    for node in inputs:
+        place = len(node.shape) - back
+        here = place >= 0 and node.shape[place] != 1
+        if here and node.shape[place] != rows:
+            return None
+        dims.append(place if here else None)
+    if not any(place is not None for place in dims):
+        return None
+    held = [one for one in flat(call.args, call.kwargs) if type(one) is Held] if aligned else []
+    sliced = {id(one) for one in held if len(one.shape) >= back and one.shape[len(one.shape) - back] != 1}
+    func = call.func
+    if sliced:
+        inputs, apply, dims = _with_rows_of(call, sliced, inputs, dims, back)
+    order = [index for index, place in enumerate(dims) if place is not None]
+    step = RowLocal(lambda pieces, first, last: apply(func, pieces), len(order), cheap=cheap, moves=moves)
+    step.work = work
+    return call.node(step, inputs, dims, dim)
+
+
+def _with_rows_of(call: Call, sliced: Collection[int], inputs: list[Node], dims: list[Any], back: int) -> Any:
+    """The call, with held tensors that have rows as inputs: they are stored nodes."""
+
+    def noded(value: Any) -> Any:
+        if isinstance(value, Held) and id(value) in sliced:
+            return call.recorder.source(value.tensor)
+        if isinstance(value, (list, tuple)):
+            return [noded(one) for one in value]
+        return value
+
+    args, kwargs = noded(list(call.args)), {name: noded(value) for name, value in call.kwargs.items()}
+    inputs, apply = over(args, kwargs)
+    places = [len(node.shape) - back for node in inputs]
+    dims = [place if place >= 0 and node.shape[place] != 1 else None for node, place in zip(inputs, places)]
+    return inputs, apply, dims
+
+
+def flat(*values: Any) -> list[Any]:
+    """The values within lists, tuples and dictionaries."""
+    found: list[Any] = []
+    for value in values:
+        if isinstance(value, dict):
+            found.extend(flat(*value.values()))
+        elif isinstance(value, (list, tuple)):
+            found.extend(flat(*value))
+        else:
+            found.append(value)
+    return found
+
+
+def each(value: Any, sides: int) -> list[int]:
+    """A number for each side."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * sides if len(values) == 1 else values
+
+
+def tensor_of(value: Any) -> Optional[Tensor]:
+    """The tensor that is held; None where there is none."""
+    return value.tensor if isinstance(value, Held) else None

@@ -1,0 +1,167 @@
+"""Norms: statistics of the whole map, gathered in one pass over it, and one multiply-add per channel in another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from ...graph.statistics import Statistics, in_float64
+from ...graph.node import Node
+from ...graph.steps import Reduce, RowLocal
+from ..memory import Held
+from ..shapes import Spec
+from .common import Call, default_dim, fixed_dim, over, row_local, tensor_of
+
+
+def group_norm(call: Call) -> Optional[Node]:
+    """`group_norm`, and `native_group_norm`'s first result."""
+    given = call.given()
+    input, groups, weight, bias, eps = _group_norm_arguments(call, given)
+    return _normalised(call, input, groups, weight, bias, eps)
+
+
+def _group_norm_arguments(call: Call, given: dict[str, Any]) -> tuple[Any, ...]:
+    if call.name == "native_group_norm":
+        return given["input"], given["group"], given.get("weight"), given.get("bias"), given["eps"]
+    return given["input"], given["num_groups"], given.get("weight"), given.get("bias"), given.get("eps", 1e-5)
+
+
+def instance_norm(call: Call) -> Optional[Node]:
+    given = call.given()
+    input = given["input"]
+    if not given["use_input_stats"] or given.get("running_mean") is not None or not isinstance(input, Node):
+        return None
+    return _normalised(call, input, input.shape[1], given.get("weight"), given.get("bias"), given["eps"])
+
+
+def _normalised(call: Call, input: Any, groups: int, weight: Any, bias: Any, eps: float) -> Optional[Node]:
+    if not isinstance(input, Node) or len(input.shape) < 3 or isinstance(weight, Node) or isinstance(bias, Node):
+        return None
+    dim = fixed_dim(input)
+    dim = default_dim(input.shape, (0, 1)) if dim is None or dim < 2 else dim
+    if dim is None:
+        return None
+    batch, channels = input.shape[:2]
+    wide = torch.promote_types(call.spec.dtype, torch.float32)
+    spec = Spec((2, batch, channels), (batch * channels, channels, 1), 0, wide)
+    reduce = Reduce(lambda: _Line(groups, channels, weight, bias, eps, wide))
+    reduce.name = call.name
+    line = call.recorder.node(reduce, [input], [dim], spec, call.device, None)
+    ones = (1,) * (len(input.shape) - 2)
+
+    def run(pieces: Sequence[Tensor], first: int, last: int) -> Tensor:
+        scale, shift = pieces[1].unflatten(2, (channels, *ones))
+        piece = pieces[0]
+        if piece.dtype == wide:
+            return torch.addcmul(shift, piece, scale)
+        return torch.addcmul(shift, piece.to(wide), scale).to(piece.dtype)
+
+    return call.node(RowLocal(run, 1, cheap=True), [input, line], [dim, None], dim)
+
+
+class _Line:
+    """Gathers the statistics of a group norm, and makes of them what each channel is multiplied by and added to."""
+
+    def __init__(
+        self, groups: int, channels: int, weight: Optional[Held], bias: Optional[Held], eps: float, dtype: torch.dtype
+    ) -> None:
+        self.statistics = Statistics(groups)
+        self.channels, self.weight, self.bias, self.eps, self.dtype = channels, weight, bias, eps, dtype
+
+    def add(self, piece: Tensor, first: int, last: int) -> None:
+        self.statistics.add(piece)
+
+    def result(self, like: Tensor) -> None:
+        """Write it to `like`, `[2, N, C]`."""
+        statistics, each = self.statistics, self.channels // self.statistics.groups
+        scale = (statistics.variance + self.eps).rsqrt()
+        shift = -statistics.mean * scale
+        scale, shift = (value.repeat_interleave(each, 1) for value in (scale, shift))
+        weight, bias = tensor_of(self.weight), tensor_of(self.bias)
+        if weight is not None:
+            scale, shift = scale * in_float64(weight), shift * in_float64(weight)
+        if bias is not None:
+            shift = shift + in_float64(bias)
+        like[0].copy_(scale)
+        like[1].copy_(shift)
+
+
+def batch_norm(call: Call) -> Optional[Node]:
+    given = call.given()
+    trains = given.get("training", given.get("train", False))
+    node = given.get("input")
+    if trains or not isinstance(node, Node) or (not node.flexible and node.dim == 1):
+        return None
+    return row_local(call, excluded=(1,), aligned=False)
+
+
+def over_last(call: Call) -> Optional[Node]:
+    """`layer_norm`, `rms_norm`: over the last dimensions."""
+    given = call.given()
+    input, sizes = given["input"], given["normalized_shape"]
+    if not isinstance(input, Node):
+        return None
+    count = len(input.shape)
+    return row_local(call, excluded=range(count - len(sizes), count), aligned=False)
+
+
+TABLE: dict[str, Callable[[Call], Optional[Node]]] = {
+    "group_norm": group_norm,
+    "instance_norm": instance_norm,
+    "batch_norm": batch_norm,
+    "layer_norm": over_last,
+    "rms_norm": over_last,
+}
+
+
+def native(call: Call, specs: Sequence[Spec]) -> Optional[tuple[Node, ...]]:
+    """`native_group_norm` and its like: the first result is what counts, the others are made of all of the input."""
+    builder = {"native_group_norm": group_norm, "native_layer_norm": _native_layer_norm}.get(call.name, _native_batch)
+    first = builder(call._replace(spec=specs[0]))
+    if first is None:
+        return None
+    rest = []
+    for index, spec in enumerate(specs[1:], 1):
+        inputs, apply = over(call.args, call.kwargs)
+        rest.append(_part(call, index, spec, inputs, apply))
+    return (first, *rest)
+
+
+def _part(call: Call, index: int, spec: Spec, inputs: list[Node], apply: Any) -> Node:
+    from ...graph.steps import Whole
+
+    step = Whole(lambda pieces: apply(call.func, pieces)[index])
+    step.name = call.name
+    return call.recorder.node(step, inputs, [None] * len(inputs), spec, call.device, None)
+
+
+def _first_of(call: Call) -> Call:
+    func = call.func
+    return call._replace(func=_First(func))
+
+
+class _First:
+    """An operator of which the first result counts."""
+
+    def __init__(self, func: Any) -> None:
+        self.func, self.overloadpacket, self._schema = func, func.overloadpacket, func._schema
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.func(*args, **kwargs)[0]
+
+
+def _native_layer_norm(call: Call) -> Optional[Node]:
+    return over_last(_first_of(call))
+
+
+def _native_batch(call: Call) -> Optional[Node]:
+    return batch_norm(_first_of(call))
+
+
+SEVERAL = (
+    "native_group_norm", "native_layer_norm", "native_batch_norm", "_native_batch_norm_legit_no_training",
+    "cudnn_batch_norm", "miopen_batch_norm",
+)  # fmt: skip

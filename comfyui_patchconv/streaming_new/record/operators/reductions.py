@@ -1,0 +1,131 @@
+"""Reductions: of each row by itself where they leave the rows what they are, else gathered in a pass over all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from ...graph.node import Node
+from ...graph.steps import Reduce, RowLocal
+from .common import Call, default_dim, dim_of, each, fixed_dim, over
+
+_GATHERED = ("mean", "sum", "amax", "amin", "linalg_vector_norm", "norm", "var", "std")
+_OTHERS = ("all", "any", "logsumexp", "prod", "argmax", "argmin")
+
+
+def reduction(call: Call) -> Optional[Node]:
+    given = call.given()
+    input = given.get("self", given.get("input"))
+    if not isinstance(input, Node):
+        return None
+    count = len(input.shape)
+    dims = given.get("dim")
+    dims = range(count) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    dims = sorted({dim % count for dim in dims}) if count else []
+    keeps = bool(given.get("keepdim"))
+    dim = fixed_dim(input)
+    dim = default_dim(input.shape) if dim is None else dim
+    if dim is None:
+        return None
+    if dim in dims:
+        return _gathered(call, input, given, dims, dim)
+    inputs, apply = over(call.args, call.kwargs)
+    if len(inputs) > 1:
+        return None
+    to = dim if keeps else dim - sum(1 for one in dims if one < dim)
+    func = call.func
+    return call.node(RowLocal(lambda pieces, first, last: apply(func, pieces), 1, cheap=True), inputs, [dim], to)
+
+
+def _gathered(call: Call, input: Node, given: dict[str, Any], dims: list[int], dim: int) -> Optional[Node]:
+    name, order = call.name, given.get("ord", given.get("p", 2))
+    if name not in _GATHERED or (name in ("linalg_vector_norm", "norm") and order not in (None, 2, 2.0)):
+        return None
+    if not input.dtype.is_floating_point and name != "sum":
+        return None
+    correction = given.get("correction", 1 if given.get("unbiased", True) else 0)
+    correction = 1 if correction is None else correction
+    shape, size = call.spec.shape, prod(input.shape[one] for one in dims)
+    step = Reduce(lambda: _Gathered(name, dims, size, shape, correction))
+    step.name = name
+    node = call.recorder.node(step, [input], [dim], call.spec, call.device, None)
+    return node
+
+
+class _Gathered:
+    """A reduction, gathered piece by piece: sums in float64, variances merged with the term between pieces."""
+
+    def __init__(self, name: str, dims: list[int], size: int, shape: Any, correction: float) -> None:
+        self.name, self.dims, self.size, self.shape, self.correction = name, dims, size, shape, correction
+        self._count = 0
+        self._value: Optional[Tensor] = None
+        self._squares: Optional[Tensor] = None
+
+    def add(self, piece: Tensor, first: int, last: int) -> None:
+        if self.name in ("amax", "amin"):
+            part = getattr(torch, self.name)(piece, self.dims, True)
+            join = torch.maximum if self.name == "amax" else torch.minimum
+            self._value = part if self._value is None else join(self._value, part)
+            return
+        wide = piece.double() if piece.dtype.is_floating_point and _has_float64(piece) else piece
+        if self.name in ("sum", "mean"):
+            part = wide.sum(self.dims, True)
+        elif self.name in ("linalg_vector_norm", "norm"):
+            part = wide.square().sum(self.dims, True)
+        else:
+            self._add_moments(wide)
+            return
+        self._value = part if self._value is None else self._value + part
+
+    def _add_moments(self, wide: Tensor) -> None:
+        count = prod(wide.shape[dim] for dim in self.dims)
+        squares, mean = torch.var_mean(wide, self.dims, correction=0, keepdim=True)
+        squares = squares * count
+        if self._value is None or self._squares is None:
+            self._count, self._value, self._squares = count, mean, squares
+            return
+        total, difference = self._count + count, mean - self._value
+        self._value = self._value + difference * (count / total)
+        self._squares = self._squares + squares + difference**2 * (self._count * count / total)
+        self._count = total
+
+    def result(self, like: Tensor) -> None:
+        assert self._value is not None
+        value = self._value
+        if self.name == "mean":
+            value = value / self.size
+        elif self.name in ("linalg_vector_norm", "norm"):
+            value = value.sqrt()
+        elif self.name in ("var", "std"):
+            assert self._squares is not None
+            divisor = self.size - self.correction
+            value = self._squares / divisor if divisor > 0 else self._squares * float("nan" if self.size <= 1 else "inf")
+            value = value.sqrt() if self.name == "std" else value
+        like.copy_(value.reshape(self.shape))
+
+
+def _has_float64(piece: Tensor) -> bool:
+    return piece.device.type in ("cpu", "cuda", "meta")
+
+
+def pooled_to_one(call: Call) -> Optional[Node]:
+    """An adaptive average over the whole image."""
+    input, sizes = call.args[0], call.args[1]
+    sides = int(call.name[-2])
+    if not isinstance(input, Node) or len(input.shape) != sides + 2 or any(size != 1 for size in each(sizes, sides)):
+        return None
+    dims = list(range(2, sides + 2))
+    dim = dim_of(input, (0, 1))
+    if dim is None:
+        return None
+    size, shape = prod(input.shape[2:]), call.spec.shape
+    step = Reduce(lambda: _Gathered("mean", dims, size, shape, 0))
+    step.name = call.name
+    return call.recorder.node(step, [input], [dim], call.spec, call.device, None)
+
+
+TABLE: dict[str, Callable[[Call], Optional[Node]]] = dict.fromkeys((*_GATHERED, *_OTHERS), reduction)

@@ -1,0 +1,145 @@
+"""Upsampling, shuffles and pads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...graph.node import Node
+from ...graph.steps import Pad, Resample, RowLocal
+from .common import Call, dim_of
+
+_SMOOTH = {"bilinear": 1, "trilinear": 1, "linear": 1, "bicubic": 2}
+"""Upsampling that mixes rows, and how many rows beside its own an output row may read."""
+
+
+def upsample(call: Call) -> Optional[Node]:
+    given = call.given()
+    input = given.get("input", given.get("self"))
+    name = call.name.replace("_upsample", "upsample")
+    smooth = name.split("_")[1].rstrip("123d")
+    halo, mode = _SMOOTH.get(smooth, 0), smooth if smooth in _SMOOTH else "nearest"
+    if not isinstance(input, Node) or given.get("align_corners") or "aa" in name:
+        return None
+    sides = len(input.shape) - 2
+    factors = [out / side if side else 0.0 for out, side in zip(call.spec.shape[2:], input.shape[2:])]
+    dim = dim_of(input, (0, 1))
+    if dim is None or any(factor != int(factor) or factor < 1 for factor in factors):
+        return None
+    scales = _scales(given, sides)
+    if scales is not None and any(scale is not None and scale != factor for scale, factor in zip(scales, factors)):
+        return None
+    up = int(factors[dim - 2])
+    if halo and up & (up - 1):  # eager finds the weights of rows in float32, exactly for powers of two alone
+        return None
+
+    def run(piece: Tensor) -> Tensor:
+        return F.interpolate(piece, scale_factor=factors, mode=mode)
+
+    double = mode == "nearest" and factors == [2.0, 2.0]
+    step = Resample(up, 1, input.shape[dim], dim, run, halo=halo, double=double)
+    return call.node(step, [input], [dim], dim)
+
+
+def _scales(given: dict[str, Any], sides: int) -> Optional[list[Any]]:
+    found = given.get("scale_factors")
+    if found is None:
+        names = ("scales",) if sides == 1 else ("scales_d", "scales_h", "scales_w")[-sides:]
+        found = [given.get(name) for name in names]
+    return list(found)
+
+
+def shuffle(call: Call) -> Optional[Node]:
+    input, factor = call.args
+    if not isinstance(input, Node) or len(input.shape) < 3:
+        return None
+    count = len(input.shape)
+    dim = dim_of(input, range(count - 2))
+    if dim is None:
+        return None
+    up, down = (factor, 1) if call.name == "pixel_shuffle" else (1, factor)
+    func = call.func
+    step = Resample(up, down, input.shape[dim], dim, lambda piece: func(piece, factor), cheap=True)
+    return call.node(step, [input], [dim], dim)
+
+
+def pad(call: Call) -> Optional[Node]:
+    """`pad` and the operators that it is made of, in all modes."""
+    given = call.given()
+    input, sizes = given["self"], list(given.get("pad", given.get("padding", ())))
+    if not isinstance(input, Node):
+        return None
+    name = call.name
+    mode = given.get("mode", "constant")
+    mode = "replicate" if name.startswith("replication") else "reflect" if name.startswith("reflection") else mode
+    value = given.get("value")
+    count = len(input.shape)
+    pairs = [(0, 0)] * (count - len(sizes) // 2) + [pair for pair in zip(sizes[::2], sizes[1::2])][::-1]
+    dim = dim_of(input)
+    if dim is None:
+        return None
+    before, after = pairs[dim]
+    rows = input.shape[dim]
+    if mode == "reflect" and max(before, after) >= rows:
+        return None
+    if mode != "constant" and (dim < 2 or min(before, after) < 0):
+        return None
+    others = [pair if place != dim else (0, 0) for place, pair in enumerate(pairs)]
+    edges = [side for pair in reversed(others) for side in pair][: len(sizes)]
+    fill = 0.0 if value is None else value
+
+    def run(piece: Tensor) -> Tensor:
+        if not any(edges):
+            return piece
+        return F.pad(piece, edges, mode, fill if mode == "constant" else None)
+
+    if mode == "circular":
+        return _circular(call, input, dim, before, run)
+    return call.node(Pad(before, after, mode, fill, rows, dim, run), [input], [dim], dim)
+
+
+def _circular(call: Call, input: Node, dim: int, before: int, run: Callable[[Tensor], Tensor]) -> Node:
+    return gathered_rows(call, input, dim, lambda first, last: (first - before, last - before), run)
+
+
+def gathered_rows(
+    call: Call, input: Node, dim: int, place: Callable[[int, int], tuple[int, int]], run: Callable[[Tensor], Tensor]
+) -> Node:
+    """Rows of a stored map that goes on at its other end where it ends. place: where output rows lie in it."""
+    rows = input.shape[dim]
+
+    def compute(pieces: Sequence[Tensor], first: int, last: int) -> Tensor:
+        low, high = place(first, last)
+        parts, whole = [], pieces[0]
+        while low < high:
+            start = low % rows
+            size = min(rows - start, high - low)
+            parts.append(whole.narrow(dim, start, size))
+            low += size
+        return run(parts[0] if len(parts) == 1 else torch.cat(parts, dim))
+
+    return call.node(RowLocal(compute, 0, moves=True), [input], [None], dim)
+
+
+TABLE: dict[str, Callable[[Call], Optional[Node]]] = {
+    **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle"), shuffle),
+    **dict.fromkeys(
+        (
+            "pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
+            "replication_pad2d", "replication_pad3d",
+        ),
+        pad,
+    ),
+    **{
+        f"{prefix}{name}": upsample
+        for prefix, names in (
+            ("upsample_", ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "trilinear3d", "bicubic2d")),
+            ("_upsample_", ("nearest_exact1d", "nearest_exact2d", "nearest_exact3d")),
+        )
+        for name in names
+    },
+}  # fmt: skip

@@ -1,0 +1,536 @@
+"""What each operator of the program adds to the graph, and what happens where a value is demanded."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, Optional, Protocol
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import CannotEstimateError
+from ..graph.node import Node, ancestors
+from ..graph.steps import Whole
+from . import operators, views
+from .lazy import Cell, LazyTensor, View, recorder_of
+from .memory import Held, Memory, is_plain
+from .shapes import Spec, specs_of
+
+_SMALL = 1 << 16
+"""Bytes of results below which what is stored already is computed at once."""
+
+_LARGE = 1 << 20
+"""Bytes of a plain map from which what a decoder does to maps is deferred, though no argument is."""
+
+
+class Evaluate(Protocol):
+    """Stores nodes: plans them and runs the plan. later: what else the program may still ask for."""
+
+    def __call__(self, roots: Sequence[Node], later: Sequence[Node]) -> None: ...
+
+
+class _Operator(NamedTuple):
+    """What is known of an operator from its schema. written: names and places of the arguments that it writes to."""
+
+    name: str
+    written: tuple[tuple[int, str], ...]
+    functional: Any
+    looks: bool
+    draws: bool
+
+
+class Recorder(TorchDispatchMode):
+    """Records what happens to deferred tensors within its `with` block.
+
+    evaluate: stores nodes. report: counts operators that are evaluated whole. phantom: tensors have no values; nothing
+    can be demanded. eager_peak: bytes of the program's tensors at the worst moment, had it run eagerly.
+    """
+
+    def __init__(self, evaluate: Evaluate, report: dict[str, int], phantom: bool = False) -> None:
+        super().__init__()
+        self.report, self.phantom, self.memory = report, phantom, Memory()
+        self.eager_peak = self.alive = 0
+        self.deferred = 0
+        self._evaluate = evaluate
+        self._tensors: dict[int, ref[LazyTensor]] = {}
+        self._lock = threading.RLock()
+
+    # What the program holds
+
+    def defer(self, tensor: Tensor) -> LazyTensor:
+        """An argument of the caller's: its memory is written to at once."""
+        cell = Cell(self, Spec.of(tensor), real=tensor, counted=False)
+        return LazyTensor(View(cell, cell.whole, tensor.device))
+
+    def phantom_of(self, like: Spec, device: torch.device) -> LazyTensor:
+        """An argument that is not there yet: a tensor without values, as if on `device`."""
+        node = self._node(None, (), (), like, device, None)
+        node.tensor = like.empty()
+        return LazyTensor(View(Cell(self, like._replace(offset=0), node), like._replace(offset=0), device))
+
+    def note(self, tensor: LazyTensor) -> None:
+        """The program has this tensor from now on."""
+        key = id(tensor)
+        self._tensors[key] = ref(tensor, lambda _: self._tensors.pop(key, None))
+
+    def lives(self, size: int) -> None:
+        """So many bytes more, or fewer, are alive."""
+        self.alive += size
+        self.eager_peak = max(self.eager_peak, self.alive)
+
+    def held(self) -> list[LazyTensor]:
+        """The deferred tensors that the program has."""
+        return [tensor for tensor in (one() for one in list(self._tensors.values())) if tensor is not None]
+
+    # Operators
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if recorder_of(args, kwargs) is not None:
+            return self.call(func, args, kwargs)
+        operator = _operator(func)
+        if operator.written:
+            for value in _written(operator, args, kwargs):
+                if is_plain(value) or isinstance(value, Tensor) and value.layout is torch.strided:
+                    self.memory.before_write(value)
+        elif operator.name in operators.OF_MAPS and args and is_plain(args[0]) and not self.phantom:
+            large = args[0].is_floating_point() and args[0].dim() > 2 and args[0].nbytes >= _LARGE
+            if large and not args[0].requires_grad:
+                return self.call(func, (self.defer(args[0]), *args[1:]), kwargs)
+        return func(*args, **kwargs)
+
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What `func` returns, deferred tensors being among its arguments."""
+        with self._lock:
+            operator = _operator(func)
+            if operator.written:
+                return self._write(func, operator, args, kwargs)
+            if not _all_usual(args) or not _all_usual(tuple(kwargs.values())):
+                return self._now(func, args, kwargs)
+            if operator.name in operators.LIKE:
+                return self._like(func, operator, args, kwargs)
+            if operator.looks or operator.draws:
+                return self._now(func, args, kwargs)
+            specs = specs_of(func, args, kwargs, _spec)
+            if specs is None:
+                return self._now(func, args, kwargs)
+            if isinstance(specs, Spec):
+                if specs.alias is not None:
+                    return self._view(specs, None, func, args, kwargs)
+                node = self.compute(func, args, kwargs, specs)
+                return self._now(func, args, kwargs) if node is None else self._own(node, specs)
+            if all(spec.alias is not None for spec in specs):
+                return [self._view(spec, place, func, args, kwargs) for place, spec in enumerate(specs)]
+            nodes = operators.build_several(self, func, _operands(self, args), _operands(self, kwargs), specs)
+            if nodes is None:
+                return self._now(func, args, kwargs)
+            return tuple(self._own(node, spec) for node, spec in zip(nodes, specs))
+
+    def compute(self, func: Any, args: Any, kwargs: dict[str, Any], spec: Spec) -> Optional[Node]:
+        """The node of what `func` returns; None where it is better computed at once."""
+        args, kwargs = _operands(self, args), _operands(self, kwargs)
+        sources = [value for value in _flat((args, kwargs)) if isinstance(value, Node)]
+        size = _numel(spec) * spec.dtype.itemsize
+        stored = all(node.tensor is not None for node in sources)
+        if stored and not self.phantom and max(size, *(node.bytes for node in sources)) < _SMALL:
+            return None
+        device = _device_of(func, args, kwargs, sources)
+        node = operators.build(self, func, args, kwargs, spec, device)
+        if node is not None:
+            self.deferred += 1
+            return node
+        if stored and not self.phantom:
+            return None
+        return self.whole(func, args, kwargs, spec, device)
+
+    def whole(self, func: Any, args: Any, kwargs: dict[str, Any], spec: Spec, device: torch.device) -> Node:
+        """The node of an operator that needs all of its arguments at once."""
+        inputs, call = operators.over(args, kwargs)
+        name = func.overloadpacket.__name__
+        if any(node.dim is not None for node in inputs):
+            self.report[name] = self.report.get(name, 0) + 1
+        step = Whole(lambda pieces: call(func, pieces))
+        step.name = name
+        return self._node(step, inputs, (None,) * len(inputs), spec, device, None)
+
+    def _node(
+        self, step: Any, inputs: Sequence[Node], dims: Sequence[Optional[int]], spec: Spec, device: torch.device,
+        dim: Optional[int], key: Any = None,
+    ) -> Node:  # fmt: skip
+        return Node(
+            step, inputs, dims, shape=spec.shape, strides=spec.strides, dtype=spec.dtype, device=device,
+            itemsize=spec.dtype.itemsize, dim=dim, key=key,
+        )  # fmt: skip
+
+    node = _node
+
+    def source(self, tensor: Tensor) -> Node:
+        """A node of what is in memory that others can write to."""
+        node = self._node(None, (), (), Spec.of(tensor), tensor.device, None)
+        node.tensor = tensor
+        self.memory.watch(node)
+        return node
+
+    def _own(self, node: Node, spec: Spec) -> LazyTensor:
+        """A tensor with memory of its own."""
+        cell = Cell(self, spec._replace(alias=None), node)
+        return LazyTensor(View(cell, cell.whole, node.device))
+
+    # Views
+
+    def _view(self, spec: Spec, place: Optional[int], func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        tensors = [value for value in _flat((args, kwargs)) if isinstance(value, Tensor)]
+        base = tensors[spec.alias or 0]
+        if not isinstance(base, LazyTensor):
+            return self._now(func, args, kwargs)
+        parent = base.view_
+        view = View(parent.cell, spec._replace(alias=None), parent.device, parent, func, args[1:], kwargs, place)
+        if args[0] is not base:  # the view of an argument that is not the first
+            return self._now(func, args, kwargs)
+        return LazyTensor(view)
+
+    def look(self, view: View, parent: Node) -> Node:
+        """What `view` shows, where its parent shows `parent`."""
+        args = _operands(self, view.args)
+        node = views.build(self, view, parent, args)
+        if node is None:
+            func, place = view.func, view.place
+            called = func if place is None else lambda *given, **named: func(*given, **named)[place]
+            inputs, call = operators.over((parent, *args), view.kwargs)
+            name = func.overloadpacket.__name__
+            if parent.dim is not None:
+                self.report[name] = self.report.get(name, 0) + 1
+            step = Whole(lambda pieces: call(called, pieces))
+            step.name = name
+            node = self._node(step, inputs, (None,) * len(inputs), view.spec, parent.device, None)
+        return node
+
+    # Writes
+
+    def _write(self, func: Any, operator: _Operator, args: Any, kwargs: dict[str, Any]) -> Any:
+        targets = _written(operator, args, kwargs)
+        target = targets[0] if len(targets) == 1 else None
+        if isinstance(target, LazyTensor) and operator.functional is not None and args and args[0] is target:
+            if target.view_.cell.real is None and self._write_deferred(func, operator, target, args, kwargs):
+                return target
+        return self._write_now(func, targets, args, kwargs)
+
+    def _write_deferred(self, func: Any, operator: _Operator, target: LazyTensor, args: Any, kwargs: Any) -> bool:
+        """Give the cell of `target` its new value; whether that could be done."""
+        if operator.draws or not _all_usual(args) or kwargs:
+            return False
+        if specs_of(func, args, kwargs, _spec) is None:  # eager refuses it, and says so
+            return False
+        view = target.view_
+        if operator.name in ("copy_", "fill_", "zero_"):
+            node = views.filled(self, view, operator.name, _operands(self, args[1:2]))
+        else:
+            spec = specs_of(operator.functional, args, kwargs, _spec)
+            if not isinstance(spec, Spec) or spec.shape != view.spec.shape:
+                return False
+            operands = _operands(self, args)
+            node = operators.build(self, operator.functional, operands, kwargs, spec, view.device)
+            if node is None:
+                node = self.whole(operator.functional, operands, kwargs, spec, view.device)
+            if spec.dtype != view.spec.dtype:
+                node = views.cast(self, node, view.spec)
+        if node is None:
+            return False
+        return self._assign(view, node)
+
+    def _assign(self, view: View, node: Node) -> bool:
+        """From now on `view` shows `node`, and other views of its cell what follows from that."""
+        cell, current = view.cell, view
+        while current.parent is not None:
+            before = cell.value if current.parent.parent is None else current.parent.node()
+            assert before is not None
+            changed = views.scattered(self, current, before, node)
+            if changed is None:
+                return False
+            current, node = current.parent, changed
+        cell.value = node
+        cell.version += 1
+        return True
+
+    def _write_now(self, func: Any, targets: list[Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run an operator that writes, on real memory."""
+        if self.phantom:
+            raise CannotEstimateError(f"{func} writes into memory that others can reach")
+        self._make_real([value for value in targets if isinstance(value, LazyTensor)])
+        # What it reads is evaluated before anything is written.
+        others = [value for value in _flat((args, kwargs)) if isinstance(value, LazyTensor)]
+        self._store([value.view_.node() for value in others if value.view_.cell.real is None])
+        reals = {id(value): self.real(value) for value in others}
+        name = func.overloadpacket.__name__
+        if any(value.view_.cell.real is None for value in others):
+            self.report[name] = self.report.get(name, 0) + 1
+        for value in targets:
+            if isinstance(value, Tensor):
+                self.memory.before_write(reals.get(id(value), value))
+        lazies = {id(reals[id(value)]): value for value in others}
+
+        def real_of(value: Any) -> Any:
+            return reals[id(value)] if isinstance(value, LazyTensor) else value
+
+        result = func(*_mapped(real_of, args), **_mapped(real_of, kwargs))
+        return _mapped(lambda value: lazies.get(id(value), value), result)
+
+    # Values
+
+    def _now(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run an operator on values; tensors that come of it are deferred ones again."""
+        lazies = [value for value in _flat((args, kwargs)) if isinstance(value, LazyTensor)]
+        name = func.overloadpacket.__name__
+        if self.phantom:
+            raise CannotEstimateError(f"{name} looks at values")
+        nodes = [value.view_.node() for value in lazies]
+        if any(node.tensor is None and node.bytes >= _SMALL for node in nodes):
+            self.report[name] = self.report.get(name, 0) + 1
+        self._store(nodes)
+        del nodes
+        values = {id(value): self.real(value) for value in lazies}
+        result = func(
+            *_mapped(lambda value: values.get(id(value), value), args),
+            **_mapped(lambda value: values.get(id(value), value), kwargs),
+        )
+        return _mapped(lambda value: self._again(value, lazies, values), result)
+
+    def _again(self, value: Any, lazies: list[LazyTensor], values: dict[int, Tensor]) -> Any:
+        """A tensor that came of some, deferred: a view of one of them, or memory of its own."""
+        if not isinstance(value, Tensor) or not is_plain(value):
+            return value
+        storage = value.untyped_storage()._cdata
+        for one in lazies:
+            if values[id(one)].untyped_storage()._cdata == storage:
+                self._make_real([one])
+                real = one.view_.cell.real
+                assert real is not None
+                if real.untyped_storage()._cdata != storage:  # memory of its own now
+                    value = value.clone()
+                    break
+                whole = one.view_.cell.whole
+                offset = value.storage_offset() - real.storage_offset() + whole.offset
+                spec = Spec.of(value)._replace(offset=offset)
+                root = View(one.view_.cell, whole, one.view_.device)
+                return LazyTensor(View(one.view_.cell, spec, one.view_.device, root))
+        node = self._node(None, (), (), Spec.of(value), value.device, None)
+        node.tensor = value.detach()
+        return self._own(node, Spec.of(value)._replace(offset=0))
+
+    def _like(self, func: Any, operator: _Operator, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A new tensor that takes its looks from a deferred one, and none of its values."""
+        specs = specs_of(func, args, {**kwargs, "device": torch.device("meta")}, _spec)
+        device = _device_given(kwargs, args[0].view_.device if isinstance(args[0], LazyTensor) else args[0].device)
+        if not isinstance(specs, Spec):
+            return self._now(func, args, kwargs)
+        fill = operators.LIKE[operator.name]
+        large = fill is not None and _numel(specs) * specs.dtype.itemsize >= _SMALL
+        if large or self.phantom:
+            node = views.constant(self, specs, device, fill(args, kwargs) if fill is not None else 0)
+            if node is not None:
+                return self._own(node, specs)
+        made = torch.empty_strided(specs.shape, specs.strides, dtype=specs.dtype, device=device)
+        operators.fill_like(operator.name, made, args, kwargs)
+        node = self._node(None, (), (), specs, made.device, None)
+        node.tensor = made
+        return self._own(node, specs)
+
+    def _store(self, nodes: Iterable[Node]) -> None:
+        """Have the values of nodes."""
+        roots = list(dict.fromkeys(node for node in nodes if node.tensor is None))
+        if roots:
+            self._evaluate(roots, self._later(roots))
+
+    def _later(self, roots: Sequence[Node]) -> list[Node]:
+        """What the program may still ask for, beside `roots`."""
+        live: dict[Node, None] = {}
+        for tensor in self.held():
+            cell = tensor.view_.cell
+            if cell.value is not None and cell.value.tensor is None:
+                live[cell.value] = None
+            if tensor.view_._known is not None and tensor.view_._known.tensor is None:
+                live[tensor.view_._known] = None
+        for root in roots:
+            live.pop(root, None)
+        return ancestors(live)
+
+    def real(self, tensor: LazyTensor) -> Tensor:
+        """The values of a deferred tensor, in the memory that it shares with others if that is real."""
+        if tensor.view_.cell.real is not None:
+            return tensor.view_.real()
+        node = tensor.view_.node()
+        self._store([node])
+        return node.tensor
+
+    def _make_real(self, tensors: Iterable[LazyTensor]) -> None:
+        """Give the cells of these tensors memory that others can reach."""
+        cells = list(dict.fromkeys(tensor.view_.cell for tensor in tensors if tensor.view_.cell.real is None))
+        self._store([cell.value for cell in cells if cell.value is not None])
+        for cell in cells:
+            node = cell.value
+            assert node is not None
+            whole = cell.whole
+            kept: Tensor = node.tensor
+            cell.value = None
+            mine = kept.shape == whole.shape and kept.stride() == whole.strides
+            if not mine or self._is_shared(kept, cell):
+                with torch.inference_mode(torch.is_inference_mode_enabled()):
+                    kept = torch.empty_strided(whole.shape, whole.strides, dtype=whole.dtype, device=node.device)
+                kept.copy_(node.tensor)
+            else:
+                self.memory.watch(node)
+            cell.real = kept
+
+    def _is_shared(self, tensor: Tensor, cell: Cell) -> bool:
+        """Whether the memory of `tensor` is that of other cells, too."""
+        storage = tensor.untyped_storage()._cdata
+        if self.memory.is_read(tensor):
+            return True
+        for other in {one.view_.cell for one in self.held()}:
+            if other is cell:
+                continue
+            value = other.real if other.real is not None else other.value.tensor if other.value is not None else None
+            if value is not None and value.untyped_storage()._cdata == storage:
+                return True
+        return False
+
+    def become_ordinary(self, tensors: Sequence[LazyTensor]) -> None:
+        """Make ordinary tensors of deferred ones, the same objects, where torch can; from torch 2.3 on."""
+        with self._lock:
+            self._make_real(tensors)
+            for tensor in tensors:
+                real = tensor.view_.real()
+                mine = real.detach() if not real.requires_grad else real
+                self._tensors.pop(id(tensor), None)
+                _become(tensor, mine)
+
+    def finish(self) -> None:
+        """The call is over: what the program still has becomes ordinary, all evaluated in one go."""
+        self.become_ordinary(self.held())
+
+
+def _become(tensor: LazyTensor, real: Tensor) -> None:
+    swap: Optional[Callable[[Tensor, Tensor], None]] = getattr(torch._C, "_swap_tensor_impl", None)
+    if swap is None:
+        return
+    view = tensor.__dict__.pop("view_")
+    try:
+        swap(tensor, real)
+    except RuntimeError:
+        tensor.view_ = view
+        raise
+    tensor.__class__ = Tensor
+
+
+@lru_cache(maxsize=None)
+def _operator(func: Any) -> _Operator:
+    name, schema = func.overloadpacket.__name__, func._schema
+    written = tuple(
+        (place, argument.name)
+        for place, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+    functional = None
+    if len(written) == 1 and name.endswith("_") and not name.startswith("_"):
+        packet = getattr(torch.ops.aten, name[:-1], None) if func.namespace == "aten" else None
+        functional = getattr(packet, func._overloadname, None) if packet is not None else None
+        if name in ("copy_", "fill_", "zero_"):
+            functional = func
+    tags = set(func.tags)
+    looks = bool(tags & _LOOKING) or name in ("_local_scalar_dense", "equal", "is_nonzero", "item")
+    draws = torch.Tag.nondeterministic_seeded in tags or name in ("normal_", "uniform_", "bernoulli_", "random_")
+    return _Operator(name, written, functional, looks, draws)
+
+
+_LOOKING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+def _written(operator: _Operator, args: Any, kwargs: dict[str, Any]) -> list[Any]:
+    values = [args[place] if place < len(args) else kwargs.get(name) for place, name in operator.written]
+    return [value for value in _flat(values) if isinstance(value, Tensor)]
+
+
+def _flat(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [one for inner in value for one in _flat(inner)]
+    return [value]
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    if type(value) is tuple:
+        return tuple(_mapped(function, one) for one in value)
+    if isinstance(value, list):
+        return [_mapped(function, one) for one in value]
+    if type(value) is dict:
+        return {key: _mapped(function, one) for key, one in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_mapped(function, one) for one in value))
+    return function(value)
+
+
+def _all_usual(values: Any) -> bool:
+    """Whether tensors among arguments are deferred or plain."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if not isinstance(value, LazyTensor) and not is_plain(value):
+                return False
+        elif isinstance(value, (list, tuple)) and not _all_usual(value):
+            return False
+    return True
+
+
+def _spec(value: Any) -> Optional[Spec]:
+    if isinstance(value, LazyTensor):
+        return value.view_.spec
+    return Spec.of(value) if isinstance(value, Tensor) else None
+
+
+def _operands(recorder: Recorder, value: Any) -> Any:
+    """Arguments as steps take them: nodes, tensors that are held, and anything else as it is."""
+    if isinstance(value, LazyTensor):
+        return value.view_.node()
+    if isinstance(value, Tensor):
+        return recorder.memory.hold(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_operands(recorder, one) for one in value)
+    if isinstance(value, dict):
+        return {key: _operands(recorder, one) for key, one in value.items()}
+    return value
+
+
+def _numel(spec: Spec) -> int:
+    count = 1
+    for side in spec.shape:
+        count *= side
+    return count
+
+
+def _device_of(func: Any, args: Any, kwargs: dict[str, Any], sources: list[Node]) -> torch.device:
+    """Where the result of `func` lies."""
+    given = _device_given(kwargs, None)
+    if given is None and func.overloadpacket.__name__ in ("to", "type_as", "_to_copy"):
+        given = next((value for value in args if isinstance(value, torch.device)), None)
+        if given is None and len(args) > 1 and isinstance(args[1], (Node, Held)):
+            given = args[1].device if isinstance(args[1], Node) else args[1].tensor.device
+    return _numbered(given) if given is not None else max(sources, key=lambda node: node.bytes).device
+
+
+def _device_given(kwargs: dict[str, Any], otherwise: Any) -> Any:
+    given = kwargs.get("device")
+    return otherwise if given is None else torch.device(given)
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """A device with its number, where it has one."""
+    if device.index is not None or device.type in ("cpu", "meta"):
+        return device
+    return torch.empty(0, device=device).device
+
+
+__all__ = ["Evaluate", "Held", "Recorder"]
