@@ -119,7 +119,7 @@ class _PassLoop:
             if target.stored and target.node not in stored:
                 self._new[target.node] = self._room_for(target)
         self._last_readers = self._readers_at_last()
-        device = one_pass.main.device
+        device = one_pass.device
         self._cpu = device.type == "cpu"
         self._device = device
 
@@ -137,7 +137,7 @@ class _PassLoop:
         return last
 
     def run(self) -> None:
-        height = self._pass.main.rows
+        height = self._pass.height
         if self._cpu:
             keep_freed_blocks()
             self._memory.hand_back(planner.ALLOCATOR_BYTES["cpu"])
@@ -178,24 +178,24 @@ class _PassLoop:
         else:
             self._rows = ahead
             for target in self._pass.targets:
-                if target.node in wanted:
-                    self._give(target, wanted[target.node], pieces)
+                node = target.node
+                if node in pieces:
+                    self._give(target, *pieces.pop(node))
+                elif node in wanted and node not in self._inside:
+                    first, last = wanted[node]
+                    self._give(target, first, self._read(node, target.dim, first, last))
             if self._cpu:
                 self._memory.hand_back(planner.ALLOCATOR_BYTES["cpu"] + self._pass.line_bytes)
             return True
         release(self._device)
         return False
 
-    def _give(self, target: Target, span: Span, pieces: dict[Node, Tensor]) -> None:
-        node = target.node
-        piece = pieces.pop(node) if node in pieces else self._read(node, node.dim or self._dim_of(target), *span)
+    def _give(self, target: Target, first: int, piece: Tensor) -> None:
+        """Rows of a target go where they are wanted."""
         for reduction in target.reductions:
-            self._gathered[reduction].add(piece, *span)
-        if node in self._new:
-            self._new[node].append(piece)
-
-    def _dim_of(self, target: Target) -> int:
-        return next((dim for one in target.reductions for dim in one.dims if dim is not None), 0)
+            self._gathered[reduction].add(piece, first, first + piece.shape[target.dim])
+        if target.node in self._new:
+            self._new[target.node].append(piece)
 
     def _read(self, node: Node, dim: int, first: int, last: int) -> Tensor:
         """Rows of a stored map, along any of its dimensions."""
@@ -206,10 +206,10 @@ class _PassLoop:
             return stored.tensor.narrow(dim, first, last - first)
         return stored.read(first, last)
 
-    def _compute(self, works: list[Work]) -> dict[Node, Tensor]:
-        """One strip; the rows of each root among it."""
+    def _compute(self, works: list[Work]) -> dict[Node, tuple[int, Tensor]]:
+        """One strip; the new rows of each target among it, and the first of them."""
         there: dict[Node, tuple[int, Tensor]] = {}
-        roots: dict[Node, Tensor] = {}
+        roots: dict[Node, tuple[int, Tensor]] = {}
         wanted = {target.node for target in self._pass.targets}
         for work in works:
             node, (start, high) = work.node, work.rows
@@ -219,7 +219,7 @@ class _PassLoop:
             if start < high:
                 piece = self._rows_of(work, there)
                 if node in wanted:
-                    roots[node] = piece
+                    roots[node] = (start, piece)
                 if line is not None:
                     piece = torch.cat((line, piece), dim)
             if piece is None:

@@ -25,11 +25,11 @@ class Rows:
     """How far a pass has come: rows done of each step, and where the rows begin that are kept of it."""
 
     def __init__(self, one_pass: Pass) -> None:
-        self.order, self.again, self.main = one_pass.order, one_pass.again, one_pass.main
-        self.roots = [target.node for target in one_pass.targets]
+        self.order, self.again, self.height = one_pass.order, one_pass.again, max(one_pass.height, 1)
+        self.roots = {target.node: target.rows for target in one_pass.targets}
         inside = set(self.order)
         self.done = {node: 0 for node in self.order}
-        self.given = {node: 0 for node in self.roots}
+        self.given = {node: 0 for node in self.roots if node not in inside}  # of stored maps that are read for themselves
         self.kept: dict[Node, int] = {}
         self._rows_of = {
             node: [(source, source in inside) for source, dim in zip(node.inputs, node.dims) if dim is not None]
@@ -48,13 +48,13 @@ class Rows:
         return other
 
     def wanted(self, last: int) -> dict[Node, Span]:
-        """The rows of each root up to row `last` of the main one, and as much of the others."""
-        height = max(self.main.rows, 1)
+        """The rows of each root up to row `last` of the tallest, and as much of the others."""
         found = {}
-        for root in self.roots:
-            end = root.rows * last // height
-            if self.given[root] < end:
-                found[root] = (self.given[root], end)
+        for root, rows in self.roots.items():
+            end = rows * last // self.height
+            begin = self.given[root] if root in self.given else self.done[root]
+            if begin < end:
+                found[root] = (begin, end)
         return found
 
     def advance(self, wanted: dict[Node, Span]) -> list[Work]:
@@ -100,23 +100,25 @@ class Rows:
 
     def _next_row(self, source: Node) -> int:
         """The first row of `source` that is still to be read."""
-        low = source.rows
+        low = self._end(source)
         for node, place in self._readers.get(source, ()):
             row = self.next_row(node)
             if row < node.rows and node.step is not None:
                 low = min(low, node.step.needs(row, row + 1)[place][0])
         return low
 
+    def _end(self, source: Node) -> int:
+        return self.roots[source] if source in self.roots else source.rows
+
     def next_row(self, node: Node) -> int:
         """The first row of a step that is still to be computed, for itself or for what reads it."""
         if node not in self.again:
             return self.done[node]
-        row = min((self._next_row(node) if node in self._readers else node.rows), node.rows)
-        return min(row, self.given.get(node, row))
+        return self._next_row(node)
 
     def first_needed(self, source: Node) -> int:
         """The first row of a stored map that is still to be read."""
-        return min(self._next_row(source), self.given.get(source, source.rows))
+        return min(self._next_row(source), self.given.get(source, self._end(source)))
 
 
 def first_strips(rows: Rows, one_pass: Pass) -> list[dict[Node, Span]]:
@@ -124,7 +126,7 @@ def first_strips(rows: Rows, one_pass: Pass) -> list[dict[Node, Span]]:
 
     Where a small map is computed from a large one through many steps, its first row needs many rows of that.
     """
-    height = max(one_pass.main.rows, 1)
+    height = max(one_pass.height, 1)
     strip = min(one_pass.strip_rows, height)
     trial = rows.copy()
     aims = {

@@ -271,6 +271,12 @@ class Passes:
         if cut is not None:
             self._store([node for node in cut if not self._is_there(node)])
 
+    def _sweep_of(self, targets: Sequence[Target]) -> Sweep:
+        elsewhere = {node for node, target in self._stored.items() if target.elsewhere}
+        dims = {target.node: target.dim for target in targets if self._is_there(target.node)}
+        roots = [target.node for target in targets]
+        return Sweep(roots, self._stored, self._tuning, self._budget, elsewhere, dims)
+
     def _sweep(self, roots: Sequence[Node], more: Sequence[Node] = ()) -> Sweep:
         elsewhere = {node for node, target in self._stored.items() if target.elsewhere}
         stored = {*self._stored, *more} if more else self._stored
@@ -290,7 +296,7 @@ class Passes:
     def _run_pass(self, targets: list[Target]) -> None:
         """Count a pass, with all reductions that it can gather on the way."""
         known = {target.node for target in targets}
-        sweep = self._sweep([target.node for target in targets])
+        sweep = self._sweep_of(targets)
         for target in targets:
             target.reductions = list(dict.fromkeys([*target.reductions, *self._reductions_of([target.node])]))
         for node in sweep.order:
@@ -298,7 +304,7 @@ class Passes:
             if wanted and node not in self._left:
                 targets.append(Target(node, stored=False, reductions=wanted))
         targets += self._parts_to_reduce(targets, sweep)
-        sweep = self._sweep([target.node for target in targets])
+        sweep = self._sweep_of(targets)
         stored = [target for target in targets if target.stored and not self._is_there(target.node)]
         reductions = [node for target in targets for node in target.reductions]
         for target in stored:
@@ -316,10 +322,10 @@ class Passes:
         self._note(0, 0, sweep.workspace)
         for node in freed:
             self._release(node)
-        strips = -(-sweep.main.rows // max(sweep.strip_rows, 1))
+        strips = -(-sweep.height // max(sweep.strip_rows, 1))
         self.schedule.steps.append(
             Pass(
-                targets, sweep.order, sweep.main, sweep.strip_rows, sweep.again, shrinking, freed, sweep.work,
+                targets, sweep.order, sweep.device, sweep.height, sweep.strip_rows, sweep.again, shrinking, freed, sweep.work,
                 sweep.line_bytes, sweep.workspace,
             )  # fmt: skip
         )

@@ -41,12 +41,23 @@ class Target:
     elsewhere: bool = False
     reductions: list[Node] = field(default_factory=list)
 
+    @property
+    def dim(self) -> int:
+        """Along which its rows lie."""
+        if self.node.dim is not None and self.node.tensor is None:
+            return self.node.dim
+        return next((dim for one in self.reductions for dim in one.dims if dim is not None), 0)
+
+    @property
+    def rows(self) -> int:
+        return self.node.shape[self.dim] if self.node.shape else 1
+
 
 @dataclass
 class Pass:
     """One way through maps from top to bottom.
 
-    order: the steps, in the program's order. strip_rows: of `main`, the tallest target. again: steps that are computed
+    order: the steps, in the program's order. height: rows of the tallest target. strip_rows: of these, at once. again: steps that are computed
     anew from stored maps rather than kept between strips. shrinking: stored maps that are freed row by row as they are
     read. freed: stored maps that are freed behind it. work: bytes of maps that it computes. line_bytes: of the rows
     that are kept between strips.
@@ -54,7 +65,8 @@ class Pass:
 
     targets: list[Target]
     order: list[Node]
-    main: Node
+    device: Any
+    height: int
     strip_rows: int
     again: set[Node]
     shrinking: list[Node]
@@ -70,7 +82,7 @@ class Pass:
             for target in self.targets
         ]
         lists = {key: [name(node) for node in getattr(self, key)] for key in ("order", "shrinking", "freed")}
-        return replace(self, targets=targets, main=name(self.main), again={name(node) for node in self.again}, **lists)
+        return replace(self, targets=targets, again={name(node) for node in self.again}, **lists)
 
 
 @dataclass

@@ -44,35 +44,36 @@ def steps_to(roots: Iterable[Node], stored: Collection[Node]) -> list[Node]:
     return sorted(found, key=lambda node: node.serial)
 
 
-def computed_again(order: Sequence[Node], stored: Collection[Node]) -> set[Node]:
+def computed_again(order: Sequence[Node], roots: Collection[Node]) -> set[Node]:
     """The steps that are as cheap to compute anew from stored maps as their rows are to keep."""
     again: set[Node] = set()
     inside = set(order)
     for node in order:
         assert node.step is not None
         near = all(source not in inside or source in again for source in node.inputs)
-        if node.step.moves or (node.step.cheap and near):
+        if node not in roots and (node.step.moves or (node.step.cheap and near)):
             again.add(node)
     return again
 
 
 class Sweep:
-    """A pass that computes `roots` from stored maps.
+    """A pass that computes `roots` from stored maps, or reads them if they are stored; dims: along which these are read.
 
-    order: its steps. strip_rows: rows of `main`, the tallest root, that come at once. workspace: bytes that it takes
-    beside stored maps. elsewhere: the stored maps that do not lie on the device.
+    order: its steps. height: rows of the tallest root. strip_rows: of these, how many come at once. workspace: bytes
+    that it takes beside stored maps. elsewhere: the stored maps that do not lie on the device.
     """
 
     def __init__(
         self, roots: Sequence[Node], stored: Collection[Node], tuning: Tuning, budget: Optional[int],
-        elsewhere: Collection[Node] = (),
+        elsewhere: Collection[Node] = (), dims: Optional[dict[Node, int]] = None,
     ) -> None:  # fmt: skip
         self.roots, self.order = list(roots), steps_to(roots, stored)
         self._tuning, self._budget, self._elsewhere = tuning, budget, elsewhere
         nodes = self.order or self.roots
-        self.main = max(self.roots, key=lambda node: node.rows)
+        dims = dims or {}
+        self.height = max(root.shape[dims[root]] if root in dims else root.rows for root in self.roots)
         self.device = max(nodes, key=lambda node: node.bytes).device
-        self.again = computed_again(self.order, stored)
+        self.again = computed_again(self.order, set(self.roots))
         self._readers: dict[Node, list[tuple[Node, int]]] = {}
         for node in self.order:
             place = 0
@@ -80,7 +81,7 @@ class Sweep:
                 if dim is not None:
                     self._readers.setdefault(source, []).append((node, place))
                     place += 1
-        height = max(self.main.rows, 1)
+        height = max(self.height, 1)
         share = max(node.bytes for node in nodes) // height
         suitable = planner.STRIP_BYTES.get(self.device.type, planner.STRIP_BYTES_ELSEWHERE)
         suitable = tuning.strip_bytes if tuning.strip_bytes is not None else suitable
@@ -114,7 +115,7 @@ class Sweep:
 
     def rows_at_once(self, node: Node) -> int:
         """Rows of `node` that come at once, at most."""
-        return -(-node.rows * self.strip_rows // max(self.main.rows, 1))
+        return -(-node.rows * self.strip_rows // max(self.height, 1))
 
     def _rows_worth_their_costs(self, row_bytes: int, height: int) -> int:
         """Rows in a strip whose maps outweigh what each strip costs whatever its size: many for a video's frames.
@@ -160,7 +161,7 @@ class Sweep:
     def _bytes_beside_maps(self) -> int:
         """Bytes taken beside stored maps: a strip's rows, what the widest step adds to them, the rows kept between
         strips."""
-        share = self.strip_rows / max(self.main.rows, 1)
+        share = self.strip_rows / max(self.height, 1)
         strips = [node.row_bytes * min(share * node.rows + 2, node.rows) for node in self.order]
         copies = int(_COPIES * max(strips, default=0.0))  # which come and go within a step
         widest = max(min(_STRIPS_AT_ONCE, len(self.order) + 2) * max(strips, default=0.0), self._bytes_alive(strips) + copies)

@@ -122,9 +122,10 @@ class LazyTensor(Tensor):
     @staticmethod
     def __new__(cls, view: View) -> LazyTensor:
         spec = view.spec
-        tensor = Tensor._make_wrapper_subclass(
-            cls, spec.shape, strides=spec.strides, storage_offset=spec.offset, dtype=spec.dtype, device=view.device
-        )
+        with torch._C._InferenceMode(True):  # all alike: views of others would be tracked
+            tensor = Tensor._make_wrapper_subclass(
+                cls, spec.shape, strides=spec.strides, storage_offset=spec.offset, dtype=spec.dtype, device=view.device
+            )
         tensor.view_ = view
         view.cell.recorder.note(tensor)
         return tensor

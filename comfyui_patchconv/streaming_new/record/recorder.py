@@ -113,7 +113,7 @@ class Recorder(TorchDispatchMode):
                 return self._now(func, args, kwargs)
             if operator.name in operators.LIKE:
                 return self._like(func, operator, args, kwargs)
-            if operator.looks or operator.draws:
+            if operator.looks or (operator.draws and _draws(func, args, kwargs)):
                 return self._now(func, args, kwargs)
             specs = specs_of(func, args, kwargs, _spec)
             if specs is None:
@@ -444,6 +444,14 @@ def _operator(func: Any) -> _Operator:
     looks = bool(tags & _LOOKING) or name in ("_local_scalar_dense", "equal", "is_nonzero", "item")
     draws = torch.Tag.nondeterministic_seeded in tags or name in ("normal_", "uniform_", "bernoulli_", "random_")
     return _Operator(name, written, functional, looks, draws)
+
+
+def _draws(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an operator that can draw random numbers does: dropout of nothing, or in evaluation, does not."""
+    given = {one.name: value for one, value in zip(func._schema.arguments, args)} | kwargs
+    if "dropout_p" in given or func.overloadpacket.__name__.startswith(("scaled_dot", "_scaled_dot")):
+        return bool(given.get("dropout_p"))
+    return bool(given["p"]) and bool(given.get("train", True)) if "p" in given else True
 
 
 _LOOKING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...graph.node import Node
-from ...graph.steps import Join, Resample, RowLocal
+from ...graph.steps import Join, Regroup, Resample, RowLocal
 from ..memory import Held
 from .common import Call, default_dim, dim_of, fixed_dim, over, row_local
 from .resample import gathered_rows
@@ -157,3 +157,25 @@ def cast(call: Call) -> Optional[Node]:
 
 
 TABLE.update(dict.fromkeys(("to", "_to_copy", "type_as", "float", "double", "half", "bfloat16"), cast))
+
+
+def regroup(call: Call) -> Optional[Node]:
+    """`reshape` and its like where they copy."""
+    input = call.args[0]
+    dim = fixed_dim(input) if isinstance(input, Node) else None
+    step = Regroup.between(input.shape, dim, call.spec.shape) if dim is not None else None
+    return None if step is None else call.node(step, [input], [dim], step.to_dim)
+
+
+def same(call: Call) -> Optional[Node]:
+    """`contiguous` and its like where they copy: the values as they are."""
+    input = call.args[0]
+    dim = dim_of(input) if isinstance(input, Node) else None
+    if dim is None or input.dtype != call.spec.dtype:
+        return None
+    step = RowLocal(lambda pieces, first, last: pieces[0], 1, moves=True)
+    return call.node(step, [input], [dim], dim)
+
+
+TABLE.update(dict.fromkeys(("reshape", "flatten", "_reshape_copy", "unflatten", "view_copy", "ravel"), regroup))
+TABLE.update(dict.fromkeys(("contiguous", "lift_fresh_copy", "detach_copy", "alias_copy"), same))
