@@ -44,9 +44,10 @@ class Streamed:
         if reason is not None:
             self.report[reason] = self.report.get(reason, 0) + 1
             return function(*args, **kwargs)
-        if not any(is_map(value) for value in (*args, *kwargs.values())):
-            return function(*args, **kwargs)
         self.calls += 1
+        if not any(is_map(value) for value in (*args, *kwargs.values())):
+            self.calls -= not any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values()))
+            return function(*args, **kwargs)
         self.last = call = Call(self.budget, self.report, self.on_progress, self.tuning, self._schedules)
         with undisturbed():
             return call.run(function, args, kwargs)

@@ -42,7 +42,7 @@ class Call:
         self.streamed = False
         self._on_progress, self._schedules, self._phantom = on_progress, schedules, phantom
         self._made: list[ref[Node]] = []
-        self.recorder = Recorder(self.evaluate, report, phantom)
+        self.recorder = Recorder(self.evaluate, report, phantom, **({"small": 0} if tuning.always else {}))
 
     def run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What `function(*args, **kwargs)` returns."""
@@ -87,7 +87,7 @@ class Call:
             if schedule.elsewhere and roots[0].device.type == "cpu":
                 require_room(schedule.elsewhere)
             keep = {*roots, *later}
-            Loop(schedule, keep, torch.is_inference_mode_enabled(), self._progress).run()
+            Loop(schedule, keep, self.recorder.inference, self._progress).run()
         self._made += [ref(node) for node in (*roots, *later) if node.tensor is not None]
 
     def _schedule(self, roots: Sequence[Node], later: Sequence[Node], held: int) -> Schedule:

@@ -49,12 +49,13 @@ class Loop:
         node = step.node
         assert node.step is not None
         pieces = [_whole(source, self._stored) for source in node.inputs]
-        if node.step.takes_all:
-            result = node.step.compute(0, 1, pieces)
-        elif node.step.reduces:
-            result = _reduced(node, pieces)
-        else:
-            result = node.step.compute(0, node.rows, pieces)
+        with torch.inference_mode(self._inference), torch.no_grad():
+            if node.step.takes_all:
+                result = node.step.compute(0, 1, pieces)
+            elif node.step.reduces:
+                result = _reduced(node, pieces)
+            else:
+                result = node.step.compute(0, node.rows, pieces)
         self._stored[node] = _as_stored(node, result, self._inference)
         self._on_progress(step.work)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple, Optional, Protocol
 from weakref import ref
@@ -46,13 +47,18 @@ class _Operator(NamedTuple):
 class Recorder(TorchDispatchMode):
     """Records what happens to deferred tensors within its `with` block.
 
-    evaluate: stores nodes. report: counts operators that are evaluated whole. phantom: tensors have no values; nothing
+    small: bytes of results below which what is stored already is computed at once. inference: whether the caller is in
+    inference mode. evaluate: stores nodes. report: counts operators that are evaluated whole. phantom: tensors have no values; nothing
     can be demanded. eager_peak: bytes of the program's tensors at the worst moment, had it run eagerly.
     """
 
-    def __init__(self, evaluate: Evaluate, report: dict[str, int], phantom: bool = False) -> None:
+    def __init__(
+        self, evaluate: Evaluate, report: dict[str, int], phantom: bool = False, small: int = _SMALL
+    ) -> None:
         super().__init__()
         self.report, self.phantom, self.memory = report, phantom, Memory()
+        self.inference = torch.is_inference_mode_enabled()
+        self._small = small
         self.eager_peak = self.alive = 0
         self.deferred = 0
         self._evaluate = evaluate
@@ -85,6 +91,12 @@ class Recorder(TorchDispatchMode):
     def held(self) -> list[LazyTensor]:
         """The deferred tensors that the program has."""
         return [tensor for tensor in (one() for one in list(self._tensors.values())) if tensor is not None]
+
+    @contextmanager
+    def as_called(self) -> Iterator[None]:
+        """Within the block tensors are made as the caller's own code makes them; operators arrive in inference mode."""
+        with torch.inference_mode(self.inference), torch.no_grad():
+            yield
 
     # Operators
 
@@ -136,7 +148,7 @@ class Recorder(TorchDispatchMode):
         sources = [value for value in _flat((args, kwargs)) if isinstance(value, Node)]
         size = _numel(spec) * spec.dtype.itemsize
         stored = all(node.tensor is not None for node in sources)
-        if stored and not self.phantom and max(size, *(node.bytes for node in sources)) < _SMALL:
+        if stored and not self.phantom and max(size, *(node.bytes for node in sources)) < self._small:
             return None
         device = _device_of(func, args, kwargs, sources)
         node = operators.build(self, func, args, kwargs, spec, device)
@@ -276,7 +288,8 @@ class Recorder(TorchDispatchMode):
         def real_of(value: Any) -> Any:
             return reals[id(value)] if isinstance(value, LazyTensor) else value
 
-        result = func(*_mapped(real_of, args), **_mapped(real_of, kwargs))
+        with self.as_called():
+            result = func(*_mapped(real_of, args), **_mapped(real_of, kwargs))
         return _mapped(lambda value: lazies.get(id(value), value), result)
 
     # Values
@@ -288,15 +301,16 @@ class Recorder(TorchDispatchMode):
         if self.phantom:
             raise CannotEstimateError(f"{name} looks at values")
         nodes = [value.view_.node() for value in lazies]
-        if any(node.tensor is None and node.bytes >= _SMALL for node in nodes):
+        if any(node.tensor is None and node.bytes >= self._small for node in nodes):
             self.report[name] = self.report.get(name, 0) + 1
         self._store(nodes)
         del nodes
         values = {id(value): self.real(value) for value in lazies}
-        result = func(
-            *_mapped(lambda value: values.get(id(value), value), args),
-            **_mapped(lambda value: values.get(id(value), value), kwargs),
-        )
+        with self.as_called():
+            result = func(
+                *_mapped(lambda value: values.get(id(value), value), args),
+                **_mapped(lambda value: values.get(id(value), value), kwargs),
+            )
         return _mapped(lambda value: self._again(value, lazies, values), result)
 
     def _again(self, value: Any, lazies: list[LazyTensor], values: dict[int, Tensor]) -> Any:
@@ -310,7 +324,8 @@ class Recorder(TorchDispatchMode):
                 real = one.view_.cell.real
                 assert real is not None
                 if real.untyped_storage()._cdata != storage:  # memory of its own now
-                    value = value.clone()
+                    with self.as_called():
+                        value = value.clone()
                     break
                 whole = one.view_.cell.whole
                 offset = value.storage_offset() - real.storage_offset() + whole.offset
@@ -328,12 +343,13 @@ class Recorder(TorchDispatchMode):
         if not isinstance(specs, Spec):
             return self._now(func, args, kwargs)
         fill = operators.LIKE[operator.name]
-        large = fill is not None and _numel(specs) * specs.dtype.itemsize >= _SMALL
+        large = fill is not None and _numel(specs) * specs.dtype.itemsize >= self._small
         if large or self.phantom:
             node = views.constant(self, specs, device, fill(args, kwargs) if fill is not None else 0)
             if node is not None:
                 return self._own(node, specs)
-        made = torch.empty_strided(specs.shape, specs.strides, dtype=specs.dtype, device=device)
+        with self.as_called():
+            made = torch.empty_strided(specs.shape, specs.strides, dtype=specs.dtype, device=device)
         operators.fill_like(operator.name, made, args, kwargs)
         node = self._node(None, (), (), specs, made.device, None)
         node.tensor = made
@@ -378,7 +394,7 @@ class Recorder(TorchDispatchMode):
             cell.value = None
             mine = kept.shape == whole.shape and kept.stride() == whole.strides
             if not mine or self._is_shared(kept, cell):
-                with torch.inference_mode(torch.is_inference_mode_enabled()):
+                with self.as_called():
                     kept = torch.empty_strided(whole.shape, whole.strides, dtype=whole.dtype, device=node.device)
                 kept.copy_(node.tensor)
             else:

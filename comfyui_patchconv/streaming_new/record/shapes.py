@@ -95,4 +95,64 @@ def _asked(func: Any, args: Any, kwargs: dict[str, Any], spec: Callable[[Any], O
     if not all(isinstance(one, Tensor) and one.layout is torch.strided for one in results):
         return None
     answer = tuple(Spec.of(one)._replace(alias=storages.get(one.untyped_storage()._cdata)) for one in results)
+    if func.overloadpacket.__name__ in _CONVOLUTIONS:
+        return _as_backend_has_it(func, args, kwargs, spec, answer[0])
+    if func.overloadpacket.__name__ in _KEEPING_FORMAT and _suggests(spec(args[0]), torch.channels_last):
+        tensor = torch.empty(
+            answer[0].shape, dtype=answer[0].dtype, device="meta", memory_format=torch.channels_last
+        )
+        return Spec.of(tensor)
     return answer if several else answer[0]
+
+
+_KEEPING_FORMAT = ("pixel_shuffle", "pixel_unshuffle")
+"""What keeps channels last on the CPU, and says otherwise on the meta device."""
+
+_CONVOLUTIONS = frozenset(
+    "conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d".split()
+)
+
+
+def _as_backend_has_it(func: Any, args: Any, kwargs: dict[str, Any], spec: Any, result: Spec) -> Spec:
+    """The result of a convolution, whose strides are up to the backend that will be chosen for its arguments: channels
+    last where these are, on most. Asked for the CPU, whose tensors take no memory until they are written to."""
+    given = {one.name: value for one, value in zip(func._schema.arguments, args)} | kwargs
+    input, weight = spec(given["input"]), spec(given["weight"])
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(len(result.shape))
+    if last is None or not any(_suggests(one, last) for one in (input, weight)):
+        return result
+    if all(device == "cpu" for device in _device_types((args, kwargs))):
+        sides = len(result.shape) - 2
+
+        def each(name: str, default: int) -> list[int]:
+            value = given.get(name, default)
+            values = [value] if isinstance(value, int) else list(value)
+            return values * sides if len(values) == 1 else values
+
+        if isinstance(given.get("padding"), str):
+            return result
+        x, w = (torch.empty_strided(one.shape, one.strides, dtype=one.dtype) for one in (input, weight))
+        transposed = "transpose" in func.overloadpacket.__name__ or bool(given.get("transposed"))
+        backend = torch._C._select_conv_backend(
+            x, w, None, each("stride", 1), each("padding", 0), each("dilation", 1), transposed,
+            each("output_padding", 0), given.get("groups", 1), None,
+        )  # fmt: skip
+        last = torch._C._conv_determine_backend_memory_format(x, w, backend)
+    tensor = torch.empty(result.shape, dtype=result.dtype, device="meta", memory_format=last)
+    return Spec.of(tensor)
+
+
+def _suggests(spec: Optional[Spec], memory_format: torch.memory_format) -> bool:
+    if spec is None or len(spec.shape) not in (4, 5):
+        return False
+    tensor = torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device="meta")
+    return tensor.is_contiguous(memory_format=memory_format) and not tensor.is_contiguous()
+
+
+def _device_types(values: Any) -> list[str]:
+    if isinstance(values, dict):
+        values = list(values.values())
+    if isinstance(values, (list, tuple)):
+        return [one for value in values for one in _device_types(value)]
+    return [values.device.type] if isinstance(values, Tensor) else []

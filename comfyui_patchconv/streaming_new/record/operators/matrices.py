@@ -79,12 +79,12 @@ def _along(one: Any, other: Any, shape: Sequence[int]) -> Optional[int]:
 
 
 def scaled_dot_product(call: Call) -> Optional[Node]:
-    """Attention of queries `[B, heads, pixels, C]`: any rows of them with all keys and values."""
-    given = {"dropout_p": 0.0, "is_causal": False, "attn_mask": None, "attn_bias": None} | call.given()
-    query, key, value, mask = given["query"], given["key"], given["value"], given["attn_mask"] or given["attn_bias"]
-    if given["dropout_p"] or given["is_causal"] or given.get("enable_gqa") or isinstance(mask, Node):
+    """Attention of queries `[…, pixels, C]`: any rows of them with all keys and values, and their rows of a mask."""
+    given = {"dropout_p": 0.0, "is_causal": False, "attn_mask": None, "enable_gqa": False} | call.given()
+    query, key, value, mask = given["query"], given["key"], given["value"], given["attn_mask"]
+    if given["dropout_p"] or not isinstance(query, Node):
         return None
-    if not isinstance(query, Node) or not len(query.shape) == len(key.shape) == len(value.shape):
+    if not len(query.shape) == len(key.shape) == len(value.shape):
         return None
     count = len(query.shape)
     dim = fixed_dim(query)
@@ -94,37 +94,36 @@ def scaled_dot_product(call: Call) -> Optional[Node]:
     if dim is None:
         return None
     if dim != count - 2:  # windows that lie one behind the other: each by itself
-        return _windows(call, query, key, value, mask, dim)
-    if mask is not None and len(mask.shape) >= 2 and mask.shape[-2] != 1:
-        return None
-    if len(query.shape) != 4 or mask is not None:
-        return _simple(call, query, dim)
-    inputs, apply = over((query, key, value), {})
-    scale = given.get("scale")
+        return None if given["is_causal"] else _windows(call, query, key, value, mask, dim)
+    causal, keys = given["is_causal"], key.shape[-2]
+    if isinstance(mask, Held) and len(mask.shape) > 1 and mask.shape[-2] != 1:
+        mask = call.recorder.source(mask.tensor)
+    inputs, apply = over((query, key, value, mask), {})
+    options = {"scale": given.get("scale")} | ({"enable_gqa": True} if given["enable_gqa"] else {})
+    usual = count == 4 and mask is None and not causal and not given["enable_gqa"]
+    usual = usual and query.shape[:2] == key.shape[:2] == value.shape[:2]
 
-    def run(pieces: Sequence[Tensor], first: int, last: int) -> Tensor:
-        return apply(lambda q, k, v: attention.attend(q, k, v, scale), pieces)
+    def attend(q: Tensor, k: Tensor, v: Tensor, rows: Optional[Tensor], first: int) -> Tensor:
+        if usual:
+            return attention.attend(q, k, v, options["scale"])
+        if causal:
+            rows = torch.ones(q.shape[-2], keys, dtype=torch.bool, device=q.device).tril(first)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=rows, **options)
 
-    step = RowLocal(run, 1)
-    step.work = 2 * key.shape[-2]
-    like = [_like(one, call) for one in (query, key, value)]
-    step.workspace = attention.bytes_of_scores(*like)
+    dims = [dim if node is query and not place else None for place, node in enumerate(inputs)]
+    if isinstance(mask, Node) and len(mask.shape) > 1 and mask.shape[-2] != 1:
+        dims[-1] = len(mask.shape) - 2
+    step = RowLocal(
+        lambda pieces, first, last: apply(lambda *given: attend(*given, first), pieces), 1 + (dims[-1] is not None)
+    )
+    step.work = 2 * keys
+    step.workspace = attention.bytes_of_scores(*(_like(one, call) for one in (query, key, value))) if count == 4 else 0
     step.least_rows = attention.least_rows(1, call.device)
-    if isinstance(query, Node) and query is key:
-        inputs = list(inputs)
-    return call.node(step, inputs, [dim, *(None,) * (len(inputs) - 1)], dim)
+    return call.node(step, inputs, dims, dim)
 
 
 def _like(value: Any, call: Call) -> Any:
     return attention.Shape(tuple(value.shape), call.spec.dtype, call.device)
-
-
-def _simple(call: Call, query: Node, dim: int) -> Optional[Node]:
-    inputs, apply = over(call.args, call.kwargs)
-    func = call.func
-    step = RowLocal(lambda pieces, first, last: apply(func, pieces), 1)
-    return call.node(step, inputs, [one if one_node is query and not index else None for index, (one_node, one) in
-                                    enumerate(zip(inputs, [dim] * len(inputs)))], dim)  # fmt: skip
 
 
 def _windows(call: Call, query: Node, key: Any, value: Any, mask: Any, dim: int) -> Optional[Node]:
