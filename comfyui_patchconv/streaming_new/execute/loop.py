@@ -40,7 +40,9 @@ class Loop:
                 else:
                     _PassLoop(step, self._stored, self._memory, self._inference, self._on_progress).run()
                 for node in step.freed:
-                    self._stored.pop(node, None)
+                    stored = self._stored.pop(node, None)
+                    if stored is not None:
+                        stored.free(node.rows)
         for node, stored in self._stored.items():
             if isinstance(stored, Single):
                 node.store(stored.tensor)
@@ -56,7 +58,7 @@ class Loop:
                 result = _reduced(node, pieces)
             else:
                 result = node.step.compute(0, node.rows, pieces)
-        self._stored[node] = _as_stored(node, result, self._inference)
+        self._stored[node] = _as_stored(node, result, self._inference, self._memory.count)
         self._on_progress(step.work)
 
 
@@ -68,9 +70,10 @@ def _reduced(node: Node, pieces: Sequence[Tensor]) -> Tensor:
     return result
 
 
-def _as_stored(node: Node, result: Tensor, inference: bool) -> Single:
+def _as_stored(node: Node, result: Tensor, inference: bool, count: Callable[[int], None]) -> Single:
     single: Single = object.__new__(Single)
-    single.node, single.end, single.dim = node, node.rows, node.dim if node.dim is not None else 0
+    single.node, single.end, single.dim, single._count = node, node.rows, node.dim or 0, count
+    count(node.bytes)
     if result.is_inference() != inference or result.shape != node.shape:
         with torch.inference_mode(inference):
             kept = empty(node)
@@ -91,6 +94,10 @@ class _Memory:
     def __init__(self, schedule: Schedule) -> None:
         self._stored, self.held = schedule.stored, 0
         self._before: Optional[int] = None
+
+    def count(self, size: int) -> None:
+        """So many bytes more, or fewer, are stored."""
+        self.held += size
 
     def hand_back(self, usual: int) -> None:
         """Hand freed memory back to the system where it and what is in use are more than `usual` bytes beside what is
@@ -126,8 +133,8 @@ class _PassLoop:
 
     def _room_for(self, target: Target) -> Union[Single, Strips]:
         if target.whole:
-            return Single(target.node, target.elsewhere, self._inference)
-        return Strips(target.node, target.elsewhere)
+            return Single(target.node, target.elsewhere, self._inference, self._memory.count)
+        return Strips(target.node, target.elsewhere, self._memory.count)
 
     def _readers_at_last(self) -> dict[Node, Node]:
         """For each step, the last one of a strip that reads it."""
@@ -164,7 +171,7 @@ class _PassLoop:
         for node, gathered in self._gathered.items():
             result = empty(node)
             gathered.result(result)
-            self._stored[node] = _as_stored(node, result, self._inference)
+            self._stored[node] = _as_stored(node, result, self._inference, self._memory.count)
         self._stored.update(self._new)
 
     def _strip(self, wanted: dict[Node, Span], single: bool = False) -> bool:

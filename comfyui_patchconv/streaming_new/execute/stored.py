@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Optional, Union
 
 import torch
@@ -14,11 +15,13 @@ from .buffers import FileBuffer, HostBuffer, buffer_for, is_borrowed
 class Strips:
     """A map as strips of rows along `node.dim`.
 
-    elsewhere: keep them in host memory, or in a file where the device is the CPU.
+    elsewhere: keep them in host memory, or in a file where the device is the CPU. count: is told the bytes that they
+    take on the device, as these change.
     """
 
-    def __init__(self, node: Node, elsewhere: bool) -> None:
+    def __init__(self, node: Node, elsewhere: bool, count: Callable[[int], None]) -> None:
         self.node, self.dim, self.end = node, node.dim or 0, 0
+        self._count: Callable[[int], None] = (lambda size: None) if elsewhere else count
         self._strips: list[tuple[int, int, Tensor]] = []  # first row, rows, values
         self._buffer: Optional[Union[HostBuffer, FileBuffer]] = (
             buffer_for(node.device, node.bytes, self.dim) if elsewhere else None
@@ -33,6 +36,7 @@ class Strips:
             strip = strip.clone()
         self._strips.append((self.end, rows, strip))
         self.end += rows
+        self._count(rows * self.node.row_bytes)
 
     def read(self, first: int, last: int) -> Tensor:
         """Rows `[first, last)`, on the device: a view where one strip has them all."""
@@ -60,16 +64,21 @@ class Strips:
     def free(self, before: int) -> None:
         """Free the strips that lie wholly above row `before`."""
         while self._strips and self._strips[0][0] + self._strips[0][1] <= before:
-            strip = self._strips.pop(0)[2]
+            _, rows, strip = self._strips.pop(0)
+            self._count(-rows * self.node.row_bytes)
             if self._buffer is not None:
                 self._buffer.discard(strip)
 
 
 class Single:
-    """A map in one tensor, with the strides of eager's; in a file if `elsewhere`, where the device is the CPU."""
+    """A map in one tensor, with the strides of eager's; in a file if `elsewhere`, where the device is the CPU.
 
-    def __init__(self, node: Node, elsewhere: bool, inference: bool) -> None:
+    count: see `Strips`.
+    """
+
+    def __init__(self, node: Node, elsewhere: bool, inference: bool, count: Callable[[int], None]) -> None:
         self.node, self.end = node, 0
+        self._count: Callable[[int], None] = (lambda size: None) if elsewhere else count
         self.dim = node.dim if node.dim is not None else 0
         if elsewhere and node.device.type == "cpu":
             self._file = FileBuffer(node.bytes)
@@ -82,12 +91,16 @@ class Single:
         rows = strip.shape[self.dim]
         self.tensor.narrow(self.dim, self.end, rows).copy_(strip)
         self.end += rows
+        self._count(rows * self.node.row_bytes)
 
     def read(self, first: int, last: int) -> Tensor:
         return self.tensor.narrow(self.dim, first, last - first)
 
     def free(self, before: int) -> None:
         """It goes as a whole."""
+        if before >= self.end > 0:
+            self._count(-self.end * self.node.row_bytes)
+            self.end = 0
 
 
 def empty(node: Node) -> Tensor:

@@ -316,10 +316,8 @@ class Passes:
             target.node for target in targets if not target.stored
         }
         shrinking = [node for node in freed if node in read and not self._stored[node].whole]
+        self._held += sum(node.bytes for node in reductions)
         self._place(stored, sweep, shrinking)
-        small = sum(node.bytes for node in reductions)
-        self._held += small
-        self._note(0, 0, sweep.workspace)
         for node in freed:
             self._release(node)
         strips = -(-sweep.height // max(sweep.strip_rows, 1))

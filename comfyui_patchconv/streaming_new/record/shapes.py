@@ -46,21 +46,8 @@ def specs_of(func: Any, args: Any, kwargs: dict[str, Any], spec: Callable[[Any],
 
     spec: the `Spec` of an argument that is a tensor, None for any other.
     """
-    found: list[Spec] = []
-
-    def key_of(value: Any) -> Any:
-        sort = spec(value)
-        if sort is not None:
-            found.append(sort)
-            return sort
-        if isinstance(value, (list, tuple)):
-            return tuple(map(key_of, value))
-        if isinstance(value, torch.device):
-            return "device"
-        return type(value), value
-
     try:
-        key = (func, key_of(args), tuple((name, key_of(value)) for name, value in kwargs.items()) if kwargs else ())
+        key = (func, _key(args, spec), tuple((name, _key(value, spec)) for name, value in kwargs.items()) if kwargs else ())
         if key in _known:
             return _known[key]
     except TypeError:  # an argument that cannot be remembered
@@ -71,25 +58,39 @@ def specs_of(func: Any, args: Any, kwargs: dict[str, Any], spec: Callable[[Any],
     return answer
 
 
+def _key(value: Any, spec: Callable[[Any], Optional[Spec]]) -> Any:
+    """What is remembered of an argument."""
+    sort = spec(value)
+    if sort is not None:
+        return sort
+    if isinstance(value, (list, tuple)):
+        return tuple(_key(one, spec) for one in value)
+    return "device" if isinstance(value, torch.device) else (type(value), value)
+
+
+def _empty(value: Any, spec: Callable[[Any], Optional[Spec]], kept: list[Tensor]) -> Any:
+    """An argument without values; tensors go to `kept`."""
+    sort = spec(value)
+    if sort is not None:
+        kept.append(sort.empty())
+        return kept[-1]
+    if isinstance(value, (list, tuple)):
+        return type(value)(_empty(one, spec, kept) for one in value)
+    return torch.device("meta") if isinstance(value, torch.device) else value
+
+
 def _asked(func: Any, args: Any, kwargs: dict[str, Any], spec: Callable[[Any], Optional[Spec]]) -> Any:
-    storages: dict[int, int] = {}
     kept: list[Tensor] = []
-
-    def empty(value: Any) -> Any:
-        sort = spec(value)
-        if sort is not None:
-            tensor = sort.empty()
-            storages.setdefault(tensor.untyped_storage()._cdata, len(kept))
-            kept.append(tensor)
-            return tensor
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(empty, value))
-        return torch.device("meta") if isinstance(value, torch.device) else value
-
     try:
-        result = func(*map(empty, args), **{name: empty(value) for name, value in kwargs.items()})
+        result = func(
+            *(_empty(value, spec, kept) for value in args),
+            **{name: _empty(value, spec, kept) for name, value in kwargs.items()},
+        )
     except Exception:  # no implementation without values, or arguments that eager refuses, too
         return None
+    storages: dict[int, int] = {}
+    for place, tensor in enumerate(kept):
+        storages.setdefault(tensor.untyped_storage()._cdata, place)
     several = isinstance(result, (list, tuple))
     results = tuple(result) if several else (result,)
     if not all(isinstance(one, Tensor) and one.layout is torch.strided for one in results):

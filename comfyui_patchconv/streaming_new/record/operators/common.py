@@ -49,32 +49,41 @@ class _Place(NamedTuple):
 def over(args: Any, kwargs: dict[str, Any]) -> tuple[list[Node], Callable[[Any, Sequence[Tensor]], Any]]:
     """The nodes among arguments, and what calls a function with pieces in their places."""
     inputs: list[Node] = []
-
-    def placed(value: Any) -> Any:
-        if isinstance(value, Node):
-            inputs.append(value)
-            return _Place(len(inputs) - 1)
-        if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-            return [placed(one) for one in value]
-        return value
-
-    positional = placed(list(args))
-    named = {name: placed(value) for name, value in kwargs.items()}
+    positional = _placed(list(args), inputs)
+    named = {name: _placed(value, inputs) for name, value in kwargs.items()}
 
     def call(func: Any, pieces: Sequence[Tensor]) -> Any:
-        def real(value: Any) -> Any:
-            kind = type(value)
-            if kind is _Place:
-                return pieces[value.index]
-            if kind is Held:
-                return value.tensor
-            return [real(one) for one in value] if kind is list else value
-
         if not named:
-            return func(*[real(value) for value in positional])
-        return func(*[real(value) for value in positional], **{name: real(value) for name, value in named.items()})
+            return func(*[_real(value, pieces) for value in positional])
+        return func(
+            *[_real(value, pieces) for value in positional],
+            **{name: _real(value, pieces) for name, value in named.items()},
+        )
 
     return inputs, call
+
+
+# Not functions within `over` that call themselves: such a one is a circle, and what it holds stays for a while.
+
+
+def _placed(value: Any, inputs: list[Node]) -> Any:
+    """An argument with places instead of nodes, which go to `inputs`."""
+    if isinstance(value, Node):
+        inputs.append(value)
+        return _Place(len(inputs) - 1)
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return [_placed(one, inputs) for one in value]
+    return value
+
+
+def _real(value: Any, pieces: Sequence[Tensor]) -> Any:
+    """An argument with tensors in the places of inputs and of what is held."""
+    kind = type(value)
+    if kind is _Place:
+        return pieces[value.index]
+    if kind is Held:
+        return value.tensor
+    return [_real(one, pieces) for one in value] if kind is list else value
 
 
 def candidates(count: int) -> Sequence[int]:
@@ -147,19 +156,18 @@ def row_local(
 
 def _with_rows_of(call: Call, sliced: Collection[int], inputs: list[Node], dims: list[Any], back: int) -> Any:
     """The call, with held tensors that have rows as inputs: they are stored nodes."""
-
-    def noded(value: Any) -> Any:
-        if isinstance(value, Held) and id(value) in sliced:
-            return call.recorder.source(value.tensor)
-        if isinstance(value, (list, tuple)):
-            return [noded(one) for one in value]
-        return value
-
-    args, kwargs = noded(list(call.args)), {name: noded(value) for name, value in call.kwargs.items()}
+    args = _noded(list(call.args), sliced, call.recorder)
+    kwargs = {name: _noded(value, sliced, call.recorder) for name, value in call.kwargs.items()}
     inputs, apply = over(args, kwargs)
     places = [len(node.shape) - back for node in inputs]
     dims = [place if place >= 0 and node.shape[place] != 1 else None for node, place in zip(inputs, places)]
     return inputs, apply, dims
+
+
+def _noded(value: Any, sliced: Collection[int], recorder: Any) -> Any:
+    if isinstance(value, Held) and id(value) in sliced:
+        return recorder.source(value.tensor)
+    return [_noded(one, sliced, recorder) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def flat(*values: Any) -> list[Any]:

@@ -1,0 +1,934 @@
+"""Writes in place through views of every sort, and operands that are written after use: the result is eager's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from comfyui_patchconv.streaming import Tuning
+
+from .comparing import FEW_ROWS, MODES, TUNINGS, Mode, assert_as_eager
+
+WEIGHT = nn.Parameter(torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(1)) / 6, requires_grad=False)
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+Function = Callable[[Tensor], Any]
+
+
+def c(x: Tensor) -> Tensor:
+    return F.conv2d(x, WEIGHT.to(x.dtype), padding=1)
+
+
+def a_map(memory_format: torch.memory_format = torch.contiguous_format, *shape: int) -> Tensor:
+    x = torch.randn(*(shape or (2, 4, 9, 7)), generator=torch.Generator().manual_seed(2))
+    return x.contiguous(memory_format=memory_format)
+
+
+# Writes through views
+
+
+def permuted(x: Tensor) -> Any:
+    y = c(x)
+    t = y.permute(0, 2, 3, 1)
+    t[..., :2].mul_(3)
+    return y, t
+
+
+def permuted_and_normed(x: Tensor) -> Any:
+    t = F.layer_norm(c(x).permute(0, 2, 3, 1), (4,))
+    t[..., :2].mul_(3)
+    return t.permute(0, 3, 1, 2) + 0
+
+
+def permuted_with_the_batch(x: Tensor) -> Any:
+    y = c(x)
+    y.permute(3, 0, 1, 2).mul_(2)
+    y.permute(1, 0, 2, 3)[0].add_(1)
+    return c(y)
+
+
+def a_token(x: Tensor) -> Any:
+    t = c(x).flatten(2).transpose(1, 2)
+    t[:, 0] = 0
+    return t * 1
+
+
+def a_token_of_what_is_kept(x: Tensor) -> Any:
+    y = c(x)
+    t = y.flatten(2).transpose(1, 2)
+    t[:, 3:5] *= 2
+    t[:, -1].fill_(7)
+    return y, c(y), t
+
+
+def tokens_by_a_list(x: Tensor) -> Any:
+    t = c(x).flatten(2).transpose(1, 2) * 1
+    t[:, [0, 5, 62]] = 1.5
+    t[0, torch.tensor([1, 2])] += 3
+    return t.transpose(1, 2).unflatten(2, (9, 7))
+
+
+def tokens_and_back(x: Tensor) -> Any:
+    y = c(x)
+    t = y.flatten(2).transpose(1, 2)
+    back = t.transpose(1, 2).unflatten(2, (9, 7))
+    back[:, :, 4].zero_()
+    return y, t, c(back)
+
+
+def a_view_of_the_tokens(x: Tensor) -> Any:
+    y = c(x)
+    y.view(2, 4, 63).add_(1) if y.is_contiguous() else y.flatten(2).add_(1)
+    return y
+
+
+def heads(x: Tensor) -> Any:
+    y = c(x)
+    q = y.flatten(2).transpose(1, 2).unflatten(2, (2, 2)).transpose(1, 2)
+    q[:, 1].mul_(0.5)
+    q.mul_(2)
+    return F.scaled_dot_product_attention(q, q, q), y
+
+
+def split_into_both_parts(x: Tensor) -> Any:
+    y = c(x)
+    first, rest = y.split([1, 3], 1)
+    first.add_(x[:, :1])
+    rest.mul_(x[:, 1:])
+    return c(y) + y, first
+
+
+def split_by_rows(x: Tensor) -> Any:
+    y = c(x)
+    upper, lower = y.split([4, 5], 2)
+    upper.neg_()
+    lower.copy_(x[:, :, 4:])
+    return y, c(upper)
+
+
+def split_by_columns(x: Tensor) -> Any:
+    y = c(x)
+    for part in y.chunk(3, 3):
+        part.sub_(part.mean())
+    return y
+
+
+def split_the_batch(x: Tensor) -> Any:
+    y = c(x)
+    one, other = y.unbind(0)
+    one.add_(other)
+    other.zero_()
+    return y
+
+
+def split_with_numbers_of_its_own(x: Tensor) -> Any:
+    y = c(x)
+    for index, part in enumerate(y.tensor_split([1, 2, 6], 2)):
+        part.mul_(index)
+    return c(y)
+
+
+def swapped_halves(x: Tensor) -> Any:
+    y = c(x)
+    a, b = y.chunk(2, 1)
+    kept = a.clone()
+    a.copy_(b)
+    b.copy_(kept)
+    return y
+
+
+def expanded_is_read_after_a_write(x: Tensor) -> Any:
+    g = c(x).mean((2, 3), keepdim=True)
+    wide = g.expand(2, 4, 9, 7)
+    g.mul_(2)
+    return wide * x, wide
+
+
+def expanded_source(x: Tensor) -> Any:
+    y = torch.zeros_like(x)
+    y.copy_(c(x)[:, :1].expand_as(y))
+    y[:, 1:] += x[:, :1].expand(-1, 3, -1, -1)
+    return y
+
+
+def expanded_constant(x: Tensor) -> Any:
+    row = torch.arange(7.0).expand(2, 4, 9, 7)
+    y = c(x) + row
+    y *= row
+    return y
+
+
+def strided_rows(x: Tensor) -> Any:
+    y = c(x)
+    y[:, :, ::2] *= 2
+    y[:, :, 1::3].add_(1)
+    return c(y)
+
+
+def strided_columns(x: Tensor) -> Any:
+    y = c(x)
+    y[..., ::2], y[..., 1::2] = x[..., ::2] * 2, y[..., ::2][..., :3]
+    return y
+
+
+def strided_in_all(x: Tensor) -> Any:
+    y = c(x)
+    part = y[:, ::2, 1::2, ::3]
+    part.fill_(2)
+    part[..., 0] = 5
+    return y, part
+
+
+def strided_by_numbers(x: Tensor) -> Any:
+    y = c(x).contiguous()
+    y.as_strided((2, 9), (252, 7)).zero_()
+    y.as_strided((5,), (3,), 4).add_(1)
+    return y, c(y)
+
+
+def a_row(x: Tensor) -> Any:
+    y = c(x)
+    z = y * 2
+    y.select(2, 3).fill_(1)
+    y[:, :, -1] = 0
+    return y, z
+
+
+def a_pixel(x: Tensor) -> Any:
+    y = c(x)
+    y[0, 1, 2, 3] = 100
+    y[1, 0, 8, 6] += 50
+    y[0, 0, 0, 0].mul_(2)
+    return c(y)
+
+
+def a_row_of_another_map(x: Tensor) -> Any:
+    y, z = c(x), c(x) * 2
+    y[:, :, 0] = z[:, :, -1]
+    z[:, :, 1:3] = y[:, :, 5:7]
+    return y, z
+
+
+def a_diagonal(x: Tensor) -> Any:
+    y = c(x)
+    d = y.diagonal(0, 2, 3)
+    d.zero_()
+    y.diagonal(-1, 2, 3).add_(4)
+    return y, d, c(y)
+
+
+def a_diagonal_of_channels(x: Tensor) -> Any:
+    y = c(x)
+    y.diagonal(0, 1, 2).copy_(torch.ones(2, 7, 4))
+    torch.diagonal(y, 1, 1, 3).mul_(3)
+    return y
+
+
+def windows_by_unfold(x: Tensor) -> Any:
+    y = c(x)
+    w = y.unfold(2, 3, 3)
+    w[..., 1].mul_(2)
+    y.unfold(3, 2, 2).add_(1)
+    return y, w
+
+
+def windows_by_reshape(x: Tensor) -> Any:
+    y = c(x[:, :, :8, :6])
+    w = y.unflatten(2, (4, 2)).unflatten(4, (3, 2)).permute(0, 2, 4, 3, 5, 1)
+    w[:, 1:].mul_(2)
+    w[..., 0].sub_(1)
+    return y, w.reshape(-1, 4, 4)
+
+
+def unflattened(x: Tensor) -> Any:
+    y = c(x)
+    part = y.unflatten(1, (2, 2)).transpose(1, 2)[:, 1]
+    part[:, :1].mul_(x[:, :1])
+    y.unflatten(2, (3, 3))[:, :, 1].zero_()
+    return y, part
+
+
+def unsqueezed(x: Tensor) -> Any:
+    y = c(x)
+    y.unsqueeze(2)[:, :, 0].add_(1)
+    y[:, None, :, :, 3].mul_(2)
+    y.unsqueeze(0).squeeze(0)[:, 0] = 0
+    return y
+
+
+def a_view_of_a_view_of_a_view(x: Tensor) -> Any:
+    y = c(x)
+    y[1:].permute(0, 2, 3, 1)[..., 1:3].transpose(1, 2).narrow(1, 2, 3).select(2, 4).add_(10)
+    return y
+
+
+def a_view_that_outlives_its_map(x: Tensor) -> Any:
+    y = c(x)
+    a, b = y[:, :3], y[:, 1:]
+    del y
+    a.add_(1)
+    return a, b
+
+
+def views_that_overlap(x: Tensor) -> Any:
+    y = c(x)
+    a, b = y[:, :, :6], y[:, :, 3:]
+    doubled = a * 2
+    a.add_(1)
+    b.mul_(3)
+    y.sub_(x)
+    return y, a, b, doubled
+
+
+def the_same_view_twice(x: Tensor) -> Any:
+    y = c(x)
+    a, b = y[:, 1], y[:, 1]
+    a.add_(1)
+    b.mul_(2)
+    return a, b, y
+
+
+def a_view_by_real_and_imaginary(x: Tensor) -> Any:
+    y = c(x[..., :6]).contiguous().unflatten(3, (3, 2))
+    z = torch.view_as_complex(y)
+    z.mul_(1j)
+    return y, torch.view_as_real(z).flatten(3)
+
+
+def bits_of_another_type(x: Tensor) -> Any:
+    y = c(x)
+    y.view(torch.int32).bitwise_and_(0x7FFFFFFF)
+    return y + 1
+
+
+def sorted_out_by_a_mask(x: Tensor) -> Any:
+    y = c(x)
+    y[y > 0.3] = 0.3
+    y[x < 0] *= 2
+    y.masked_fill_(x.abs() < 0.1, -1.0)
+    return c(y)
+
+
+def a_mask_by_rows(x: Tensor) -> Any:
+    y = c(x)
+    rows = torch.arange(9) % 2 == 0
+    y[:, :, rows] = 0
+    y[:, torch.tensor([True, False, False, True])] += 1
+    return y
+
+
+def a_mask_of_the_batch(x: Tensor) -> Any:
+    y = c(x)
+    y[torch.tensor([False, True])] = x[:1]
+    return y
+
+
+def by_index_tensors(x: Tensor) -> Any:
+    y = c(x)
+    y[:, torch.tensor([3, 0])] = x[:, :2]
+    y[torch.tensor([0, 1]), torch.tensor([2, 1])] = 1
+    y.index_put_((torch.tensor([0]), torch.tensor([1])), torch.tensor(2.0), accumulate=True)
+    return y
+
+
+def by_index_operators(x: Tensor) -> Any:
+    y, index = c(x), torch.tensor([2, 0])
+    y.index_fill_(1, index, 0.5)
+    y.index_copy_(2, index, x[:, :, :2])
+    y.index_add_(3, index, x[..., :2], alpha=2)
+    return y, c(y)
+
+
+def by_scatter(x: Tensor) -> Any:
+    y = c(x)
+    index = x.argmax(1, keepdim=True)
+    y.scatter_(1, index, 9.0)
+    y.scatter_add_(2, index, torch.ones_like(y[:, :1]))
+    y.masked_scatter_(x > 1, torch.arange(504.0))
+    return y
+
+
+def by_put(x: Tensor) -> Any:
+    y = c(x)
+    y.put_(torch.tensor([0, 7, 300]), torch.tensor([1.0, 2.0, 3.0]))
+    return y * 2
+
+
+# Views that are copies, and copies that are views
+
+
+def contiguous_is_a_copy_in_one_format(x: Tensor) -> Any:
+    y = c(x)
+    z = y.contiguous()
+    z.add_(1)
+    return y, z
+
+
+def contiguous_is_a_copy_of_what_was_permuted(x: Tensor) -> Any:
+    q = c(x).permute(0, 2, 3, 1) * 1
+    t = q.contiguous()
+    t.add_(1)
+    return q, t
+
+
+def channels_last_is_a_copy_in_one_format(x: Tensor) -> Any:
+    y = c(x)
+    z = y.contiguous(memory_format=torch.channels_last)
+    w = y.to(memory_format=torch.channels_last)
+    z.add_(1)
+    w.mul_(2)
+    return y, z, w
+
+
+def contiguous_of_one_channel_is_no_copy(x: Tensor) -> Any:
+    y = c(x)[:, :1].clone()
+    z = y.contiguous(memory_format=torch.channels_last)
+    w = y.contiguous()
+    z.add_(1)
+    w.mul_(2)
+    return y, z, w
+
+
+def reshape_is_a_copy_or_a_view(x: Tensor) -> Any:
+    y = c(x)
+    one, other = y.reshape(2, -1), y.transpose(1, 2).reshape(2, -1)
+    one.add_(1)
+    other.mul_(3)
+    return y, one, other
+
+
+def flatten_is_a_copy_or_a_view(x: Tensor) -> Any:
+    y = c(x)
+    y.flatten(2).add_(1)
+    y.flatten(1, 2).mul_(2)
+    y.flatten().sub_(3)
+    y.permute(0, 2, 3, 1).flatten(1, 2).neg_()
+    return y
+
+
+def to_is_a_copy_or_itself(x: Tensor) -> Any:
+    y = c(x)
+    y.to(torch.float32).add_(1)
+    y.to(torch.float64).mul_(5)
+    y.to(torch.float32, copy=True).mul_(7)
+    y.type_as(x).mul_(3)
+    y.float().sub_(1)
+    y.cpu().add_(0.5)
+    y.to("cpu").mul_(1.5)
+    y.to(x).add_(0.25)
+    return y
+
+
+def dropout_that_is_off_is_no_copy(x: Tensor) -> Any:
+    y = c(x)
+    F.dropout(y, 0.5, training=False).sub_(2)
+    nn.Identity()(y).mul_(2)
+    return y
+
+
+def ravel_and_its_like(x: Tensor) -> Any:
+    y = c(x)
+    y.ravel().add_(1)
+    y.view_as(y).mul_(2)
+    y.expand_as(y).sub_(1)
+    y.broadcast_to(y.shape).add_(3)
+    y.narrow_copy(1, 0, 2).zero_()
+    y.resolve_conj().add_(1)
+    y.real.mul_(2)
+    y.positive().neg_()
+    return y
+
+
+def copies_are_no_views(x: Tensor) -> Any:
+    y = c(x)
+    for copy in (y.clone(), torch.cat([y]), y.flip(1), y.roll(0, 1), y.repeat(1, 1, 1, 1), y[:, [0, 1]], y + 0):
+        copy.zero_()
+    return y
+
+
+def a_gathered_part_is_a_copy(x: Tensor) -> Any:
+    y = c(x)
+    y[:, torch.tensor([0])].zero_()
+    y.index_select(1, torch.tensor([1])).zero_()
+    y[y > 0].zero_()
+    torch.take_along_dim(y, y.argsort(1), 1).zero_()
+    return y
+
+
+def detached_is_a_view(x: Tensor) -> Any:
+    y = c(x)
+    y.detach().add_(1)
+    y.data.mul_(2)
+    z = y.detach()
+    y.sub_(3)
+    return y, z
+
+
+# `.data`, `set_`, dimensions exchanged in place
+
+
+def data_is_replaced(x: Tensor) -> Any:
+    y = c(x)
+    z = y * 2
+    y.data = torch.ones_like(y)
+    return y + z, y
+
+
+def data_is_replaced_by_a_map(x: Tensor) -> Any:
+    y, z = c(x), c(c(x))
+    seen = y.flatten(2)
+    y.data = z
+    y.add_(1)
+    return y, seen
+
+
+def data_of_the_argument_is_replaced(x: Tensor) -> Any:
+    y = c(x)
+    x.data = x * 2
+    return y + x
+
+
+def data_of_another_shape(x: Tensor) -> Any:
+    y = c(x)
+    y.data = F.avg_pool2d(y, 2)
+    return y * 1
+
+
+def dimensions_exchanged_in_place(x: Tensor) -> Any:
+    y = c(x)
+    y.transpose_(1, 2)
+    y[:, 0].mul_(2)
+    y.unsqueeze_(0)
+    y.squeeze_(0)
+    return y, y.swapaxes_(2, 3) * 1
+
+
+# `out=`
+
+
+def out_of_an_operator(x: Tensor) -> Any:
+    y = x * 1
+    z = y * 2
+    torch.add(x, 1, out=y)
+    return z, y
+
+
+def out_into_a_part(x: Tensor) -> Any:
+    y = c(x)
+    torch.mul(x[:, :2], 2, out=y[:, 2:])
+    torch.add(x[:, :, :1], 1, out=y[:, :, 3:4])
+    return c(y)
+
+
+def out_of_a_reduction(x: Tensor) -> Any:
+    y, room = c(x), torch.empty(2, 1, 9, 7)
+    torch.mean(y, 1, True, out=room)
+    z = y * room
+    torch.sum(y, 1, True, out=room)
+    return z, room
+
+
+def out_of_a_join(x: Tensor) -> Any:
+    room = torch.zeros(2, 8, 9, 7)
+    torch.cat([c(x), x], 1, out=room)
+    before = room * 1
+    torch.cat([x, x], 1, out=room)
+    return before, c(room[:, 2:6])
+
+
+def out_of_a_product(x: Tensor) -> Any:
+    t = c(x).flatten(2)
+    scores = torch.empty(2, 63, 63)
+    torch.bmm(t.transpose(1, 2), t, out=scores)
+    scores.mul_(0.1)
+    return torch.bmm(t, scores.softmax(-1))
+
+
+def out_of_what_gives_several(x: Tensor) -> Any:
+    y = c(x)
+    values, places = torch.empty(2, 9, 7), torch.empty(2, 9, 7, dtype=torch.long)
+    torch.max(y, 1, out=(values, places))
+    return values, places, y + values[:, None]
+
+
+def out_that_is_an_operand(x: Tensor) -> Any:
+    y = c(x)
+    torch.sub(y, y.mean(1, keepdim=True), out=y)
+    torch.mul(y, y, out=y)
+    return y
+
+
+# Operands written after use
+
+
+def an_operand_written_after_use(x: Tensor) -> Any:
+    bias, other = torch.zeros(1, 4, 1, 1), torch.ones(2, 4, 9, 7)
+    y = c(x) + bias + other
+    bias.add_(1)
+    other.mul_(10)
+    return y, y * other
+
+
+def a_parameter_written_after_use(x: Tensor) -> Any:
+    w = nn.Parameter(torch.ones(4, 4, 3, 3) / 9, requires_grad=False)
+    t = F.conv2d(x, w, padding=1)
+    w.mul_(2)
+    return t, F.conv2d(x, w, padding=1)
+
+
+def an_index_written_after_use(x: Tensor) -> Any:
+    index = torch.tensor([3, 1])
+    y = c(x)[:, index]
+    index.zero_()
+    return y * 2, index
+
+
+def a_mask_written_after_use(x: Tensor) -> Any:
+    mask = torch.arange(7) > 3
+    y = torch.where(mask, c(x), x).masked_fill(mask, 2.0)
+    mask.logical_not_()
+    return y * mask
+
+
+def a_grid_written_after_use(x: Tensor) -> Any:
+    grid = torch.stack(torch.meshgrid(torch.linspace(-1, 1, 9), torch.linspace(-1, 1, 7), indexing="ij")[::-1], -1)
+    grid = grid.expand(2, 9, 7, 2).clone()
+    y = F.grid_sample(c(x), grid, align_corners=True)
+    grid.zero_()
+    return y + c(x)
+
+
+def a_scalar_written_after_use(x: Tensor) -> Any:
+    s = torch.tensor(2.0)
+    y = c(x) * s
+    s.fill_(3)
+    return y, y + s
+
+
+def an_attention_mask_written_after_use(x: Tensor) -> Any:
+    t = c(x).flatten(2).transpose(1, 2)
+    mask = torch.zeros(63, 63).masked_fill(torch.ones(63, 63).triu(1).bool(), -torch.inf)
+    y = F.scaled_dot_product_attention(t, t, t, mask)
+    mask.zero_()
+    return y
+
+
+def the_argument_written_after_use(x: Tensor) -> Any:
+    y = c(x)
+    x.add_(1)
+    return y + x
+
+
+def a_part_of_the_argument_written_after_use(x: Tensor) -> Any:
+    y = c(x)
+    x[:, 1:3] = y[:, :2]
+    x.permute(0, 2, 3, 1)[..., 0].zero_()
+    return x * 2, y
+
+
+def the_argument_through_its_view(x: Tensor) -> Any:
+    t = x.flatten(2).transpose(1, 2)
+    y = c(x)
+    t[:, 0] = 0
+    return y, c(x)
+
+
+def a_map_written_between_two_readers(x: Tensor) -> Any:
+    y = c(x)
+    one = F.group_norm(y, 2)
+    y.add_(1)
+    other = F.group_norm(y, 2)
+    y.mul_(2)
+    return one, other, y, c(y)
+
+
+def a_map_written_while_its_mean_is_wanted(x: Tensor) -> Any:
+    y = c(x)
+    mean = y.mean((2, 3), keepdim=True)
+    y.sub_(mean)
+    again = y.square().mean((2, 3), keepdim=True)
+    y.div_((again + 1e-5).sqrt_())
+    return y, mean, again
+
+
+def a_map_written_by_what_reads_it(x: Tensor) -> Any:
+    y = c(x)
+    y += c(y)
+    y *= y.sigmoid()
+    y.copy_(y.flip(2))
+    return y
+
+
+def a_list_of_maps_at_once(x: Tensor) -> Any:
+    maps = [c(x), x * 2, c(c(x))]
+    torch._foreach_mul_(maps, 0.5)  # type: ignore[reportPrivateImportUsage]
+    torch._foreach_add_(maps, [x, x, x])  # type: ignore[reportPrivateImportUsage]
+    return maps
+
+
+# Maps that are filled
+
+
+def a_made_map_part_by_part(x: Tensor) -> Any:
+    y = torch.empty_like(x)
+    y[:, :1], y[:, 1:] = x[:, -1:] * 2, c(x)[:, :3]
+    return c(y)
+
+
+def a_made_map_row_by_row(x: Tensor) -> Any:
+    y, source = torch.empty_like(x), c(x)
+    for row in range(9):
+        y[:, :, row] = source[:, :, 8 - row] * row
+    return y
+
+
+def an_accumulator(x: Tensor) -> Any:
+    total, count = torch.zeros(2, 4, 12, 7), torch.zeros(1, 1, 12, 1)
+    for top in (0, 3):
+        total[:, :, top : top + 9] += c(x)
+        count[:, :, top : top + 9] += 1
+    return total / count
+
+
+def a_buffer_of_tiles_blended(x: Tensor) -> Any:
+    tiles = [c(x[:, :, top : top + 5]) for top in (0, 4)]
+    for row in range(2):
+        tiles[1][:, :, row] = tiles[0][:, :, row + 3] * (1 - row / 2) + tiles[1][:, :, row] * (row / 2)
+    return torch.cat([tiles[0][:, :, :3], tiles[1]], 2)
+
+
+def a_ring_of_frames(x: Tensor) -> Any:
+    ring, given = torch.zeros(3, 2, 4, 9, 7), []
+    for step in range(5):
+        ring[step % 3] = c(x) * step
+        given.append(ring.mean(0))
+    return given, ring
+
+
+def another_type(x: Tensor) -> Any:
+    y = torch.empty(2, 4, 9, 7, dtype=torch.float64)
+    y[:, :1], y[:, 1:] = x[:, :1], c(x)[:, :3]
+    z = torch.zeros(2, 4, 9, 7, dtype=torch.int32)
+    z.copy_(torch.where(c(x) > 0.2, 3.7, -1.2))
+    return y, z
+
+
+def zeroed_before_it_is_read(x: Tensor) -> Any:
+    y = c(x)
+    y.zero_()
+    y += x
+    z = c(x).fill_(2)
+    return y, z + 1
+
+
+def inplace_activations(x: Tensor) -> Any:
+    y = F.silu(c(x), inplace=True)
+    before = y * 1
+    F.relu_(y)
+    F.leaky_relu(y[:, 2:], 0.1, inplace=True)
+    nn.Hardtanh(-0.5, 0.5, inplace=True)(y[:, :, 2:4])
+    return y, before
+
+
+def arithmetic_in_place(x: Tensor) -> Any:
+    y = c(x)
+    y.lerp_(x, 0.3).addcmul_(x, x, value=0.2).addcdiv_(x, x.abs() + 1).clamp_(-2, 2)
+    y.sub_(x, alpha=2).pow_(2).sqrt_().nan_to_num_()
+    y[:, :2].atan2_(x[:, :2].abs() + 1)
+    return y
+
+
+def booleans_in_place(x: Tensor) -> Any:
+    m = c(x) > 0
+    n = m.clone()
+    m[:, 0] = True
+    m.logical_and_(x > 0)
+    m |= n
+    return m, torch.where(m, x, 0.0)
+
+
+def a_sum_in_place_over_a_broadcast(x: Tensor) -> Any:
+    y = c(x)
+    y += x.mean((0, 2, 3)).view(4, 1, 1)
+    y[:, :, :, 1:] -= x[:, :, :, :1]
+    y[...] *= torch.linspace(0, 1, 9)[:, None]
+    return y
+
+
+def the_whole_is_assigned(x: Tensor) -> Any:
+    y, z = c(x), c(x) * 2
+    y[:] = z
+    z[...] = 1
+    return y, z
+
+
+def noise_in_place(x: Tensor) -> Any:
+    y = c(x)
+    y[:, :2].normal_()
+    y.permute(0, 2, 3, 1)[..., 3].uniform_()
+    y[:, :, 1].bernoulli_(0.5)
+    return y
+
+
+def cumulated_in_place(x: Tensor) -> Any:
+    y = c(x)
+    y.cumsum_(2)
+    y[:, 1:].cumprod_(1)
+    return c(y)
+
+
+def scores_scaled_in_place(x: Tensor) -> Any:
+    t = c(x).flatten(2)
+    scores = torch.bmm(t.transpose(1, 2), t)
+    turned = scores.transpose(1, 2)
+    scores *= 0.1
+    scores -= scores.amax(-1, keepdim=True)
+    scores[:, 5].zero_()
+    return torch.bmm(t, turned.softmax(1)), scores
+
+
+def frames_of_a_video(x: Tensor) -> Any:
+    v = torch.stack([c(x), x, x * 2], 2)
+    v[:, :, 0].mul_(2)
+    first, _, last = v.unbind(2)
+    last.copy_(first)
+    v.select(2, 1).add_(5)
+    v.transpose(1, 2).flatten(0, 1)[1].zero_()
+    return v, F.conv3d(v, torch.ones(2, 4, 2, 3, 3), padding=(0, 1, 1))
+
+
+def pixels_shuffled_and_written(x: Tensor) -> Any:
+    y = F.pixel_shuffle(c(x), 2)
+    y[..., ::2].add_(1)
+    z = F.pixel_unshuffle(y, 2)
+    z[:, 1].zero_()
+    return y, z
+
+
+def padding_written(x: Tensor) -> Any:
+    y = F.pad(c(x), (1, 1, 2, 2))
+    y[:, :, :2], y[:, :, -2:] = y[:, :, 2:4], y[:, :, -4:-2]
+    return F.conv2d(y, WEIGHT)
+
+
+def a_crop_written_into_the_padded(x: Tensor) -> Any:
+    y = torch.zeros(2, 4, 13, 11)
+    y[:, :, 2:-2, 2:-2] = c(x)
+    y[:, :, 2:-2, 2:-2].mul_(2)
+    return c(y)[:, :, 2:-2, 2:-2]
+
+
+FUNCTIONS: list[Function] = [
+    permuted, permuted_and_normed, permuted_with_the_batch, a_token, a_token_of_what_is_kept, tokens_by_a_list,
+    tokens_and_back, a_view_of_the_tokens, heads, split_into_both_parts, split_by_rows, split_by_columns,
+    split_the_batch, split_with_numbers_of_its_own, swapped_halves, expanded_is_read_after_a_write, expanded_source,
+    expanded_constant, strided_rows, strided_columns, strided_in_all, strided_by_numbers, a_row, a_pixel,
+    a_row_of_another_map, a_diagonal, a_diagonal_of_channels, windows_by_unfold, windows_by_reshape, unflattened,
+    unsqueezed, a_view_of_a_view_of_a_view, a_view_that_outlives_its_map, views_that_overlap, the_same_view_twice,
+    a_view_by_real_and_imaginary, bits_of_another_type, sorted_out_by_a_mask, a_mask_by_rows, a_mask_of_the_batch,
+    by_index_tensors, by_index_operators, by_scatter, by_put, contiguous_is_a_copy_in_one_format,
+    contiguous_is_a_copy_of_what_was_permuted, channels_last_is_a_copy_in_one_format,
+    contiguous_of_one_channel_is_no_copy, reshape_is_a_copy_or_a_view, flatten_is_a_copy_or_a_view,
+    to_is_a_copy_or_itself, dropout_that_is_off_is_no_copy, ravel_and_its_like, copies_are_no_views,
+    a_gathered_part_is_a_copy, detached_is_a_view, data_is_replaced, data_is_replaced_by_a_map,
+    data_of_the_argument_is_replaced, data_of_another_shape, dimensions_exchanged_in_place, out_of_an_operator,
+    out_into_a_part, out_of_a_reduction, out_of_a_join, out_of_a_product, out_of_what_gives_several,
+    out_that_is_an_operand, an_operand_written_after_use, a_parameter_written_after_use, an_index_written_after_use,
+    a_mask_written_after_use, a_grid_written_after_use, a_scalar_written_after_use,
+    an_attention_mask_written_after_use, the_argument_written_after_use, a_part_of_the_argument_written_after_use,
+    the_argument_through_its_view, a_map_written_between_two_readers, a_map_written_while_its_mean_is_wanted,
+    a_map_written_by_what_reads_it, a_list_of_maps_at_once, a_made_map_part_by_part, a_made_map_row_by_row,
+    an_accumulator, a_buffer_of_tiles_blended, a_ring_of_frames, another_type, zeroed_before_it_is_read,
+    inplace_activations, arithmetic_in_place, booleans_in_place, a_sum_in_place_over_a_broadcast,
+    the_whole_is_assigned, noise_in_place, cumulated_in_place, scores_scaled_in_place, frames_of_a_video,
+    pixels_shuffled_and_written, padding_written, a_crop_written_into_the_padded,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_a_write_is_seen_by_whom_eager_has_see_it(
+    function: Function, tuning: Tuning, memory_format: torch.memory_format, mode: Mode
+) -> None:
+    assert_as_eager(function, a_map(memory_format), tuning=tuning, mode=mode)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_a_write_is_right_within_a_budget_and_at_a_second_call(function: Function) -> None:
+    assert_as_eager(function, a_map(), budget=1, calls=2)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_a_write_is_right_in_what_is_a_part_of_other_memory(function: Function) -> None:
+    """The input is a slice of a larger tensor, with strides of its own."""
+    room = a_map(torch.contiguous_format, 3, 5, 11, 10)
+    assert_as_eager(function, room[1:, 1:, 1:10, 3:])
+
+
+def aliased(x: Tensor, y: Tensor) -> Any:
+    z = c(x)
+    x.add_(1)
+    y.flatten(2)[..., 0] = 0
+    return z + y[:, :4], c(x)
+
+
+def aliased_and_permuted(x: Tensor, y: Tensor) -> Any:
+    z = c(x)
+    y.mul_(2)
+    return z, c(x), y * 1
+
+
+PAIRS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Tensor, ...]]]] = {
+    "the same tensor twice": (aliased, lambda: (lambda x: (x, x))(a_map())),
+    "parts that overlap": (aliased, lambda: (lambda m: (m[:, :4], m[:, 1:5]))(a_map(torch.contiguous_format, 2, 5, 9, 7))),
+    "a view with dimensions exchanged": (aliased_and_permuted, lambda: (lambda x: (x, x.transpose(2, 3)))(a_map())),
+    "a flat view": (aliased_and_permuted, lambda: (lambda x: (x, x.view(-1)[5:50]))(a_map())),
+    "rows of one another": (aliased_and_permuted, lambda: (lambda m: (m[:, :, :9], m[:, :, 4:]))(a_map(torch.contiguous_format, 2, 4, 13, 7))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
+@pytest.mark.parametrize("name", PAIRS)
+def test_arguments_that_share_memory_see_each_others_writes(name: str, tuning: Tuning) -> None:
+    function, arguments = PAIRS[name]
+    assert_as_eager(function, *arguments(), tuning=tuning)
+
+
+def test_a_write_that_eager_refuses_is_refused() -> None:
+    def through_expanded(x: Tensor) -> Tensor:
+        y = c(x)[:, :1].expand(2, 4, 9, 7)
+        with pytest.raises(RuntimeError, match="single memory location"):
+            y.add_(1)
+        return y * 2
+
+    def onto_itself(x: Tensor) -> Tensor:
+        y = c(x)
+        with pytest.raises(RuntimeError):
+            y[:, 1:].add_(y.transpose(2, 3)[:, 1:])
+        return y
+
+    def of_another_type(x: Tensor) -> Tensor:
+        counts = torch.zeros(2, 4, 9, 7, dtype=torch.long)
+        with pytest.raises(RuntimeError):
+            counts += c(x)
+        return c(x) + counts
+
+    for function in (through_expanded, onto_itself, of_another_type):
+        assert_as_eager(function, a_map())
+
+
+@pytest.mark.parametrize("steps", [30, 1500])
+def test_a_long_chain_of_writes_through_views_is_right(steps: int) -> None:
+    def run(x: Tensor) -> Tensor:
+        y = c(x)
+        for step in range(steps):
+            y[:, step % 4, step % 9].mul_(0.5).add_(step % 3)
+        return c(y)
+
+    assert_as_eager(run, a_map(), tuning=FEW_ROWS)
