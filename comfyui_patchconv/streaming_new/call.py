@@ -72,11 +72,11 @@ class Call:
         back = {id(value): originals[id(value)] for value in entered}
         return _with_originals(result, back)
 
-    def evaluate(self, roots: Sequence[Node], later: Sequence[Node]) -> None:
+    def evaluate(self, roots: Sequence[Node], keep: Sequence[Node]) -> None:
         """Store `roots`: plan the way to them, and run the plan."""
         self._made = [one for one in self._made if one() is not None]
         held = sum(node.bytes for node in (one() for one in self._made) if node is not None)
-        schedule = self._schedule(roots, later, held)
+        schedule = self._schedule(roots, keep, held)
         self.peak, self.stored = max(self.peak, schedule.peak), max(self.stored, schedule.stored)
         self.elsewhere, self.moved = max(self.elsewhere, schedule.elsewhere), self.moved + schedule.moved
         self.planned += schedule.work
@@ -86,30 +86,29 @@ class Call:
         else:
             if schedule.elsewhere and roots[0].device.type == "cpu":
                 require_room(schedule.elsewhere)
-            keep = {*roots, *later}
             Loop(schedule, keep, self.recorder.inference, self._progress).run()
-        self._made += [ref(node) for node in (*roots, *later) if node.tensor is not None]
+        self._made += [ref(node) for node in (*roots, *keep) if node.tensor is not None]
 
-    def _schedule(self, roots: Sequence[Node], later: Sequence[Node], held: int) -> Schedule:
-        nodes = sorted({*ancestors(roots), *later}, key=lambda node: node.serial)
+    def _schedule(self, roots: Sequence[Node], keep: Sequence[Node], held: int) -> Schedule:
+        nodes = ancestors(roots)
         names = _named(nodes)
-        key = (_fingerprint(nodes, names, roots, later), self.budget, held)
+        key = (_fingerprint(nodes, names, roots, keep), self.budget, held)
         found = self._schedules.get(key)
         if found is not None:
             there = list(names)
             return found.renamed(lambda number: there[number])
-        schedule = self._chosen(roots, later, held)
+        schedule = self._chosen(roots, keep, held)
         self._schedules[key] = schedule.renamed(lambda node: names[node])
         while len(self._schedules) > _MOST:
             self._schedules.popitem(last=False)
         return schedule
 
-    def _chosen(self, roots: Sequence[Node], later: Sequence[Node], held: int) -> Schedule:
+    def _chosen(self, roots: Sequence[Node], keep: Sequence[Node], held: int) -> Schedule:
         device = max(roots, key=lambda node: node.bytes).device
-        schedule = choose(roots, later, self.tuning, self.budget, held, lambda: room(device))
+        schedule = choose(roots, keep, self.tuning, self.budget, held, lambda: room(device))
         if self.tuning.always:
             return schedule
-        eager = eager_schedule(roots, later, held)
+        eager = eager_schedule(roots, keep, held)
         fits = self.budget is None or eager.peak <= self.budget
         if fits and (eager.peak <= schedule.peak or eager.seconds * _SLOWER < schedule.seconds):
             return eager
@@ -167,11 +166,11 @@ def _with_originals(value: Any, originals: dict[int, Tensor], depth: int = 8) ->
     return value
 
 
-def _fingerprint(nodes: Sequence[Node], names: dict[Node, int], roots: Sequence[Node], later: Sequence[Node]) -> Any:
+def _fingerprint(nodes: Sequence[Node], names: dict[Node, int], roots: Sequence[Node], keep: Sequence[Node]) -> Any:
     """What a schedule for these nodes depends on: the graph, and which rows each step reads, at three places of it."""
     return (
         tuple(names[node] for node in roots),
-        tuple(names[node] for node in later),
+        tuple(names[node] for node in keep),
         tuple(
             (
                 node.shape, node.strides, node.dtype, node.device, node.dim, node.dims, *_traits(node),

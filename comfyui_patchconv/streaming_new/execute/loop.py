@@ -23,11 +23,11 @@ OnProgress = Callable[[int], None]
 class Loop:
     """Runs `schedule` and stores its results in their nodes.
 
-    keep: what the program may still ask for, beside results. inference: whether the caller is in inference mode.
+    inference: whether the caller is in inference mode.
     """
 
-    def __init__(self, schedule: Schedule, keep: set[Node], inference: bool, on_progress: OnProgress) -> None:
-        self._schedule, self._keep, self._inference, self._on_progress = schedule, keep, inference, on_progress
+    def __init__(self, schedule: Schedule, inference: bool, on_progress: OnProgress) -> None:
+        self._schedule, self._inference, self._on_progress = schedule, inference, on_progress
         self._stored: dict[Node, Union[Single, Strips]] = {}
         self._memory = _Memory(schedule)
 

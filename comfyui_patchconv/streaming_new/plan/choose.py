@@ -15,7 +15,7 @@ _WORTH = 0.95
 
 def choose(
     roots: Sequence[Node],
-    later: Sequence[Node],
+    keep: Sequence[Node],
     tuning: Tuning,
     budget: Optional[int] = None,
     held: int = 0,
@@ -25,11 +25,11 @@ def choose(
     keep elsewhere.
 
     Where none does, the one that puts least elsewhere, or one for a smaller budget that takes less; without a budget,
-    the one of the lowest peak. later, held: see `Passes`. room: bytes that there are elsewhere, asked where it matters.
+    the one of the lowest peak. keep, held: see `Passes`. room: bytes that there are elsewhere, asked where it matters.
     """
 
     def trial(unstored_from: Optional[int], budget: Optional[int] = budget) -> Schedule:
-        return Passes(roots, later, tuning, budget, unstored_from, held).plan()
+        return Passes(roots, keep, tuning, budget, unstored_from, held).plan()
 
     first = trial(None)
     unused = room() if first.elsewhere else 0

@@ -9,10 +9,10 @@ from .cost import seconds_of
 from .schedule import Apply, Schedule
 
 
-def eager_schedule(roots: Sequence[Node], later: Sequence[Node], held: int = 0) -> Schedule:
+def eager_schedule(roots: Sequence[Node], keep: Sequence[Node], held: int = 0) -> Schedule:
     """Each node of the way to `roots`, whole."""
     way = ancestors(roots)
-    outer = {*roots, *(source for node in later for source in node.inputs), *later}
+    outer = {*roots, *keep}
     last: dict[Node, Node] = {}
     for node in way:
         for source in node.inputs:

@@ -15,24 +15,22 @@ from .sweep import Sweep, steps_to
 class Passes:
     """Plans the way to `roots`: what a step needs whole, or statistics of, is stored or gathered in a pass beforehand.
 
-    later: what the program may still ask for behind this schedule. budget: bytes to stay within; None for no limit.
+    keep: maps on the way that the program may still ask for behind this schedule. budget: bytes to stay within; None for no limit.
     unstored_from: maps of so many bytes, if they are cheap to have again from a smaller one, are computed anew wherever
     they are read; None for never. held: bytes that lie on the device already.
     """
 
     def __init__(
-        self, roots: Sequence[Node], later: Sequence[Node], tuning: Tuning, budget: Optional[int],
+        self, roots: Sequence[Node], keep: Sequence[Node], tuning: Tuning, budget: Optional[int],
         unstored_from: Optional[int] = None, held: int = 0,
     ) -> None:  # fmt: skip
         self.schedule = Schedule()
         self._roots, self._tuning, self._budget, self._unstored_from = list(roots), tuning, budget, unstored_from
         self._held, self._aside = held, 0
         self._way = steps_to(roots, ())
-        self._needed = sorted({*self._way, *later}, key=lambda node: node.serial)
-        self._final = {*roots}
-        self._outer = {source for node in later for source in node.inputs} | set(later)
+        self._final, self._outer = {*roots}, {*keep}
         self._readers: dict[Node, list[Node]] = {}
-        for node in self._needed:
+        for node in self._way:
             for source in dict.fromkeys(node.inputs):
                 self._readers.setdefault(source, []).append(node)
         self._stored: dict[Node, Target] = {}
@@ -351,7 +349,7 @@ class Passes:
     def _free(self, order: Sequence[Node] = (), keep: Sequence[Target] = ()) -> list[Node]:
         """The stored maps that nothing will read behind this step."""
         done: dict[Node, bool] = {}
-        for node in reversed(self._needed):
+        for node in reversed(self._way):
             readers = self._readers.get(node)
             outer = node in self._final or node in self._outer
             done[node] = node in self._stored or (not outer and bool(readers) and all(done[one] for one in readers or ()))

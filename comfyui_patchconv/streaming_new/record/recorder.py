@@ -29,9 +29,9 @@ _LARGE = 1 << 20
 
 
 class Evaluate(Protocol):
-    """Stores nodes: plans them and runs the plan. later: what else the program may still ask for."""
+    """Stores nodes: plans them and runs the plan. keep: nodes on the way to them that the program may still ask for."""
 
-    def __call__(self, roots: Sequence[Node], later: Sequence[Node]) -> None: ...
+    def __call__(self, roots: Sequence[Node], keep: Sequence[Node]) -> None: ...
 
 
 class _Operator(NamedTuple):
@@ -61,7 +61,7 @@ class Recorder(TorchDispatchMode):
         self._small = small
         self.eager_peak = self.alive = 0
         self.deferred = 0
-        self._evaluate = evaluate
+        self.evaluate = evaluate
         self._tensors: dict[int, ref[LazyTensor]] = {}
         self._lock = threading.RLock()
 
@@ -113,7 +113,17 @@ class Recorder(TorchDispatchMode):
             large = args[0].is_floating_point() and args[0].dim() > 2 and args[0].nbytes >= _LARGE
             if large and not args[0].requires_grad:
                 return self.call(func, (self.defer(args[0]), *args[1:]), kwargs)
+        elif self.phantom and operator.name in operators.MADE:
+            return self._phantom_made(func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _phantom_made(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A new tensor of the program's, in an estimate: one that is large takes no memory."""
+        specs = specs_of(func, args, {**kwargs, "device": torch.device("meta")}, _spec)
+        if not isinstance(specs, Spec) or _numel(specs) * specs.dtype.itemsize < _LARGE:
+            return func(*args, **kwargs)
+        device = _device_given(kwargs, torch.device("cpu"))
+        return self._own(views.constant(self, specs, device, 0), specs)
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """What `func` returns, deferred tensors being among its arguments."""
@@ -151,6 +161,8 @@ class Recorder(TorchDispatchMode):
         if stored and not self.phantom and max(size, *(node.bytes for node in sources)) < self._small:
             return None
         device = _device_of(func, args, kwargs, sources)
+        if self.phantom and device.type == "meta":  # where the weights of an estimate are
+            device = sources[0].device
         node = operators.build(self, func, args, kwargs, spec, device)
         if node is not None:
             self.deferred += 1
@@ -275,7 +287,7 @@ class Recorder(TorchDispatchMode):
         self._make_real([value for value in targets if isinstance(value, LazyTensor)])
         # What it reads is evaluated before anything is written.
         others = [value for value in _flat((args, kwargs)) if isinstance(value, LazyTensor)]
-        self._store([value.view_.node() for value in others if value.view_.cell.real is None])
+        self.store([value.view_.node() for value in others if value.view_.cell.real is None])
         reals = {id(value): self.real(value) for value in others}
         name = func.overloadpacket.__name__
         if any(value.view_.cell.real is None for value in others):
@@ -303,7 +315,7 @@ class Recorder(TorchDispatchMode):
         nodes = [value.view_.node() for value in lazies]
         if any(node.tensor is None and node.bytes >= self._small for node in nodes):
             self.report[name] = self.report.get(name, 0) + 1
-        self._store(nodes)
+        self.store(nodes)
         del nodes
         values = {id(value): self.real(value) for value in lazies}
         with self.as_called():
@@ -355,37 +367,37 @@ class Recorder(TorchDispatchMode):
         node.tensor = made
         return self._own(node, specs)
 
-    def _store(self, nodes: Iterable[Node]) -> None:
+    def store(self, nodes: Iterable[Node]) -> None:
         """Have the values of nodes."""
         roots = list(dict.fromkeys(node for node in nodes if node.tensor is None))
         if roots:
-            self._evaluate(roots, self._later(roots))
+            self.evaluate(roots, self._kept(roots))
 
-    def _later(self, roots: Sequence[Node]) -> list[Node]:
-        """What the program may still ask for, beside `roots`."""
-        live: dict[Node, None] = {}
+    def _kept(self, roots: Sequence[Node]) -> list[Node]:
+        """What the program may still ask for of the way to `roots`, for itself or for what it is computed into."""
+        live: set[Node] = set()
         for tensor in self.held():
-            cell = tensor.view_.cell
-            if cell.value is not None and cell.value.tensor is None:
-                live[cell.value] = None
-            if tensor.view_._known is not None and tensor.view_._known.tensor is None:
-                live[tensor.view_._known] = None
-        for root in roots:
-            live.pop(root, None)
-        return ancestors(live)
+            cell, known = tensor.view_.cell, tensor.view_._known
+            live.update(node for node in (cell.value, known) if node is not None and node.tensor is None)
+        way = set(ancestors(roots))
+        kept = live & way
+        for node in ancestors(live - way):
+            if node not in way:
+                kept.update(source for source in node.inputs if source in way)
+        return sorted(kept.difference(roots), key=lambda node: node.serial)
 
     def real(self, tensor: LazyTensor) -> Tensor:
         """The values of a deferred tensor, in the memory that it shares with others if that is real."""
         if tensor.view_.cell.real is not None:
             return tensor.view_.real()
         node = tensor.view_.node()
-        self._store([node])
+        self.store([node])
         return node.tensor
 
     def _make_real(self, tensors: Iterable[LazyTensor]) -> None:
         """Give the cells of these tensors memory that others can reach."""
         cells = list(dict.fromkeys(tensor.view_.cell for tensor in tensors if tensor.view_.cell.real is None))
-        self._store([cell.value for cell in cells if cell.value is not None])
+        self.store([cell.value for cell in cells if cell.value is not None])
         for cell in cells:
             node = cell.value
             assert node is not None

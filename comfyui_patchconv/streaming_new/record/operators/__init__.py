@@ -17,7 +17,7 @@ from ..shapes import Spec
 from . import arranging, convolution, matrices, norms, reductions, resample
 from .common import Call, over, row_local
 
-__all__ = ["LIKE", "OF_MAPS", "build", "build_several", "fill_like", "over"]
+__all__ = ["LIKE", "MADE", "OF_MAPS", "build", "build_several", "fill_like", "over"]
 
 _POINTWISE = frozenset(
     """
@@ -86,6 +86,9 @@ def build_several(
         return None
     return norms.native(Call(recorder, func, args, kwargs, specs[0], args[0].device), specs)
 
+
+MADE = frozenset("empty zeros ones full empty_strided randn rand".split())
+"""What makes a new tensor of numbers alone."""
 
 Fill = Callable[[Any, dict[str, Any]], Any]
 
