@@ -86,7 +86,7 @@ class Call:
         else:
             if schedule.elsewhere and roots[0].device.type == "cpu":
                 require_room(schedule.elsewhere)
-            Loop(schedule, keep, self.recorder.inference, self._progress).run()
+            Loop(schedule, self.recorder.inference, self._progress).run()
         self._made += [ref(node) for node in (*roots, *keep) if node.tensor is not None]
 
     def _schedule(self, roots: Sequence[Node], keep: Sequence[Node], held: int) -> Schedule:
