@@ -22,10 +22,11 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import torch
 from harness import publish, rounds
 
-from comfyui_patchconv.footprint import peak_activations
 from comfyui_patchconv.measure import Recorder
 from comfyui_patchconv.patch_ddpm.config import ModelConfig
 from comfyui_patchconv.patch_ddpm.model import PatchDenoiser
+from comfyui_patchconv.plain_needs import made_like
+from comfyui_patchconv.streaming import peak_activations
 
 
 def worker(case: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +48,9 @@ def worker(case: dict[str, Any]) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    tensors = peak_activations(model, lambda twin: twin(image, steps, case["at_once"]), device=device)
+    tensors = peak_activations(
+        model, lambda copy, make: copy(*made_like((image, steps), make), case["at_once"]), device=device
+    )
     return {"peak": record.peak, "seconds": [seconds], "checksum": checksum, "tensors": tensors}
 
 

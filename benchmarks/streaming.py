@@ -28,7 +28,7 @@ from torch import nn
 
 from comfyui_patchconv.files import random_vae
 from comfyui_patchconv.measure import Recorder
-from comfyui_patchconv.streaming import choose, stream
+from comfyui_patchconv.streaming import expect, stream
 
 METHODS = {
     "exact": "plain, float64",
@@ -83,7 +83,9 @@ def worker(case: dict[str, Any]) -> dict[str, Any]:
         if plain:
             result, record, own = measured(work, input, case["device"])
         else:
-            expected = choose(module.forward, (input,), {}, budget=budget).peak
+            expected = expect(
+                module, lambda copy, make: copy(make(input.shape, dtype)), device=input.device, budget=budget
+            ).peak
             with stream(module, budget=budget):
                 result, record, own = measured(work, input, case["device"])
     torch.save(result.double().cpu(), case["result"])

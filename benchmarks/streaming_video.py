@@ -55,7 +55,9 @@ def worker(case: dict[str, Any]) -> dict[str, Any]:
         if part is None:
             result, record, own = measured(work, latent, case["device"])
         else:
-            expected = expect(vae, part, lambda twin: twin.decode(latent), device=device).peak
+            expected = expect(
+                vae, lambda copy, make: copy.decode(make(latent.shape, dtype)).sample, device=device, part=part
+            ).peak
             owner, _, name = part.rpartition(".")
             with stream(getattr(vae.get_submodule(owner), name)):
                 result, record, own = measured(work, latent, case["device"])

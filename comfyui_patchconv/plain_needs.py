@@ -7,13 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
-from .footprint import peak_activations
-from .streaming import signature
+from .streaming import Make, peak_activations
 
-COUNT_SECONDS = 5.0
-"""The longest that counting what plain would need may take."""
+
+def signature(values: Any) -> Any:
+    """What a count depends on: the shapes, types and devices of tensors."""
+    return tuple(
+        (tuple(value.shape), value.dtype, value.device) if isinstance(value, Tensor) else type(value)
+        for value in tree_flatten(values)[0]
+    )
+
+
+def made_like(values: Any, make: Make) -> Any:
+    """Arguments of a call, with inputs of a count in the place of tensors."""
+    return tree_map(lambda value: make(value.shape, value.dtype) if isinstance(value, Tensor) else value, values)
 
 
 class PlainNeeds:
@@ -34,13 +43,8 @@ class PlainNeeds:
             with suppress(Exception):  # a host's code is free to do what tensors without values cannot
                 self._needs[key] = peak_activations(
                     self.owner,
-                    lambda twin: getattr(twin, self.name)(*tree_map(_empty, args), **tree_map(_empty, kwargs)),
+                    lambda copy, make: getattr(copy, self.name)(*made_like(args, make), **made_like(kwargs, make)),
                     device=device,
-                    seconds=COUNT_SECONDS,
                     attributes=self.attributes,
                 )
         return self._needs[key]
-
-
-def _empty(value: Any) -> Any:
-    return torch.empty_like(value) if isinstance(value, Tensor) else value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from types import MethodType
 from typing import Any, Optional, Protocol
 
 import torch
@@ -12,13 +11,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from .figures import Figures
-from .footprint import peak_activations
 from .measure import Recorder
 from .memory import free
-from .plain_needs import COUNT_SECONDS, PlainNeeds
+from .plain_needs import PlainNeeds
 from .planner import GIB, MARGIN, MILLION, OF_FREE, working_set
 from .settings import Settings
-from .streaming import choose, streamed
+from .streaming import Make, Streamed, expect, peak_activations
 
 CASTS = "parameters_manual_cast"
 """On modules of Forge's: whether their weights are cast, or moved, for each call."""
@@ -88,8 +86,7 @@ class Half(StandIn):
     def __init__(self, toggle: Switch, half: str, module: nn.Module, name: str, figures: Figures) -> None:
         super().__init__(toggle, module, name)
         self.half, self.figures = half, figures
-        self._streamed: Optional[Callable[..., Any]] = None
-        self._budget = 0
+        self._streamed = Streamed(on_progress=self._tell)
         self._plain_needs = PlainNeeds(module, name, HOST_ATTRIBUTES)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -105,10 +102,8 @@ class Half(StandIn):
         return result
 
     def _stream(self, device: torch.device) -> Callable[..., Any]:
-        budget = round(self.toggle.settings.budget * GIB) or int(OF_FREE * free(device)) or 1
-        if self._streamed is None or budget < self._budget:
-            self._streamed, self._budget = streamed(self.plain, budget=budget, on_progress=self._tell), budget
-        return self._streamed
+        self._streamed.budget = round(self.toggle.settings.budget * GIB) or int(OF_FREE * free(device)) or 1
+        return lambda *args, **kwargs: self._streamed.call(self.plain, args, kwargs)
 
     def _tell(self, done: int, work: int) -> None:
         if self.toggle.tell is not None and work:
@@ -138,24 +133,14 @@ class Estimate(StandIn):
 
     def _count(self, sample: tuple[int, ...], dtype: torch.dtype) -> int:
         settings, model, device = self.toggle.settings, self.owner.first_stage_model, torch.device(self.owner.device)
+
+        def run(copy: Any, make: Make) -> None:
+            getattr(copy, self.method)(make(sample, dtype))
+
+        options: Any = dict(device=device, dtype=dtype, attributes=HOST_ATTRIBUTES)
         if settings.mode == "stream":
-            return choose(
-                MethodType(getattr(type(model), self.method), model),  # its own, not what is patched in
-                (torch.empty(sample, dtype=dtype, device="meta"),),
-                {},
-                budget=round(settings.budget * GIB) or None,
-                device=device,
-                dtype=dtype,
-                attributes=HOST_ATTRIBUTES,
-            ).peak
-        maps = peak_activations(
-            model,
-            lambda twin: getattr(twin, self.method)(torch.empty(sample, dtype=dtype, device=device)),
-            device=device,
-            dtype=dtype,
-            seconds=COUNT_SECONDS,
-            attributes=HOST_ATTRIBUTES,
-        )
+            return expect(model, run, budget=round(settings.budget * GIB) or None, **options).peak
+        maps = peak_activations(model, run, **options)
         threshold = round(settings.threshold * MILLION)
         return maps + working_set(maps, int(settings.splits), threshold, device.type, dtype.itemsize)
 

@@ -14,10 +14,9 @@ from comfy_execution.utils import get_executing_context  # pyright: ignore[repor
 from torch import Tensor, nn
 
 from ..comfyui_patchconv.figures import Figures
-from ..comfyui_patchconv.footprint import peak_activations
 from ..comfyui_patchconv.measure import Recorder
-from ..comfyui_patchconv.plain_needs import COUNT_SECONDS
-from ..comfyui_patchconv.streaming import signature
+from ..comfyui_patchconv.plain_needs import made_like, signature
+from ..comfyui_patchconv.streaming import peak_activations
 from .front_end import Messenger
 from .vae_memory import HOST_ATTRIBUTES
 
@@ -141,7 +140,7 @@ class MeasuredSampling:
         """The host's wrapper of a call of the network: the first of a sampling stands for all."""
         if self._call is None:
             # Not what other nodes pass on in dictionaries: that is not ours to run.
-            self._call = [_without_values({} if isinstance(value, dict) else value, "meta") for value in args]
+            self._call = [_without_values({} if isinstance(value, dict) else value) for value in args]
         return executor(*args, **kwargs)
 
     def _plain(self) -> int:
@@ -154,17 +153,16 @@ class MeasuredSampling:
             with suppress(Exception):  # the host's code is free to do what tensors without values cannot
                 self._counted[key] = peak_activations(
                     self.network,
-                    lambda twin: twin(*(_without_values(value, device) for value in args)),
+                    lambda copy, make: copy(*made_like(args, make)),
                     device=device,
                     dtype=args[0].dtype,
-                    seconds=COUNT_SECONDS,
                     attributes=HOST_ATTRIBUTES,
                 )
         return self._counted[key]
 
 
-def _without_values(value: Any, device: torch.device | str) -> Any:
-    return torch.empty_like(value, device=device) if isinstance(value, Tensor) else value
+def _without_values(value: Any) -> Any:
+    return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
 
 
 def measure_sampling(model: Any, meter: Meter) -> None:

@@ -10,8 +10,7 @@ from typing import Any, Optional
 import torch
 
 from ..comfyui_patchconv import planner
-from ..comfyui_patchconv.footprint import peak_activations
-from ..comfyui_patchconv.plain_needs import COUNT_SECONDS
+from ..comfyui_patchconv.streaming import Make, peak_activations
 from ..comfyui_patchconv.tiled_conv import Tiling
 
 HOST_ATTRIBUTES = {"comfy_cast_weights": False, "weight_function": [], "bias_function": []}
@@ -68,10 +67,9 @@ class Memory(ABC):
             try:
                 self._maps[key] = peak_activations(
                     self.model,
-                    lambda model: self._run(model, sample, dtype),
+                    lambda model, make: self._run(model, make, sample, dtype),
                     device=self.device,
                     dtype=dtype,
-                    seconds=COUNT_SECONDS,
                     attributes=HOST_ATTRIBUTES,
                 )
             except Exception as error:
@@ -81,12 +79,12 @@ class Memory(ABC):
             raise counted
         return counted
 
-    def _run(self, model: Any, sample: tuple[int, ...], dtype: torch.dtype) -> None:
+    def _run(self, model: Any, make: Make, sample: tuple[int, ...], dtype: torch.dtype) -> Any:
         """Have `model` decode or encode as the host does, into a tensor of the host's where the VAE writes to one."""
         options = {}
         if self.method == "decode" and getattr(model, "comfy_has_chunked_io", False):
-            options["output_buffer"] = torch.empty(model.decode_output_shape(sample), device="meta")
-        getattr(model, self.method)(torch.empty(sample, dtype=dtype, device=self.device), **options)
+            options["output_buffer"] = make(model.decode_output_shape(sample), dtype, counted=False)
+        return getattr(model, self.method)(make(sample, dtype), **options)
 
     @abstractmethod
     def _count(self, sample: tuple[int, ...], dtype: torch.dtype) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..footprint import peak_activations
+from ..streaming import Make, peak_activations
 from ..memory import free
 from ..patch_diffusion.model import timestep_table
 from .config import ModelConfig
@@ -102,9 +102,9 @@ def patch_bytes(config: ModelConfig, dtype: torch.dtype, device: torch.device) -
         model = PatchDenoiser(config)
     shape = (config.channels, *(side // config.patch_divider for side in config.image_sides))
 
-    def run(twin: PatchDenoiser) -> None:
-        patch = torch.empty(1, *shape, dtype=dtype, device=device)
-        twin._denoised(patch[None], patch, torch.zeros(1, device=device), 0)
+    def run(copy: PatchDenoiser, make: Make) -> None:
+        patch = make((1, *shape), dtype)
+        copy._denoised(patch[None], patch, make((1,), torch.float32), 0)
 
     return peak_activations(model, run, device=device, dtype=dtype)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..footprint import peak_activations
+from ..streaming import Make, peak_activations
 from .config import Config
 
 _PLAIN_EPS = 1e-3  # of norms without weights, in every version
@@ -138,9 +138,9 @@ def image_bytes(config: Config, dtype: torch.dtype) -> int:
     with torch.device("meta"):
         model = PatchUNet(config)
 
-    def run(twin: PatchUNet) -> None:
-        labels = torch.zeros(1, dtype=torch.long) if config.classes else None
-        twin(torch.empty(1, 3, config.image_size, config.image_size, dtype=dtype), torch.zeros(1), labels)
+    def run(copy: PatchUNet, make: Make) -> None:
+        labels = make((1,), torch.long) if config.classes else None
+        copy(make((1, 3, config.image_size, config.image_size), dtype), make((1,), torch.float32), labels)
 
     return peak_activations(model, run, device=torch.device("cpu"), dtype=dtype)
 

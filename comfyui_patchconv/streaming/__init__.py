@@ -2,32 +2,73 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional, Union
 
+import torch
 from torch import nn
 
-from .call import carry_out, joins, signature
-from .dry_run import choose, choose_if_possible
-from .errors import CannotStreamError
-from .estimate import Expected, expect
-from .run import OnProgress, Plan, Run
+from .call import Call, OnProgress, is_map, joins
+from .errors import CannotEstimateError
+from .estimate import Expected, Make, expect, peak_activations
+from .outside import eager_reason, undisturbed
+from .plan.schedule import Tuning
+from .target import Entry, methods_of
 
 __all__ = [
-    "CannotStreamError",
+    "CannotEstimateError",
     "Expected",
-    "Plan",
-    "Run",
-    "carry_out",
-    "choose",
-    "choose_if_possible",
+    "Make",
+    "OnProgress",
+    "Streamed",
+    "Tuning",
     "expect",
     "joins",
-    "signature",
+    "peak_activations",
     "stream",
     "streamed",
 ]
+
+
+class Streamed:
+    """Calls functions in strips, and keeps their schedules for calls that are alike. The arguments are those of
+    `streamed`.
+
+    budget: may be changed between calls; a schedule is kept as long as it suits. calls: how many were streamed, or had
+    no map to stream. last: the last of them.
+    """
+
+    def __init__(
+        self, budget: Optional[int] = None, report: Optional[dict[str, int]] = None,
+        on_progress: Optional[OnProgress] = None, tuning: Tuning = Tuning(),
+    ) -> None:  # fmt: skip
+        if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget <= 0):
+            raise ValueError(f"budget is {budget!r}: give a whole number of bytes above 0, or None for no limit.")
+        self.budget, self.tuning, self.on_progress = budget, tuning, on_progress
+        self.report: dict[str, int] = {} if report is None else report
+        self.calls = 0
+        self.last: Optional[Call] = None
+        self._schedules: OrderedDict[Any, Any] = OrderedDict()
+
+    def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What `function(*args, **kwargs)` returns."""
+        if joins(args, kwargs):
+            return function(*args, **kwargs)
+        reason = eager_reason(args, kwargs)
+        if reason is not None:
+            self.report[reason] = self.report.get(reason, 0) + 1
+            return function(*args, **kwargs)
+        self.calls += 1
+        if not any(is_map(value) for value in (*args, *kwargs.values())):
+            self.calls -= not any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values()))
+            return function(*args, **kwargs)
+        self.last = call = Call(self.budget, self.report, self.on_progress, self.tuning, self._schedules)
+        with undisturbed():
+            return call.run(function, args, kwargs)
 
 
 def streamed(
@@ -36,28 +77,24 @@ def streamed(
     budget: Optional[int] = None,
     report: Optional[dict[str, int]] = None,
     on_progress: Optional[OnProgress] = None,
+    tuning: Tuning = Tuning(),
 ) -> Callable[..., Any]:
     """`function`, with the feature maps among its arguments, and all that is computed from them, in strips.
 
-    The result is that of `function`, in less memory. Gradients are off. Work is put off as long as possible, until the
-    frames that hold intermediate maps are left and these can be given up as they are read.
+    The result is that of `function`, in less memory; its code runs once. Gradients are off, and where an argument asks
+    for them the call runs eagerly.
 
     budget: bytes of the device, beyond weights and arguments, to stay within: maps that do not fit are kept in host
     memory, or in a file where the device is the CPU. None for no limit. Where even a strip does not fit, more is used.
-    report: filled with the operators that were evaluated whole, and how often. on_progress: see `OnProgress`; what it
-    raises ends the call. Raises ValueError for a budget that is not a whole number above 0.
+    report: filled with the operators that were evaluated whole, and how often, and with the reasons why calls ran
+    eagerly. on_progress: see `OnProgress`; what it raises ends the call. Raises ValueError for a budget that is not a
+    whole number above 0.
     """
-    if budget is not None and (not isinstance(budget, int) or budget <= 0):
-        raise ValueError(f"budget is {budget!r}: give a whole number of bytes above 0, or None for no limit.")
-    plans: dict[Any, Plan] = {}
+    runner = Streamed(budget, report, on_progress, tuning)
 
+    @functools.wraps(function, updated=())
     def run(*args: Any, **kwargs: Any) -> Any:
-        if joins(args, kwargs):
-            return function(*args, **kwargs)
-        key = signature((args, kwargs))
-        if key not in plans:
-            plans[key] = choose_if_possible(function, args, kwargs, budget=budget)
-        return carry_out(function, args, kwargs, Run(plans[key], report, on_progress))
+        return runner.call(function, args, kwargs)
 
     return run
 
@@ -69,29 +106,25 @@ def stream(
     budget: Optional[int] = None,
     report: Optional[dict[str, int]] = None,
     on_progress: Optional[OnProgress] = None,
+    tuning: Tuning = Tuning(),
 ) -> Iterator[Any]:
     """Within the `with` block, or the decorated function, `target` computes in strips; afterwards it is as it was.
 
-    target: a module, or a method of an object (`vae.decode`). The other arguments are those of `streamed`.
-    Raises TypeError for anything else.
+    target: a module, of which `forward` is streamed, and `decode` and `encode` if it has them; or a method of an object
+    (`vae.decode`). The other arguments are those of `streamed`. Where nothing was streamed, that is said in `report`
+    and as a warning. Raises TypeError for another target.
     """
-    owner, name = (target, "forward") if isinstance(target, nn.Module) else _method(target)
-    before = owner.__dict__.get(name)
-    method = streamed(getattr(owner, name), budget=budget, report=report, on_progress=on_progress)
-    owner.__dict__[name] = method
+    runner = Streamed(budget, report, on_progress, tuning)
+    entries = [Entry(owner, name, runner.call) for owner, name in methods_of(target)]
+    for entry in entries:
+        entry.enter()
     try:
         yield target
     finally:
-        del owner.__dict__[name]
-        if before is not None:
-            owner.__dict__[name] = before
-
-
-def _method(target: Any) -> tuple[Any, str]:
-    """The object and the name under which it has a method; one that a decorator made may have the decorator's."""
-    owner, function = getattr(target, "__self__", None), getattr(target, "__func__", None)
-    names = [getattr(target, "__name__", ""), *dir(type(owner))]
-    name = next((name for name in names if getattr(getattr(owner, name, None), "__func__", None) is function), "")
-    if owner is None or not hasattr(owner, "__dict__") or not name:
-        raise TypeError(f"{target!r} cannot be streamed: give a module, or a method of an object such as vae.decode.")
-    return owner, name
+        for entry in entries:
+            entry.leave()
+    if not runner.calls and not runner.report:
+        names = " or ".join(f"{type(owner).__name__}.{name}" for owner, name in methods_of(target))
+        text = f"nothing was streamed: {names} was not called with a feature map; stream the part that is."
+        runner.report[text] = 1
+        warnings.warn(text[0].upper() + text[1:], stacklevel=3)

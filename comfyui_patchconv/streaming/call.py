@@ -1,134 +1,212 @@
-"""One call of a function, with feature maps among its arguments, in strips."""
+"""One streamed call: the caller's code is recorded once, planned where a value is demanded, and run in strips."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
 
-from .buffers import require_room
-from .errors import CannotStreamError
-from .graph import Node
-from .run import Run
-from .tensor import LazyTensor, PlainMaps, evaluated, finish, is_plain_map
+from .execute.buffers import require_room, room
+from .execute.loop import Loop
+from .graph.node import Node, ancestors
+from .plan.choose import choose
+from .plan.eagerly import eager_schedule
+from .plan.schedule import Schedule, Tuning
+from .record.lazy import LazyTensor
+from .record.memory import is_plain
+from .record.recorder import Recorder
+
+OnProgress = Callable[[int, int], None]
+"""Called after each strip with the work done and the work in all, in bytes of maps computed (0: not known)."""
+
+_SLOWER = 1.25
+"""How much longer streaming may take where eager fits."""
 
 
-def carry_out(function: Callable[..., Any], args: Any, kwargs: Any, run: Run) -> Any:
-    """What `function(*args, **kwargs)` returns, computed in strips as `run` says.
+class Call:
+    """One call of a function. report, on_progress: see `streamed`. schedules: of earlier calls, by what they are for.
 
-    Raises OSError where files have no room for what the plan keeps elsewhere; in a dry run CannotStreamError for what
-    would run plain.
+    peak: bytes expected at once, of all segments. work: bytes of maps computed so far.
     """
-    with run.origins.innermost():
-        return _carry_out(function, args, kwargs, run)
 
+    def __init__(
+        self, budget: Optional[int], report: dict[str, int], on_progress: Optional[OnProgress], tuning: Tuning,
+        schedules: OrderedDict[Any, Any], phantom: bool = False,
+    ) -> None:  # fmt: skip
+        self.budget, self.report, self.tuning = budget, report, tuning
+        self.peak = self.stored = self.moved = self.elsewhere = self.work = self.eager_peak = self.planned = 0
+        self.streamed = False
+        self._on_progress, self._schedules, self._phantom = on_progress, schedules, phantom
+        self._made: list[ref[Node]] = []
+        self.recorder = Recorder(self.evaluate, report, phantom, **({"small": 0} if tuning.always else {}))
 
-def _carry_out(function: Callable[..., Any], args: Any, kwargs: Any, run: Run) -> Any:
-    given = (*args, *kwargs.values())
-    before = [pair for value in given for pair in _contents(value)]
-    random = [] if run.dry else _random_states(given)
-    try:
-        with torch.inference_mode():  # operators arrive whole there: one convolution, one group norm
-            lazy = [enter(value, run) for value in given]
-            if not run.dry and any(type(value) is LazyTensor and value.device.type == "cpu" for value in lazy):
-                require_room(run.plan.elsewhere)
-            for container, content in before:
-                _fill(container, content, lambda value: enter(value, run))
-            run.origins.again = PlainMaps(run)
-            with run.counter, run.origins:
-                result = function(*lazy[: len(args)], **dict(zip(kwargs, lazy[len(args) :])))
-            _require_apart(run, given, before)
-            del lazy
-    except BaseException as error:
-        for container, content in before:
-            _fill(container, content, lambda value: value)
-        if run.dry or not isinstance(error, CannotStreamError):
-            raise
-        run.report[str(error)] = 1
-        run.written.clear()
-        for set_state, device, state in random:
-            set_state(state, *device)
+    def run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What `function(*args, **kwargs)` returns."""
+        recorder = self.recorder
+        originals: dict[int, Tensor] = {}
+
+        def enter(value: Any) -> Any:
+            if not is_map(value):
+                return value
+            lazy = recorder.defer(value)
+            originals[id(lazy)] = value
+            return lazy
+
+        given = [enter(value) for value in args]
+        named = {name: enter(value) for name, value in kwargs.items()}
+        entered = [value for value in (*given, *named.values()) if isinstance(value, LazyTensor)]
         with torch.no_grad():
-            result = function(*args, **kwargs)
-    del before  # the frames that were kept for this call can go as they are read
-    with torch.no_grad():
-        found: list[LazyTensor] = []
-        _settle((result, *given), lambda tensor: found.append(tensor) or tensor)
-        finish(found, run.written.values())
-        _settle((result, *given), evaluated)
-        return tree_map(evaluated, result)
+            try:
+                with recorder:
+                    result = function(*given, **named)
+            except BaseException:
+                _forsake(recorder)
+                raise
+            del given, named
+            recorder.finish()
+            self.eager_peak = recorder.eager_peak
+        back = {id(value): originals[id(value)] for value in entered}
+        return _with_originals(result, back)
+
+    def evaluate(self, roots: Sequence[Node], keep: Sequence[Node]) -> None:
+        """Store `roots`: plan the way to them, and run the plan."""
+        self._made = [one for one in self._made if one() is not None]
+        held = sum(node.bytes for node in (one() for one in self._made) if node is not None)
+        schedule = self._schedule(roots, keep, held)
+        self.peak, self.stored = max(self.peak, schedule.peak), max(self.stored, schedule.stored)
+        self.elsewhere, self.moved = max(self.elsewhere, schedule.elsewhere), self.moved + schedule.moved
+        self.planned += schedule.work
+        if self._phantom:
+            for node in roots:
+                node.store(_without_values(node))
+        else:
+            if schedule.elsewhere and roots[0].device.type == "cpu":
+                require_room(schedule.elsewhere)
+            Loop(schedule, self.recorder.inference, self._progress).run()
+        self._made += [ref(node) for node in (*roots, *keep) if node.tensor is not None]
+
+    def _schedule(self, roots: Sequence[Node], keep: Sequence[Node], held: int) -> Schedule:
+        nodes = ancestors(roots)
+        names = _named(nodes)
+        key = _fingerprint(nodes, names, roots, keep), held
+        budget, found = self._schedules.get(key, (None, None))
+        if found is not None and _suits(found, budget, self.budget):
+            there = list(names)
+            return found.renamed(lambda number: there[number])
+        schedule = self._chosen(roots, keep, held)
+        self._schedules[key] = self.budget, schedule.renamed(lambda node: names[node])
+        while len(self._schedules) > _MOST:
+            self._schedules.popitem(last=False)
+        return schedule
+
+    def _chosen(self, roots: Sequence[Node], keep: Sequence[Node], held: int) -> Schedule:
+        device = max(roots, key=lambda node: node.bytes).device
+        schedule = choose(roots, keep, self.tuning, self.budget, held, lambda: room(device))
+        if self.tuning.always:
+            return schedule
+        eager = eager_schedule(roots, keep, held)
+        fits = self.budget is None or eager.peak <= self.budget
+        if fits and (eager.peak <= schedule.peak or eager.seconds * _SLOWER < schedule.seconds):
+            return eager
+        return schedule
+
+    def _progress(self, work: int) -> None:
+        self.streamed = True
+        self.work += work
+        if self._on_progress is not None:
+            self._on_progress(self.work, self.planned)
+
+
+_MOST = 64
+"""Schedules that are kept."""
+
+_ALIKE = 1.25
+"""How much larger a budget may be before maps that were moved for a smaller one are looked at again."""
+
+
+def is_map(value: Any) -> bool:
+    """Whether an argument is a feature map: of an image `[B, C, H, W]`, a video, a sound `[B, C, L]`, or tokens."""
+    return is_plain(value) and value.is_floating_point() and value.dim() >= 3 and value.numel() > 0
 
 
 def joins(args: Any, kwargs: Any) -> bool:
     """Whether the arguments of a call are deferred already, by a streamed call that it is a part of."""
-    return any(type(value) is LazyTensor for value in (*args, *kwargs.values()))
+    return any(isinstance(value, LazyTensor) for value in (*args, *kwargs.values()))
 
 
-def _contents(value: Any) -> list[tuple[Any, Any]]:
-    """The lists and dictionaries of an argument, which a call may change, and a copy of each."""
-    if not isinstance(value, (list, dict)):
-        return []
-    inner = value.values() if isinstance(value, dict) else value
-    return [(value, value.copy()), *(pair for one in inner for pair in _contents(one))]
+def _without_values(node: Node) -> Tensor:
+    return torch.empty_strided(node.shape, node.strides, dtype=node.dtype, device="meta")
 
 
-def _fill(container: Any, content: Any, put: Callable[[Any], Any]) -> None:
-    """Make a list or dictionary hold what is in `content`, another one, each value as `put` gives it back."""
-    if isinstance(container, dict):
-        container.clear()
-        container.update((key, put(value)) for key, value in content.items())
-    else:
-        container[:] = [put(value) for value in content]
-
-
-def enter(value: Any, run: Run) -> Any:
-    """A feature map becomes lazy; anything else is itself."""
-    return LazyTensor.of(Node.of(value, run, counted=False), original=value) if is_plain_map(value) else value
-
-
-def _settle(value: Any, put: Callable[[LazyTensor], Any], depth: int = 4) -> None:
-    """Put something in the place of each map that is left in lists, dictionaries and objects.
-
-    Video models keep frames for the next call in the caller's lists; an encoder's result may be a distribution.
-    """
-    if isinstance(value, (Tensor, nn.Module)) or depth == 0:
+def _forsake(recorder: Recorder) -> None:
+    """The program failed: what it left behind has values all the same, if they can be had."""
+    try:
+        recorder.finish()
+    except Exception:  # the program's own error is the one to tell
         return
-    inside = value if isinstance(value, (list, dict, tuple)) else getattr(value, "__dict__", {})
-    for key, one in list(inside.items() if isinstance(inside, dict) else enumerate(inside)):
-        if not isinstance(one, LazyTensor):
-            _settle(one, put, depth - 1)
-        elif isinstance(inside, tuple):
-            put(one)  # in a result, which is mapped as a whole
-        else:
-            inside[key] = put(one)
 
 
-def _require_apart(run: Run, given: Any, before: list[tuple[Any, Any]]) -> None:
-    """Raise CannotStreamError where an argument that was written to shares its memory with another one."""
-    if not run.written:
-        return
-    contents = [one for _, content in before for one in (content.values() if isinstance(content, dict) else content)]
-    storages = [value.untyped_storage()._cdata for value in (*given, *contents) if isinstance(value, Tensor)]
-    if any(storages.count(tensor.untyped_storage()._cdata) > 1 for tensor, _ in run.written.values()):
-        raise CannotStreamError("an argument is written to that shares its memory with another one")
+def _with_originals(value: Any, originals: dict[int, Tensor], depth: int = 8) -> Any:
+    """A result in which what stood for an argument is that argument again."""
+    if id(value) in originals:
+        return originals[id(value)]
+    if depth and type(value) in (list, tuple):
+        mapped = [_with_originals(one, originals, depth - 1) for one in value]
+        if any(one is not other for one, other in zip(mapped, value)):
+            if isinstance(value, list):
+                value[:] = mapped
+            else:
+                return tuple(mapped)
+    elif depth and isinstance(value, dict):
+        for key, one in list(value.items()):
+            mapped_one = _with_originals(one, originals, depth - 1)
+            if mapped_one is not one:
+                value[key] = mapped_one
+    return value
 
 
-def _random_states(given: Any) -> list[tuple[Any, Any, Tensor]]:
-    """Of the generators that a call may draw from, beside its own: what sets one, for which device, and its state."""
-    states: list[tuple[Any, Any, Tensor]] = [(torch.set_rng_state, (), torch.get_rng_state())]
-    for device in dict.fromkeys(value.device for value in given if isinstance(value, Tensor)):
-        of_device: Any = getattr(torch, device.type, None)
-        if device.type != "cpu" and hasattr(of_device, "get_rng_state"):
-            states.append((of_device.set_rng_state, (device,), of_device.get_rng_state(device)))
-    return states
+def _suits(schedule: Schedule, made_for: Optional[int], budget: Optional[int]) -> bool:
+    """Whether a schedule that was made for one budget will do for another."""
+    if budget == made_for:
+        return True
+    if budget is None:
+        return not schedule.moved
+    fits = schedule.peak <= budget
+    return fits and (not schedule.moved or (made_for is not None and made_for <= budget <= _ALIKE * made_for))
 
 
-def signature(values: Any) -> Any:
-    """What a plan depends on: the shapes, types and devices of tensors."""
-    return tuple(
-        (tuple(value.shape), value.dtype, value.device) if isinstance(value, Tensor) else type(value)
-        for value in tree_flatten(values)[0]
-    )
+def _fingerprint(nodes: Sequence[Node], names: dict[Node, int], roots: Sequence[Node], keep: Sequence[Node]) -> Any:
+    """What a schedule for these nodes depends on: the graph, and which rows each step reads, at three places of it."""
+    return (
+        tuple(names[node] for node in roots),
+        tuple(names[node] for node in keep),
+        tuple(
+            (
+                node.shape, node.strides, node.dtype, node.device, node.dim, node.dims, *_traits(node),
+                tuple(names[source] for source in node.inputs),
+            )
+            for node in nodes
+        ),
+    )  # fmt: skip
+
+
+def _traits(node: Node) -> tuple[Any, ...]:
+    step = node.step
+    if step is None:
+        return ()
+    last = node.rows - 1
+    needs = () if step.takes_all else tuple(tuple(step.needs(row, row + 1)) for row in (0, last // 2, last))
+    return type(step), step.cheap, step.moves, step.weight_bytes, step.workspace, step.least_rows, step.work, needs
+
+
+def _named(nodes: Sequence[Node]) -> dict[Node, int]:
+    """Numbers for nodes and for the stored ones that they read."""
+    names: dict[Node, int] = {}
+    for node in nodes:
+        for one in (*node.inputs, node):
+            names.setdefault(one, len(names))
+    return names

@@ -1,7 +1,7 @@
-"""What makes a computation run plain."""
+"""What streaming raises of its own."""
 
 from __future__ import annotations
 
 
-class CannotStreamError(RuntimeError):
-    """A write that maps which wait would see, or would have to: the computation has to run plain."""
+class CannotEstimateError(RuntimeError):
+    """A program that looks at values, which an estimate does not have."""

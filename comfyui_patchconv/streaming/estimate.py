@@ -1,96 +1,217 @@
-"""What a method takes of which one part is streamed, as often as it calls that: video comes in chunks."""
+"""What a call will take, before its input is there: recorded on a copy of the model, with tensors that have no values.
+
+The copy shares no parameter, buffer or mutable object with the model; its weights are on the meta device and its tables
+are made for real, so that no cache is left with anything but ordinary tensors.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten
 
-from ..footprint import counting, twin
-from .call import signature
-from .dry_run import choose
-from .run import Plan
+from .call import Call
+from .graph.node import Node
+from .plan.schedule import Tuning
+from .record.lazy import LazyTensor
+from .record.shapes import Spec
+
+_TABLE_BYTES = 1 << 20
+"""Bytes up to which a buffer is copied with its values: it may be a table that the model looks at."""
+
+Make = Callable[..., Tensor]
+"""`make(shape, dtype=…, counted=True)`: an input of a copy that is counted, and whether its own bytes are."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """peak: bytes at once, beyond weights. work: bytes of maps that the streamed part computes, in all its `calls`."""
+    """peak: bytes at once, beyond weights and the input. moved: bytes of maps that are kept elsewhere. work: bytes of
+    maps computed in strips, in all `calls` of the streamed part. eager: bytes of the activations without us, the input
+    among them."""
 
     peak: int
+    moved: int
     work: int
     calls: int
+    eager: int
 
 
 def expect(
     model: nn.Module,
-    part: str,
-    run: Callable[[Any], object],
+    run: Callable[[Any, Make], object],
+    *,
+    device: torch.device,
+    part: str = "",
+    dtype: Optional[torch.dtype] = None,
+    budget: Optional[int] = None,
+    attributes: Optional[dict[str, Any]] = None,
+    tuning: Tuning = Tuning(),
+) -> Expected:
+    """What `run(copy, make)` takes on `device`, `copy` being a copy of `model`, where it is streamed within `budget`.
+
+    part: the method of it that is streamed alone, as `"decoder.forward"`; what the rest of `run` holds meanwhile counts
+    beside: frames that are done, frames kept for the next call. dtype: of floating-point weights and of what `make`
+    makes; None for their own, and float32. attributes: set on each module of the copy that has them. `model` is neither
+    run nor changed. Raises whatever `run` raises: code that looks at values cannot be counted.
+    """
+    counted = _Counted(budget, tuning)
+    return _recorded(model, run, counted, device, dtype, attributes, part, streams=not part).expected()
+
+
+def peak_activations(
+    model: nn.Module,
+    run: Callable[[Any, Make], object],
     *,
     device: torch.device,
     dtype: Optional[torch.dtype] = None,
-    budget: Optional[int] = None,
-    seconds: float = float("inf"),
     attributes: Optional[dict[str, Any]] = None,
-) -> Expected:
-    """What `run(copy)` takes while the method `part` of the copy, as `"decoder.forward"`, is streamed within `budget`.
+) -> int:
+    """The most bytes of tensors that are alive at one time in `run(copy, make)`, run eagerly; see `expect`.
 
-    The parts' plans, and what the rest of `run` holds meanwhile: frames that are done, frames kept for the next call.
-    `model` is neither run nor changed. The other arguments are those of `footprint.peak_activations`. Raises as that
-    and `choose` do.
+    A view counts as what it looks into, and the workspace inside an operator is not seen.
     """
-    owner, _, name = part.rpartition(".")
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    copied = twin(model, mode, device=device, dtype=dtype, attributes=attributes)
-    plain = getattr(copied.get_submodule(owner), name)
-    calls: list[tuple[int, Any]] = []
-    arguments: dict[Any, Any] = {}
-
-    with counting(mode, device, seconds) as live:
-
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            key = signature((args, kwargs))
-            calls.append((live.now, key))
-            if key not in arguments:
-                arguments[key] = tree_map(_shape_of, (args, kwargs))
-            with live.paused():
-                return plain(*args, **kwargs)
-
-        copied.get_submodule(owner).__dict__[name] = noted
-        run(copied)
-    part_owner = model.get_submodule(owner)
-    function = MethodType(getattr(type(part_owner), name), part_owner)  # its own, not what is patched in
-    plans: dict[Any, Plan] = {
-        key: choose(
-            function,
-            *tree_map(_without_values, shapes),
-            budget=budget,
-            device=device,
-            dtype=dtype,
-            attributes=attributes,
-        )
-        for key, shapes in arguments.items()
-    }
-    peaks = [held + plans[key].peak for held, key in calls]
-    return Expected(max([live.peak, *peaks]), sum(plans[key].work for _, key in calls), len(calls))
+    return _recorded(model, run, _Counted(None, Tuning()), device, dtype, attributes).expected().eager
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """Of a tensor that may go meanwhile."""
+def _recorded(
+    model: nn.Module, run: Callable[[Any, Make], object], counted: _Counted, device: torch.device,
+    dtype: Optional[torch.dtype], attributes: Optional[dict[str, Any]], part: str = "", streams: bool = False,
+) -> _Counted:  # fmt: skip
+    copied = phantom_copy(model, device=device, dtype=dtype, attributes=attributes)
+    recorder = counted.call.recorder
+    usual = dtype or torch.float32
 
-    sizes: tuple[int, ...]
-    dtype: torch.dtype
+    def make(shape: Sequence[int], dtype: torch.dtype = usual, counted: bool = True) -> Tensor:
+        empty = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        return recorder.phantom_of(Spec.of(empty), device, counted)
+
+    with torch.no_grad(), recorder:
+        if part:
+            owner, _, name = part.rpartition(".")
+            module = copied.get_submodule(owner)
+            module.__dict__[name] = counted.part(getattr(module, name))
+        result = run(copied, make)
+        if streams:
+            counted.streamed(result)
+    return counted
 
 
-def _shape_of(value: Any) -> Any:
-    return _Shape(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
+class _Counted:
+    """One run that is counted."""
+
+    def __init__(self, budget: Optional[int], tuning: Tuning) -> None:
+        self.call = Call(budget, {}, None, tuning, OrderedDict(), phantom=True)
+        self.peak = self.calls = 0
+        self._outside = True
+        self._evaluate = self.call.evaluate
+        self.call.recorder.evaluate = self._store
+
+    def part(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """`method`, of which each call is counted as streamed."""
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            recorder = self.call.recorder
+            if not self._outside:
+                return method(*args, **kwargs)
+            self._store_all((args, kwargs))
+            held = recorder.alive
+            self._outside, self.call.peak = False, 0
+            try:
+                result = method(*args, **kwargs)
+                self._store_all(result)
+            finally:
+                self._outside = True
+            self.calls += 1
+            self.peak = max(self.peak, held + self.call.peak)
+            return result
+
+        return counted
+
+    def streamed(self, result: Any) -> None:
+        """All of it was streamed, and gave `result`."""
+        self._outside = False
+        self._store_all(result)
+        self.calls += 1
+        self.peak = max(self.peak, self.call.peak)
+
+    def expected(self) -> Expected:
+        eager = self.call.recorder.eager_peak
+        peak = self.peak if self.calls else eager
+        return Expected(peak, self.call.moved, self.call.planned, self.calls, eager)
+
+    def _store_all(self, values: Any) -> None:
+        lazies = [value for value in _tensors(values) if isinstance(value, LazyTensor)]
+        cells = [value.view_.cell for value in lazies]
+        self.call.recorder.store(cell.value for cell in cells if cell.value is not None)
+
+    def _store(self, roots: Sequence[Node], keep: Sequence[Node]) -> None:
+        """Outside of the part eager runs: what it takes is counted by what is alive."""
+        if self._outside:
+            for node in roots:
+                node.store(torch.empty_strided(node.shape, node.strides, dtype=node.dtype, device="meta"))
+        else:
+            self._evaluate(roots, keep)
 
 
-def _without_values(value: Any) -> Any:
-    return torch.empty(value.sizes, dtype=value.dtype, device="meta") if isinstance(value, _Shape) else value
+def _tensors(values: Any, depth: int = 4) -> list[Any]:
+    """The tensors in containers and objects, such as a distribution."""
+    found = []
+    for value in tree_flatten(values)[0]:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif depth and hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)):
+            found += _tensors(list(vars(value).values()), depth - 1)
+    return found
+
+
+def phantom_copy(
+    model: Any,
+    *,
+    device: torch.device,
+    dtype: Optional[torch.dtype] = None,
+    attributes: Optional[dict[str, Any]] = None,
+) -> Any:
+    """A deep copy of a module without the values of its weights, and without what was hooked into it or put in the
+    place of its methods: what counts is the computation as its class has it.
+
+    Raises what `copy.deepcopy` raises for objects that cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    kept: list[Any] = []  # what has an entry in `memo` must not die before the copy is done
+    for module in model.modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and id(tensor) not in memo:
+                memo[id(tensor)] = _without_values(tensor, name in module._parameters, dtype, device)
+        kind = type(module)
+        for name, value in module.__dict__.items():
+            if callable(value) and callable(getattr(kind, name, None)) and not isinstance(value, nn.Module):
+                memo[id(value)] = None
+                kept.append(value)
+            elif name.endswith("_hooks") and isinstance(value, dict):
+                memo[id(value)] = OrderedDict()
+                kept.append(value)
+    copied = copy.deepcopy(model, memo)
+    for original, module in zip(model.modules(), copied.modules()):
+        kind = type(module)
+        for name in [name for name, value in module.__dict__.items() if value is None and callable(getattr(kind, name, None))]:
+            if callable(original.__dict__.get(name)):
+                del module.__dict__[name]
+        for name, value in (attributes or {}).items():
+            if name in original.__dict__:
+                module.__dict__[name] = value
+    return copied
+
+
+def _without_values(tensor: Tensor, parameter: bool, dtype: Optional[torch.dtype], device: torch.device) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        if not parameter and tensor.nbytes <= _TABLE_BYTES and not tensor.is_meta:
+            return tensor.detach().to("cpu" if device.type == "cpu" else tensor.device, kind, copy=True)
+        empty = torch.empty(tensor.shape, dtype=kind, device="meta")
+        return nn.Parameter(empty, requires_grad=False) if parameter else empty

@@ -109,18 +109,18 @@ def build(path: str, options: dict[str, Any]) -> torch.nn.Module:
 def called(pack: str, model: torch.nn.Module, method: str, shape: tuple[int, ...]) -> tuple[set[str], int]:
     """Names of the convolutions that `model.method` calls, and the bytes that its activations need at once."""
     core = importlib.import_module(f"{pack}.comfyui_patchconv")
-    footprint = importlib.import_module(f"{pack}.comfyui_patchconv.footprint")
+    streaming = importlib.import_module(f"{pack}.comfyui_patchconv.streaming")
     names: set[str] = set()
 
-    def run(twin: Any) -> None:
-        for name, module in core.convolutions(twin, predicate=lambda name, module: True):
+    def run(copy: Any, make: Any) -> None:
+        for name, module in core.convolutions(copy, predicate=lambda name, module: True):
             module._conv_forward = noting(name, module._conv_forward)
-        getattr(twin, method)(torch.empty(shape))
+        getattr(copy, method)(make(shape))
 
     def noting(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: (names.add(name), forward(*args, **kwargs))[1]
 
-    return names, footprint.peak_activations(model, run, device=torch.device("cpu"), dtype=torch.float32)
+    return names, streaming.peak_activations(model, run, device=torch.device("cpu"), dtype=torch.float32)
 
 
 def halves(pack: str) -> dict[str, Any]:

@@ -145,10 +145,10 @@ def what_it_says_of_itself(y: Tensor) -> tuple[Any, ...]:
     return (
         y.shape, y.dim(), y.ndim, y.numel(), y.nelement(), len(y), y.dtype, y.device, str(y.layout), y.is_floating_point(),
         y.element_size(), y.nbytes, y.stride(), y.is_contiguous(), y.size(1), y.requires_grad, y.grad, y.is_leaf, y.grad_fn,
-        y.is_sparse, y.is_quantized, y.is_meta, y.is_cuda, y.type(), y.is_complex(), y.is_signed(), y.names,
+        y.is_sparse, y.is_quantized, y.is_meta, y.is_cuda, y.type(), y.is_complex(), y.is_signed(),
         part.shape, part.stride(), part.storage_offset(), part.is_contiguous(), part.untyped_storage().nbytes(),
         y.is_shared(), y.is_pinned(), y.get_device(), y.itemsize, isinstance(y, Tensor), torch.is_tensor(y),
-        torch.is_storage(y), y.dtype.itemsize, y.is_conj(), y.is_neg(), y.is_inference(),
+        torch.is_storage(y), y.dtype.itemsize, y.is_conj(), y.is_neg(),
     )  # fmt: skip
 
 
@@ -243,7 +243,7 @@ def chosen_by_values(y: Tensor) -> tuple[Any, ...]:
     return (
         y[y > 0.1], y.nonzero(), (y > 0.5).nonzero(as_tuple=True), torch.masked_select(y, y < 0), torch.argwhere(y > 1),
         (y > 0).unique(), y.topk(3, 1)[1], y.argmax(1), y.sort(2)[1], torch.bincount((y > 0).long().flatten()),
-        torch.histc(y, 4, -2, 2).sum(), y.kthvalue(2, 2)[0], y.median(), y.flatten().multinomial(1) if False else 0,
+        torch.histc(y, 4, -2, 2).sum(), y.kthvalue(2, 2)[0], y.median(), torch.searchsorted(torch.tensor([-1.0, 0.0, 1.0]), y),
     )  # fmt: skip
 
 

@@ -72,11 +72,11 @@ class Recorder(TorchDispatchMode):
         cell = Cell(self, Spec.of(tensor), real=tensor, counted=False)
         return LazyTensor(View(cell, cell.whole, tensor.device))
 
-    def phantom_of(self, like: Spec, device: torch.device) -> LazyTensor:
+    def phantom_of(self, like: Spec, device: torch.device, counted: bool = True) -> LazyTensor:
         """An argument that is not there yet: a tensor without values, as if on `device`."""
         node = self._node(None, (), (), like, device, None)
         node.tensor = like.empty()
-        return LazyTensor(View(Cell(self, like._replace(offset=0), node), like._replace(offset=0), device))
+        return LazyTensor(View(Cell(self, like, node, counted=counted), like, device))
 
     def note(self, tensor: LazyTensor) -> None:
         """The program has this tensor from now on."""
@@ -115,7 +115,14 @@ class Recorder(TorchDispatchMode):
                 return self.call(func, (self.defer(args[0]), *args[1:]), kwargs)
         elif self.phantom and operator.name in operators.MADE:
             return self._phantom_made(func, args, kwargs)
+        elif self.phantom and _mixes_devices((args, kwargs)):  # a table that is there, and a weight that is not
+            return self.call(func, _mapped(self._phantom_again, args), _mapped(self._phantom_again, kwargs))
         return func(*args, **kwargs)
+
+    def _phantom_again(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.device.type == "meta":
+            return self.phantom_of(Spec.of(value), torch.device("cpu"), counted=False)
+        return value
 
     def _phantom_made(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """A new tensor of the program's, in an estimate: one that is large takes no memory."""
@@ -519,6 +526,11 @@ def _all_usual(values: Any) -> bool:
         elif isinstance(value, (list, tuple)) and not _all_usual(value):
             return False
     return True
+
+
+def _mixes_devices(values: Any) -> bool:
+    kinds = {value.device.type for value in _flat(values) if isinstance(value, Tensor)}
+    return "meta" in kinds and len(kinds) > 1
 
 
 def _spec(value: Any) -> Optional[Spec]:
