@@ -9,9 +9,11 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_flatten
 
 from .record.memory import is_plain
+from .record.recorder import Recorder
 
 
 def eager_reason(args: Any, kwargs: Any) -> Optional[str]:
@@ -20,6 +22,8 @@ def eager_reason(args: Any, kwargs: Any) -> Optional[str]:
         return "it is traced"
     if _is_compiling():
         return "it is compiled or exported"
+    if any(not isinstance(mode, Recorder) for mode in _get_current_dispatch_mode_stack()):
+        return "something else watches or traces its operators"
     tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "an argument requires gradients"

@@ -104,8 +104,9 @@ class _Rounding(TorchDispatchMode):
         "native_batch_norm_backward", "_softmax", "_log_softmax", "logsumexp", "grid_sampler_2d", "cumsum", "tanh",
         "sigmoid", "silu", "gelu", "elu", "softplus", "mish", "linalg_vector_norm", "norm", "sin", "rsqrt", "sqrt",
         "div", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "upsample_bilinear2d",
-        "upsample_bicubic2d", "upsample_linear1d", "upsample_trilinear3d", "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_attention_math", "_fused_rms_norm", "mv", "dot", "einsum", "index_add", "prod", "pow",
+        "upsample_bicubic2d", "upsample_linear1d", "upsample_trilinear3d",
+        "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math", "_fused_rms_norm", "mv",
+        "dot", "einsum", "index_add", "prod", "pow",
     )  # fmt: skip
 
     def __init__(self, seed: int) -> None:
@@ -113,13 +114,19 @@ class _Rounding(TorchDispatchMode):
         self.generator = torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        known = name in self.NAMES or ("norm" in name and not name.endswith("_"))
+        if known and isinstance(args[0], Tensor) and args[0].dtype in PRECISION:
+            args = (self.rounded(args[0]), *args[1:])
         out = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ in self.NAMES:
-            first = out[0] if isinstance(out, tuple) else out
-            if first.dtype in PRECISION:
-                noise = torch.randn(first.shape, generator=self.generator, dtype=torch.float64)
-                first.mul_((1 + PRECISION[first.dtype][0] * noise).to(first.dtype))
+        first = out[0] if isinstance(out, tuple) else out
+        if known and isinstance(first, Tensor) and first.dtype in PRECISION:
+            first.copy_(self.rounded(first))
         return out
+
+    def rounded(self, value: Tensor) -> Tensor:
+        noise = torch.randn(value.shape, generator=self.generator, dtype=torch.float64)
+        return value * (1 + PRECISION[value.dtype][0] * noise).to(value.dtype)
 
 
 Lines = Optional[str]
@@ -421,10 +428,11 @@ def moved(m: _Maker) -> Lines:
     colons = ":, " * axis
     texts = (
         f"{y}.flip({axis})", f"{y}.roll({m.draw.randint(-3, 3)}, {axis})", f"{y}.repeat_interleave(2, {axis})",
-        f"{y}.index_select({axis}, torch.tensor({order}))", f"{y}[{colons}{order}]", f"{y}[{colons}torch.tensor({order})]",
-        f"torch.repeat_interleave({y}, torch.tensor({counts}), dim={axis})", f"{y}.tile(2)", f"torch.rot90({y}, 1, (-2, -1))",
-        f"torch.take_along_dim({y}, {y}.argsort({axis}), {axis})", f"{y}.sort({axis})[0]", f"{y}.topk(1, {axis})[0]",
-        f"{y}.cumsum({axis}) * 0.2", f"torch.tril({y})", f"{y}.diff(dim={axis})", f"{y}.repeat({'1, ' * axis}2)",
+        f"{y}.index_select({axis}, torch.tensor({order}))", f"{y}[{colons}{order}]",
+        f"{y}[{colons}torch.tensor({order})]", f"torch.repeat_interleave({y}, torch.tensor({counts}), dim={axis})",
+        f"{y}.tile(2)", f"torch.rot90({y}, 1, (-2, -1))", f"torch.take_along_dim({y}, {y}.argsort({axis}), {axis})",
+        f"{y}.sort({axis})[0]", f"{y}.topk(1, {axis})[0]", f"{y}.cumsum({axis}) * 0.2", f"torch.tril({y})",
+        f"{y}.diff(dim={axis})", f"{y}.repeat({'1, ' * axis}2)",
     )  # fmt: skip
     return f"{m.new()} = {m.draw.choice(texts)}"
 
@@ -437,9 +445,10 @@ def reduced(m: _Maker) -> Lines:
     texts = (
         f"{y}.mean({rest})", f"{y}.sum({rest}) * 0.1", f"{y}.amax({rest})", f"{y}.amin({rest})", f"{y}.std({rest})",
         f"{y}.var({rest})", f"{y}.var({axes}, unbiased=False, keepdim={keep})", f"torch.var_mean({y}, {rest})[1]",
-        f"{y}.logsumexp({rest})", f"{y}.max({axis}, keepdim={keep})[0]", f"{y}.norm(dim={rest})", f"{y}.mean().reshape(1)",
-        f"{y}.mean({rest}).sqrt().nan_to_num()", f"torch.linalg.vector_norm({y}, dim={rest})", f"{y}.sum().view(1) * 0.01",
-        f"{y}.amax().unsqueeze(0)", f"{y}.argmax({axis}, keepdim={keep}).to({y}.dtype)", f"{y}.abs().mean({rest})",
+        f"{y}.logsumexp({rest})", f"{y}.max({axis}, keepdim={keep})[0]", f"{y}.norm(dim={rest})",
+        f"{y}.mean().reshape(1)", f"{y}.mean({rest}).sqrt().nan_to_num()", f"torch.linalg.vector_norm({y}, dim={rest})",
+        f"{y}.sum().view(1) * 0.01", f"{y}.amax().unsqueeze(0)", f"{y}.argmax({axis}, keepdim={keep}).to({y}.dtype)",
+        f"{y}.abs().mean({rest})",
     )  # fmt: skip
     return f"{m.new()} = {m.draw.choice(texts)}"
 
@@ -479,7 +488,8 @@ def normed(m: _Maker) -> Lines:
         f"F.group_norm({y}, {groups}, {weight}, {bias}, 1e-3)", f"F.instance_norm({y}, eps=1e-3)",
         f"F.layer_norm({y}, ({last},), {wide}, {offset}, 1e-3)", f"F.batch_norm({y}, {bias}, {variance}, {weight})",
         f"F.layer_norm({y}, {tuple(value.shape[-2:])}, eps=1e-3)", f"F.local_response_norm({y}, 2)",
-        f"F.layer_norm({y}, {tuple(value.shape[1:])}, eps=1e-3)", f"F.batch_norm({y}, None, None, training=True, eps=1e-3)",
+        f"F.layer_norm({y}, {tuple(value.shape[1:])}, eps=1e-3)",
+        f"F.batch_norm({y}, None, None, training=True, eps=1e-3)",
     ]  # fmt: skip
     if hasattr(F, "rms_norm"):
         texts.append(f"F.rms_norm({y}, ({last},), {wide}, 1e-3)")
@@ -553,7 +563,9 @@ def resampled(m: _Maker) -> Lines:
     smooth = [["linear"], ["bilinear", "bicubic"], ["trilinear"]][sides - 1]
     mode = draw.choice(["nearest", "nearest", "nearest-exact", "area", *smooth])
     aligned = f", align_corners={draw.choice([True, False])}" if mode in smooth else ""
-    size = draw.choice([f"scale_factor={draw.choice([2.0, 2.0, 1.5, 0.5])}", f"size={[s + 3 for s in value.shape[2:]]}"])
+    size = draw.choice(
+        [f"scale_factor={draw.choice([2.0, 2.0, 1.5, 0.5])}", f"size={[s + 3 for s in value.shape[2:]]}"]
+    )
     return f"{m.new()} = F.interpolate({y}, {size}, mode={mode!r}{aligned})"
 
 
@@ -603,7 +615,8 @@ def joined(m: _Maker) -> Lines:
     z = m.draw.choice([*alike, f"{y}.flip(-1)", f"{y} * 2"])
     texts = (
         f"torch.cat([{y}, {z}], {axis})", f"torch.stack([{y}, {z}], {axis})", f"torch.cat([{z}, {y}, {y}], {axis})",
-        f"torch.cat([{y}.narrow({axis}, 0, 1), {z}], {axis})", f"torch.cat([{y}])", f"torch.cat([{y}, {z}], {axis}).narrow({axis}, 1, {shape[axis]})",
+        f"torch.cat([{y}.narrow({axis}, 0, 1), {z}], {axis})", f"torch.cat([{y}])",
+        f"torch.cat([{y}, {z}], {axis}).narrow({axis}, 1, {shape[axis]})",
     )  # fmt: skip
     return f"{m.new()} = {m.draw.choice(texts)}"
 
@@ -620,7 +633,9 @@ def attended(m: _Maker) -> Lines:
     back = f".transpose(1, 2).unflatten(2, ({size}))"
     kind = draw.randrange(6)
     if kind < 2:
-        inner = [f"{part}.unflatten(2, ({heads}, {channels // heads})).transpose(1, 2)" for part in (queries, keys, values)]
+        inner = [
+            f"{part}.unflatten(2, ({heads}, {channels // heads})).transpose(1, 2)" for part in (queries, keys, values)
+        ]
         rest = draw.choice(["", "", ", is_causal=True", ", scale=0.3"])
         line = f"{n} = F.scaled_dot_product_attention({', '.join(inner)}{rest}).transpose(1, 2).flatten(2){back}"
     elif kind == 2:
@@ -684,21 +699,23 @@ def written(m: _Maker) -> Lines:
     z = draw.choice([m.constant(1, like=y), "0.25", f"{n}.flip(-1)", f"{n} * 0.5", f"{n}.mean()", "1.5"])
     axis, number = draw.randint(-1, 0), draw.choice(["0", "1", "-1"])
     texts = (
-        "{n}.mul_({z})", "{n}.add_({z})", "{n}.sub_({z})", "{n} += {z}", "{n} *= 0.7", "{n}.copy_(torch.as_tensor({z}))",
-        "{n}.fill_(0.3)", "{n}.zero_()", "{n}.neg_()", "{n}.clamp_(-1, 1)", "{n}.sigmoid_()", "{n}.div_(2)",
-        "{n}.masked_fill_({n} > 0, 0.5)", "{n}[{n} > 0.5] = 0.25", "{n}[{number}] = {z0}", "{n}[..., {number}] *= 2",
-        "{n}[..., ::2] += 1", "{n}[..., 1:].mul_(3)", "F.relu({n}, inplace=True)", "F.silu({n}, inplace=True)",
-        "{n}.index_fill_({axis}, torch.tensor([0]), 0.75)", "{n}.lerp_(torch.ones_like({n}), 0.25)", "{n}.square_()",
-        "torch.add({n}, 1, out={n})", "torch.mul({n}, {n} * 0.5, out={n})", "{n}.addcmul_({n}.clone(), {n}.clone())",
-        "{n}.data.mul_(0.5)", "{n}.detach().add_(1)", "torch._foreach_mul_([{n}], 0.5)", "{n}.relu_()",
-        "{n}[..., [0, -1]] = 0.125", "{n}.scatter_({axis}, {n}.argmax({axis}, keepdim=True), 2.0)", "{n}.abs_()",
+        "{n}.mul_({z})", "{n}.add_({z})", "{n}.sub_({z})", "{n} += {z}", "{n} *= 0.7",
+        "{n}.copy_(torch.as_tensor({z}))", "{n}.fill_(0.3)", "{n}.zero_()", "{n}.neg_()", "{n}.clamp_(-1, 1)",
+        "{n}.sigmoid_()", "{n}.div_(2)", "{n}.masked_fill_({n} > 0, 0.5)", "{n}[{n} > 0.5] = 0.25",
+        "{n}[{number}] = {z0}", "{n}[..., {number}] *= 2", "{n}[..., ::2] += 1", "{n}[..., 1:].mul_(3)",
+        "F.relu({n}, inplace=True)", "F.silu({n}, inplace=True)", "{n}.index_fill_({axis}, torch.tensor([0]), 0.75)",
+        "{n}.lerp_(torch.ones_like({n}), 0.25)", "{n}.square_()", "torch.add({n}, 1, out={n})",
+        "torch.mul({n}, {n} * 0.5, out={n})", "{n}.addcmul_({n}.clone(), {n}.clone())", "{n}.data.mul_(0.5)",
+        "{n}.detach().add_(1)", "torch._foreach_mul_([{n}], 0.5)", "{n}.relu_()", "{n}[..., [0, -1]] = 0.125",
+        "{n}.scatter_({axis}, {n}.argmax({axis}, keepdim=True), 2.0)", "{n}.abs_()",
         "{n}.index_copy_({axis}, torch.tensor([0]), {n}.narrow({axis}, 0, 1) * 2)", "{n}.cumsum_({axis})",
-        "{n}.index_add_({axis}, torch.tensor([0, 0]), torch.ones_like({n}).narrow({axis}, 0, 2))", "{n}.exp_().clamp_(0, 3)",
-        "F.dropout({n}, 0.3, inplace=True)", "{n}.normal_()", "{n}.uniform_(-1, 1)", "{n}.transpose_(0, -1)",
-        "{n}.unsqueeze_(0)", "{n}.swapaxes_(0, {axis})", "{n}.squeeze_()", "{n}.T.mul_(2)", "{n}.mT.add_({n}.mT * 0.5)",
-        "{n}.flatten().add_(1)", "{n}.reshape(-1)[1::3] = 0.5", "{n}.view(-1)[:5].mul_(2)", "{n}.diagonal().zero_()",
-        "{n}.contiguous().add_(3)", "{n}.data = {n} * 2", "{n}.where({n} > 0, {n} * 2).mul_(5)", "{n}.tanh_()",
-        "{n}.masked_scatter_({n} > 0, {n}.flatten() * 0.5)", "{n}.put_(torch.tensor([0, 2]), {n}.flatten()[:2] + 1)",
+        "{n}.index_add_({axis}, torch.tensor([0, 0]), torch.ones_like({n}).narrow({axis}, 0, 2))",
+        "{n}.exp_().clamp_(0, 3)", "F.dropout({n}, 0.3, inplace=True)", "{n}.normal_()", "{n}.uniform_(-1, 1)",
+        "{n}.transpose_(0, -1)", "{n}.unsqueeze_(0)", "{n}.swapaxes_(0, {axis})", "{n}.squeeze_()", "{n}.T.mul_(2)",
+        "{n}.mT.add_({n}.mT * 0.5)", "{n}.flatten().add_(1)", "{n}.reshape(-1)[1::3] = 0.5", "{n}.view(-1)[:5].mul_(2)",
+        "{n}.diagonal().zero_()", "{n}.contiguous().add_(3)", "{n}.data = {n} * 2",
+        "{n}.where({n} > 0, {n} * 2).mul_(5)", "{n}.tanh_()", "{n}.masked_scatter_({n} > 0, {n}.flatten() * 0.5)",
+        "{n}.put_(torch.tensor([0, 2]), {n}.flatten()[:2] + 1)",
     )  # fmt: skip
     text = draw.choice(texts).format(n=n, z=z, z0=draw.choice(["0.5", f"{n}[0] * 2", "0"]), axis=axis, number=number)
     return first + text
@@ -764,9 +781,11 @@ def cast(m: _Maker) -> Lines:
     y, n = m.any(), m.new()
     texts = (
         "{n} = {y}.float()", "{n} = {y}.to(torch.float32) * 2", "{n} = {y}.double()", "{n} = {y}.to(torch.float64) + 1",
-        "{n} = ({y} * 3).floor().to(torch.int64)", "{n} = {y} > 0.1", "{n} = ({y}.sigmoid() * 255).round().to(torch.uint8)",
-        "{n} = ({y} > 0).to({y}.dtype) * {y}", "{n} = {y}.to(torch.bfloat16)", "{n} = {y}.type_as(x)", "{n} = {y}.double() / 3",
-        "{n} = {y}.to(torch.float32, copy=True)", "{n} = torch.complex({y}, {y} * 2).abs()", "{n} = ({y} > 0).int().sum(-1)",
+        "{n} = ({y} * 3).floor().to(torch.int64)", "{n} = {y} > 0.1",
+        "{n} = ({y}.sigmoid() * 255).round().to(torch.uint8)", "{n} = ({y} > 0).to({y}.dtype) * {y}",
+        "{n} = {y}.to(torch.bfloat16)", "{n} = {y}.type_as(x)", "{n} = {y}.double() / 3",
+        "{n} = {y}.to(torch.float32, copy=True)", "{n} = torch.complex({y}, {y} * 2).abs()",
+        "{n} = ({y} > 0).int().sum(-1)",
     )  # fmt: skip
     return m.draw.choice(texts).format(n=n, y=y)
 

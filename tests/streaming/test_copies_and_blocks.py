@@ -139,7 +139,9 @@ COPIES: list[Callable[[Any], Any]] = [
 
 @pytest.mark.parametrize("after_a_call", [False, True], ids=["at once", "after a call"])
 @pytest.mark.parametrize("way", COPIES, ids=lambda way: way.__name__)
-def test_a_copy_made_within_a_block_computes_with_its_own_weights(way: Callable[[Any], Any], after_a_call: bool) -> None:
+def test_a_copy_made_within_a_block_computes_with_its_own_weights(
+    way: Callable[[Any], Any], after_a_call: bool
+) -> None:
     original = net()
     with torch.no_grad():
         expected = original(X)
@@ -337,7 +339,7 @@ def test_a_method_taken_within_the_block_still_works_after_it() -> None:
 def test_a_block_is_left_by_a_generator_that_is_closed() -> None:
     module = net()
 
-    def within() -> Iterator[Tensor]:
+    def within() -> Any:
         with torch.no_grad(), stream(module, tuning=FEW_ROWS):
             yield module(X)
             yield module(X)
@@ -577,6 +579,44 @@ def test_a_vae_of_diffusers_with_its_own_tiles_and_slices(setting: str) -> None:
         for target in (vae, vae.decoder, vae.decode):
             with stream(target, tuning=Tuning(strip_bytes=8_000, always=True)):
                 assert_alike(vae.decode(latents).sample, expected)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_audio_decoder_streams_or_says_that_it_does_not() -> None:
+    """Its maps have three dimensions."""
+    diffusers: Any = pytest.importorskip("diffusers")
+    from model_zoo import draw_weights
+
+    widths = {"encoder_hidden_size": 8, "decoder_channels": 8, "decoder_input_channels": 4}
+    vae: Any = draw_weights(
+        diffusers.AutoencoderOobleck(downsampling_ratios=[2, 4], channel_multiples=[1, 2], **widths)
+    )
+    latent, steps = torch.randn(1, 4, 300, generator=torch.Generator().manual_seed(1)), Progress()
+    with torch.no_grad(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        expected = vae.decode(latent).sample
+        del said[:]
+        with stream(vae.decoder, on_progress=steps, tuning=Tuning(strip_bytes=8_000, always=True)):
+            assert_alike(vae.decode(latent).sample, expected)
+    assert steps.steps or len(said) == 1
+
+
+def test_nothing_is_said_while_a_video_vae_streams(capfd: pytest.CaptureFixture[str]) -> None:
+    """Operators that a plan tries and that fail there are not the user's concern."""
+    diffusers: Any = pytest.importorskip("diffusers")
+    if not hasattr(diffusers, "AutoencoderKLMagvit"):
+        pytest.skip("This diffusers has no AutoencoderKLMagvit.")
+    from model_zoo import draw_weights
+
+    widths = {"block_out_channels": [8, 16, 16, 16], "layers_per_block": 1, "norm_num_groups": 4}
+    vae: Any = draw_weights(diffusers.AutoencoderKLMagvit(latent_channels=4, **widths))
+    x = torch.randn(1, 3, 5, 40, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = vae.encode(x).latent_dist.mode()
+        capfd.readouterr()
+        with stream(vae.encoder, tuning=Tuning(strip_bytes=20_000, always=True)):
+            assert_alike(vae.encode(x).latent_dist.mode(), expected)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_method_of_a_vae_streams_and_the_others_do_not() -> None:

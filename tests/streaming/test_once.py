@@ -10,6 +10,7 @@ import gc
 import io
 import itertools
 import logging
+import pickle
 import random
 import threading
 import types
@@ -17,6 +18,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Optional
 
@@ -656,8 +658,8 @@ def in_a_bound_method(keep: Any, y: Tensor) -> None:
 
 
 def on_another_tensor(keep: Any, y: Tensor) -> None:
-    keep.tensor = torch.zeros(1)
-    keep.tensor.tag = y
+    other: Any = torch.zeros(1)
+    keep.tensor, other.tag = other, y
     keep.read = lambda: keep.tensor.tag
 
 
@@ -771,6 +773,44 @@ def test_a_map_that_outlives_the_call_is_an_ordinary_tensor(
             tensor.sum().item()
         found.append((result, kept))
     assert_alike(found[1], found[0])
+
+
+class KeepsMaps(nn.Module):
+    """Of a class that pickle finds; keeps a map in an attribute, in a buffer and for a hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Conv2d(4, 4, 3, padding=1).requires_grad_(False)
+        self.register_buffer("previous", torch.zeros(2, 4, 9, 7))
+        self.last: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.c(x) + self.previous
+        self.previous, self.last = y * 0.5, y
+        return y
+
+
+@pytest.mark.parametrize("within", [True, False], ids=["within the block", "after it"])
+def test_a_module_that_keeps_maps_is_saved_copied_and_looked_at(within: bool) -> None:
+    module, seen = KeepsMaps(), []
+    eager = copy.deepcopy(module)
+    handle = module.c.register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.no_grad(), ExitStack() as block:
+        block.enter_context(stream(module, tuning=FEW_ROWS))
+        module(X)
+        handle.remove()
+        if not within:
+            block.close()
+        eager(X)
+        for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert_alike([copied.last, copied.previous], [eager.last, eager.previous])
+            assert_alike(copied(X), copy.deepcopy(eager)(X))
+        file = io.BytesIO()
+        torch.save(module.state_dict(), file)
+        file.seek(0)
+        assert_alike(dict(torch.load(file)), dict(eager.state_dict()))
+        assert_alike(module.last.numpy(), eager.last.numpy())
+        assert_alike(seen, [eager.c(X)])
 
 
 def test_a_map_that_is_kept_and_returned_is_one_object() -> None:
@@ -946,7 +986,7 @@ def around() -> tuple[Any, ...]:
         torch.is_autocast_enabled(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_num_threads(),
-        torch._guards.detect_fake_mode() is None,
+        torch._guards.detect_fake_mode() is None,  # type: ignore[reportAttributeAccessIssue]
         torch.zeros(1).device,
     )
 

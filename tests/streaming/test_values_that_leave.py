@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import dlpack
 
 from comfyui_patchconv.streaming import Tuning, streamed
 
@@ -143,12 +144,12 @@ def in_collections(y: Tensor) -> tuple[Any, ...]:
 def what_it_says_of_itself(y: Tensor) -> tuple[Any, ...]:
     part = y[:, 1:, ::2]
     return (
-        y.shape, y.dim(), y.ndim, y.numel(), y.nelement(), len(y), y.dtype, y.device, str(y.layout), y.is_floating_point(),
-        y.element_size(), y.nbytes, y.stride(), y.is_contiguous(), y.size(1), y.requires_grad, y.grad, y.is_leaf, y.grad_fn,
-        y.is_sparse, y.is_quantized, y.is_meta, y.is_cuda, y.type(), y.is_complex(), y.is_signed(),
-        part.shape, part.stride(), part.storage_offset(), part.is_contiguous(), part.untyped_storage().nbytes(),
-        y.is_shared(), y.is_pinned(), y.get_device(), y.itemsize, isinstance(y, Tensor), torch.is_tensor(y),
-        torch.is_storage(y), y.dtype.itemsize, y.is_conj(), y.is_neg(),
+        y.shape, y.dim(), y.ndim, y.numel(), y.nelement(), len(y), y.dtype, y.device, str(y.layout),
+        y.is_floating_point(), y.element_size(), y.nbytes, y.stride(), y.is_contiguous(), y.size(1), y.requires_grad,
+        y.grad, y.is_leaf, y.grad_fn, y.is_sparse, y.is_quantized, y.is_meta, y.is_cuda, y.type(), y.is_complex(),
+        y.is_signed(), part.shape, part.stride(), part.storage_offset(), part.is_contiguous(),
+        part.untyped_storage().nbytes(), y.is_shared(), y.is_pinned(), y.get_device(), y.itemsize,
+        isinstance(y, Tensor), torch.is_tensor(y), torch.is_storage(y), y.dtype.itemsize, y.is_conj(), y.is_neg(),
     )  # fmt: skip
 
 
@@ -192,9 +193,10 @@ def written_to_from_numpy(y: Tensor) -> tuple[Any, ...]:
 
 
 def numpy_functions(y: Tensor) -> tuple[Any, ...]:
+    ones = np.ones(7, dtype=np.float32)
     return (
-        np.mean(y.numpy()), np.asarray(y).sum(), np.array(y).shape, np.add(y, 1.0), np.stack([y[0], y[1]]),  # type: ignore[reportCallIssue]
-        np.percentile(y, 50), np.ones(7, dtype=np.float32) * y.numpy(), np.array([y.mean(), y.sum()]), np.asarray(y, dtype=np.float64),
+        np.mean(y.numpy()), np.abs(np.asarray(y)).sum(), np.array(y).shape, np.add(y, 1.0), np.stack([y[0], y[1]]),  # type: ignore[reportCallIssue]
+        np.percentile(y, 50), ones * y.numpy(), np.array([y.amax(), y.abs().sum()]), np.asarray(y, dtype=np.float64),
     )  # fmt: skip
 
 
@@ -202,7 +204,8 @@ def numbers(y: Tensor) -> tuple[Any, ...]:
     one = y.mean()
     return (
         float(one), int(one * 10), bool(one), complex(one), one.item(), math.floor(one), round(float(one), 2),
-        operator.index(y.argmax()), [0] * int((y[0, 0, 0] > 0).sum()), math.exp(one), 2.0**one, max(y.mean(), y.sum()) * 1,
+        operator.index(y.argmax()), [0] * int((y[0, 0, 0] > 0).sum()), math.exp(one), 2.0**one,
+        max(y.mean(), y.abs().sum()) * 1,
     )  # fmt: skip
 
 
@@ -234,8 +237,8 @@ def pickles(y: Tensor) -> tuple[Any, ...]:
 
 def capsules(y: Tensor) -> tuple[Any, ...]:
     return (
-        torch.from_dlpack(y) * 2, torch.from_dlpack(y[:, 1:]) * 2, np.from_dlpack(y).copy(), y.__dlpack_device__()[0] == 1,
-        torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(y)) * 3,
+        torch.from_dlpack(y) * 2, torch.from_dlpack(y[:, 1:]) * 2, np.from_dlpack(y).copy(),
+        y.__dlpack_device__()[0] == 1, dlpack.from_dlpack(dlpack.to_dlpack(y)) * 3,  # type: ignore[reportPrivateImportUsage]
     )  # fmt: skip
 
 
@@ -243,7 +246,8 @@ def chosen_by_values(y: Tensor) -> tuple[Any, ...]:
     return (
         y[y > 0.1], y.nonzero(), (y > 0.5).nonzero(as_tuple=True), torch.masked_select(y, y < 0), torch.argwhere(y > 1),
         (y > 0).unique(), y.topk(3, 1)[1], y.argmax(1), y.sort(2)[1], torch.bincount((y > 0).long().flatten()),
-        torch.histc(y, 4, -2, 2).sum(), y.kthvalue(2, 2)[0], y.median(), torch.searchsorted(torch.tensor([-1.0, 0.0, 1.0]), y),
+        torch.histc(y, 4, -2, 2).sum(), y.kthvalue(2, 2)[0], y.median(),
+        torch.searchsorted(torch.tensor([-1.0, 0.0, 1.0]), y),
     )  # fmt: skip
 
 
@@ -257,7 +261,12 @@ def element_by_element(y: Tensor) -> tuple[Any, ...]:
 
 
 def as_a_python_scalar_of_an_operator(y: Tensor) -> tuple[Any, ...]:
-    return y.clamp(min=float(y.mean())), torch.add(y, y, alpha=float(y.amax())), F.pad(y, (int(y.amax() > 0),) * 4), y[: int((y > 50).sum()) + 1]  # fmt: skip
+    return (
+        y.clamp(min=float(y.mean())),
+        torch.add(y, y, alpha=float(y.amax())),
+        F.pad(y, (int(y.amax() > 0),) * 4),
+        y[: int((y > 50).sum()) + 1],
+    )
 
 
 def weakly_and_attributes(y: Tensor) -> tuple[Any, ...]:
@@ -277,7 +286,7 @@ LOOKS: dict[str, Look] = {
     "asarray": lambda y: np.asarray(y).copy(),
     "array": lambda y: np.array(y),
     "array of a mean": lambda y: np.array(y.mean((2, 3))),
-    "memoryview": lambda y: memoryview(y.numpy()).nbytes,
+    "memoryview": lambda y: memoryview(y.numpy()).nbytes,  # type: ignore[reportArgumentType]
     "from_numpy": lambda y: torch.from_numpy(y.numpy()) * 2,
     "tolist": lambda y: y.tolist(),
     "item": lambda y: y.std().item(),
@@ -302,14 +311,42 @@ LOOKS: dict[str, Look] = {
 LOOKS |= {
     function.__name__: function
     for function in (
-        in_place_by_pointer, saved_and_loaded, saved_in_a_dictionary, saved_as_safetensors, as_an_image, read_from_a_file,
-        in_a_custom_operator, indexed_by_its_maximum, formatted, printed, iterated, unpacked, in_a_loop, compared,
-        in_collections, what_it_says_of_itself, storages, bytes_of_its_storage, no_pointer_of_a_gpu,
-        whose_arrays_are_its_memory, whose_capsule_is_its_memory, written_to_from_numpy, numpy_functions, numbers, lists,
-        tensors_made_of_it, copies, pickles, capsules, chosen_by_values, elsewhere, element_by_element,
-        as_a_python_scalar_of_an_operator, weakly_and_attributes,
+        in_place_by_pointer,
+        saved_and_loaded,
+        saved_in_a_dictionary,
+        saved_as_safetensors,
+        as_an_image,
+        read_from_a_file,
+        in_a_custom_operator,
+        indexed_by_its_maximum,
+        formatted,
+        printed,
+        iterated,
+        unpacked,
+        in_a_loop,
+        compared,
+        in_collections,
+        what_it_says_of_itself,
+        storages,
+        bytes_of_its_storage,
+        no_pointer_of_a_gpu,
+        whose_arrays_are_its_memory,
+        whose_capsule_is_its_memory,
+        written_to_from_numpy,
+        numpy_functions,
+        numbers,
+        lists,
+        tensors_made_of_it,
+        copies,
+        pickles,
+        capsules,
+        chosen_by_values,
+        elsewhere,
+        element_by_element,
+        as_a_python_scalar_of_an_operator,
+        weakly_and_attributes,
     )
-}  # fmt: skip
+}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -483,7 +520,9 @@ def test_an_operator_of_a_library_of_its_own_writes_in_place() -> None:
     def kernel(x: Tensor) -> None:
         x.numpy()[:] *= 2
 
-    op = torch.library.custom_op("patchconv_tests::doubled_", kernel, mutates_args=("x",), schema="(Tensor(a!) x) -> ()")
+    op = torch.library.custom_op(
+        "patchconv_tests::doubled_", kernel, mutates_args=("x",), schema="(Tensor(a!) x) -> ()"
+    )
 
     def run(x: Tensor) -> Any:
         y = c(x)
@@ -499,5 +538,5 @@ def test_an_operator_of_a_library_of_its_own_writes_in_place() -> None:
 def test_a_scripted_function_gets_real_values() -> None:
     if not hasattr(torch.jit, "script"):
         pytest.skip("this torch has no torch.jit.script")
-    graph = torch.jit.trace(lambda y: torch.relu(y) * 2 + y.mean(), torch.randn(2, 4, 9, 7))
+    graph: Any = torch.jit.trace(lambda y: torch.relu(y) * 2 + y.mean(), torch.randn(2, 4, 9, 7))
     assert_as_eager(lambda x: c(graph(c(x))), X)

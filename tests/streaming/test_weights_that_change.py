@@ -398,9 +398,7 @@ FOR_THE_CALL: list[Layer] = [
 def network(kind: Layer) -> Any:
     """Three of them, so that each sees what the next leaves."""
     return drawn(
-        nn.Sequential(
-            kind(4, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU(), kind(4, 4, 1), kind(4, 4, 3, padding=1)
-        )
+        nn.Sequential(kind(4, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU(), kind(4, 4, 1), kind(4, 4, 3, padding=1))
     )
 
 
@@ -682,7 +680,11 @@ def test_layerwise_casting_of_a_vae(storage: str) -> None:
         assert_alike(ours.decode(LATENT).sample, expected)
 
 
-@pytest.mark.parametrize("options", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}], ids=["leaf", "block"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}],
+    ids=["leaf", "block"],
+)
 @pytest.mark.parametrize("disk", [False, True], ids=["memory", "disk"])
 def test_group_offloading_of_a_vae(options: dict[str, Any], disk: bool, tmp_path: Path) -> None:
     hooks: Any = pytest.importorskip("diffusers.hooks")
@@ -697,6 +699,40 @@ def test_group_offloading_of_a_vae(options: dict[str, Any], disk: bool, tmp_path
         assert_alike(ours.decode(LATENT).sample, expected)
         with stream(ours.decoder, tuning=Tuning(strip_bytes=4_000, always=True)):
             assert_alike(ours.decode(LATENT).sample, expected)
+
+
+RESIZED = """
+import torch
+from torch import nn
+from comfyui_patchconv.streaming import Tuning, stream
+
+class Sharded(nn.Conv2d):  # as FSDP does: the storage is there for the length of the call
+    def forward(self, x):
+        if "stored" not in self.__dict__:
+            self.__dict__["stored"] = self.weight.detach().clone()
+        stored, storage = self.__dict__["stored"], self.weight.untyped_storage()
+        storage.resize_(stored.untyped_storage().nbytes())
+        self.weight.copy_(stored)
+        y = super().forward(x)
+        storage.resize_(0)
+        return y
+
+torch.manual_seed(0)
+net = nn.Sequential(Sharded(4, 4, 3, padding=1), nn.GroupNorm(2, 4), Sharded(4, 4, 3)).requires_grad_(False)
+x = torch.randn(2, 4, 9, 7)
+with torch.no_grad():
+    expected = net(x)
+    with stream(net, tuning=Tuning(strip_bytes=1, always=True)):
+        print(float((net(x) - expected).abs().max()) < 1e-5)
+"""
+
+
+@pytest.mark.slow
+def test_weights_whose_storage_is_resized_to_nothing() -> None:
+    """In a process of its own: where this is wrong, memory is read that is not there."""
+    from conv_helpers import run_python
+
+    assert run_python(RESIZED).strip() == "True"
 
 
 def test_loras_of_peft_like_wrappers_that_are_switched_during_the_call() -> None:

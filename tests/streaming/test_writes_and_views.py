@@ -884,13 +884,27 @@ def aliased_and_permuted(x: Tensor, y: Tensor) -> Any:
     return z, c(x), y * 1
 
 
+def parts(shape: tuple[int, ...], *indices: Any) -> tuple[Tensor, ...]:
+    whole = a_map(torch.contiguous_format, *shape)
+    return tuple(whole[index] for index in indices)
+
+
+def with_a_view(view: Function) -> tuple[Tensor, ...]:
+    x = a_map()
+    return x, view(x)
+
+
+ALL = slice(None)
 PAIRS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Tensor, ...]]]] = {
-    "the same tensor twice": (aliased, lambda: (lambda x: (x, x))(a_map())),
-    "parts that overlap": (aliased, lambda: (lambda m: (m[:, :4], m[:, 1:5]))(a_map(torch.contiguous_format, 2, 5, 9, 7))),
-    "a view with dimensions exchanged": (aliased_and_permuted, lambda: (lambda x: (x, x.transpose(2, 3)))(a_map())),
-    "a flat view": (aliased_and_permuted, lambda: (lambda x: (x, x.view(-1)[5:50]))(a_map())),
-    "rows of one another": (aliased_and_permuted, lambda: (lambda m: (m[:, :, :9], m[:, :, 4:]))(a_map(torch.contiguous_format, 2, 4, 13, 7))),
-}  # fmt: skip
+    "the same tensor twice": (aliased, lambda: with_a_view(lambda x: x)),
+    "parts that overlap": (aliased, lambda: parts((2, 5, 9, 7), (ALL, slice(0, 4)), (ALL, slice(1, 5)))),
+    "a view with dimensions exchanged": (aliased_and_permuted, lambda: with_a_view(lambda x: x.transpose(2, 3))),
+    "a flat view": (aliased_and_permuted, lambda: with_a_view(lambda x: x.view(-1)[5:50])),
+    "rows of one another": (
+        aliased_and_permuted,
+        lambda: parts((2, 4, 13, 7), (ALL, ALL, slice(0, 9)), (ALL, ALL, slice(4, 13))),
+    ),
+}
 
 
 @pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)

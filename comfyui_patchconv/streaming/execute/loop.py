@@ -51,6 +51,12 @@ class Loop:
         node = step.node
         assert node.step is not None
         pieces = [_whole(source, self._stored) for source in node.inputs]
+        if not node.step.takes_all and not node.step.reduces:
+            spans = iter(node.step.needs(0, node.rows))
+            pieces = [
+                piece if dim is None else _rows_of_whole(piece, dim, *next(spans))
+                for piece, dim in zip(pieces, node.dims)
+            ]
         with torch.inference_mode(self._inference), torch.no_grad():
             if node.step.takes_all:
                 result = node.step.compute(0, 1, pieces)
@@ -60,6 +66,10 @@ class Loop:
                 result = node.step.compute(0, node.rows, pieces)
         self._stored[node] = _as_stored(node, result, self._inference, self._memory.count)
         self._on_progress(step.work)
+
+
+def _rows_of_whole(piece: Tensor, dim: int, first: int, last: int) -> Tensor:
+    return piece if (first, last) == (0, piece.shape[dim]) else piece.narrow(dim, first, last - first)
 
 
 def _reduced(node: Node, pieces: Sequence[Tensor]) -> Tensor:

@@ -99,6 +99,11 @@ class View:
         assert self.cell.real is not None
         if self.parent is None and self.cell.real.shape == self.spec.shape:
             return self.cell.real
+        if self.spec.dtype != self.cell.real.dtype:  # bits taken for another type: its strides count other units
+            parent = self.parent
+            assert parent is not None
+            found = self.func(parent.real(), *self.args, **self.kwargs)
+            return found if self.place is None else found[self.place]
         offset = self.cell.real.storage_offset() + self.spec.offset - self.cell.whole.offset
         return self.cell.real.as_strided(self.spec.shape, self.spec.strides, offset)
 
@@ -118,6 +123,7 @@ class LazyTensor(Tensor):
     """Stands for what `view` shows. Its shape, strides, type and device are known, its values may not be yet."""
 
     view_: View
+    original_: Tensor
 
     @staticmethod
     def __new__(cls, view: View) -> LazyTensor:
@@ -136,6 +142,8 @@ class LazyTensor(Tensor):
         if name == "__get__" and func.__self__.__name__ not in _ACTING:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        if name == "__set__" and func.__self__.__name__ == "data":
+            return recorder_of(args).replace_data(func, *args)
         if name in LEAVING or (name in ("__get__", "__set__") and func.__self__.__name__ in LEAVING):
             return _leave(func, name, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass(), torch._C._InferenceMode(True):  # operators arrive whole there

@@ -35,13 +35,18 @@ class Evaluate(Protocol):
 
 
 class _Operator(NamedTuple):
-    """What is known of an operator from its schema. written: names and places of the arguments that it writes to."""
+    """What is known of an operator from its schema.
+
+    written: names and places of the arguments that it writes to. functional: the operator that gives the result instead
+    of writing it. looks: it needs values. draws: it may draw random numbers. reshapes: it changes its argument's shape.
+    """
 
     name: str
     written: tuple[tuple[int, str], ...]
     functional: Any
     looks: bool
     draws: bool
+    reshapes: bool
 
 
 class Recorder(TorchDispatchMode):
@@ -70,7 +75,9 @@ class Recorder(TorchDispatchMode):
     def defer(self, tensor: Tensor) -> LazyTensor:
         """An argument of the caller's: its memory is written to at once."""
         cell = Cell(self, Spec.of(tensor), real=tensor, counted=False)
-        return LazyTensor(View(cell, cell.whole, tensor.device))
+        lazy = LazyTensor(View(cell, cell.whole, tensor.device))
+        lazy.original_ = tensor
+        return lazy
 
     def phantom_of(self, like: Spec, device: torch.device, counted: bool = True) -> LazyTensor:
         """An argument that is not there yet: a tensor without values, as if on `device`."""
@@ -242,7 +249,35 @@ class Recorder(TorchDispatchMode):
 
     # Writes
 
+    def replace_data(self, func: Any, target: Tensor, value: Any) -> None:
+        """`target.data = value`: the same object, with other memory."""
+        if isinstance(value, LazyTensor) and not (isinstance(target, LazyTensor) and self._is_alike(target, value)):
+            self.become_ordinary([value])
+        if not isinstance(target, LazyTensor):
+            func(target, value)
+            return
+        original = getattr(target, "original_", None)
+        if original is not None:
+            self.become_ordinary([one for one in (value,) if isinstance(one, LazyTensor)])
+            original.data = value
+            value = original
+        if self._is_alike(target, value):
+            view = value.view_ if isinstance(value, LazyTensor) else None
+            target.view_ = view or View(Cell(self, Spec.of(value), real=value, counted=False), Spec.of(value), value.device)
+            return
+        self.become_ordinary([target])
+        target.data = value
+
+    def _is_alike(self, target: LazyTensor, value: Any) -> bool:
+        """Whether an object that was made for the one can stand for the other."""
+        spec, other = target.view_.spec, _spec(value)
+        return other is not None and spec[:2] == other[:2] and spec.dtype == other.dtype
+
     def _write(self, func: Any, operator: _Operator, args: Any, kwargs: dict[str, Any]) -> Any:
+        if operator.reshapes:
+            self.become_ordinary([value for value in _flat(args) if isinstance(value, LazyTensor)])
+            with self.as_called():
+                return func(*_mapped(self._real_or_same, args), **kwargs)
         targets = _written(operator, args, kwargs)
         target = targets[0] if len(targets) == 1 else None
         if isinstance(target, LazyTensor) and operator.functional is not None and args and args[0] is target:
@@ -401,6 +436,9 @@ class Recorder(TorchDispatchMode):
         self.store([node])
         return node.tensor
 
+    def _real_or_same(self, value: Any) -> Any:
+        return self.real(value) if isinstance(value, LazyTensor) else value
+
     def _make_real(self, tensors: Iterable[LazyTensor]) -> None:
         """Give the cells of these tensors memory that others can reach."""
         cells = list(dict.fromkeys(tensor.view_.cell for tensor in tensors if tensor.view_.cell.real is None))
@@ -452,6 +490,7 @@ def _become(tensor: LazyTensor, real: Tensor) -> None:
     swap: Optional[Callable[[Tensor, Tensor], None]] = getattr(torch._C, "_swap_tensor_impl", None)
     if swap is None:
         return
+    tensor.__dict__.pop("original_", None)
     view = tensor.__dict__.pop("view_")
     try:
         swap(tensor, real)
@@ -478,7 +517,8 @@ def _operator(func: Any) -> _Operator:
     tags = set(func.tags)
     looks = bool(tags & _LOOKING) or name in ("_local_scalar_dense", "equal", "is_nonzero", "item")
     draws = torch.Tag.nondeterministic_seeded in tags or name in ("normal_", "uniform_", "bernoulli_", "random_")
-    return _Operator(name, written, functional, looks, draws)
+    reshapes = torch.Tag.inplace_view in tags or name in ("set_", "resize_", "resize_as_")
+    return _Operator(name, written, functional, looks, draws, reshapes)
 
 
 def _draws(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:

@@ -98,15 +98,22 @@ def _asked(func: Any, args: Any, kwargs: dict[str, Any], spec: Callable[[Any], O
     answer = tuple(Spec.of(one)._replace(alias=storages.get(one.untyped_storage()._cdata)) for one in results)
     if func.overloadpacket.__name__ in _CONVOLUTIONS:
         return _as_backend_has_it(func, args, kwargs, spec, answer[0])
-    if func.overloadpacket.__name__ in _KEEPING_FORMAT and _suggests(spec(args[0]), torch.channels_last):
-        tensor = torch.empty(
-            answer[0].shape, dtype=answer[0].dtype, device="meta", memory_format=torch.channels_last
-        )
-        return Spec.of(tensor)
+    if func.overloadpacket.__name__ == "scaled_dot_product_attention":
+        return _of_attention(args, kwargs, func, spec, answer[0])
+    if func.overloadpacket.__name__ in _KEEPING_FORMAT and _device_types((args, kwargs))[:1] == ["cpu"]:
+        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(answer[0].shape))
+        if last is not None and answer[0].alias is None and _suggests(spec(args[0]), last):
+            tensor = torch.empty(answer[0].shape, dtype=answer[0].dtype, device="meta", memory_format=last)
+            answer = (Spec.of(tensor), *answer[1:])
     return answer if several else answer[0]
 
 
-_KEEPING_FORMAT = ("pixel_shuffle", "pixel_unshuffle")
+_KEEPING_FORMAT = frozenset(
+    """
+    group_norm native_group_norm pixel_shuffle channel_shuffle roll pad reflection_pad2d reflection_pad3d
+    replication_pad2d replication_pad3d
+    """.split()  # noqa: SIM905
+)
 """What keeps channels last on the CPU, and says otherwise on the meta device."""
 
 _CONVOLUTIONS = frozenset(
@@ -145,10 +152,42 @@ def _as_backend_has_it(func: Any, args: Any, kwargs: dict[str, Any], spec: Any, 
 
 
 def _suggests(spec: Optional[Spec], memory_format: torch.memory_format) -> bool:
-    if spec is None or len(spec.shape) not in (4, 5):
+    """Whether backends take a tensor for channels last: by its strides alone (`is_channels_last_strides`, c10)."""
+    if spec is None or len(spec.shape) not in (4, 5) or spec.strides[1] == 0:
         return False
-    tensor = torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device="meta")
-    return tensor.is_contiguous(memory_format=memory_format) and not tensor.is_contiguous()
+    least = 0
+    for dim in (1, *range(len(spec.shape) - 1, 1, -1), 0):
+        side, stride = spec.shape[dim], spec.strides[dim]
+        if side == 0 or stride < least or (dim == 0 and least == spec.strides[1]):
+            return False
+        least = stride * max(side, 1)
+    return True
+
+
+def _of_attention(args: Any, kwargs: dict[str, Any], func: Any, spec: Callable[[Any], Optional[Spec]], result: Spec) -> Spec:
+    """The result of attention, which fused kernels give with its heads behind the pixels."""
+    given = {one.name: value for one, value in zip(func._schema.arguments, args)} | kwargs
+    looks = [spec(given[name]) for name in ("query", "key", "value")]
+    if len(result.shape) != 4 or any(one is None or len(one.shape) != 4 for one in looks):
+        return result
+    if all(kind == "cpu" for kind in _device_types((args, kwargs))):
+        mask = spec(given.get("attn_mask"))
+        tensors = [torch.empty_strided(one.shape, one.strides, dtype=one.dtype) for one in looks if one is not None]
+        masked = None if mask is None else torch.empty_strided(mask.shape, mask.strides, dtype=mask.dtype)
+        options = {"scale": given.get("scale"), "enable_gqa": given.get("enable_gqa", False)}
+        options = {name: value for name, value in options.items() if value}
+        try:
+            choice = torch._fused_sdp_choice(*tensors, masked, given.get("dropout_p", 0.0), given.get("is_causal", False), **options)
+        except (RuntimeError, TypeError):
+            return result
+        if choice != _FLASH:
+            return result
+    batch, heads, pixels, channels = result.shape
+    return result._replace(strides=(pixels * heads * channels, channels, heads * channels, 1))
+
+
+_FLASH = 1
+"""`torch.nn.attention.SDPBackend.FLASH_ATTENTION`."""
 
 
 def _device_types(values: Any) -> list[str]:

@@ -88,7 +88,7 @@ def _real(value: Any, pieces: Sequence[Tensor]) -> Any:
 
 def candidates(count: int) -> Sequence[int]:
     """Dimensions along which a tensor of `count` dimensions may come in rows, the usual one first."""
-    return {3: (2, 1), 4: (2, 3, 1), 5: (3, 4, 2)}.get(count, range(max(count - 2, 0), -1, -1))
+    return {0: (), 3: (2, 1), 4: (2, 3, 1), 5: (3, 4, 2)}.get(count, range(max(count - 2, 0), -1, -1))
 
 
 def fixed_dim(node: Node) -> Optional[int]:
