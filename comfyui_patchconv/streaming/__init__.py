@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional, Union
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .call import Call, OnProgress, is_map, joins
 from .errors import CannotEstimateError
@@ -38,8 +37,8 @@ class Streamed:
     """Calls functions in strips, and keeps their schedules for calls that are alike. The arguments are those of
     `streamed`.
 
-    budget: may be changed between calls; a schedule is kept as long as it suits. calls: how many were streamed, or had
-    no map to stream. last: the last of them.
+    budget: may be changed between calls; a schedule is kept as long as it suits. calls: how many had something to stream.
+    last: the last of them.
     """
 
     def __init__(
@@ -62,13 +61,14 @@ class Streamed:
         if reason is not None:
             self.report[reason] = self.report.get(reason, 0) + 1
             return function(*args, **kwargs)
-        self.calls += 1
         if not any(is_map(value) for value in (*args, *kwargs.values())):
-            self.calls -= not any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values()))
+            self.calls += any(isinstance(value, Tensor) and not value.numel() for value in (*args, *kwargs.values()))
             return function(*args, **kwargs)
         self.last = call = Call(self.budget, self.report, self.on_progress, self.tuning, self._schedules)
         with undisturbed():
-            return call.run(function, args, kwargs)
+            result = call.run(function, args, kwargs)
+        self.calls += call.recorder.deferred > 0
+        return result
 
 
 def streamed(
@@ -125,6 +125,6 @@ def stream(
             entry.leave()
     if not runner.calls and not runner.report:
         names = " or ".join(f"{type(owner).__name__}.{name}" for owner, name in methods_of(target))
-        text = f"nothing was streamed: {names} was not called with a feature map; stream the part that is."
+        text = f"nothing was streamed: {names} was not called with a map to compute on; stream the part that is."
         runner.report[text] = 1
         warnings.warn(text[0].upper() + text[1:], stacklevel=3)

@@ -59,16 +59,16 @@ class Call:
         given = [enter(value) for value in args]
         named = {name: enter(value) for name, value in kwargs.items()}
         entered = [value for value in (*given, *named.values()) if isinstance(value, LazyTensor)]
+        try:
+            with recorder:
+                result = function(*given, **named)
+        except BaseException:
+            _forsake(recorder)
+            raise
+        del given, named
         with torch.no_grad():
-            try:
-                with recorder:
-                    result = function(*given, **named)
-            except BaseException:
-                _forsake(recorder)
-                raise
-            del given, named
             recorder.finish()
-            self.eager_peak = recorder.eager_peak
+        self.eager_peak = recorder.eager_peak
         back = {id(value): originals[id(value)] for value in entered}
         return _with_originals(result, back)
 
@@ -145,7 +145,8 @@ def _without_values(node: Node) -> Tensor:
 def _forsake(recorder: Recorder) -> None:
     """The program failed: what it left behind has values all the same, if they can be had."""
     try:
-        recorder.finish()
+        with torch.no_grad():
+            recorder.finish()
     except Exception:  # the program's own error is the one to tell
         return
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
+import torch.autograd.forward_ad
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_flatten
@@ -27,6 +28,8 @@ def eager_reason(args: Any, kwargs: Any) -> Optional[str]:
     tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "an argument requires gradients"
+    if getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0:
+        return "a forward-mode gradient is being computed"
     functorch: Any = getattr(torch._C, "_functorch", None)
     if functorch is not None and functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func is active"

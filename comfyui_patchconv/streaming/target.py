@@ -5,7 +5,9 @@ Nothing is left on the object itself, so that copies of it, pickles and replicas
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 import threading
 from collections.abc import Callable
 from typing import Any, Optional
@@ -64,8 +66,6 @@ class _Instance:
         return entry.around(before, args, kwargs) if entry.inside else before(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        import copy
-
         return copy.deepcopy(self.before, memo)
 
     def __reduce__(self) -> Any:
@@ -122,6 +122,12 @@ class Entry:
             current = current.before
 
 
+def _function_of(owner: Any, name: str) -> Any:
+    """The function of a method as its class has it, whoever wraps it now."""
+    function = getattr(getattr(owner, name, None), "__func__", None)
+    return inspect.unwrap(function) if function is not None else owner
+
+
 def methods_of(target: Any) -> list[tuple[Any, str]]:
     """The methods that `stream(target)` streams: `forward` of a module, and `decode` and `encode` if it has them; or
     the one that is given. Raises TypeError for anything else."""
@@ -130,7 +136,8 @@ def methods_of(target: Any) -> list[tuple[Any, str]]:
         return [(target, name) for name in ("forward", *others)]
     owner, function = getattr(target, "__self__", None), getattr(target, "__func__", None)
     names = [getattr(target, "__name__", ""), *dir(type(owner))]
-    name = next((name for name in names if getattr(getattr(owner, name, None), "__func__", None) is function), "")
+    own = inspect.unwrap(function) if function is not None else None
+    name = next((name for name in names if _function_of(owner, name) is own), "")
     if owner is None or isinstance(owner, type) or not hasattr(owner, "__dict__") or not name:
         raise TypeError(f"{target!r} cannot be streamed: give a module, or a method of an object such as vae.decode.")
     return [(owner, name)]

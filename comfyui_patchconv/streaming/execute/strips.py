@@ -31,6 +31,7 @@ class Rows:
         self.done = {node: 0 for node in self.order}
         self.given = {node: 0 for node in self.roots if node not in inside}  # of stored maps that are read for themselves
         self.kept: dict[Node, int] = {}
+        self._next: dict[Node, int] = {}
         self._rows_of = {
             node: [(source, source in inside) for source, dim in zip(node.inputs, node.dims) if dim is not None]
             for node in self.order
@@ -45,6 +46,7 @@ class Rows:
         other = object.__new__(Rows)
         other.__dict__.update(self.__dict__)
         other.done, other.given, other.kept = dict(self.done), dict(self.given), dict(self.kept)
+        other._next = dict(self._next)
         return other
 
     def wanted(self, last: int) -> dict[Node, Span]:
@@ -83,6 +85,7 @@ class Rows:
         for node, (_, high) in wanted.items():
             if node in self.given:
                 self.given[node] = max(self.given[node], high)
+        self._look_ahead()
         work = []
         for node in self.order:
             if node not in todo:
@@ -90,7 +93,7 @@ class Rows:
             begin = self.kept.pop(node, None)
             rows = todo[node]
             begin = rows[0] if begin is None else begin
-            keep = rows[1] if node in self.again else max(self._next_row(node), begin)
+            keep = rows[1] if node in self.again else max(self.next_read(node), begin)
             if node not in self.again and node in self._readers and keep < self.done[node]:
                 self.kept[node] = keep
             else:
@@ -98,27 +101,23 @@ class Rows:
             work.append(Work(node, begin, rows, needs.get(node, ()), keep))
         return work
 
-    def _next_row(self, source: Node) -> int:
-        """The first row of `source` that is still to be read."""
-        low = self._end(source)
+    def _look_ahead(self) -> None:
+        """For each step, the first of its rows that is still to be computed, for itself or for what reads it."""
+        for node in reversed(self.order):
+            self._next[node] = self.next_read(node) if node in self.again else self.done[node]
+
+    def next_read(self, source: Node) -> int:
+        """The first row of `source` that a step of this pass still reads."""
+        low = self.roots[source] if source in self.roots else source.rows
         for node, place in self._readers.get(source, ()):
-            row = self.next_row(node)
+            row = self._next[node]
             if row < node.rows and node.step is not None:
                 low = min(low, node.step.needs(row, row + 1)[place][0])
         return low
 
-    def _end(self, source: Node) -> int:
-        return self.roots[source] if source in self.roots else source.rows
-
-    def next_row(self, node: Node) -> int:
-        """The first row of a step that is still to be computed, for itself or for what reads it."""
-        if node not in self.again:
-            return self.done[node]
-        return self._next_row(node)
-
     def first_needed(self, source: Node) -> int:
         """The first row of a stored map that is still to be read."""
-        return min(self._next_row(source), self.given.get(source, self._end(source)))
+        return min(self.next_read(source), self.given.get(source, source.rows if source.dim is not None else 1 << 62))
 
 
 def first_strips(rows: Rows, one_pass: Pass) -> list[dict[Node, Span]]:

@@ -138,25 +138,22 @@ class Sweep:
 
     def _bytes_of_lines(self) -> int:
         """Bytes of the rows that are kept between strips, in two parts that take turns."""
-        kept = [
-            node.row_bytes * self._rows_shared(node)
-            for node in self.order
-            if node in self._readers and node not in self.again
-        ]
-        return 2 * sum(kept)
-
-    def _rows_shared(self, source: Node) -> int:
-        """How many rows of `source` two rows in succession of what is computed from it share."""
-        shared = 0
-        for reader, place in self._readers.get(source, ()):
-            if reader in self.again and reader in self._readers:
-                shared = max(shared, self._rows_shared(reader))
-            else:
-                assert reader.step is not None
-                middle = reader.rows // 2
-                one, two = (reader.step.needs(row, row + 1)[place] for row in (middle, middle + 1))
-                shared = max(shared, one[1] - two[0], 0)
-        return min(shared, source.rows)
+        shared: dict[Node, int] = {}
+        total = 0
+        for node in reversed(self.order):  # readers before what they read
+            rows = 0
+            for reader, place in self._readers.get(node, ()):
+                if reader in self.again and reader in self._readers:
+                    rows = max(rows, shared[reader])
+                else:
+                    assert reader.step is not None
+                    middle = reader.rows // 2
+                    one, two = (reader.step.needs(row, row + 1)[place] for row in (middle, middle + 1))
+                    rows = max(rows, one[1] - two[0], 0)
+            shared[node] = min(rows, node.rows)
+            if node in self._readers and node not in self.again:
+                total += node.row_bytes * shared[node]
+        return 2 * total
 
     def _bytes_beside_maps(self) -> int:
         """Bytes taken beside stored maps: a strip's rows, what the widest step adds to them, the rows kept between

@@ -160,6 +160,8 @@ class Recorder(TorchDispatchMode):
                 node = self.compute(func, args, kwargs, specs)
                 return self._now(func, args, kwargs) if node is None else self._own(node, specs)
             if all(spec.alias is not None for spec in specs):
+                if any(spec.alias for spec in specs) or not isinstance(args[0], LazyTensor):
+                    return self._now(func, args, kwargs)
                 return [self._view(spec, place, func, args, kwargs) for place, spec in enumerate(specs)]
             nodes = operators.build_several(self, func, _operands(self, args), _operands(self, kwargs), specs)
             if nodes is None:
@@ -172,6 +174,7 @@ class Recorder(TorchDispatchMode):
         sources = [value for value in _flat((args, kwargs)) if isinstance(value, Node)]
         size = _numel(spec) * spec.dtype.itemsize
         stored = all(node.tensor is not None for node in sources)
+        self.deferred += operators.knows(func)
         if stored and not self.phantom and max(size, *(node.bytes for node in sources)) < self._small:
             return None
         device = _device_of(func, args, kwargs, sources)
@@ -179,7 +182,6 @@ class Recorder(TorchDispatchMode):
             device = sources[0].device
         node = operators.build(self, func, args, kwargs, spec, device)
         if node is not None:
-            self.deferred += 1
             return node
         if stored and not self.phantom:
             return None
@@ -225,6 +227,8 @@ class Recorder(TorchDispatchMode):
         base = tensors[spec.alias or 0]
         if not isinstance(base, LazyTensor):
             return self._now(func, args, kwargs)
+        if func.overloadpacket.__name__ in _GIVING_BACK and args[0] is base:
+            return base
         parent = base.view_
         view = View(parent.cell, spec._replace(alias=None), parent.device, parent, func, args[1:], kwargs, place)
         if args[0] is not base:  # the view of an argument that is not the first
@@ -275,7 +279,11 @@ class Recorder(TorchDispatchMode):
 
     def _write(self, func: Any, operator: _Operator, args: Any, kwargs: dict[str, Any]) -> Any:
         if operator.reshapes:
-            self.become_ordinary([value for value in _flat(args) if isinstance(value, LazyTensor)])
+            lazies = [value for value in _flat(args) if isinstance(value, LazyTensor)]
+            originals = [value.original_ for value in lazies if hasattr(value, "original_")]
+            self.become_ordinary(lazies)
+            for original in originals:  # the caller's own object changes its shape, too
+                func(original, *args[1:], **kwargs)
             with self.as_called():
                 return func(*_mapped(self._real_or_same, args), **kwargs)
         targets = _written(operator, args, kwargs)
@@ -477,7 +485,7 @@ class Recorder(TorchDispatchMode):
             self._make_real(tensors)
             for tensor in tensors:
                 real = tensor.view_.real()
-                mine = real.detach() if not real.requires_grad else real
+                mine = real.detach()  # never the caller's own object
                 self._tensors.pop(id(tensor), None)
                 _become(tensor, mine)
 
@@ -528,6 +536,9 @@ def _draws(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         return bool(given.get("dropout_p"))
     return bool(given["p"]) and bool(given.get("train", True)) if "p" in given else True
 
+
+_GIVING_BACK = frozenset("to type_as contiguous dropout feature_dropout alpha_dropout".split())
+"""What gives its argument back, the same object, where it has nothing to do."""
 
 _LOOKING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 

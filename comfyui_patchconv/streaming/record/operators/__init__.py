@@ -17,7 +17,7 @@ from ..shapes import Spec
 from . import arranging, convolution, matrices, norms, reductions, resample
 from .common import Call, over, row_local
 
-__all__ = ["LIKE", "MADE", "OF_MAPS", "build", "build_several", "fill_like", "over"]
+__all__ = ["LIKE", "MADE", "OF_MAPS", "build", "build_several", "fill_like", "knows", "over"]
 
 _POINTWISE = frozenset(
     """
@@ -65,6 +65,11 @@ OF_MAPS = frozenset(
     """.split()  # noqa: SIM905
 )
 """What decoders and encoders do to feature maps: with these streaming goes on where a plain map was in between."""
+
+
+def knows(func: Any) -> bool:
+    """Whether it is known which rows `func` makes of which, though perhaps not for all of its arguments."""
+    return func.namespace == "aten" and func.overloadpacket.__name__ in _TABLE
 
 
 def build(

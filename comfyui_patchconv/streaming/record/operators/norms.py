@@ -77,14 +77,14 @@ class _Line:
     def result(self, like: Tensor) -> None:
         """Write it to `like`, `[2, N, C]`."""
         statistics, each = self.statistics, self.channels // self.statistics.groups
-        scale = (statistics.variance + self.eps).rsqrt()
-        shift = -statistics.mean * scale
-        scale, shift = (value.repeat_interleave(each, 1) for value in (scale, shift))
+        scale, mean = (statistics.variance + self.eps).rsqrt(), statistics.mean
+        scale, mean = (value.repeat_interleave(each, 1) for value in (scale, mean))
         weight, bias = tensor_of(self.weight), tensor_of(self.bias)
-        if weight is not None:
-            scale, shift = scale * in_float64(weight), shift * in_float64(weight)
-        if bias is not None:
-            shift = shift + in_float64(bias)
+        scale = scale if weight is None else scale * in_float64(weight)
+        # Rounded as eager rounds it: what is subtracted from a map that varies little has its pixels' own error then.
+        scale = scale.to(self.dtype)
+        shift = -(scale * mean.to(self.dtype))
+        shift = shift if bias is None else shift + in_float64(bias).to(self.dtype)
         like[0].copy_(scale)
         like[1].copy_(shift)
 
