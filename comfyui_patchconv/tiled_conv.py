@@ -69,11 +69,40 @@ class TiledForward:
     def __call__(self, input: Tensor, weight: Tensor, bias: Optional[Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """The convolution of `input` `[N, C, L | H, W | D, H, W]`, the batch optional, with any further arguments that
         the host passes on to the module's own `_conv_forward`."""
+        if self._is_none_of_ours(input):
+            own = self.inner or partial(type(self.module)._conv_forward, self.module)  # type: ignore[attr-defined]
+            output = own(input, weight, bias, *args, **kwargs)
+            if self.tiling.on_strip is not None:
+                self.tiling.on_strip(self.module, 1, 1)
+            return output
         return self.call(input, args, kwargs).run(input, weight, bias)
+
+    def _is_none_of_ours(self, input: Tensor) -> bool:
+        """Whether a call runs whole, without more ado: a small input, one that is streamed, or one that is traced."""
+        if getattr(input, "is_deferred", False) or torch.jit.is_tracing() or _is_exporting():
+            return True
+        shape, sides = input.shape, len(self.module.kernel_size)
+        elements = 1
+        for side in shape[-sides - 1 :]:
+            elements *= side
+        few = elements < self.tiling.threshold and len(shape) > sides
+        # Of so few elements the output is legal too, whatever its padding.
+        all_in = elements * (shape[0] if len(shape) > sides + 1 else 1)
+        return few and 16 * all_in * _most_outputs(self.module) < planner.MAX_ELEMENTS
 
     def call(self, input: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """One forward for `input`, with the host's further arguments."""
         return Call(self, args, kwargs)
+
+
+def _most_outputs(module: Convolution) -> int:
+    """How many times as many channels a convolution has behind it as before it, at most."""
+    return -(-module.out_channels // module.in_channels)
+
+
+def _is_exporting() -> bool:
+    compiler: Any = getattr(torch, "compiler", None)
+    return any(getattr(compiler, name)() for name in ("is_exporting", "is_compiling") if hasattr(compiler, name))
 
 
 def tiled_forward(
@@ -158,7 +187,7 @@ class Call:
         """The convolution, in strips where that is possible and worth it, differentiable."""
         rows = self.strip_rows(input, weight)
         grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
-        if rows is None or (grad and _transformed()):
+        if rows is None or _transformed():
             output = self.whole(input, weight, bias)
             self.report(1, 1)
             return output

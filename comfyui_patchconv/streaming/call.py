@@ -84,6 +84,7 @@ class Call:
             for node in roots:
                 node.store(_without_values(node))
         else:
+            self.recorder.memory.require_there()
             if schedule.elsewhere and roots[0].device.type == "cpu":
                 require_room(schedule.elsewhere)
             Loop(schedule, self.recorder.inference, self._progress).run()

@@ -714,12 +714,6 @@ def in_a_module_list(keep: Any, y: Tensor) -> None:
     keep.read = lambda: [keep.module.value, keep.module.inner.value, *keep.module.state_dict().values()]
 
 
-def as_a_parameter(keep: Any, y: Tensor) -> None:
-    keep.module = nn.Module()
-    keep.module.value = nn.Parameter(y, requires_grad=False)
-    keep.read = lambda: keep.module.value.data
-
-
 def in_a_queue_of_a_thread(keep: Any, y: Tensor) -> None:
     import queue
 
@@ -744,7 +738,7 @@ PLACES: list[Callable[[Any, Tensor], None]] = [
     in_a_list, in_a_tuple_in_a_dictionary, in_a_set, as_a_key, in_slots, in_a_closure, in_a_default, in_a_partial,
     in_a_generator, in_a_bound_method, on_another_tensor, on_another_map, in_an_array_of_objects,
     in_a_cached_function, in_a_weak_dictionary, in_an_exception, in_a_frame_of_a_traceback, in_a_module_list,
-    as_a_parameter, in_a_queue_of_a_thread, only_a_part, what_was_written_later,
+    in_a_queue_of_a_thread, only_a_part, what_was_written_later,
 ]  # fmt: skip
 
 

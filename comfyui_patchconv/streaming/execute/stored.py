@@ -104,10 +104,13 @@ class Single:
 
 
 def empty(node: Node) -> Tensor:
-    """An empty tensor for a map, with eager's strides where these are those of memory without gaps or overlaps."""
-    size, sides = 1, sorted((stride, side) for stride, side in zip(node.strides, node.shape) if side > 1)
-    for stride, side in sides:
-        if stride != size:
-            return torch.empty(node.shape, dtype=node.dtype, device=node.device)
-        size *= side
-    return torch.empty_strided(node.shape, node.strides, dtype=node.dtype, device=node.device)
+    """An empty tensor for a map: with eager's strides where these leave no gaps, else in the same order without them."""
+    shape, strides = node.shape, node.strides
+    if any(stride == 0 and side > 1 for stride, side in zip(strides, shape)):
+        return torch.empty(shape, dtype=node.dtype, device=node.device)
+    dense, size = list(strides), 1
+    for dim in sorted(range(len(shape)), key=lambda dim: (strides[dim], -dim)):
+        if shape[dim] > 1:
+            dense[dim] = size
+            size *= shape[dim]
+    return torch.empty_strided(shape, dense, dtype=node.dtype, device=node.device)

@@ -114,6 +114,8 @@ class View:
             if node is not None and node.tensor is self._memory[1]:
                 return node
         tensor = self.real().detach()
+        if self.cell.recorder.memory.is_given(tensor):
+            return self.cell.recorder.source(tensor.clone())
         node = self.cell.recorder.source(tensor)
         self._memory = ref(node), tensor
         return node
@@ -121,6 +123,9 @@ class View:
 
 class LazyTensor(Tensor):
     """Stands for what `view` shows. Its shape, strides, type and device are known, its values may not be yet."""
+
+    is_deferred = True
+    """For those who know no more of it: strips of a single convolution leave it alone."""
 
     view_: View
     original_: Tensor
@@ -138,6 +143,8 @@ class LazyTensor(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not all(issubclass(kind, Tensor) for kind in types):
+            return NotImplemented  # it is for the other to say
         name = getattr(func, "__name__", "")
         if name == "__get__" and func.__self__.__name__ not in _ACTING:
             with torch._C.DisableTorchFunctionSubclass():
@@ -146,6 +153,8 @@ class LazyTensor(Tensor):
             return recorder_of(args).replace_data(func, *args)
         if name in LEAVING or (name in ("__get__", "__set__") and func.__self__.__name__ in LEAVING):
             return _leave(func, name, args, kwargs or {})
+        if torch.is_grad_enabled() and _asks_for_gradients(args, kwargs):
+            return _with_gradients(func, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass(), torch._C._InferenceMode(True):  # operators arrive whole there
             return func(*args, **(kwargs or {}))
 
@@ -169,6 +178,12 @@ LEAVING = frozenset(
 """What gives the memory of a tensor away, or makes something of the object: it becomes an ordinary tensor first."""
 
 
+_GIVING = frozenset(
+    "numpy data_ptr __array__ __dlpack__ to_dlpack share_memory_ storage untyped_storage _typed_storage __get__".split()
+)
+"""What lets others write to the memory of a tensor without an operator."""
+
+
 def recorder_of(*values: Any) -> Any:
     """The recorder of the first deferred tensor among arguments."""
     for value in values:
@@ -185,11 +200,32 @@ def recorder_of(*values: Any) -> Any:
     return None
 
 
+def _asks_for_gradients(*values: Any) -> bool:
+    """Whether a program that was called without gradients has switched them on, and computes with what wants them."""
+    recorder = recorder_of(*values)
+    return recorder is not None and not recorder.gradients and _wants_gradients(values)
+
+
+def _wants_gradients(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(_wants_gradients(one) for one in value)
+    if isinstance(value, dict):
+        return any(_wants_gradients(one) for one in value.values())
+    return isinstance(value, Tensor) and not isinstance(value, LazyTensor) and value.requires_grad
+
+
+def _with_gradients(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run eagerly what gradients are asked of."""
+    recorder = recorder_of(args, kwargs)
+    args, kwargs = recorder.with_values((args, kwargs))
+    return func(*args, **kwargs)
+
+
 def _leave(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     if name == "__set__" and func.__self__.__name__ == "requires_grad" and not args[1]:
         return None
     for value in (*args, *kwargs.values()):
         if isinstance(value, LazyTensor):
-            value.view_.cell.recorder.become_ordinary([value])
+            value.view_.cell.recorder.become_ordinary([value], gives=name in _GIVING)
     args = [value.view_.cell.recorder.real(value) if isinstance(value, LazyTensor) else value for value in args]
     return func(*args, **kwargs)

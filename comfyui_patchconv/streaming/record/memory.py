@@ -46,6 +46,7 @@ class Memory:
     def __init__(self) -> None:
         self._readers: dict[int, list[ref[Any]]] = {}
         self._held: dict[Any, ref[Held]] = {}
+        self._given: dict[int, Tensor] = {}  # by the storage: memory that others write to without an operator
 
     def hold(self, tensor: Tensor) -> Held:
         """`tensor` as it is now, one for all who hold the same."""
@@ -54,10 +55,32 @@ class Memory:
         found = self._held.get(place)
         held = found() if found is not None else None
         if held is None:
-            held = Held(tensor.detach())
-            self._held[place] = ref(held)
-            self.watch(held)
+            given = storage in self._given
+            held = Held(tensor.detach().clone() if given else tensor.detach())
+            if not given:
+                self._held[place] = ref(held)
+                self.watch(held)
         return held
+
+    def give(self, tensor: Tensor) -> None:
+        """The memory of `tensor` goes to somebody who may write to it at any time: who reads it gets a copy."""
+        self.before_write(tensor)
+        self._given[tensor.untyped_storage()._cdata] = tensor.detach()
+
+    def is_given(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._given
+
+    def require_there(self) -> None:
+        """Raise RuntimeError where memory that is still to be read was given back (FSDP, `storage.resize_(0)`)."""
+        for readers in self._readers.values():
+            for one in readers:
+                reader = one()
+                tensor = None if reader is None else reader.tensor
+                if tensor is not None and tensor.numel() and tensor.untyped_storage().nbytes() == 0:
+                    raise RuntimeError(
+                        f"The memory of a tensor of shape {tuple(tensor.shape)} was given back before the call was over: "
+                        "stream a part that is called while its weights are there."
+                    )
 
     def watch(self, reader: Reader) -> None:
         """`reader.tensor` will be read later."""

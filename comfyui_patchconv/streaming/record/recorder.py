@@ -52,7 +52,7 @@ class _Operator(NamedTuple):
 class Recorder(TorchDispatchMode):
     """Records what happens to deferred tensors within its `with` block.
 
-    small: bytes of results below which what is stored already is computed at once. inference: whether the caller is in
+    gradients: whether gradients were on when the call began. small: bytes of results below which what is stored already is computed at once. inference: whether the caller is in
     inference mode. evaluate: stores nodes. report: counts operators that are evaluated whole. phantom: tensors have no values; nothing
     can be demanded. eager_peak: bytes of the program's tensors at the worst moment, had it run eagerly.
     """
@@ -62,7 +62,7 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.report, self.phantom, self.memory = report, phantom, Memory()
-        self.inference = torch.is_inference_mode_enabled()
+        self.inference, self.gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         self._small = small
         self.eager_peak = self.alive = 0
         self.deferred = 0
@@ -158,7 +158,7 @@ class Recorder(TorchDispatchMode):
                 if specs.alias is not None:
                     return self._view(specs, None, func, args, kwargs)
                 node = self.compute(func, args, kwargs, specs)
-                return self._now(func, args, kwargs) if node is None else self._own(node, specs)
+                return self._now(func, args, kwargs, specs) if node is None else self._own(node, specs)
             if all(spec.alias is not None for spec in specs):
                 if any(spec.alias for spec in specs) or not isinstance(args[0], LazyTensor):
                     return self._now(func, args, kwargs)
@@ -356,8 +356,8 @@ class Recorder(TorchDispatchMode):
 
     # Values
 
-    def _now(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Run an operator on values; tensors that come of it are deferred ones again."""
+    def _now(self, func: Any, args: Any, kwargs: dict[str, Any], spec: Any = None) -> Any:
+        """Run an operator on values; tensors that come of it are deferred ones again. spec: see `_again`."""
         lazies = [value for value in _flat((args, kwargs)) if isinstance(value, LazyTensor)]
         name = func.overloadpacket.__name__
         if self.phantom:
@@ -373,10 +373,13 @@ class Recorder(TorchDispatchMode):
                 *_mapped(lambda value: values.get(id(value), value), args),
                 **_mapped(lambda value: values.get(id(value), value), kwargs),
             )
-        return _mapped(lambda value: self._again(value, lazies, values), result)
+        return _mapped(lambda value: self._again(value, lazies, values, spec), result)
 
-    def _again(self, value: Any, lazies: list[LazyTensor], values: dict[int, Tensor]) -> Any:
-        """A tensor that came of some, deferred: a view of one of them, or memory of its own."""
+    def _again(self, value: Any, lazies: list[LazyTensor], values: dict[int, Tensor], spec: Any = None) -> Any:
+        """A tensor that came of some, deferred: a view of one of them, or memory of its own.
+
+        spec: what eager's looks like, where that is known.
+        """
         if not isinstance(value, Tensor) or not is_plain(value):
             return value
         storage = value.untyped_storage()._cdata
@@ -394,6 +397,10 @@ class Recorder(TorchDispatchMode):
                 spec = Spec.of(value)._replace(offset=offset)
                 root = View(one.view_.cell, whole, one.view_.device)
                 return LazyTensor(View(one.view_.cell, spec, one.view_.device, root))
+        if isinstance(spec, Spec) and spec.alias is None and spec.shape == value.shape and spec.strides != value.stride():
+            with self.as_called():
+                kept = torch.empty_strided(spec.shape, spec.strides, dtype=value.dtype, device=value.device)
+            value = kept.copy_(value)
         node = self._node(None, (), (), Spec.of(value), value.device, None)
         node.tensor = value.detach()
         return self._own(node, Spec.of(value)._replace(offset=0))
@@ -444,6 +451,17 @@ class Recorder(TorchDispatchMode):
         self.store([node])
         return node.tensor
 
+    def with_values(self, values: Any) -> Any:
+        """Arguments with ordinary tensors, which nothing else will write to, in the place of deferred ones."""
+
+        def copied(value: Any) -> Any:
+            if not isinstance(value, LazyTensor):
+                return value
+            with torch.no_grad():
+                return self.real(value).clone()
+
+        return _mapped(copied, values)
+
     def _real_or_same(self, value: Any) -> Any:
         return self.real(value) if isinstance(value, LazyTensor) else value
 
@@ -479,10 +497,15 @@ class Recorder(TorchDispatchMode):
                 return True
         return False
 
-    def become_ordinary(self, tensors: Sequence[LazyTensor]) -> None:
-        """Make ordinary tensors of deferred ones, the same objects, where torch can; from torch 2.3 on."""
+    def become_ordinary(self, tensors: Sequence[LazyTensor], gives: bool = False) -> None:
+        """Make ordinary tensors of deferred ones, the same objects, where torch can; from torch 2.3 on.
+
+        gives: others may write to their memory from now on without an operator.
+        """
         with self._lock:
             self._make_real(tensors)
+            for tensor in tensors if gives else ():
+                self.memory.give(tensor.view_.real())
             for tensor in tensors:
                 real = tensor.view_.real()
                 mine = real.detach()  # never the caller's own object

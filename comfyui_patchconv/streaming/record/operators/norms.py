@@ -7,6 +7,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...graph.statistics import Statistics, in_float64
 from ...graph.node import Node
@@ -46,20 +47,22 @@ def _normalised(call: Call, input: Any, groups: int, weight: Any, bias: Any, eps
         return None
     batch, channels = input.shape[:2]
     wide = torch.promote_types(call.spec.dtype, torch.float32)
-    spec = Spec((2, batch, channels), (batch * channels, channels, 1), 0, wide)
+    spec = Spec((4, batch * channels), (batch * channels, 1), 0, wide)
     reduce = Reduce(lambda: _Line(groups, channels, weight, bias, eps, wide))
     reduce.name = call.name
     line = call.recorder.node(reduce, [input], [dim], spec, call.device, None)
-    ones = (1,) * (len(input.shape) - 2)
+    return call.node(RowLocal(_line_by_line, 1, cheap=True), [input, line], [dim, None], dim)
 
-    def run(pieces: Sequence[Tensor], first: int, last: int) -> Tensor:
-        scale, shift = pieces[1].unflatten(2, (channels, *ones))
-        piece = pieces[0]
-        if piece.dtype == wide:
-            return torch.addcmul(shift, piece, scale)
-        return torch.addcmul(shift, piece.to(wide), scale).to(piece.dtype)
 
-    return call.node(RowLocal(run, 1, cheap=True), [input, line], [dim, None], dim)
+def _line_by_line(pieces: Sequence[Tensor], first: int, last: int) -> Tensor:
+    """Each channel times its factor, and what is added to it: one pass, in half precision too."""
+    piece, (mean, variance, scale, shift) = pieces
+    if piece.device.type in ("cpu", "cuda"):
+        samples = piece.reshape(1, -1, *piece.shape[2:])
+        return F.batch_norm(samples, mean, variance, scale, shift, False, 0.0, 0.0).view(piece.shape)
+    shape = (*piece.shape[:2], *(1,) * (piece.dim() - 2))
+    result = torch.addcmul(shift.view(shape), piece.to(scale.dtype), scale.view(shape))
+    return result.to(piece.dtype)
 
 
 class _Line:
@@ -75,7 +78,7 @@ class _Line:
         self.statistics.add(piece)
 
     def result(self, like: Tensor) -> None:
-        """Write it to `like`, `[2, N, C]`."""
+        """Write it to `like`, `[4, N·C]`: a mean of 0, a variance of 1, the factors, and what is added."""
         statistics, each = self.statistics, self.channels // self.statistics.groups
         scale, mean = (statistics.variance + self.eps).rsqrt(), statistics.mean
         scale, mean = (value.repeat_interleave(each, 1) for value in (scale, mean))
@@ -85,8 +88,10 @@ class _Line:
         scale = scale.to(self.dtype)
         shift = -(scale * mean.to(self.dtype))
         shift = shift if bias is None else shift + in_float64(bias).to(self.dtype)
-        like[0].copy_(scale)
-        like[1].copy_(shift)
+        for row, value in zip(like, (0.0, 1.0)):
+            row.fill_(value)
+        like[2].copy_(scale.reshape(-1))
+        like[3].copy_(shift.reshape(-1))
 
 
 def batch_norm(call: Call) -> Optional[Node]:
