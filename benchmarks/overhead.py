@@ -140,7 +140,9 @@ def publish_planning(args: argparse.Namespace) -> None:
         if bad := next((found["error"] for found in rounds if "error" in found), ""):
             rows.append([*name, bad, *[""] * 7])
             continue
-        times = [spread([one[key] for one in rounds]) for key in ("first", "copy", "record", "choose", "compare", "again")]
+        times = [
+            spread([one[key] for one in rounds]) for key in ("first", "copy", "record", "choose", "compare", "again")
+        ]
         rows.append([*name, *times, *(f"{rounds[0][key] / 1e6:.0f}" for key in ("peak", "eager"))])
     parts = ["of it: copy", "record", "choose", "compare"]
     publish(

@@ -79,7 +79,7 @@ class TiledForward:
 
     def _is_none_of_ours(self, input: Tensor) -> bool:
         """Whether a call runs whole, without more ado: a small input, one that is streamed, or one that is traced."""
-        if getattr(input, "is_deferred", False) or torch.jit.is_tracing() or _is_exporting():
+        if getattr(input, "is_deferred", False) or torch._C._get_tracing_state() is not None or _is_exporting():
             return True
         shape, sides = input.shape, len(self.module.kernel_size)
         elements = 1

@@ -188,11 +188,11 @@ def unchanged(module: nn.Module) -> Any:
     check()
 
 
-def run_python(code: str) -> str:
-    """Output of `code` in a fresh process that can import this package."""
+def run_python(code: str, fails: bool = False) -> str:
+    """Output of `code` in a fresh process that can import this package; what it says of its failure if it `fails`."""
     root = Path(__file__).parents[1]
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert (done.returncode == 1) == fails, done.stderr
+    return done.stderr if fails else done.stdout

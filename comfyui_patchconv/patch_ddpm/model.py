@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..streaming import Make, peak_activations
 from ..memory import free
 from ..patch_diffusion.model import timestep_table
+from ..streaming import Make, peak_activations
 from .config import ModelConfig
 
 _HEADS, _HEAD_CHANNELS = 4, 32  # of every attention

@@ -15,7 +15,7 @@ from .call import Call, OnProgress, is_map, joins
 from .errors import CannotEstimateError
 from .estimate import Expected, Make, expect, peak_activations
 from .outside import eager_reason, undisturbed
-from .plan.schedule import Tuning
+from .plan.schedule import USUAL, Tuning
 from .target import Entry, methods_of
 
 __all__ = [
@@ -37,13 +37,13 @@ class Streamed:
     """Calls functions in strips, and keeps their schedules for calls that are alike. The arguments are those of
     `streamed`.
 
-    budget: may be changed between calls; a schedule is kept as long as it suits. calls: how many had something to stream.
-    last: the last of them.
+    budget: may be changed between calls; a schedule is kept as long as it suits. calls: how many had something to
+    stream. last: the last of them.
     """
 
     def __init__(
         self, budget: Optional[int] = None, report: Optional[dict[str, int]] = None,
-        on_progress: Optional[OnProgress] = None, tuning: Tuning = Tuning(),
+        on_progress: Optional[OnProgress] = None, tuning: Tuning = USUAL,
     ) -> None:  # fmt: skip
         if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget <= 0):
             raise ValueError(f"budget is {budget!r}: give a whole number of bytes above 0, or None for no limit.")
@@ -77,7 +77,7 @@ def streamed(
     budget: Optional[int] = None,
     report: Optional[dict[str, int]] = None,
     on_progress: Optional[OnProgress] = None,
-    tuning: Tuning = Tuning(),
+    tuning: Tuning = USUAL,
 ) -> Callable[..., Any]:
     """`function`, with the feature maps among its arguments, and all that is computed from them, in strips.
 
@@ -106,7 +106,7 @@ def stream(
     budget: Optional[int] = None,
     report: Optional[dict[str, int]] = None,
     on_progress: Optional[OnProgress] = None,
-    tuning: Tuning = Tuning(),
+    tuning: Tuning = USUAL,
 ) -> Iterator[Any]:
     """Within the `with` block, or the decorated function, `target` computes in strips; afterwards it is as it was.
 

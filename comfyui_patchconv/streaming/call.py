@@ -8,7 +8,7 @@ from typing import Any, Optional
 from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .execute.buffers import require_room, room
 from .execute.loop import Loop

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from .call import Call
 from .graph.node import Node
-from .plan.schedule import Tuning
+from .plan.schedule import USUAL, Tuning
 from .record.lazy import LazyTensor
 from .record.shapes import Spec
 
@@ -51,7 +51,7 @@ def expect(
     dtype: Optional[torch.dtype] = None,
     budget: Optional[int] = None,
     attributes: Optional[dict[str, Any]] = None,
-    tuning: Tuning = Tuning(),
+    tuning: Tuning = USUAL,
 ) -> Expected:
     """What `run(copy, make)` takes on `device`, `copy` being a copy of `model`, where it is streamed within `budget`.
 
@@ -76,7 +76,7 @@ def peak_activations(
 
     A view counts as what it looks into, and the workspace inside an operator is not seen.
     """
-    return _recorded(model, run, _Counted(None, Tuning()), device, dtype, attributes).expected().eager
+    return _recorded(model, run, _Counted(None, USUAL), device, dtype, attributes).expected().eager
 
 
 def _recorded(
@@ -199,8 +199,8 @@ def phantom_copy(
     copied = copy.deepcopy(model, memo)
     for original, module in zip(model.modules(), copied.modules()):
         kind = type(module)
-        for name in [name for name, value in module.__dict__.items() if value is None and callable(getattr(kind, name, None))]:
-            if callable(original.__dict__.get(name)):
+        for name, value in list(module.__dict__.items()):
+            if value is None and callable(getattr(kind, name, None)) and callable(original.__dict__.get(name)):
                 del module.__dict__[name]
         for name, value in (attributes or {}).items():
             if name in original.__dict__:

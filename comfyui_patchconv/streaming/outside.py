@@ -19,7 +19,7 @@ from .record.recorder import Recorder
 
 def eager_reason(args: Any, kwargs: Any) -> Optional[str]:
     """Why a call with these arguments runs eagerly; None where it can be streamed."""
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         return "it is traced"
     if _is_compiling():
         return "it is compiled or exported"

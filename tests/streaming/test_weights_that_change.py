@@ -237,7 +237,7 @@ def test_a_layer_uses_the_weights_that_its_call_saw(
     eager, ours, block = fresh(), fresh(), fresh()
     with torch.no_grad():
         expected = eager(X)
-        strides = layer != "attention"  # its fast path, which is for ordinary tensors alone, lays its result out otherwise
+        strides = layer != "attention"  # its fast path, for ordinary tensors alone, lays its result out otherwise
         assert_alike(streamed(ours, tuning=tuning)(X), expected, strides=strides)
         with stream(block, tuning=tuning):
             assert_alike(block(X), expected, strides=strides)

@@ -74,7 +74,7 @@ def _rows_of_whole(piece: Tensor, dim: int, first: int, last: int) -> Tensor:
 
 def _reduced(node: Node, pieces: Sequence[Tensor]) -> Tensor:
     gathered: Any = node.step.start()  # type: ignore[union-attr]
-    gathered.add(pieces[0], 0, pieces[0].shape[node.dims[0] or 0])
+    gathered.add(pieces[0], 0, pieces[0].shape[next(iter(node.dims)) or 0])
     result = empty(node)
     gathered.result(result)
     return result
@@ -99,7 +99,7 @@ def _whole(node: Node, stored: dict[Node, Any]) -> Tensor:
 
 
 class _Memory:
-    """What the process has beside what is stored, on a CPU: the C library keeps freed strips, and more of them each time."""
+    """What the process has beside what is stored, on a CPU: the C library keeps freed strips, ever more of them."""
 
     def __init__(self, schedule: Schedule) -> None:
         self._stored, self.held = schedule.stored, 0
@@ -131,7 +131,8 @@ class _PassLoop:
         self._inside = set(one_pass.order)
         self._lines: dict[Node, Tensor] = {}
         self._rooms: dict[Node, list[Optional[Tensor]]] = {}
-        self._gathered = {node: node.step.start() for target in one_pass.targets for node in target.reductions}  # type: ignore
+        reductions: list[Any] = [node for target in one_pass.targets for node in target.reductions]
+        self._gathered = {node: node.step.start() for node in reductions}
         self._new: dict[Node, Union[Single, Strips]] = {}
         for target in one_pass.targets:
             if target.stored and target.node not in stored:

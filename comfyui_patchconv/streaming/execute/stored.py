@@ -104,7 +104,7 @@ class Single:
 
 
 def empty(node: Node) -> Tensor:
-    """An empty tensor for a map: with eager's strides where these leave no gaps, else in the same order without them."""
+    """An empty tensor for a map: with eager's strides where these leave no gaps, else in their order without gaps."""
     shape, strides = node.shape, node.strides
     if any(stride == 0 and side > 1 for stride, side in zip(strides, shape)):
         return torch.empty(shape, dtype=node.dtype, device=node.device)

@@ -10,9 +10,12 @@ from ..plan.schedule import Pass
 
 
 class Work(NamedTuple):
-    """What a strip does for one step. rows: those that it computes, none if they are equal. begin: the first row that is
-    there, computed or kept before. needs: the rows of each input that is read by rows. keep: the first row that the
-    next strip reads again; past the last for none."""
+    """What a strip does for one step.
+
+    rows: those that it computes, none if they are equal. begin: the first row that is there, computed or kept before.
+    needs: the rows of each input that is read by rows. keep: the first row that the next strip reads again; past the
+    last for none.
+    """
 
     node: Node
     begin: int
@@ -29,7 +32,8 @@ class Rows:
         self.roots = {target.node: target.rows for target in one_pass.targets}
         inside = set(self.order)
         self.done = {node: 0 for node in self.order}
-        self.given = {node: 0 for node in self.roots if node not in inside}  # of stored maps that are read for themselves
+        # Of stored maps that are read for themselves.
+        self.given = {node: 0 for node in self.roots if node not in inside}
         self.kept: dict[Node, int] = {}
         self._next: dict[Node, int] = {}
         self._rows_of = {
@@ -108,7 +112,7 @@ class Rows:
 
     def next_read(self, source: Node) -> int:
         """The first row of `source` that a step of this pass still reads."""
-        low = self.roots[source] if source in self.roots else source.rows
+        low = self.roots.get(source, source.rows)
         for node, place in self._readers.get(source, ()):
             row = self._next[node]
             if row < node.rows and node.step is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+
 class Shape(NamedTuple):
     """A tensor of which only the looks are known."""
 
@@ -51,9 +52,7 @@ def least_rows(width: int, device: torch.device) -> int:
     return 1 if device.type == "cpu" else -(-_QUERIES_THAT_SUIT // max(width, 1))
 
 
-def makes_scores(
-    queries: Union[Tensor, Shape], keys: Union[Tensor, Shape], values: Union[Tensor, Shape]
-) -> bool:
+def makes_scores(queries: Union[Tensor, Shape], keys: Union[Tensor, Shape], values: Union[Tensor, Shape]) -> bool:
     """Whether the kernel that torch chooses for them has the whole matrix of scores in memory.
 
     Of a CUDA device that is not here to be asked, or of torch 2.1, which cannot be asked, it is not expected for heads

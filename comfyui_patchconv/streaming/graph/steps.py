@@ -55,8 +55,7 @@ class Whole(Step):
 class Reduce(Step):
     """What comes of all rows and takes little room itself: statistics, means over the image.
 
-    `start()` makes an accumulator with `add(piece, first, last, others)` and `result(others)`; others: the inputs that are
-    read whole.
+    `start()` makes an accumulator with `add(piece, first, last)` and `result(like)`, which writes to `like`.
     """
 
     reduces = True
@@ -177,7 +176,7 @@ class Regroup(Step):
 
     @classmethod
     def between(cls, shape: Sequence[int], dim: int, to: Sequence[int]) -> Optional[Regroup]:
-        """From rows along `dim` of a tensor of `shape` to one of shape `to`; None where no rows of that are rows of it."""
+        """From rows along `dim` of a tensor of `shape` to one of shape `to`; None where no rows go with its rows."""
         if prod(shape) == 0 or prod(shape) != prod(to):
             return None
         before, after = prod(shape[:dim]), prod(shape[dim + 1 :])
@@ -235,7 +234,8 @@ class Overlay(Step):
             return pieces[0]
         result = pieces[0].clone()
         start = self.start + low * self.stride - first
-        part = result[(slice(None),) * self.dim + (slice(start, start + (high - 1 - low) * self.stride + 1, self.stride),)]
+        rows = slice(start, start + (high - 1 - low) * self.stride + 1, self.stride)
+        part = result[(slice(None),) * self.dim + (rows,)]
         part.copy_(pieces[1].unsqueeze(self.dim) if self.single else pieces[1])
         return result
 

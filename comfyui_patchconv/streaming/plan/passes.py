@@ -15,7 +15,8 @@ from .sweep import Sweep, steps_to
 class Passes:
     """Plans the way to `roots`: what a step needs whole, or statistics of, is stored or gathered in a pass beforehand.
 
-    keep: maps on the way that the program may still ask for behind this schedule. budget: bytes to stay within; None for no limit.
+    keep: maps on the way that the program may still ask for behind this schedule. budget: bytes to stay within; None
+    for no limit.
     unstored_from: maps of so many bytes, if they are cheap to have again from a smaller one, are computed anew wherever
     they are read; None for never. held: bytes that lie on the device already.
     """
@@ -82,7 +83,7 @@ class Passes:
 
     def _gather(self, reduction: Node) -> None:
         """Have a reduction's result: its input is stored in the same pass, unless it is cheap to have again."""
-        source = reduction.inputs[0]
+        ((source, _),) = reduction.by_rows
         if self._is_there(source):
             self._run_pass([Target(source, stored=False, reductions=self._reductions_of([source]))])
         elif self._leave_unstored(source):
@@ -140,9 +141,9 @@ class Passes:
             and origin.step is not None
             and origin.step.moves
             and len(origin.inputs) == 1
-            and origin.dims[0] is not None
+            and None not in origin.dims
         ):
-            source = origin.inputs[0]
+            (source,) = origin.inputs
             if self._is_there(source) or source in self._left:
                 return node
             origin = source
@@ -210,9 +211,10 @@ class Passes:
         return found
 
     def _is_part(self, node: Node) -> bool:
-        return (
-            node.step is not None and node.step.moves and len(node.inputs) == 1 and node.dims[0] == node.inputs[0].dim
-        )
+        if node.step is None or not node.step.moves or len(node.inputs) != 1:
+            return False
+        ((source, dim),) = zip(node.inputs, node.dims)
+        return dim == source.dim
 
     def _is_cheap(self, node: Node, kept: Collection[Node]) -> bool:
         """Whether few and cheap steps make `node` of what is stored."""
@@ -321,9 +323,18 @@ class Passes:
         strips = -(-sweep.height // max(sweep.strip_rows, 1))
         self.schedule.steps.append(
             Pass(
-                targets, sweep.order, sweep.device, sweep.height, sweep.strip_rows, sweep.again, shrinking, freed, sweep.work,
-                sweep.line_bytes, sweep.workspace,
-            )  # fmt: skip
+                targets=targets,
+                order=sweep.order,
+                device=sweep.device,
+                height=sweep.height,
+                strip_rows=sweep.strip_rows,
+                again=sweep.again,
+                shrinking=shrinking,
+                freed=freed,
+                work=sweep.work,
+                line_bytes=sweep.line_bytes,
+                workspace=sweep.workspace,
+            )
         )
         self.schedule.work += sweep.work
         self.schedule.seconds += seconds_of(sweep.order, strips, 2 / max(sweep.strip_rows, 2))
@@ -352,7 +363,8 @@ class Passes:
         for node in reversed(self._way):
             readers = self._readers.get(node)
             outer = node in self._final or node in self._outer
-            done[node] = node in self._stored or (not outer and bool(readers) and all(done[one] for one in readers or ()))
+            read = not outer and bool(readers) and all(done[one] for one in readers or ())
+            done[node] = node in self._stored or read
         fresh = {target.node for target in keep}
         return [
             node

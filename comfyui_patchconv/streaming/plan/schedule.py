@@ -25,6 +25,9 @@ class Tuning:
     worth_a_cut: float = 0.8
 
 
+USUAL = Tuning()
+
+
 @dataclass
 class Target:
     """A map that a pass computes, and what becomes of its rows.
@@ -57,10 +60,10 @@ class Target:
 class Pass:
     """One way through maps from top to bottom.
 
-    order: the steps, in the program's order. height: rows of the tallest target. strip_rows: of these, at once. again: steps that are computed
-    anew from stored maps rather than kept between strips. shrinking: stored maps that are freed row by row as they are
-    read. freed: stored maps that are freed behind it. work: bytes of maps that it computes. line_bytes: of the rows
-    that are kept between strips.
+    order: the steps, in the program's order. height: rows of the tallest target. strip_rows: of these, how many come
+    at once. again: steps that are computed anew from stored maps rather than kept between strips. shrinking: stored
+    maps that are freed row by row as they are read. freed: stored maps that are freed behind it. work: bytes of maps
+    that it computes. line_bytes: of the rows that are kept between strips. workspace: bytes beside stored maps.
     """
 
     targets: list[Target]
@@ -82,7 +85,8 @@ class Pass:
             for target in self.targets
         ]
         lists = {key: [name(node) for node in getattr(self, key)] for key in ("order", "shrinking", "freed")}
-        return replace(self, targets=targets, again={name(node) for node in self.again}, **lists)
+        again = {name(node) for node in self.again}
+        return replace(self, targets=targets, again=again, **lists)
 
 
 @dataclass

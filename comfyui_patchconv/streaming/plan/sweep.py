@@ -57,7 +57,7 @@ def computed_again(order: Sequence[Node], roots: Collection[Node]) -> set[Node]:
 
 
 class Sweep:
-    """A pass that computes `roots` from stored maps, or reads them if they are stored; dims: along which these are read.
+    """A pass that computes `roots` from stored maps, or reads them if they are stored: along `dims` then.
 
     order: its steps. height: rows of the tallest root. strip_rows: of these, how many come at once. workspace: bytes
     that it takes beside stored maps. elsewhere: the stored maps that do not lie on the device.
@@ -161,7 +161,8 @@ class Sweep:
         share = self.strip_rows / max(self.height, 1)
         strips = [node.row_bytes * min(share * node.rows + 2, node.rows) for node in self.order]
         copies = int(_COPIES * max(strips, default=0.0))  # which come and go within a step
-        widest = max(min(_STRIPS_AT_ONCE, len(self.order) + 2) * max(strips, default=0.0), self._bytes_alive(strips) + copies)
+        at_once = min(_STRIPS_AT_ONCE, len(self.order) + 2)
+        widest = max(at_once * max(strips, default=0.0), self._bytes_alive(strips) + copies)
         of_steps = max((node.step.workspace for node in self.order if node.step is not None), default=0)
         allocator = planner.ALLOCATOR_BYTES.get(self.device.type, 0)
         allocator = self._tuning.allocator_bytes if self._tuning.allocator_bytes is not None else allocator

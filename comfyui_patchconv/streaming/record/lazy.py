@@ -85,7 +85,7 @@ class View:
             for view in reversed(chain):  # not by recursion: programs chain views by the thousand
                 assert view.parent is not None
                 parent = view.parent
-                before = cell.value if parent.parent is None else parent._known
+                before: Any = cell.value if parent.parent is None else parent._known
                 view.remember(cell.recorder.look(view, before))
         assert self._known is not None
         return self._known
@@ -163,7 +163,7 @@ class LazyTensor(Tensor):
         return recorder_of(args, kwargs).call(func, args, kwargs or {})
 
 
-_ACTING = frozenset("data T mT H mH real imag grad __cuda_array_interface__".split())
+_ACTING = frozenset({"data", "T", "mT", "H", "mH", "real", "imag", "grad", "__cuda_array_interface__"})
 """Attributes whose value is a tensor, or that give memory away."""
 
 LEAVING = frozenset(
@@ -179,8 +179,11 @@ LEAVING = frozenset(
 
 
 _GIVING = frozenset(
-    "numpy data_ptr __array__ __dlpack__ to_dlpack share_memory_ storage untyped_storage _typed_storage __get__".split()
-)
+    {
+        "numpy", "data_ptr", "__array__", "__dlpack__", "to_dlpack", "share_memory_", "storage", "untyped_storage",
+        "_typed_storage", "__get__",
+    }
+)  # fmt: skip
 """What lets others write to the memory of a tensor without an operator."""
 
 

@@ -78,8 +78,8 @@ class Memory:
                 tensor = None if reader is None else reader.tensor
                 if tensor is not None and tensor.numel() and tensor.untyped_storage().nbytes() == 0:
                     raise RuntimeError(
-                        f"The memory of a tensor of shape {tuple(tensor.shape)} was given back before the call was over: "
-                        "stream a part that is called while its weights are there."
+                        f"The memory of a tensor of shape {tuple(tensor.shape)} was given back before the call was "
+                        "over: stream a part that is called while its weights are there."
                     )
 
     def watch(self, reader: Reader) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple, Optional, Protocol
 from weakref import ref
 
@@ -52,14 +52,14 @@ class _Operator(NamedTuple):
 class Recorder(TorchDispatchMode):
     """Records what happens to deferred tensors within its `with` block.
 
-    gradients: whether gradients were on when the call began. small: bytes of results below which what is stored already is computed at once. inference: whether the caller is in
-    inference mode. evaluate: stores nodes. report: counts operators that are evaluated whole. phantom: tensors have no values; nothing
-    can be demanded. eager_peak: bytes of the program's tensors at the worst moment, had it run eagerly.
+    evaluate: stores nodes. report: counts operators that are evaluated whole. phantom: tensors have no values; nothing
+    can be demanded. small: bytes of results below which what is stored already is computed at once. inference,
+    gradients: whether the caller was in inference mode, and had gradients on. deferred: how many operators were called
+    that rows are known of. alive, eager_peak: bytes of the program's tensors now and at the worst moment, as eager has
+    them.
     """
 
-    def __init__(
-        self, evaluate: Evaluate, report: dict[str, int], phantom: bool = False, small: int = _SMALL
-    ) -> None:
+    def __init__(self, evaluate: Evaluate, report: dict[str, int], phantom: bool = False, small: int = _SMALL) -> None:
         super().__init__()
         self.report, self.phantom, self.memory = report, phantom, Memory()
         self.inference, self.gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
@@ -114,7 +114,7 @@ class Recorder(TorchDispatchMode):
         operator = _operator(func)
         if operator.written:
             for value in _written(operator, args, kwargs):
-                if is_plain(value) or isinstance(value, Tensor) and value.layout is torch.strided:
+                if value.layout is torch.strided:
                     self.memory.before_write(value)
         elif operator.name in operators.OF_MAPS and args and is_plain(args[0]) and not self.phantom:
             large = args[0].is_floating_point() and args[0].dim() > 2 and args[0].nbytes >= _LARGE
@@ -266,8 +266,8 @@ class Recorder(TorchDispatchMode):
             original.data = value
             value = original
         if self._is_alike(target, value):
-            view = value.view_ if isinstance(value, LazyTensor) else None
-            target.view_ = view or View(Cell(self, Spec.of(value), real=value, counted=False), Spec.of(value), value.device)
+            shown = value if isinstance(value, LazyTensor) else self.defer(value)
+            target.view_ = shown.view_
             return
         self.become_ordinary([target])
         target.data = value
@@ -287,10 +287,10 @@ class Recorder(TorchDispatchMode):
             with self.as_called():
                 return func(*_mapped(self._real_or_same, args), **kwargs)
         targets = _written(operator, args, kwargs)
-        target = targets[0] if len(targets) == 1 else None
-        if isinstance(target, LazyTensor) and operator.functional is not None and args and args[0] is target:
-            if target.view_.cell.real is None and self._write_deferred(func, operator, target, args, kwargs):
-                return target
+        target: Any = targets[0] if len(targets) == 1 else None
+        usual = isinstance(target, LazyTensor) and operator.functional is not None and args and args[0] is target
+        if usual and target.view_.cell.real is None and self._write_deferred(func, operator, target, args, kwargs):
+            return target
         return self._write_now(func, targets, args, kwargs)
 
     def _write_deferred(self, func: Any, operator: _Operator, target: LazyTensor, args: Any, kwargs: Any) -> bool:
@@ -397,7 +397,8 @@ class Recorder(TorchDispatchMode):
                 spec = Spec.of(value)._replace(offset=offset)
                 root = View(one.view_.cell, whole, one.view_.device)
                 return LazyTensor(View(one.view_.cell, spec, one.view_.device, root))
-        if isinstance(spec, Spec) and spec.alias is None and spec.shape == value.shape and spec.strides != value.stride():
+        known = isinstance(spec, Spec) and spec.alias is None and spec.shape == value.shape
+        if known and spec.strides != value.stride():
             with self.as_called():
                 kept = torch.empty_strided(spec.shape, spec.strides, dtype=value.dtype, device=value.device)
             value = kept.copy_(value)
@@ -517,7 +518,7 @@ class Recorder(TorchDispatchMode):
         self.become_ordinary(self.held())
 
 
-def _become(tensor: LazyTensor, real: Tensor) -> None:
+def _become(tensor: Any, real: Tensor) -> None:
     swap: Optional[Callable[[Tensor, Tensor], None]] = getattr(torch._C, "_swap_tensor_impl", None)
     if swap is None:
         return
@@ -531,7 +532,7 @@ def _become(tensor: LazyTensor, real: Tensor) -> None:
     tensor.__class__ = Tensor
 
 
-@lru_cache(maxsize=None)
+@cache
 def _operator(func: Any) -> _Operator:
     name, schema = func.overloadpacket.__name__, func._schema
     written = tuple(
@@ -560,7 +561,7 @@ def _draws(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     return bool(given["p"]) and bool(given.get("train", True)) if "p" in given else True
 
 
-_GIVING_BACK = frozenset("to type_as contiguous dropout feature_dropout alpha_dropout".split())
+_GIVING_BACK = frozenset({"to", "type_as", "contiguous", "dropout", "feature_dropout", "alpha_dropout"})
 """What gives its argument back, the same object, where it has nothing to do."""
 
 _LOOKING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}

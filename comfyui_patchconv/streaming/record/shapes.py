@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Spec(NamedTuple):
-    """A tensor without its values. alias: the place of the argument that it is a view of; None for memory of its own."""
+    """A tensor without its values. alias: the place of the argument that it is a view of; None for its own memory."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -23,7 +23,7 @@ class Spec(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Spec:
-        return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset(), tensor.dtype)
+        return cls(tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()), tensor.dtype)
 
     def empty(self, device: str = "meta") -> Tensor:
         """A tensor of this sort on the meta device, or of zeros."""
@@ -48,7 +48,8 @@ def specs_of(func: Any, args: Any, kwargs: dict[str, Any], spec: Callable[[Any],
     spec: the `Spec` of an argument that is a tensor, None for any other.
     """
     try:
-        key = (func, tuple(_device_types((args, kwargs))), _key(args, spec), tuple((name, _key(value, spec)) for name, value in kwargs.items()) if kwargs else ())
+        named = tuple((name, _key(value, spec)) for name, value in kwargs.items())
+        key = (func, tuple(_device_types((args, kwargs))), _key(args, spec), named)
         if key in _known:
             return _known[key]
     except TypeError:  # an argument that cannot be remembered
@@ -127,9 +128,7 @@ def _as_tuple(answer: Any) -> tuple[Spec, ...]:
     return () if answer is None else (answer,) if isinstance(answer, Spec) else answer
 
 
-def _asked_on(
-    device: str, func: Any, args: Any, kwargs: dict[str, Any], spec: Callable[[Any], Optional[Spec]]
-) -> Any:
+def _asked_on(device: str, func: Any, args: Any, kwargs: dict[str, Any], spec: Callable[[Any], Optional[Spec]]) -> Any:
     """As `specs_of`, asked on the meta device, or on the CPU with zeros."""
     kept: list[Tensor] = []
     try:
@@ -170,7 +169,7 @@ _KEEPING_FORMAT = frozenset(
 """What keeps channels last on the CPU, and says otherwise on the meta device."""
 
 _CONVOLUTIONS = frozenset(
-    "conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d".split()
+    {"conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 )
 
 
@@ -217,7 +216,9 @@ def _suggests(spec: Optional[Spec], memory_format: torch.memory_format) -> bool:
     return True
 
 
-def _of_attention(args: Any, kwargs: dict[str, Any], func: Any, spec: Callable[[Any], Optional[Spec]], result: Spec) -> Spec:
+def _of_attention(
+    args: Any, kwargs: dict[str, Any], func: Any, spec: Callable[[Any], Optional[Spec]], result: Spec
+) -> Spec:
     """The result of attention, which fused kernels give with its heads behind the pixels."""
     given = {one.name: value for one, value in zip(func._schema.arguments, args)} | kwargs
     looks = [spec(given[name]) for name in ("query", "key", "value")]
@@ -230,12 +231,13 @@ def _of_attention(args: Any, kwargs: dict[str, Any], func: Any, spec: Callable[[
         options = {"scale": given.get("scale"), "enable_gqa": given.get("enable_gqa", False)}
         options = {name: value for name, value in options.items() if value}
         try:
-            choice = torch._fused_sdp_choice(*tensors, masked, given.get("dropout_p", 0.0), given.get("is_causal", False), **options)
+            choose: Any = getattr(torch, "_fused_sdp_choice")  # noqa: B009 - it is no public name
+            choice = choose(*tensors, masked, given.get("dropout_p", 0.0), given.get("is_causal", False), **options)
         except (RuntimeError, TypeError):
             return result
         if choice != _FLASH:
             return result
-    batch, heads, pixels, channels = result.shape
+    _, heads, pixels, channels = result.shape
     return result._replace(strides=(pixels * heads * channels, channels, heads * channels, 1))
 
 

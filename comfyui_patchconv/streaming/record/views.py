@@ -17,14 +17,20 @@ from .operators.common import default_dim, dim_of, fixed_dim
 from .shapes import Spec
 
 _SAME = frozenset(
-    "alias detach contiguous lift_fresh to type_as _to_copy dropout feature_dropout alpha_dropout clone expand_as "
-    "view_as positive real resolve_conj resolve_neg data".split()
+    """
+    alias detach contiguous lift_fresh to type_as _to_copy dropout feature_dropout alpha_dropout clone expand_as view_as
+    positive real resolve_conj resolve_neg data
+    """.split()  # noqa: SIM905
 )
 _REGROUPING = frozenset(
-    "view _unsafe_view reshape flatten unflatten unsqueeze squeeze reshape_as view_as _reshape_alias ravel".split()
+    """
+    view _unsafe_view reshape flatten unflatten unsqueeze squeeze reshape_as view_as _reshape_alias ravel
+    """.split()  # noqa: SIM905
 )
 _PERMUTING = frozenset(
-    "permute transpose t movedim moveaxis swapaxes swapdims numpy_T mT mH adjoint matrix_H transpose_".split()
+    """
+    permute transpose t movedim moveaxis swapaxes swapdims numpy_T mT mH adjoint matrix_H
+    """.split()  # noqa: SIM905
 )
 
 
@@ -163,7 +169,9 @@ def _cut(recorder: Any, parent: Node, part: _Part, spec: Spec) -> Optional[Node]
     pick = Pick(part.start, part.stride, dim)
     if not part.dropped:
         return _plain(recorder, pick, [parent], [dim], spec, dim)
-    row = spec._replace(shape=(*spec.shape[:dim], 1, *spec.shape[dim:]), strides=(*spec.strides[:dim], 0, *spec.strides[dim:]))
+    row = spec._replace(
+        shape=(*spec.shape[:dim], 1, *spec.shape[dim:]), strides=(*spec.strides[:dim], 0, *spec.strides[dim:])
+    )
     picked = _plain(recorder, pick, [parent], [dim], row, dim)
     step = Whole(lambda pieces: pieces[0].squeeze(dim))
     return _plain(recorder, step, [picked], [None], spec, None)
@@ -173,7 +181,7 @@ def _cut(recorder: Any, parent: Node, part: _Part, spec: Spec) -> Optional[Node]
 
 
 def scattered(recorder: Any, view: Any, before: Node, written: Node) -> Optional[Node]:
-    """What the parent of `view` shows once `view` shows `written`, having shown `before`; None where that is not known."""
+    """What the parent of `view`, which shows `before`, shows once `view` shows `written`; None where it is not known."""
     name, spec = view.func.overloadpacket.__name__, _spec_of(before)
     if written.dtype != before.dtype:
         return None
@@ -255,10 +263,7 @@ def filled(recorder: Any, view: Any, name: str, operands: Sequence[Any]) -> Opti
     if not isinstance(value, (Node, Held)):
         return constant(recorder, spec, view.device, value)
     if isinstance(value, Held):
-        if name == "fill_" or not value.shape:
-            value = recorder.source(value.tensor)
-        else:
-            value = recorder.source(value.tensor)
+        value = recorder.source(value.tensor)
     if (value.shape, value.dtype, value.device) == (spec.shape, spec.dtype, view.device):
         return value
     dtype, device, shape = spec.dtype, view.device, spec.shape

@@ -52,7 +52,9 @@ _TABLE: dict[str, Callable[[Call], Optional[Node]]] = {
     **matrices.TABLE,
     **reductions.TABLE,
     **{
-        f"{name}adaptive_avg_pool{sides}d": lambda call: reductions.pooled_to_one(call) or convolution.adaptive_pool(call)
+        f"{name}adaptive_avg_pool{sides}d": lambda call: (
+            reductions.pooled_to_one(call) or convolution.adaptive_pool(call)
+        )
         for name in ("", "_")
         for sides in (1, 2, 3)
     },
@@ -92,7 +94,7 @@ def build_several(
     return norms.native(Call(recorder, func, args, kwargs, specs[0], args[0].device), specs)
 
 
-MADE = frozenset("empty zeros ones full empty_strided randn rand".split())
+MADE = frozenset({"empty", "zeros", "ones", "full", "empty_strided", "randn", "rand"})
 """What makes a new tensor of numbers alone."""
 
 Fill = Callable[[Any, dict[str, Any]], Any]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...graph.node import Node
 from ...graph.steps import Join, Regroup, Resample, RowLocal
 from ..memory import Held
-from .common import Call, default_dim, dim_of, fixed_dim, over, row_local
+from .common import Call, default_dim, dim_of, fixed_dim, row_local
 from .resample import gathered_rows
 
 
@@ -81,9 +81,7 @@ def repeat_interleave(call: Call) -> Optional[Node]:
     if dim is None:
         return None
     if dim == along:
-        step = Resample(
-            times, 1, input.shape[dim], dim, lambda piece: piece.repeat_interleave(times, dim), cheap=True
-        )
+        step = Resample(times, 1, input.shape[dim], dim, lambda piece: piece.repeat_interleave(times, dim), cheap=True)
         return call.node(step, [input], [dim], dim)
     step = RowLocal(
         lambda pieces, first, last: pieces[0].repeat_interleave(times, along), 1, cheap=True, moves=True

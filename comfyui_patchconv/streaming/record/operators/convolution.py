@@ -129,7 +129,7 @@ def _is_doubled(input: Node, weight: Any, axes: Sequence[Axis], dtype: torch.dty
 
 
 def _doubled(call: Call, input: Node, weight: Held, bias: Any, groups: int) -> Optional[Node]:
-    (small,) = input.inputs
+    small = next(iter(input.inputs))
     if isinstance(bias, Node):
         return None
     step = _Doubled(weight, bias, small.shape[2], groups)

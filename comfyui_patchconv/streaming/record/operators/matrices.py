@@ -104,18 +104,21 @@ def scaled_dot_product(call: Call) -> Optional[Node]:
     usual = usual and query.shape[:2] == key.shape[:2] == value.shape[:2]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, rows: Optional[Tensor], first: int) -> Tensor:
+        given: Any = options
         if usual:
             return attention.attend(q, k, v, options["scale"])
         if causal:
             rows = torch.ones(q.shape[-2], keys, dtype=torch.bool, device=q.device).tril(first)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=rows, **options)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=rows, **given)
 
     dims = [dim if node is query and not place else None for place, node in enumerate(inputs)]
     if isinstance(mask, Node) and len(mask.shape) > 1 and mask.shape[-2] != 1:
         dims[-1] = len(mask.shape) - 2
-    step = RowLocal(
-        lambda pieces, first, last: apply(lambda *given: attend(*given, first), pieces), 1 + (dims[-1] is not None)
-    )
+
+    def run(pieces: Sequence[Tensor], first: int, last: int) -> Tensor:
+        return apply(lambda q, k, v, rows: attend(q, k, v, rows, first), pieces)
+
+    step = RowLocal(run, sum(one is not None for one in dims))
     step.work = 2 * keys
     step.workspace = attention.bytes_of_scores(*(_like(one, call) for one in (query, key, value))) if count == 4 else 0
     step.least_rows = attention.least_rows(1, call.device)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...graph.statistics import Statistics, in_float64
 from ...graph.node import Node
+from ...graph.statistics import Statistics, in_float64
 from ...graph.steps import Reduce, RowLocal
 from ..memory import Held
 from ..shapes import Spec

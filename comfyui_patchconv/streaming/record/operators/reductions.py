@@ -103,7 +103,8 @@ class _Gathered:
         elif self.name in ("var", "std"):
             assert self._squares is not None
             divisor = self.size - self.correction
-            value = self._squares / divisor if divisor > 0 else self._squares * float("nan" if self.size <= 1 else "inf")
+            nothing = float("nan" if self.size <= 1 else "inf")
+            value = self._squares / divisor if divisor > 0 else self._squares * nothing
             value = value.sqrt() if self.name == "std" else value
         like.copy_(value.reshape(self.shape))
 

@@ -137,7 +137,10 @@ TABLE: dict[str, Callable[[Call], Optional[Node]]] = {
     **{
         f"{prefix}{name}": upsample
         for prefix, names in (
-            ("upsample_", ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "trilinear3d", "bicubic2d")),
+            (
+                "upsample_",
+                ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "trilinear3d", "bicubic2d"),
+            ),
             ("_upsample_", ("nearest_exact1d", "nearest_exact2d", "nearest_exact3d")),
         )
         for name in names
