@@ -86,7 +86,7 @@ def planning(case: dict[str, Any]) -> dict[str, Any]:
         Timed(estimate_module.phantom_copy), Timed(calls_module.choose), Timed(Call.evaluate), Timed(eager_schedule),
     )  # fmt: skip
     estimate_module.phantom_copy, calls_module.choose, calls_module.eager_schedule = copying, choosing, eager
-    calls_module.Call.evaluate = lambda call, *args: storing(call, *args)
+    setattr(Call, "evaluate", lambda call, *args: storing(call, *args))  # noqa: B010  (another signature)
     begin = clock()
     expected = expect(model, run, device=device, dtype=dtype, budget=budget)
     first = clock() - begin
@@ -151,8 +151,8 @@ def publish_planning(args: argparse.Namespace) -> None:
         "Seconds to plan a decode before its input exists (`expect`): a copy of the model is made, its code recorded "
         "once, a schedule chosen, and eager's counted to compare; and what a second call of the same shape spends "
         "before it computes anything. The decoder of Stable Diffusion's VAE in float32, and Wan 2.1's decode of "
-        f"832x480 in bfloat16, at full width. Seconds of the processor, one thread: the least of {args.rounds} fresh processes, and their "
-        "median in brackets.",
+        "832x480 in bfloat16, at full width. Seconds of the processor, one thread: the least of "
+        f"{args.rounds} fresh processes, and their median in brackets.",
         ["decode", "budget", "first s", *parts, "again s", "expected MB", "eager MB, counted"],
         rows,
         device="cpu",
@@ -168,10 +168,11 @@ def toy_decoder() -> nn.Module:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     torch.manual_seed(0)
-    vae: Any = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(4, 8, 16, 16), norm_num_groups=4, layers_per_block=2, latent_channels=4,
-    )  # fmt: skip
+    config: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (4, 8, 16, 16), "norm_num_groups": 4, "layers_per_block": 2, "latent_channels": 4,
+    }  # fmt: skip
+    vae: Any = AutoencoderKL(**config)
     return vae.eval().requires_grad_(False).decoder
 
 

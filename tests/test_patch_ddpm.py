@@ -11,11 +11,11 @@ from patch_ddpm_helpers import CELEBA, CHECKPOINT, DATA, FEW, TALL, inputs, rand
 from torch.nn import functional as F
 
 import comfyui_patchconv.patch_ddpm.model as model_module
-from comfyui_patchconv.footprint import peak_activations
 from comfyui_patchconv.patch_ddpm.checkpoints import import_torch
 from comfyui_patchconv.patch_ddpm.config import ModelConfig
 from comfyui_patchconv.patch_ddpm.diffusion import sample
 from comfyui_patchconv.patch_ddpm.model import PatchDenoiser, cut, join, patch_bytes
+from comfyui_patchconv.streaming import peak_activations
 
 
 def test_the_authors_model() -> None:
@@ -107,7 +107,11 @@ def test_memory_is_that_of_the_patches_at_once() -> None:
     model, (image, steps) = randomised(config), inputs(config, 1)
     one = patch_bytes(config, torch.float32, image.device)
     for at_once in (2, 9):
-        peak = peak_activations(model, lambda twin, count=at_once: twin(image, steps, count), device=image.device)
+        peak = peak_activations(
+            model,
+            lambda copy, make, count=at_once: copy(make(image.shape), make(steps.shape, steps.dtype), count),
+            device=image.device,
+        )
         assert at_once * one <= peak <= at_once * one + 4 * image.nbytes
     assert 4 * image.nbytes < one
 

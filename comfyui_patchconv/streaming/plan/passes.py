@@ -83,9 +83,9 @@ class Passes:
 
     def _gather(self, reduction: Node) -> None:
         """Have a reduction's result: its input is stored in the same pass, unless it is cheap to have again."""
-        ((source, _),) = reduction.by_rows
+        ((source, dim),) = reduction.by_rows
         if self._is_there(source):
-            self._run_pass([Target(source, stored=False, reductions=self._reductions_of([source]))])
+            self._run_pass([Target(source, stored=False, reductions=self._reductions_of(source, dim))])
         elif self._leave_unstored(source):
             self._run_pass([Target(source, stored=False, reductions=[reduction])])
         else:
@@ -284,13 +284,15 @@ class Passes:
 
     # Passes
 
-    def _reductions_of(self, nodes: Sequence[Node]) -> list[Node]:
-        """The reductions that are still wanted of these maps."""
+    def _reductions_of(self, node: Node, dim: Optional[int]) -> list[Node]:
+        """The reductions that are still wanted of a map, and that take its rows along `dim`."""
         return [
             reader
-            for node in nodes
             for reader in self._readers.get(node, ())
-            if reader.step is not None and reader.step.reduces and reader not in self._stored
+            if reader.step is not None
+            and reader.step.reduces
+            and reader not in self._stored
+            and any(source is node and along == dim for source, along in reader.by_rows)
         ]
 
     def _run_pass(self, targets: list[Target]) -> None:
@@ -298,9 +300,10 @@ class Passes:
         known = {target.node for target in targets}
         sweep = self._sweep_of(targets)
         for target in targets:
-            target.reductions = list(dict.fromkeys([*target.reductions, *self._reductions_of([target.node])]))
+            more = [] if self._is_there(target.node) else self._reductions_of(target.node, target.node.dim)
+            target.reductions = list(dict.fromkeys([*target.reductions, *more]))
         for node in sweep.order:
-            wanted = self._reductions_of([node]) if node not in known else []
+            wanted = self._reductions_of(node, node.dim) if node not in known else []
             if wanted and node not in self._left:
                 targets.append(Target(node, stored=False, reductions=wanted))
         targets += self._parts_to_reduce(targets, sweep)
@@ -349,7 +352,7 @@ class Passes:
             node = stack.pop()
             for reader in self._readers.get(node, ()):
                 if self._is_part(reader) and reader not in found and reader not in known and not self._is_there(reader):
-                    wanted = self._reductions_of([reader])
+                    wanted = self._reductions_of(reader, reader.dim)
                     if wanted:
                         found[reader] = Target(reader, stored=False, reductions=wanted)
                     if reader not in inside:

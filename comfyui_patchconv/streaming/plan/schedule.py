@@ -47,9 +47,8 @@ class Target:
     @property
     def dim(self) -> int:
         """Along which its rows lie."""
-        if self.node.dim is not None and self.node.tensor is None:
-            return self.node.dim
-        return next((dim for one in self.reductions for dim in one.dims if dim is not None), 0)
+        wanted = next((dim for one in self.reductions for dim in one.dims if dim is not None), None)
+        return wanted if wanted is not None else self.node.dim or 0
 
     @property
     def rows(self) -> int:

@@ -164,6 +164,8 @@ class Recorder(TorchDispatchMode):
                     return self._now(func, args, kwargs)
                 return [self._view(spec, place, func, args, kwargs) for place, spec in enumerate(specs)]
             nodes = operators.build_several(self, func, _operands(self, args), _operands(self, kwargs), specs)
+            if nodes is None and self.phantom:
+                nodes = self._parts(func, _operands(self, args), _operands(self, kwargs), specs)
             if nodes is None:
                 return self._now(func, args, kwargs)
             return tuple(self._own(node, spec) for node, spec in zip(nodes, specs))
@@ -196,6 +198,16 @@ class Recorder(TorchDispatchMode):
         step = Whole(lambda pieces: call(func, pieces))
         step.name = name
         return self._node(step, inputs, (None,) * len(inputs), spec, device, None)
+
+    def _parts(self, func: Any, args: Any, kwargs: dict[str, Any], specs: Sequence[Spec]) -> tuple[Node, ...]:
+        """The nodes of an operator with several results, of which each needs all of its arguments."""
+        inputs, call = operators.over(args, kwargs)
+        found = []
+        for place, spec in enumerate(specs):
+            step = Whole(lambda pieces, place=place: call(func, pieces)[place])
+            step.name = func.overloadpacket.__name__
+            found.append(self._node(step, inputs, (None,) * len(inputs), spec, inputs[0].device, None))
+        return tuple(found)
 
     def _node(
         self, step: Any, inputs: Sequence[Node], dims: Sequence[Optional[int]], spec: Spec, device: torch.device,
