@@ -134,8 +134,8 @@ class Estimate(StandIn):
     def _count(self, sample: tuple[int, ...], dtype: torch.dtype) -> int:
         settings, model, device = self.toggle.settings, self.owner.first_stage_model, torch.device(self.owner.device)
 
-        def run(copy: Any, make: Make) -> None:
-            getattr(copy, self.method)(make(sample, dtype))
+        def run(copy: Any, make: Make) -> Any:
+            return getattr(copy, self.method)(make(sample, dtype))
 
         options: Any = dict(device=device, dtype=dtype, attributes=HOST_ATTRIBUTES)
         if settings.mode == "stream":

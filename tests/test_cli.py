@@ -16,8 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from vae_helpers import ldm_state, random_latent, small_vae, write, write_vae
 
-from comfyui_patchconv import cli, files, streaming
+from comfyui_patchconv import cli, files
 from comfyui_patchconv.arguments import size as bytes_of
+from comfyui_patchconv.streaming.call import Call
 
 TILED = ["--splits", "3", "--threshold", "0"]
 
@@ -92,14 +93,13 @@ def test_streaming_makes_the_same(
     tmp_path: Path, vae: Path, latent: Path, image: Path, budget: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moved: list[int] = []
-    plain_call = streaming.carry_out
+    evaluate = Call.evaluate
 
-    def watch(function: Any, args: Any, kwargs: Any, run: streaming.Run) -> Any:
-        result = plain_call(function, args, kwargs, run)
-        moved.append(run.moved)
-        return result
+    def watch(self: Call, *given: Any) -> None:
+        evaluate(self, *given)
+        moved.append(self.moved)
 
-    monkeypatch.setattr(streaming, "carry_out", watch)
+    monkeypatch.setattr(Call, "evaluate", watch)
     for job, given, suffix in (("decode", {"latent": latent}, "png"), ("encode", {"image": image}, "latent")):
         one, other = tmp_path / f"streamed.{suffix}", tmp_path / f"plain.{suffix}"
         run(*arguments(job, vae=vae, out=one, **given), "--mode", "stream", *budget)

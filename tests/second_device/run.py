@@ -21,14 +21,14 @@ from model_zoo import CASES, draw_weights, image, kl
 from patch_ddpm_helpers import FEW, TALL, randomised
 from torch import Tensor, nn
 
-from comfyui_patchconv import PartialConv2d, PConv2d, Tiling, convert_model, planner
+from comfyui_patchconv import PartialConv2d, PConv2d, Tiling, convert_model
 from comfyui_patchconv.fill import fill
 from comfyui_patchconv.holes import with_holes
 from comfyui_patchconv.patch_ddpm import diffusion as patch_ddpm
 from comfyui_patchconv.patch_diffusion import diffusion as patch_diffusion
 from comfyui_patchconv.patch_diffusion.config import Config
 from comfyui_patchconv.patch_diffusion.model import PatchUNet
-from comfyui_patchconv.streaming import Plan, Run, attention, carry_out, choose, stream, sweep
+from comfyui_patchconv.streaming import Tuning, expect, stream, streamed
 
 SECOND = torch.device("privateuseone", 0)  # which is how torch calls it before it has a name
 Answer = dict[str, Any]
@@ -59,7 +59,7 @@ def models(counter: Any) -> Answer:
         model.to(SECOND)
         for budget in (None, 1):
             try:
-                with stream(getattr(model, method), budget=budget):
+                with stream(getattr(model, method), budget=budget, tuning=SMALL):
                     answer[f"{name}, budget {budget}"] = difference(run(model, input.to(SECOND)), expected)
             except Exception as error:
                 answer[f"{name}, budget {budget}"] = f"{type(error).__name__}: {error}"
@@ -80,11 +80,15 @@ def networks(counter: Any) -> Answer:
                 return network_helpers.run_network(operators, map, holds)
 
             if device == SECOND:
-                results.append(carry_out(run, (x.to(device),), {}, Run(Plan([None, 1, 20_000][seed % 3]))))
+                results.append(streamed(run, budget=[None, 1, 20_000][seed % 3], tuning=SMALL)(x.to(device)))
             else:
                 results.append(run(x))
         answer[f"network {seed}"] = difference(results[1], results[0])
     return answer
+
+
+SMALL = Tuning(strip_bytes=20_000, allocator_bytes=0, always=True)
+"""Small maps come in several strips, too, and take more than what strips have beside them."""
 
 
 class _On:
@@ -161,16 +165,20 @@ def peaks(counter: Any) -> Answer:
     latent, pixels = image(4, 96, 64).to(SECOND), image(3, 192, 128).to(SECOND)
     for method, input in (("decode", latent), ("encode", pixels)):
         function = getattr(model, method)
-        plain = choose(function, (input,), {}).peak
+
+        def run(copy: Any, make: Any, method: str = method, input: Tensor = input) -> Any:
+            return getattr(copy, method)(make(input.shape))
+
+        free = expect(model, run, device=torch.device(SECOND), tuning=SMALL).peak
         for share in (None, 2, 4):
-            budget = None if share is None else plain // share
-            with stream(function, budget=budget):
+            budget = None if share is None else free // share
+            with stream(function, budget=budget, tuning=SMALL):
                 before = counter.now()
                 counter.reset_peak()
                 getattr(model, method)(input)
                 peak = counter.peak() - before
-            plan = choose(function, (input,), {}, budget=budget)
-            answer[f"{method}, budget {budget}"] = {"peak": peak, "plan": plan.peak, "elsewhere": plan.elsewhere}
+            plan = expect(model, run, device=torch.device(SECOND), budget=budget, tuning=SMALL)
+            answer[f"{method}, budget {budget}"] = {"peak": peak, "plan": plan.peak, "elsewhere": plan.moved}
     return answer
 
 
@@ -178,8 +186,5 @@ if __name__ == "__main__":
     counted = register(Path(sys.argv[1]))
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    # Small maps go in several strips, too, and take more than what strips have beside them.
-    planner.STRIP_BYTES_ELSEWHERE = 20_000
-    sweep._STEP_BYTES_ELSEWHERE = attention._SCORES_AT_ONCE = 5_000
     with torch.inference_mode():
         print(json.dumps({part.__name__: part(counted) for part in (models, networks, layers, pixel_models, peaks)}))

@@ -39,7 +39,7 @@ def test_an_estimate_is_what_the_call_plans(name: str, budget: Optional[int]) ->
         assert (runner.last.peak, runner.last.moved) == (expected.peak, expected.moved)
     assert runner.last.work == runner.last.planned
     pair = [value.sample if kind == "decode" else value.latent_dist.parameters for value in (ours, eager)]
-    assert_same(*pair, 1e-5)
+    assert_same(pair[0], pair[1], 1e-5)
 
 
 def test_a_budget_moves_maps() -> None:

@@ -181,7 +181,7 @@ def _cut(recorder: Any, parent: Node, part: _Part, spec: Spec) -> Optional[Node]
 
 
 def scattered(recorder: Any, view: Any, before: Node, written: Node) -> Optional[Node]:
-    """What the parent of `view`, which shows `before`, shows once `view` shows `written`; None where it is not known."""
+    """What the parent of `view`, which shows `before`, shows once `view` shows `written`; None if not known."""
     name, spec = view.func.overloadpacket.__name__, _spec_of(before)
     if written.dtype != before.dtype:
         return None
