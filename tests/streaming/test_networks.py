@@ -27,7 +27,18 @@ TUNINGS = {
     "few rows": FEW_ROWS,
     "one strip": Tuning(strip_bytes=1 << 25, always=True),
 }
-WHOLE: dict[str, set[str]] = {}
+WHOLE: dict[str, set[str]] = {
+    "hunyuan decode": {"flatten"},
+    "hunyuan encode": {"flatten", "scaled_dot_product_attention"},
+    "ltx decode": {"repeat", "flatten"},
+    "ltx encode": {"repeat"},
+    "mochi encode": {"scaled_dot_product_attention", "contiguous"},
+    "cosmos decode": {"repeat", "tril", "scaled_dot_product_attention"},
+    "cosmos encode": {"repeat", "tril", "scaled_dot_product_attention"},
+    "dc decode": {"reshape"},
+    "dc encode": {"reshape"},
+    "unet": {"reshape", "contiguous"},
+}
 """What of these models may be evaluated whole; of the others nothing."""
 
 all_tunings = pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)

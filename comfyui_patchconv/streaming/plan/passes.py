@@ -250,7 +250,7 @@ class Passes:
             sources = {source for node in steps for source in node.inputs if source in self._stored}
             for source in sources:
                 alone = all(self._settled(one) or one in inside for one in self._readers.get(source, ()))
-                if alone and 2 * part.bytes <= source.bytes:
+                if alone and 2 * part.bytes <= source.bytes and not self._kept_for_later([part]):
                     self._store([part])
                     break
 
