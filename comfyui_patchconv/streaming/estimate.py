@@ -14,6 +14,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
 from .call import Call
@@ -88,8 +89,9 @@ def _recorded(
     usual = dtype or torch.float32
 
     def make(shape: Sequence[int], dtype: torch.dtype = usual, counted: bool = True) -> Tensor:
-        empty = torch.empty(tuple(shape), dtype=dtype, device="meta")
-        return recorder.phantom_of(Spec.of(empty), device, counted)
+        with _disable_current_modes():  # it is no tensor of the program's
+            empty = torch.empty(tuple(shape), dtype=dtype, device="meta")
+            return recorder.phantom_of(Spec.of(empty), device, counted)
 
     with torch.no_grad(), recorder:
         if part:

@@ -1,0 +1,193 @@
+"""What a call takes, counted before its input is there: the right number, wherever the weights lie."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import pytest
+import torch
+from model_zoo import draw_weights, hunyuan, image, kl
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from comfyui_patchconv.convert import convert_model
+from comfyui_patchconv.streaming import Make, Streamed, Tuning, expect, peak_activations
+
+KIB = 2**10
+CPU = torch.device("cpu")
+SMALL = Tuning(strip_bytes=20_000, allocator_bytes=0, always=True)
+
+
+class TestEager:
+    """What is alive at once where nothing is streamed."""
+
+    def test_what_is_alive_at_once(self) -> None:
+        def run(copy: Any, make: Make) -> Tensor:
+            a = make((KIB,), torch.uint8)
+            b = torch.cat([a, a])  # 1 + 2
+            del a
+            return torch.cat([b, b])  # 2 + 4
+
+        assert peak_activations(nn.Identity(), run, device=CPU) == 6 * KIB
+
+    def test_views_and_in_place_operations_are_free(self) -> None:
+        def run(copy: Any, make: Make) -> Tensor:
+            x = make((4, KIB), torch.uint8)
+            return x.view(2, -1).narrow(0, 0, 1).add_(1).t().unsqueeze(0).expand(5, -1, -1)
+
+        assert peak_activations(nn.Identity(), run, device=CPU) == 4 * KIB
+
+    def test_weights_are_free(self) -> None:
+        model = nn.Linear(1024, 1024, bias=False)
+        assert peak_activations(model, lambda copy, make: copy.weight.view(2, -1).t(), device=CPU) == 0
+
+    def test_an_input_that_is_not_counted_is_free(self) -> None:
+        model = nn.Conv2d(4, 8, 3, padding=1)
+        peak = peak_activations(model, lambda copy, make: copy(make((1, 4, 16, 16), counted=False)), device=CPU)
+        assert peak == 8 * 16 * 16 * 4
+
+    @pytest.mark.parametrize("inference", [False, True])
+    def test_inference_mode(self, inference: bool) -> None:
+        layer = nn.Conv2d(4, 8, 3, padding=1)
+        with torch.inference_mode(inference):
+            peak = peak_activations(layer, lambda copy, make: copy(make((1, 4, 16, 16))), device=CPU)
+            assert torch.is_inference_mode_enabled() is inference
+        assert peak == (4 + 8) * 16 * 16 * 4
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(4, channels)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.register_buffer("scale", torch.ones(1))
+        self.steps = [self.conv]
+        self.act = self.activate
+
+    def activate(self, x: Tensor) -> Tensor:
+        return F.silu(self.norm(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.steps[0](self.act(x)) * self.scale
+
+
+class TestCopies:
+    """What is counted is a copy, and the model is left as it was."""
+
+    def test_a_model_in_another_place_and_type(self) -> None:
+        """Weights that lie elsewhere, or nowhere, do not matter, and do not count."""
+        with torch.device("meta"):
+            model = nn.Sequential(Block(16), Block(16))
+        before = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+        one = 16 * 64 * 64 * 2
+        peak = peak_activations(model, lambda copy, make: copy(make((1, 16, 64, 64))), device=CPU, dtype=torch.float16)
+        # x of the first block, x of the second, and two in the midst of it; the statistics of the norm beside them
+        assert 4 * one <= peak <= 4.1 * one
+        assert {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()} == before
+
+    def test_a_converted_model_counts_as_it_was(self) -> None:
+        model, calls = Block(16), []
+        run = lambda copy, make: copy(make((1, 16, 64, 64)))  # noqa: E731
+        plain = peak_activations(model, run, device=CPU)
+        convert_model(model, threshold=0, on_strip=lambda module, done, rows: calls.append(done))
+        assert peak_activations(model, run, device=CPU) == plain
+        assert not calls
+        model(torch.randn(1, 16, 8, 8))
+        assert calls
+
+    def test_shared_modules_and_weights_stay_shared(self) -> None:
+        layer = nn.Linear(4, 4)
+        nested = nn.Sequential(layer)
+        model, found = nn.ModuleList([layer, nested]), []
+        nested.weight = layer.weight
+
+        def run(copy: Any, make: Make) -> None:
+            found.extend([copy[0] is copy[1][0], copy[0].weight is copy[1].weight, copy[0] is not layer])
+
+        peak_activations(model, run, device=CPU)
+        assert found == [True, True, True]
+
+    def test_a_configuration_that_refuses_to_change(self) -> None:
+        """As that of diffusers' models: the copy can read it."""
+
+        class Frozen(dict[str, object]):
+            def update(self, *args: object, **kwargs: object) -> None:
+                raise TypeError("frozen")
+
+        model, found = nn.Conv2d(2, 2, 1), []
+        model.config = Frozen(widths=[1, 2])  # type: ignore[assignment]
+        peak_activations(model, lambda copy, make: found.append(copy.config), device=CPU)
+        assert type(found[0]) is Frozen
+        assert found[0] == {"widths": [1, 2]}
+
+    def test_what_a_run_notes_stays_in_the_copy(self) -> None:
+        model: Any = nn.Identity()
+        model.cache, model.frames = {}, []
+
+        def run(copy: Any, make: Make) -> None:
+            copy.cache["last"] = make((1,))
+            copy.frames.append(make((1,)))
+
+        peak_activations(model, run, device=CPU)
+        assert model.cache == {}
+        assert model.frames == []
+
+    @pytest.mark.parametrize("look", [Tensor.item, int, bool])
+    def test_code_that_looks_at_values_raises(self, look: Any) -> None:
+        with pytest.raises(RuntimeError, match="looks at values"):
+            peak_activations(nn.Identity(), lambda copy, make: look(make((1,)) + 1), device=CPU)
+
+
+class TestParts:
+    """What a whole decode takes, of which a part is streamed chunk by chunk."""
+
+    @pytest.mark.parametrize(
+        ("build", "shape"),
+        [(lambda: kl(4), (4, 24, 24)), (hunyuan, (4, 2, 8, 8))],
+        ids=["kl", "hunyuan"],
+    )
+    @pytest.mark.parametrize("budget", [None, 1])
+    def test_calls_are_those_that_run(self, build: Any, shape: tuple[int, ...], budget: Optional[int]) -> None:
+        model: Any = draw_weights(build())
+        latent, forward, runs = image(*shape), model.decoder.forward, []
+        expected = expect(
+            model,
+            lambda copy, make: copy.decode(make(latent.shape)),
+            device=CPU,
+            part="decoder.forward",
+            budget=budget,
+            tuning=SMALL,
+        )
+        assert "forward" not in model.decoder.__dict__
+        runner = Streamed(budget, tuning=SMALL)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            result = runner.call(forward, args, kwargs)
+            runs.append(runner.last)
+            return result
+
+        model.decoder.forward = watched
+        with torch.no_grad():
+            model.decode(latent)
+        assert expected.calls == len(runs)
+        assert expected.work == sum(run.work for run in runs)
+        assert expected.moved == sum(run.moved for run in runs)
+        assert expected.peak >= max(run.peak for run in runs)
+
+    def test_a_method_that_is_streamed_as_a_whole(self) -> None:
+        """What calls it holds the latent."""
+        model: Any = kl(4)
+        run = lambda copy, make: copy.decode(make((1, 4, 16, 16)))  # noqa: E731
+        part = expect(model, run, device=CPU, part="decode", tuning=SMALL)
+        whole = expect(model, run, device=CPU, tuning=SMALL)
+        assert part.calls == whole.calls == 1
+        assert part.work == whole.work
+        assert part.peak == 4 * 16 * 16 * 4 + whole.peak
+
+
+def test_a_large_input_counts_once() -> None:
+    """Of 1 MiB and more a program's own tensors take no memory in an estimate; inputs are none of these."""
+    model, shape = nn.Identity(), (1, 4, 512, 512)
+    assert (
+        peak_activations(model, lambda copy, make: copy(make(shape)), device=torch.device("cpu")) == 4 * 4 * 512 * 512
+    )
