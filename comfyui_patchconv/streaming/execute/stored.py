@@ -8,7 +8,7 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
-from ..graph.node import Node
+from ..graph.node import Node, dense_strides
 from .buffers import FileBuffer, HostBuffer, buffer_for, is_borrowed
 
 
@@ -105,12 +105,7 @@ class Single:
 
 def empty(node: Node) -> Tensor:
     """An empty tensor for a map: with eager's strides where these leave no gaps, else in their order without gaps."""
-    shape, strides = node.shape, node.strides
-    if any(stride == 0 and side > 1 for stride, side in zip(strides, shape)):
-        return torch.empty(shape, dtype=node.dtype, device=node.device)
-    dense, size = list(strides), 1
-    for dim in sorted(range(len(shape)), key=lambda dim: (strides[dim], -dim)):
-        if shape[dim] > 1:
-            dense[dim] = size
-            size *= shape[dim]
-    return torch.empty_strided(shape, dense, dtype=node.dtype, device=node.device)
+    dense = dense_strides(node.shape, node.strides)
+    if dense is None:
+        return torch.empty(node.shape, dtype=node.dtype, device=node.device)
+    return torch.empty_strided(node.shape, dense, dtype=node.dtype, device=node.device)

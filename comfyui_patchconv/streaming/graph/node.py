@@ -93,6 +93,18 @@ class Node:
         self.tensor, self.step, self.inputs, self.dims = tensor, None, (), ()
 
 
+def dense_strides(shape: Sequence[int], strides: Sequence[int]) -> Optional[list[int]]:
+    """Strides in the same order without gaps; None where places share memory."""
+    if any(stride == 0 and side > 1 for stride, side in zip(strides, shape)):
+        return None
+    dense, size = list(strides), 1
+    for dim in sorted(range(len(shape)), key=lambda dim: (strides[dim], -dim)):
+        if shape[dim] > 1:
+            dense[dim] = size
+            size *= shape[dim]
+    return dense
+
+
 def ancestors(roots: Iterable[Node]) -> list[Node]:
     """The nodes that are not stored and lead to `roots`, these included, in the program's order."""
     found: set[Node] = set()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import CannotEstimateError
-from ..graph.node import Node, ancestors
+from ..graph.node import Node, ancestors, dense_strides
 from ..graph.steps import Whole
 from . import operators, views
 from .lazy import Cell, LazyTensor, View, recorder_of
@@ -462,7 +462,19 @@ class Recorder(TorchDispatchMode):
             return tensor.view_.real()
         node = tensor.view_.node()
         self.store([node])
-        return node.tensor
+        return self._laid_out(node.tensor, tensor.view_.spec)
+
+    def _laid_out(self, value: Tensor, spec: Spec) -> Tensor:
+        """A value in the order in which eager has it in memory: what operators give goes by that. A write may have left
+        it in another."""
+        dense = dense_strides(spec.shape, spec.strides)
+        order = dense_strides(value.shape, value.stride())
+        pairs = zip(dense or (), order or (), spec.shape)
+        if dense is None or order is None or all(one == other or side <= 1 for one, other, side in pairs):
+            return value
+        with self.as_called():
+            laid = torch.empty_strided(spec.shape, dense, dtype=value.dtype, device=value.device)
+        return laid.copy_(value)
 
     def with_values(self, values: Any) -> Any:
         """Arguments with ordinary tensors, which nothing else will write to, in the place of deferred ones."""

@@ -1,0 +1,242 @@
+"""Attention over all pixels, as models write it: eager's result, and nowhere a matrix of scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conv_helpers import assert_same
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from comfyui_patchconv.streaming import Expected, Streamed, Tuning, expect, streamed
+from comfyui_patchconv.streaming.graph import attention
+
+SMALL = Tuning(strip_bytes=4_000, allocator_bytes=0, always=True)
+CHANNELS, HEIGHT, WIDTH = 8, 11, 6
+PIXELS = HEIGHT * WIDTH
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def heads(count: int) -> Attention:
+    """As `diffusers`: tokens, heads, one operator, and back."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, channels, height, width = q.shape
+        tokens = [x.view(batch, channels, height * width).transpose(1, 2) for x in (q, k, v)]
+        split = [x.view(batch, -1, count, channels // count).transpose(1, 2) for x in tokens]
+        out = F.scaled_dot_product_attention(*split, dropout_p=0.0, is_causal=False)
+        out = out.transpose(1, 2).reshape(batch, -1, channels).to(q.dtype)
+        return out.transpose(-1, -2).reshape(batch, channels, height, width)
+
+    return attend
+
+
+def one_operator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As ComfyUI with PyTorch's attention."""
+    batch, channels, *_ = q.shape
+    tokens = [x.view(batch, 1, channels, -1).transpose(2, 3).contiguous() for x in (q, k, v)]
+    out = F.scaled_dot_product_attention(*tokens, attn_mask=None, dropout_p=0.0, is_causal=False)
+    return out.transpose(2, 3).reshape(q.shape)
+
+
+def parts(steps: int) -> Attention:
+    """As ComfyUI without it: the queries in parts, each written to its place."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, channels = q.shape[:2]
+        queries = q.reshape(batch, channels, -1).permute(0, 2, 1)
+        keys, values = k.reshape(batch, channels, -1), v.reshape(batch, channels, -1)
+        result = torch.zeros_like(keys, device=queries.device)
+        size = queries.shape[1] // steps if queries.shape[1] % steps == 0 else queries.shape[1]
+        for first in range(0, queries.shape[1], size):
+            scores = torch.bmm(queries[:, first : first + size], keys) * channels**-0.5
+            weights = F.softmax(scores, dim=2).permute(0, 2, 1)
+            result[:, :, first : first + size] = torch.bmm(values, weights)
+        return result.reshape(q.shape)
+
+    return attend
+
+
+def values_behind(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The other way round: scores first, values behind them."""
+    scores = torch.bmm(q.flatten(2).transpose(1, 2), k.flatten(2)) / q.shape[1] ** 0.5
+    return torch.bmm(scores.softmax(-1), v.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(q.shape)
+
+
+def one_projection(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As Wan in `diffusers`: queries, keys and values in one map, parted as tokens."""
+    batch, channels = q.shape[:2]
+    tokens = torch.cat([q, k, v], 1).reshape(batch, 1, 3 * channels, -1).permute(0, 1, 3, 2).contiguous()
+    queries, keys, values = tokens.chunk(3, dim=-1)
+    out = F.scaled_dot_product_attention(queries, keys, values)
+    return out.squeeze(1).permute(0, 2, 1).reshape(q.shape)
+
+
+FORMS = {
+    "one head": heads(1), "four heads": heads(4), "one operator": one_operator, "whole": parts(1), "parts": parts(3),
+    "values behind": values_behind, "one projection": one_projection,
+}  # fmt: skip
+
+
+BY_HAND = ("whole", "parts", "values behind")
+
+
+class Block(nn.Module):
+    """Norm, attention, a projection and a residual add."""
+
+    def __init__(self, attend: Attention, linear: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attend, self.linear = attend, linear
+        self.norm = nn.GroupNorm(2, CHANNELS)
+        self.convs = nn.ModuleList(nn.Conv2d(CHANNELS, CHANNELS, 1) for _ in range(4))
+        self.double().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (self._project(conv, self.norm(x)) for conv in self.convs[:3])
+        return x + self._project(self.convs[3], self.attend(q, k, v))
+
+    def _project(self, conv: Any, x: Tensor) -> Tensor:
+        if not self.linear:
+            return conv(x)
+        tokens = x.flatten(2).transpose(1, 2)
+        return F.linear(tokens, conv.weight.flatten(1), conv.bias).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def largest_allocation(run: Callable[[], object]) -> int:
+    """The most bytes that one operator allocated on the CPU."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events: Any = profiled.events()
+    return max(event.self_cpu_memory_usage for event in events)
+
+
+def image(height: int = HEIGHT, batch: int = 1) -> Tensor:
+    return torch.randn(batch, CHANNELS, height, WIDTH, dtype=torch.float64)
+
+
+def expected_of(block: Block, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Expected:
+    return expect(block, lambda copy, make: copy(make(shape)), device=device, dtype=dtype, tuning=SMALL)
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["convolutions", "linear layers"])
+@pytest.mark.parametrize("form", FORMS)
+def test_attention(form: str, linear: bool) -> None:
+    block, x = Block(FORMS[form], linear), image(batch=2)
+    expected = block(x)
+    report: dict[str, int] = {}
+    assert_same(streamed(block.forward, report=report, tuning=SMALL)(x), expected, 1e-9)
+    assert not report
+
+
+@pytest.mark.parametrize("form", BY_HAND)
+def test_no_tensor_is_as_large_as_the_scores(form: str) -> None:
+    """With more elements than those up to which the shape of a result is found by computing it."""
+    block, x = Block(FORMS[form]), image(350)
+    run = streamed(block.forward, tuning=Tuning(strip_bytes=400_000, allocator_bytes=0, always=True))
+    run(image())  # what is allocated once in a process
+    scores = (350 * WIDTH) ** 2 * x.itemsize
+    assert largest_allocation(lambda: block(x)) >= scores // 3
+    assert largest_allocation(lambda: run(x)) < scores / 8
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_program_runs_once(form: str) -> None:
+    calls: list[torch.Size] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        calls.append(q.shape)
+        return FORMS[form](q, k, v)
+
+    x = image()
+    streamed(Block(attend).forward, tuning=SMALL)(x)
+    assert calls == [x.shape]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_kernel_that_makes_scores_gets_few_queries(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries: list[int] = []
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, scale: Any) -> Tensor:
+        queries.append(q.shape[-2])
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    block, x = Block(FORMS[form]), image()
+    expected = block(x)
+    monkeypatch.setattr(attention, "F", SimpleNamespace(scaled_dot_product_attention=kernel))
+    monkeypatch.setattr(attention, "makes_scores", lambda *tensors: True)
+    monkeypatch.setattr(attention, "_SCORES_AT_ONCE", 4 * 5 * PIXELS)
+    assert_same(streamed(block.forward, tuning=SMALL)(x), expected, 1e-9)
+    heads_at_once = 4 if form == "four heads" else 1
+    if form in BY_HAND:
+        assert not queries
+    else:
+        assert sum(queries) == PIXELS
+        assert max(queries) <= 5 // heads_at_once
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_attention_is_planned(form: str) -> None:
+    """Scores that the program computes itself count with a few copies of those of one row of the picture."""
+    height, width = 32, 64
+    found = expected_of(Block(FORMS[form]), (1, CHANNELS, height, width), torch.device("cpu"), torch.float64)
+    of_a_row = width * height * width * 8
+    maps = 8 * CHANNELS * height * width * 8
+    assert found.peak < maps + (6 * of_a_row if form in BY_HAND else 0)
+
+
+@pytest.mark.parametrize(("device", "scores"), [("cuda", 0), ("mps", 3 * (128 << 20))])
+def test_scores_count_where_a_device_makes_them(device: str, scores: int) -> None:
+    """8192 tokens, whose scores are 256 MB in float32."""
+    if device == "cuda" and torch.__version__.startswith("2.1.") and not torch.cuda.is_available():
+        pytest.skip("torch 2.1 has no fake tensors of a GPU that is not there")
+    shape = 1, CHANNELS, 128, 64
+    found = expected_of(Block(heads(1)), shape, torch.device(device, 0), torch.float32)
+    assert scores < found.peak < scores + 30 * 4 * CHANNELS * 128 * 64
+
+
+def test_keys_and_values_lie_in_files_when_there_is_no_room() -> None:
+    block, x = Block(heads(2)), image()
+    expected = block(x)
+    runner = Streamed(budget=1, tuning=Tuning(strip_bytes=1, allocator_bytes=0, always=True))
+    assert_same(runner.call(block.forward, (x,), {}), expected, 1e-9)
+    assert runner.last is not None
+    assert runner.last.moved >= 2 * x.nbytes
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        lambda scores: (scores + 1).softmax(2),
+        lambda scores: scores.softmax(1),
+        lambda scores: scores.clone().mul_(2).softmax(2),
+        lambda scores: scores.softmax(2) * 0.5,
+        lambda scores: scores[:, ::2].softmax(2).repeat_interleave(2, 1),
+    ],
+    ids=["added", "over queries", "in place", "scaled behind", "sliced"],
+)
+def test_scores_that_are_no_attention(odd: Callable[[Tensor], Tensor]) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = odd(torch.bmm(q.flatten(2).transpose(1, 2), k.flatten(2)))
+        return torch.bmm(v.flatten(2), weights.transpose(1, 2)).reshape(q.shape)
+
+    block, x = Block(attend), image(10)
+    assert_same(streamed(block.forward, tuning=SMALL)(x), block(x), 1e-9)
+
+
+@pytest.mark.parametrize(
+    "option", [{"is_causal": True}, {"attn_mask": torch.eye(PIXELS).bool()}], ids=["causal", "mask"]
+)
+def test_attention_with_a_mask(option: dict[str, Any]) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q_, k_, v_ = (x.flatten(2).transpose(1, 2)[:, None] for x in (q, k, v))
+        return F.scaled_dot_product_attention(q_, k_, v_, **option).transpose(2, 3).reshape(q.shape)
+
+    block, x = Block(attend), image()
+    assert_same(streamed(block.forward, tuning=SMALL)(x), block(x), 1e-9)
