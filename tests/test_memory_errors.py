@@ -216,7 +216,7 @@ def real() -> dict[int, Any]:
     """
     if not Path("/proc/self/status").exists():
         pytest.skip("this system has no /proc/self/status to tell a process's size")
-    found = dict(zip((30, 64, 100), map(json.loads, run_python(REAL).splitlines()), strict=True))
+    found: dict[int, Any] = dict(zip((30, 64, 100), map(json.loads, run_python(REAL).splitlines()), strict=True))
     if "could not create a primitive" in str(found[30][1]):
         pytest.skip("oneDNN finds no room for its own code within the limits of this test on this machine")
     return found
