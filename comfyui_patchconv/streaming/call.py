@@ -72,6 +72,10 @@ class Call:
         back = {id(value): originals[id(value)] for value in entered}
         return _with_originals(result, back)
 
+    def begin(self) -> None:
+        """A call of its own begins, as an estimate counts several: what was stored before is none of it."""
+        self.peak, self._made = 0, []
+
     def evaluate(self, roots: Sequence[Node], keep: Sequence[Node]) -> None:
         """Store `roots`: plan the way to them, and run the plan."""
         self._made = [one for one in self._made if one() is not None]
@@ -88,7 +92,11 @@ class Call:
             if schedule.elsewhere and roots[0].device.type == "cpu":
                 require_room(schedule.elsewhere)
             Loop(schedule, self.recorder.inference, self._progress).run()
-        self._made += [ref(node) for node in (*roots, *keep) if node.tensor is not None]
+        for node in (*roots, *keep):
+            if node.tensor is not None:
+                self._made.append(ref(node))
+                if not self._phantom:  # it may be a view of another that is stored, or of an argument
+                    self.recorder.memory.watch(node)
 
     def _schedule(self, roots: Sequence[Node], keep: Sequence[Node], held: int) -> Schedule:
         nodes = ancestors(roots)

@@ -15,12 +15,10 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_flatten
 
 from .call import Call
 from .graph.node import Node
 from .plan.schedule import USUAL, Tuning
-from .record.lazy import LazyTensor
 from .record.shapes import Spec
 
 _TABLE_BYTES = 1 << 20
@@ -100,7 +98,8 @@ def _recorded(
             module.__dict__[name] = counted.part(getattr(module, name))
         result = run(copied, make)
         if streams:
-            counted.streamed(result)
+            counted.streamed()
+        del result
     return counted
 
 
@@ -121,35 +120,38 @@ class _Counted:
             recorder = self.call.recorder
             if not self._outside:
                 return method(*args, **kwargs)
-            self._store_all((args, kwargs))
+            self._store_held()
+            self.peak = max(self.peak, recorder.peak_since)
             held = recorder.alive
-            self._outside, self.call.peak = False, 0
+            self._outside = False
+            self.call.begin()
             try:
                 result = method(*args, **kwargs)
-                self._store_all(result)
+                self._store_held()
             finally:
                 self._outside = True
             self.calls += 1
             self.peak = max(self.peak, held + self.call.peak)
+            recorder.peak_since = recorder.alive
             return result
 
         return counted
 
-    def streamed(self, result: Any) -> None:
-        """All of it was streamed, and gave `result`."""
+    def streamed(self) -> None:
+        """All of it was streamed."""
         self._outside = False
-        self._store_all(result)
+        self._store_held()
         self.calls += 1
-        self.peak = max(self.peak, self.call.peak)
+        self.peak, self.call.recorder.peak_since = max(self.peak, self.call.peak), 0
 
     def expected(self) -> Expected:
-        eager = self.call.recorder.eager_peak
-        peak = self.peak if self.calls else eager
-        return Expected(peak, self.call.moved, self.call.planned, self.calls, eager)
+        recorder = self.call.recorder
+        peak = max(self.peak, recorder.peak_since) if self.calls else recorder.eager_peak
+        return Expected(peak, self.call.moved, self.call.planned, self.calls, recorder.eager_peak)
 
-    def _store_all(self, values: Any) -> None:
-        lazies = [value for value in _tensors(values) if isinstance(value, LazyTensor)]
-        cells = [value.view_.cell for value in lazies]
+    def _store_held(self) -> None:
+        """What the program has when a call begins or ends is there."""
+        cells = [tensor.view_.cell for tensor in self.call.recorder.held()]
         self.call.recorder.store(cell.value for cell in cells if cell.value is not None)
 
     def _store(self, roots: Sequence[Node], keep: Sequence[Node]) -> None:
@@ -159,17 +161,6 @@ class _Counted:
                 node.store(torch.empty_strided(node.shape, node.strides, dtype=node.dtype, device="meta"))
         else:
             self._evaluate(roots, keep)
-
-
-def _tensors(values: Any, depth: int = 4) -> list[Any]:
-    """The tensors in containers and objects, such as a distribution."""
-    found = []
-    for value in tree_flatten(values)[0]:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif depth and hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)):
-            found += _tensors(list(vars(value).values()), depth - 1)
-    return found
 
 
 def phantom_copy(

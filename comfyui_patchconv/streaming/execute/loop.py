@@ -14,7 +14,7 @@ from ..graph.node import Node, Span
 from ..plan.schedule import Apply, Pass, Schedule, Target
 from .buffers import lasting
 from .stored import Single, Strips, empty
-from .strips import Rows, Work, first_strips
+from .strips import Parts, Rows, Work
 
 OnProgress = Callable[[int], None]
 """Called after each strip with the bytes of maps that it computed."""
@@ -104,14 +104,22 @@ class _Memory:
     def __init__(self, schedule: Schedule) -> None:
         self._stored, self.held = schedule.stored, 0
         self._before: Optional[int] = None
+        self._unseen = 0
 
     def count(self, size: int) -> None:
         """So many bytes more, or fewer, are stored."""
         self.held += size
 
-    def hand_back(self, usual: int) -> None:
+    def hand_back(self, usual: int, computed: int = 0) -> None:
         """Hand freed memory back to the system where it and what is in use are more than `usual` bytes beside what is
-        held, and what that is at the worst moment of the schedule."""
+        held, and what that is at the worst moment of the schedule.
+
+        computed: bytes that may have been freed since it was asked last; a few need no look at the process.
+        """
+        self._unseen += computed
+        if computed and self._unseen < usual // 8:
+            return
+        self._unseen = 0
         beside = anonymous() - self.held
         if self._before is None:
             self._before = beside
@@ -160,23 +168,34 @@ class _PassLoop:
         if self._cpu:
             keep_freed_blocks()
             self._memory.hand_back(planner.ALLOCATOR_BYTES["cpu"])
-        for wanted in first_strips(self._rows, self._pass):
-            done = self._rows.done
-            wanted = {node: (done[node], high) for node, (_, high) in wanted.items() if done[node] < high}
-            if not self._strip(wanted):
-                break  # the loop below comes there in smaller steps
         first, rows, progress = 0, max(self._pass.strip_rows, 1), 0
         while first < height:
             last = min(first + rows, height)
-            if not self._strip(self._rows.wanted(last), last - first == 1):
-                rows = (last - first + 1) // 2
-                continue
+            parts = Parts(self._rows, self._pass, last) if first == 0 else None
+            if parts is not None and parts.parts > 1:
+                self._in_parts(last, parts)
+            elif not self._strip(self._rows.wanted(last)):
+                if last - first > 1:
+                    rows = (last - first + 1) // 2
+                    continue
+                self._in_parts(last, Parts(self._rows, self._pass, last))
             for node in self._pass.shrinking:
                 self._stored[node].free(self._rows.first_needed(node))
             share = self._pass.work * last // height
             self._on_progress(share - progress)
             first, progress = last, share
         self._finish()
+
+    def _in_parts(self, last: int, parts: Parts) -> None:
+        """The strip up to row `last` in parts. Raises what says that memory ran out where single rows do not fit."""
+        while True:
+            wanted = self._rows.wanted(last) if parts.is_last else parts.wanted(self._rows)
+            if not self._strip(wanted, parts.rows <= 1):
+                parts.halve()
+            elif parts.is_last:
+                return
+            else:
+                parts.part += 1
 
     def _finish(self) -> None:
         for node, gathered in self._gathered.items():
@@ -189,7 +208,8 @@ class _PassLoop:
         """Compute the rows that are wanted; False, and nothing is changed, where memory ran out."""
         ahead, lines = self._rows.copy(), dict(self._lines)
         try:
-            pieces = self._compute(ahead.advance(wanted))
+            works = ahead.advance(wanted)
+            pieces = self._compute(works)
         except (RuntimeError, MemoryError) as error:
             if single or not is_out_of_memory(error):
                 raise
@@ -204,7 +224,8 @@ class _PassLoop:
                     first, last = wanted[node]
                     self._give(target, first, self._read(node, target.dim, first, last))
             if self._cpu:
-                self._memory.hand_back(planner.ALLOCATOR_BYTES["cpu"] + self._pass.line_bytes)
+                computed = sum((work.rows[1] - work.rows[0]) * work.node.row_bytes for work in works)
+                self._memory.hand_back(planner.ALLOCATOR_BYTES["cpu"] + self._pass.line_bytes, max(computed, 1))
             return True
         release(self._device)
         return False

@@ -124,25 +124,44 @@ class Rows:
         return min(self.next_read(source), self.given.get(source, source.rows if source.dim is not None else 1 << 62))
 
 
-def first_strips(rows: Rows, one_pass: Pass) -> list[dict[Node, Span]]:
-    """What to have before the first strip: rows of the steps on the way, in parts no larger than a strip's.
+class Parts:
+    """A strip in several parts: rows of the steps on the way to row `last` of the tallest target.
 
-    Where a small map is computed from a large one through many steps, its first row needs many rows of that.
+    Where a small map is computed from a large one through many steps, its first row needs many rows of that: they come
+    in parts no larger than a usual strip's. part: the next one of `parts`, from 1 on; the last is the strip itself.
     """
-    height = max(one_pass.height, 1)
-    strip = min(one_pass.strip_rows, height)
-    trial = rows.copy()
-    aims = {
-        work.node: work.rows[1]
-        for work in trial.advance(trial.wanted(strip))
-        if work.node not in rows.again and work.rows[0] < work.rows[1]
-    }
-    usual = max((node.row_bytes * (-(-node.rows * strip // height) + 2) for node in aims), default=1)
-    parts = max((round(node.row_bytes * high / max(usual, 1)) for node, high in aims.items()), default=1)
-    most = max((high / node.rows for node, high in aims.items()), default=0.0)
-    found = []
-    for part in range(1, parts):
-        left = most * (1 - part / parts)  # of each map's rows, so that no step needs rows beyond another's aim
-        ends = {node: int(high - left * node.rows) for node, high in aims.items()}
-        found.append({node: (0, end) for node, end in ends.items() if end > 0})
-    return found
+
+    def __init__(self, rows: Rows, one_pass: Pass, last: int) -> None:
+        height = max(one_pass.height, 1)
+        strip = min(one_pass.strip_rows, height)
+        trial = rows.copy()
+        aims = {
+            work.node: work.rows
+            for work in trial.advance(trial.wanted(last))
+            if work.node not in rows.again and work.rows[0] < work.rows[1]
+        }
+        usual = max((node.row_bytes * (-(-node.rows * strip // height) + 2) for node in aims), default=1)
+        widest = max((node.row_bytes * (high - low) for node, (low, high) in aims.items()), default=0)
+        self.part, self.parts = 1, max(round(widest / max(usual, 1)), 1)
+        self._ends = {node: high for node, (_, high) in aims.items()}
+        self._share = max(((high - low) / node.rows for node, (low, high) in aims.items()), default=0.0)
+        self._most = max((high - low for low, high in aims.values()), default=1)
+
+    @property
+    def is_last(self) -> bool:
+        return self.part == self.parts
+
+    @property
+    def rows(self) -> int:
+        """Rows that come at once, at most."""
+        return -(-self._most // self.parts)
+
+    def wanted(self, rows: Rows) -> dict[Node, Span]:
+        """The rows of the next part that are not done."""
+        left = self._share * (1 - self.part / self.parts)  # of each map, so that no step needs rows beyond another's
+        ends = {node: int(high - left * node.rows) for node, high in self._ends.items()}
+        return {node: (rows.done[node], end) for node, end in ends.items() if rows.done[node] < end}
+
+    def halve(self) -> None:
+        """There was no room for the next part."""
+        self.part, self.parts = 2 * self.part - 1, 2 * self.parts

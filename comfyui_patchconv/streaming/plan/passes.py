@@ -36,14 +36,19 @@ class Passes:
                 self._readers.setdefault(source, []).append(node)
         self._stored: dict[Node, Target] = {}
         self._left: set[Node] = set()
-        self._gone: set[Node] = set()
+        self._elsewhere: set[Node] = set()
+        self._waiting = {node: len(readers) for node, readers in self._readers.items()}
+        self._settled: set[Node] = set()
+        self._unread: dict[Node, None] = {}
 
     def plan(self) -> Schedule:
         """Decide on everything."""
+        parts = self._parts()
         for node in self._way:
             if node not in self._stored:
                 self._prepare(node)
-        self._store_parts()
+            if node in parts and node not in self._stored:
+                self._store_part(node)
         rest = [root for root in self._roots if root not in self._stored]
         for device in dict.fromkeys(root.device for root in rest):
             self._store([root for root in rest if root.device == device and root not in self._stored])
@@ -73,7 +78,7 @@ class Passes:
     def _apply(self, node: Node) -> None:
         self._note(node.bytes, 0, 0)
         self._held += node.bytes
-        self._stored[node] = Target(node, whole=True, result=node in self._final)
+        self._settle(Target(node, whole=True, result=node in self._final))
         freed = self._free()
         for one in freed:
             self._release(one)
@@ -147,13 +152,10 @@ class Passes:
             if self._is_there(source) or source in self._left:
                 return node
             origin = source
-            others = [reader for reader in self._readers.get(origin, ()) if not self._settled(reader)]
+            others = [reader for reader in self._readers.get(origin, ()) if reader not in self._stored]
             if len(others) > 1 or origin in self._outer:
                 return origin
         return node
-
-    def _settled(self, node: Node) -> bool:
-        return node in self._stored
 
     def _target(self, node: Node) -> Target:
         """How `node` is stored: strip by strip where all who read it do so along its rows, else in one tensor."""
@@ -173,7 +175,7 @@ class Passes:
             if node in kept:
                 continue
             outside = [
-                reader for reader in self._readers.get(node, ()) if reader not in inside and not self._settled(reader)
+                reader for reader in self._readers.get(node, ()) if reader not in inside and reader not in self._stored
             ]
             if node in self._outer and node.tensor is None:
                 outside = outside or [node]
@@ -182,11 +184,13 @@ class Passes:
             if node in self._left:
                 found += self._made_of_left(node, outside, inside, kept)
                 continue
-            if self._is_cheap(node, kept):
-                continue
             parts = [reader for reader in outside if self._is_part(reader)]
             smaller = parts == outside and sum(part.bytes for part in parts) <= node.bytes
-            for one in parts if smaller and node not in self._outer else [node]:
+            wanted = parts if smaller and node not in self._outer else [node]
+            size = sum(one.bytes for one in wanted)
+            if self._is_cheap(node, kept) and self._freed_after([node], inside) < 2 * size:
+                continue
+            for one in wanted:
                 if one not in kept:
                     kept[one] = None
                     found.append(one)
@@ -229,30 +233,40 @@ class Passes:
             stack.extend(source for source in one.inputs)
         return True
 
-    def _store_parts(self) -> None:
-        """Where a root is put together of parts, as of a video's chunks: store those, one after the other, that let
-        larger maps go with that."""
-        for root in self._roots:
-            if not self._is_there(root):
-                self._store_parts_of(root)
+    def _parts(self) -> set[Node]:
+        """What roots are put together of, as of a video's chunks."""
+        found: set[Node] = set()
+        stack = list(self._roots)
+        while stack:
+            node = stack.pop()
+            while node.step is not None and node.step.cheap and len(node.inputs) == 1:
+                node = node.inputs[0]
+            if node.step is not None and node.step.moves and len(node.inputs) > 1:
+                new = [part for part in node.inputs if part.tensor is None and part not in found]
+                found.update(new)
+                stack += new
+        return found
 
-    def _store_parts_of(self, root: Node) -> None:
-        while root.step is not None and root.step.cheap and len(root.inputs) == 1 and not self._is_there(root):
-            root = root.inputs[0]
-        if root.step is None or not root.step.moves or len(root.inputs) < 2:
-            return
-        for part in dict.fromkeys(root.inputs):
-            if self._is_there(part):
-                continue
-            self._store_parts_of(part)
-            steps = steps_to([part], self._stored)
-            inside = set(steps)
-            sources = {source for node in steps for source in node.inputs if source in self._stored}
-            for source in sources:
-                alone = all(self._settled(one) or one in inside for one in self._readers.get(source, ()))
-                if alone and 2 * part.bytes <= source.bytes and not self._kept_for_later([part]):
-                    self._store([part])
-                    break
+    def _store_part(self, part: Node) -> None:
+        """Store a part of a root now where that frees more than it takes, with what the next part will read."""
+        freed = self._freed_after([part])
+        if 2 * part.bytes <= freed:
+            kept = sum(node.bytes for node in self._kept_for_later([part]))
+            if part.bytes + kept <= freed:
+                self._store([part])
+
+    def _freed_after(self, nodes: Sequence[Node], inside: Optional[Collection[Node]] = None) -> int:
+        """Bytes of the stored maps that lead to `nodes`, and that nothing will read once those are stored, and the
+        steps `inside` are done: those that lead to `nodes`, if not given."""
+        steps = steps_to(nodes, self._stored)
+        inside = set(steps) if inside is None else inside
+        return sum(
+            source.bytes
+            for source in {source for node in steps for source in node.inputs if source in self._stored}
+            if source not in self._final
+            and source not in self._outer
+            and all(one in self._stored or one in inside for one in self._readers.get(source, ()))
+        )
 
     def _cut(self, roots: Sequence[Node]) -> None:
         """Where a pass takes less as two, because small maps with large weights want large strips and large maps small
@@ -272,15 +286,13 @@ class Passes:
             self._store([node for node in cut if not self._is_there(node)])
 
     def _sweep_of(self, targets: Sequence[Target]) -> Sweep:
-        elsewhere = {node for node, target in self._stored.items() if target.elsewhere}
         dims = {target.node: target.dim for target in targets if self._is_there(target.node)}
         roots = [target.node for target in targets]
-        return Sweep(roots, self._stored, self._tuning, self._budget, elsewhere, dims)
+        return Sweep(roots, self._stored, self._tuning, self._budget, self._elsewhere, dims)
 
     def _sweep(self, roots: Sequence[Node], more: Sequence[Node] = ()) -> Sweep:
-        elsewhere = {node for node, target in self._stored.items() if target.elsewhere}
         stored = {*self._stored, *more} if more else self._stored
-        return Sweep(roots, stored, self._tuning, self._budget, elsewhere)
+        return Sweep(roots, stored, self._tuning, self._budget, self._elsewhere)
 
     # Passes
 
@@ -311,10 +323,10 @@ class Passes:
         stored = [target for target in targets if target.stored and not self._is_there(target.node)]
         reductions = [node for target in targets for node in target.reductions]
         for target in stored:
-            self._stored[target.node] = target
+            self._settle(target)
         for node in reductions:
-            self._stored[node] = Target(node, whole=True, result=node in self._final)
-        freed = self._free(sweep.order, keep=stored)
+            self._settle(Target(node, whole=True, result=node in self._final))
+        freed = self._free(stored)
         read = {source for node in sweep.order for source in node.inputs} | {
             target.node for target in targets if not target.stored
         }
@@ -360,28 +372,33 @@ class Passes:
                         stack.append(reader)
         return sorted(found.values(), key=lambda target: target.node.serial)
 
-    def _free(self, order: Sequence[Node] = (), keep: Sequence[Target] = ()) -> list[Node]:
-        """The stored maps that nothing will read behind this step."""
-        done: dict[Node, bool] = {}
-        for node in reversed(self._way):
-            readers = self._readers.get(node)
-            outer = node in self._final or node in self._outer
-            read = not outer and bool(readers) and all(done[one] for one in readers or ())
-            done[node] = node in self._stored or read
+    def _settle(self, target: Target) -> None:
+        """A map will be there. What only settled steps read is settled too: nobody will compute it any more."""
+        self._stored[target.node] = target
+        stack = [] if target.node in self._settled else [target.node]
+        if not self._waiting.get(target.node):
+            self._unread[target.node] = None
+        while stack:
+            node = stack.pop()
+            self._settled.add(node)
+            for source in dict.fromkeys(node.inputs):
+                self._waiting[source] -= 1
+                if self._waiting[source]:
+                    continue
+                if source in self._stored:
+                    self._unread[source] = None
+                elif source.tensor is None and source not in self._final and source not in self._outer:
+                    stack.append(source)
+
+    def _free(self, keep: Sequence[Target] = ()) -> list[Node]:
+        """The stored maps that nothing will read behind this step; `keep` are new ones, for which the next one asks."""
         fresh = {target.node for target in keep}
-        return [
-            node
-            for node in self._stored
-            if node not in self._final
-            and node not in self._outer
-            and node not in fresh
-            and all(done[reader] for reader in self._readers.get(node, ()))
-            and not self._stored[node].result
-            and node not in self._gone
-        ]
+        freed = [node for node in self._unread if node not in fresh]
+        for node in freed:
+            del self._unread[node]
+        return [node for node in freed if node not in self._final and node not in self._outer]
 
     def _release(self, node: Node) -> None:
-        self._gone.add(node)
         if self._stored[node].elsewhere:
             self._aside -= node.bytes
         else:
@@ -400,6 +417,7 @@ class Passes:
             given = freed if cpu or not target.whole else 0  # what is one tensor takes its memory at once, but on a CPU
             target.elsewhere = movable and size > 0 and not planner.fits(self._budget, held, given, size)
             if target.elsewhere:
+                self._elsewhere.add(target.node)
                 self.schedule.moved += size
                 elsewhere += size
             else:

@@ -87,7 +87,12 @@ class Sweep:
         suitable = tuning.strip_bytes if tuning.strip_bytes is not None else suitable
         rows = min(max(suitable // _STRIPS_AT_ONCE // max(share, 1), 1), height)
         self.strip_rows = max(rows, self._rows_worth_their_costs(share, height))
-        self.line_bytes = self._bytes_of_lines()
+        self._shared = self._rows_of_two_strips()
+        self.line_bytes = 2 * sum(
+            node.row_bytes * self._shared[node]
+            for node in self.order
+            if node in self._readers and node not in self.again
+        )
         self.work = sum(node.bytes for node in self.order)
         self.workspace = self._bytes_beside_maps()
 
@@ -136,10 +141,10 @@ class Sweep:
             rows = min(rows, self._budget // _SHARE_FOR_COSTS // max(row_bytes, 1))
         return min(rows, height)
 
-    def _bytes_of_lines(self) -> int:
-        """Bytes of the rows that are kept between strips, in two parts that take turns."""
+    def _rows_of_two_strips(self) -> dict[Node, int]:
+        """Of each step, how many rows a strip and the one before it both read: kept between strips, in two parts that
+        take turns, or computed again."""
         shared: dict[Node, int] = {}
-        total = 0
         for node in reversed(self.order):  # readers before what they read
             rows = 0
             for reader, place in self._readers.get(node, ()):
@@ -151,15 +156,13 @@ class Sweep:
                     one, two = (reader.step.needs(row, row + 1)[place] for row in (middle, middle + 1))
                     rows = max(rows, one[1] - two[0], 0)
             shared[node] = min(rows, node.rows)
-            if node in self._readers and node not in self.again:
-                total += node.row_bytes * shared[node]
-        return 2 * total
+        return shared
 
     def _bytes_beside_maps(self) -> int:
         """Bytes taken beside stored maps: a strip's rows, what the widest step adds to them, the rows kept between
         strips."""
         share = self.strip_rows / max(self.height, 1)
-        strips = [node.row_bytes * min(share * node.rows + 2, node.rows) for node in self.order]
+        strips = [node.row_bytes * min(share * node.rows + self._shared[node], node.rows) for node in self.order]
         copies = int(_COPIES * max(strips, default=0.0))  # which come and go within a step
         at_once = min(_STRIPS_AT_ONCE, len(self.order) + 2)
         widest = max(at_once * max(strips, default=0.0), self._bytes_alive(strips) + copies)

@@ -141,6 +141,10 @@ class LazyTensor(Tensor):
         view.cell.recorder.note(tensor)
         return tensor
 
+    def as_subclass(self, cls: Any) -> Any:
+        """What the method of tensors does, for which torch asks no subclass."""
+        return _leave(Tensor.as_subclass, "as_subclass", (self, cls), {})
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not all(issubclass(kind, Tensor) for kind in types):
@@ -170,8 +174,8 @@ LEAVING = frozenset(
     """
     numpy tolist data_ptr __array__ __dlpack__ share_memory_ is_shared storage untyped_storage _typed_storage
     __reduce_ex__ __deepcopy__ requires_grad_ requires_grad backward register_hook retain_grad pin_memory set_ resize_
-    resize_as_ __cuda_array_interface__ apply_ map_ map2_ swap_tensors _make_subclass as_subclass to_dlpack
-    _reduce_ex_internal register_post_accumulate_grad_hook __repr__ __format__ __array_wrap__ names rename_ to_sparse
+    resize_as_ __cuda_array_interface__ apply_ map_ map2_ swap_tensors _make_subclass to_dlpack _reduce_ex_internal
+    register_post_accumulate_grad_hook __repr__ __format__ __array_wrap__ names rename_ to_sparse
     to_mkldnn is_pinned
     """.split()  # noqa: SIM905
 )
@@ -229,6 +233,8 @@ def _leave(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         return None
     for value in (*args, *kwargs.values()):
         if isinstance(value, LazyTensor):
-            value.view_.cell.recorder.become_ordinary([value], gives=name in _GIVING)
+            recorder = value.view_.cell.recorder
+            with recorder.set_aside():
+                recorder.become_ordinary([value], gives=name in _GIVING)
     args = [value.view_.cell.recorder.real(value) if isinstance(value, LazyTensor) else value for value in args]
     return func(*args, **kwargs)

@@ -87,9 +87,10 @@ class Memory:
         storage = reader.tensor.untyped_storage()._cdata
         self._readers.setdefault(storage, []).append(ref(reader))
 
-    def is_read(self, tensor: Tensor) -> bool:
-        """Whether anything will read the memory of `tensor`."""
-        return any(one() is not None for one in self._readers.get(tensor.untyped_storage()._cdata, ()))
+    def is_read(self, tensor: Tensor, but_by: Reader) -> bool:
+        """Whether anything but one reader will read the memory of `tensor`."""
+        readers = (one() for one in self._readers.get(tensor.untyped_storage()._cdata, ()))
+        return any(reader is not None and reader is not but_by for reader in readers)
 
     def before_write(self, tensor: Tensor) -> None:
         """Something is about to be written to the memory of `tensor`."""

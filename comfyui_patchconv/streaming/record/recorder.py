@@ -11,7 +11,11 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode,
+    _pop_mode_temporarily,
+)
 
 from ..errors import CannotEstimateError
 from ..graph.node import Node, ancestors, dense_strides
@@ -56,7 +60,7 @@ class Recorder(TorchDispatchMode):
     can be demanded. small: bytes of results below which what is stored already is computed at once. inference,
     gradients: whether the caller was in inference mode, and had gradients on. deferred: how many operators were called
     that rows are known of. alive, eager_peak: bytes of the program's tensors now and at the worst moment, as eager has
-    them.
+    them; peak_since: at the worst one since somebody set it back.
     """
 
     def __init__(self, evaluate: Evaluate, report: dict[str, int], phantom: bool = False, small: int = _SMALL) -> None:
@@ -64,7 +68,7 @@ class Recorder(TorchDispatchMode):
         self.report, self.phantom, self.memory = report, phantom, Memory()
         self.inference, self.gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         self._small = small
-        self.eager_peak = self.alive = 0
+        self.eager_peak = self.peak_since = self.alive = 0
         self.deferred = 0
         self.evaluate = evaluate
         self._tensors: dict[int, ref[LazyTensor]] = {}
@@ -94,6 +98,7 @@ class Recorder(TorchDispatchMode):
         """So many bytes more, or fewer, are alive."""
         self.alive += size
         self.eager_peak = max(self.eager_peak, self.alive)
+        self.peak_since = max(self.peak_since, self.alive)
 
     def held(self) -> list[LazyTensor]:
         """The deferred tensors that the program has."""
@@ -103,6 +108,15 @@ class Recorder(TorchDispatchMode):
     def as_called(self) -> Iterator[None]:
         """Within the block tensors are made as the caller's own code makes them; operators arrive in inference mode."""
         with torch.inference_mode(self.inference), torch.no_grad():
+            yield
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Within the block operators do not come here first, unless the program has put a mode of its own on top."""
+        if _get_current_dispatch_mode() is not self:
+            yield
+            return
+        with _pop_mode_temporarily():
             yield
 
     # Operators
@@ -220,9 +234,9 @@ class Recorder(TorchDispatchMode):
 
     node = _node
 
-    def source(self, tensor: Tensor) -> Node:
-        """A node of what is in memory that others can write to."""
-        node = self._node(None, (), (), Spec.of(tensor), tensor.device, None)
+    def source(self, tensor: Tensor, device: Optional[torch.device] = None) -> Node:
+        """A node of what is in memory that others can write to; of an estimate's, as if on `device`."""
+        node = self._node(None, (), (), Spec.of(tensor), device or tensor.device, None)
         node.tensor = tensor
         self.memory.watch(node)
         return node
@@ -501,7 +515,7 @@ class Recorder(TorchDispatchMode):
             kept: Tensor = node.tensor
             cell.value = None
             mine = kept.shape == whole.shape and kept.stride() == whole.strides
-            if not mine or self._is_shared(kept, cell):
+            if not mine or self._is_shared(node, cell):
                 with self.as_called():
                     kept = torch.empty_strided(whole.shape, whole.strides, dtype=whole.dtype, device=node.device)
                 kept.copy_(node.tensor)
@@ -509,10 +523,10 @@ class Recorder(TorchDispatchMode):
                 self.memory.watch(node)
             cell.real = kept
 
-    def _is_shared(self, tensor: Tensor, cell: Cell) -> bool:
-        """Whether the memory of `tensor` is that of other cells, too."""
-        storage = tensor.untyped_storage()._cdata
-        if self.memory.is_read(tensor):
+    def _is_shared(self, node: Node, cell: Cell) -> bool:
+        """Whether the memory of `node`, the value of `cell`, is that of other nodes or cells, too."""
+        storage = node.tensor.untyped_storage()._cdata
+        if self.memory.is_read(node.tensor, but_by=node):
             return True
         for other in {one.view_.cell for one in self.held()}:
             if other is cell:
