@@ -84,6 +84,7 @@ def _recorded(
 ) -> _Counted:  # fmt: skip
     copied = phantom_copy(model, device=device, dtype=dtype, attributes=attributes)
     recorder = counted.call.recorder
+    recorder.device = device
     usual = dtype or torch.float32
 
     def make(shape: Sequence[int], dtype: torch.dtype = usual, counted: bool = True) -> Tensor:

@@ -191,3 +191,78 @@ def test_a_large_input_counts_once() -> None:
     assert (
         peak_activations(model, lambda copy, make: copy(make(shape)), device=torch.device("cpu")) == 4 * 4 * 512 * 512
     )
+
+
+class Fetches(nn.Module):
+    """A convolution and a scale whose weights come to the input's device and type at each call, as hosts have them."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.conv = way, nn.Conv2d(4, 4, 3, padding=1)
+        self.scale = nn.Parameter(torch.ones(4))
+        self.register_buffer("table", torch.arange(4.0))
+        self.dropout = nn.Dropout(0.1, inplace=True)
+
+    def fetched(self, weight: Tensor, x: Tensor) -> Tensor:
+        if self.way == "to like":
+            return weight.to(x)
+        if self.way == "to device":
+            return weight.to(x.device).to(device=x.device, dtype=x.dtype)
+        if self.way == "to cpu":
+            return weight.cpu().to(x.device, non_blocking=True)
+        if self.way == "cast with a table":
+            return weight.to(x.dtype) * (self.table.sum() / 6).to(weight)
+        room = torch.empty_like(weight, device=x.device)
+        room.copy_(weight)
+        return room
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(F.conv2d(x, self.fetched(self.conv.weight, x), self.fetched(self.conv.bias, x), padding=1))
+        return x * self.fetched(self.scale, x).view(1, 4, 1, 1)
+
+
+@pytest.mark.parametrize("way", ["to like", "to device", "to cpu", "copied into room", "cast with a table"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_weights_that_come_to_the_input(way: str, dtype: torch.dtype) -> None:
+    counted = peak_activations(
+        Fetches(way).eval(), lambda copy, make: copy(make((1, 4, 256, 256))), device=CPU, dtype=dtype
+    )
+    assert counted in (2 * 4 * 256 * 256 * dtype.itemsize, 3 * 4 * 256 * 256 * dtype.itemsize)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_all_tensors_say_where_they_will_be(device: str) -> None:
+    """A host asks a map for its device, to see what is free there."""
+    if device != "cpu" and not torch.cuda.is_available():
+        pytest.skip("indexing looks for CUDA, which is missing here")
+    seen: list[torch.device] = []
+
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            tokens = y.flatten(2).transpose(1, 2)
+            parts = [x[:, :2], x.reshape(1, 4, -1), y[0], tokens, torch.softmax(tokens @ tokens.transpose(1, 2), -1)]
+            parts += [torch.zeros_like(x, device=self.conv.weight.device), x.unsqueeze(0).squeeze(0), x.chunk(2, 1)[1]]
+            parts += [torch.zeros(1, 4, 512, 512, device=self.conv.weight.device)]
+            seen.extend(part.device for part in parts)
+            return y
+
+    peak_activations(Asks(), lambda copy, make: copy(make((1, 4, 64, 64))), device=torch.device(device))
+    assert {str(one) for one in seen} == {device}
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_dropout_in_place_that_drops_nothing_stores_nothing(rate: float) -> None:
+    layers = [nn.Conv2d(4, 8, 3, padding=1), nn.SiLU(), nn.Dropout(rate, inplace=True), nn.Conv2d(8, 1, 3, padding=1)]
+    model: Any = draw_weights(nn.Sequential(*layers))
+    runner, x = Streamed(tuning=SMALL), image(4, 64, 48)
+    with torch.no_grad():
+        result = runner.call(model, (x,), {})
+        assert torch.allclose(result, model(x), atol=1e-6)
+    assert runner.last is not None
+    assert runner.last.stored == result.nbytes
+    assert runner.report == {}

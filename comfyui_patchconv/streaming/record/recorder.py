@@ -57,10 +57,11 @@ class Recorder(TorchDispatchMode):
     """Records what happens to deferred tensors within its `with` block.
 
     evaluate: stores nodes. report: counts operators that are evaluated whole. phantom: tensors have no values; nothing
-    can be demanded. small: bytes of results below which what is stored already is computed at once. inference,
-    gradients: whether the caller was in inference mode, and had gradients on. deferred: how many operators were called
-    that rows are known of. alive, eager_peak: bytes of the program's tensors now and at the worst moment, as eager has
-    them; peak_since: at the worst one since somebody set it back.
+    can be demanded. device: where tensors of such an estimate are meant to be; its weights are on meta. small: bytes of
+    results below which what is stored already is computed at once. inference, gradients: whether the caller was in
+    inference mode, and had gradients on. deferred: how many operators were called that rows are known of. alive,
+    eager_peak: bytes of the program's tensors now and at the worst moment, as eager has them; peak_since: at the worst
+    one since somebody set it back.
     """
 
     def __init__(self, evaluate: Evaluate, report: dict[str, int], phantom: bool = False, small: int = _SMALL) -> None:
@@ -71,6 +72,7 @@ class Recorder(TorchDispatchMode):
         self.eager_peak = self.peak_since = self.alive = 0
         self.deferred = 0
         self.evaluate = evaluate
+        self.device = torch.device("cpu")
         self._tensors: dict[int, ref[LazyTensor]] = {}
         self._lock = threading.RLock()
 
@@ -134,15 +136,21 @@ class Recorder(TorchDispatchMode):
             large = args[0].is_floating_point() and args[0].dim() > 2 and args[0].nbytes >= _LARGE
             if large and not args[0].requires_grad:
                 return self.call(func, (self.defer(args[0]), *args[1:]), kwargs)
-        elif self.phantom and operator.name in operators.MADE:
+        if self.phantom and operator.name in operators.MADE:
             return self._phantom_made(func, args, kwargs)
-        elif self.phantom and _mixes_devices((args, kwargs)):  # a table that is there, and a weight that is not
+        if self.phantom and _has_no_values((args, kwargs)):  # a weight: it is where and what it should be
+            args, kwargs = _mapped(_nowhere, args), _mapped(_nowhere, kwargs)
+        if self.phantom and _mixes_devices((args, kwargs)):  # a table that is there, and a weight that is not
             return self.call(func, _mapped(self._phantom_again, args), _mapped(self._phantom_again, kwargs))
         return func(*args, **kwargs)
 
+    def _somewhere(self, device: torch.device) -> torch.device:
+        """The device that a program means, which has asked a weight of an estimate for its own."""
+        return self.device if self.phantom and device.type == "meta" else device
+
     def _phantom_again(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.device.type == "meta":
-            return self.phantom_of(Spec.of(value), torch.device("cpu"), counted=False)
+            return self.phantom_of(Spec.of(value), self.device, counted=False)
         return value
 
     def _phantom_made(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -150,7 +158,7 @@ class Recorder(TorchDispatchMode):
         specs = specs_of(func, args, {**kwargs, "device": torch.device("meta")}, _spec)
         if not isinstance(specs, Spec) or _numel(specs) * specs.dtype.itemsize < _LARGE:
             return func(*args, **kwargs)
-        device = _device_given(kwargs, torch.device("cpu"))
+        device = self._somewhere(_device_given(kwargs, torch.device("cpu")))
         return self._own(views.constant(self, specs, device, 0), specs)
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -193,9 +201,7 @@ class Recorder(TorchDispatchMode):
         self.deferred += operators.knows(func)
         if stored and not self.phantom and max(size, *(node.bytes for node in sources)) < self._small:
             return None
-        device = _device_of(func, args, kwargs, sources)
-        if self.phantom and device.type == "meta":  # where the weights of an estimate are
-            device = sources[0].device
+        device = self._somewhere(_device_of(func, args, kwargs, sources))
         node = operators.build(self, func, args, kwargs, spec, device)
         if node is not None:
             return node
@@ -234,9 +240,9 @@ class Recorder(TorchDispatchMode):
 
     node = _node
 
-    def source(self, tensor: Tensor, device: Optional[torch.device] = None) -> Node:
-        """A node of what is in memory that others can write to; of an estimate's, as if on `device`."""
-        node = self._node(None, (), (), Spec.of(tensor), device or tensor.device, None)
+    def source(self, tensor: Tensor) -> Node:
+        """A node of what is in memory that others can write to."""
+        node = self._node(None, (), (), Spec.of(tensor), self._somewhere(tensor.device), None)
         node.tensor = tensor
         self.memory.watch(node)
         return node
@@ -321,7 +327,7 @@ class Recorder(TorchDispatchMode):
 
     def _write_deferred(self, func: Any, operator: _Operator, target: LazyTensor, args: Any, kwargs: Any) -> bool:
         """Give the cell of `target` its new value; whether that could be done."""
-        if operator.draws or not _all_usual(args) or kwargs:
+        if (operator.draws and _draws(func, args, kwargs)) or not _all_usual(args) or kwargs:
             return False
         if specs_of(func, args, kwargs, _spec) is None:  # eager refuses it, and says so
             return False
@@ -332,6 +338,8 @@ class Recorder(TorchDispatchMode):
             spec = specs_of(operator.functional, args, kwargs, _spec)
             if not isinstance(spec, Spec) or spec.shape != view.spec.shape:
                 return False
+            if spec.alias == 0:  # dropout of nothing
+                return True
             operands = _operands(self, args)
             node = operators.build(self, operator.functional, operands, kwargs, spec, view.device)
             if node is None:
@@ -436,6 +444,7 @@ class Recorder(TorchDispatchMode):
         """A new tensor that takes its looks from a deferred one, and none of its values."""
         specs = specs_of(func, args, {**kwargs, "device": torch.device("meta")}, _spec)
         device = _device_given(kwargs, args[0].view_.device if isinstance(args[0], LazyTensor) else args[0].device)
+        device = self._somewhere(device)
         if not isinstance(specs, Spec):
             return self._now(func, args, kwargs)
         fill = operators.LIKE[operator.name]
@@ -639,6 +648,14 @@ def _all_usual(values: Any) -> bool:
         elif isinstance(value, (list, tuple)) and not _all_usual(value):
             return False
     return True
+
+
+def _has_no_values(values: Any) -> bool:
+    return any(isinstance(value, Tensor) and value.device.type == "meta" for value in _flat(values))
+
+
+def _nowhere(value: Any) -> Any:
+    return torch.device("meta") if isinstance(value, torch.device) else value
 
 
 def _mixes_devices(values: Any) -> bool:

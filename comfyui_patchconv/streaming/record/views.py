@@ -51,7 +51,7 @@ def build(recorder: Any, view: Any, parent: Node, args: Sequence[Any]) -> Option
         return None
     if parent.tensor is not None:
         shown = _shown(view, parent.tensor)
-        return None if shown is None else recorder.source(shown, parent.device)
+        return None if shown is None else recorder.source(shown)
     if name in _SAME and spec.shape == parent.shape:
         return parent
     if parent.dim is None or 0 in spec.shape:
@@ -212,7 +212,7 @@ def _whole(recorder: Any, function: Any, inputs: Sequence[Node], spec: Spec) -> 
 
 def _reshaped(recorder: Any, node: Node, spec: Spec) -> Node:
     if node.tensor is not None:
-        return recorder.source(node.tensor.reshape(spec.shape), node.device)
+        return recorder.source(node.tensor.reshape(spec.shape))
     if node.dim is not None:
         found = _regrouped(recorder, node, spec)
         if found is not None:
@@ -222,7 +222,7 @@ def _reshaped(recorder: Any, node: Node, spec: Spec) -> Node:
 
 def _reordered(recorder: Any, node: Node, order: list[int], spec: Spec) -> Node:
     if node.tensor is not None:
-        return recorder.source(node.tensor.permute(order), node.device)
+        return recorder.source(node.tensor.permute(order))
     if node.dim is not None:
         return _permuted(recorder, node, order, spec)
     return _whole(recorder, lambda pieces: pieces[0].permute(order), [node], spec)
