@@ -200,6 +200,7 @@ class Fetches(nn.Module):
         super().__init__()
         self.way, self.conv = way, nn.Conv2d(4, 4, 3, padding=1)
         self.scale = nn.Parameter(torch.ones(4))
+        self.table: Tensor
         self.register_buffer("table", torch.arange(4.0))
         self.dropout = nn.Dropout(0.1, inplace=True)
 
@@ -217,6 +218,7 @@ class Fetches(nn.Module):
         return room
 
     def forward(self, x: Tensor) -> Tensor:
+        assert self.conv.bias is not None
         x = self.dropout(F.conv2d(x, self.fetched(self.conv.weight, x), self.fetched(self.conv.bias, x), padding=1))
         return x * self.fetched(self.scale, x).view(1, 4, 1, 1)
 

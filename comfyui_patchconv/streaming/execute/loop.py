@@ -33,6 +33,7 @@ class Loop:
 
     def run(self) -> None:
         """Do all of it. Raises what operators raise; of memory that runs out only where a single row does not fit."""
+        keep_freed_blocks()
         with torch.inference_mode():
             for step in self._schedule.steps:
                 if isinstance(step, Apply):
@@ -49,23 +50,29 @@ class Loop:
 
     def _apply(self, step: Apply) -> None:
         node = step.node
-        assert node.step is not None
-        pieces = [_whole(source, self._stored) for source in node.inputs]
-        if not node.step.takes_all and not node.step.reduces:
-            spans = iter(node.step.needs(0, node.rows))
-            pieces = [
-                piece if dim is None else _rows_of_whole(piece, dim, *next(spans))
-                for piece, dim in zip(pieces, node.dims)
-            ]
         with torch.inference_mode(self._inference), torch.no_grad():
-            if node.step.takes_all:
-                result = node.step.compute(0, 1, pieces)
-            elif node.step.reduces:
-                result = _reduced(node, pieces)
-            else:
-                result = node.step.compute(0, node.rows, pieces)
+            result = self._eagerly(node) if step.eagerly else self._at_once(node)
         self._stored[node] = _as_stored(node, result, self._inference, self._memory.count)
         self._on_progress(step.work)
+
+    def _eagerly(self, node: Node) -> Tensor:
+        """What the program's own operator gives."""
+        assert node.eager is not None
+        return node.eager.compute([_whole(source, self._stored) for source in node.eager.inputs()])
+
+    def _at_once(self, node: Node) -> Tensor:
+        """All rows of a step."""
+        assert node.step is not None
+        pieces = [_whole(source, self._stored) for source in node.inputs]
+        if node.step.takes_all:
+            return node.step.compute(0, 1, pieces)
+        if node.step.reduces:
+            return _reduced(node, pieces)
+        spans = iter(node.step.needs(0, node.rows))
+        pieces = [
+            piece if dim is None else _rows_of_whole(piece, dim, *next(spans)) for piece, dim in zip(pieces, node.dims)
+        ]
+        return node.step.compute(0, node.rows, pieces)
 
 
 def _rows_of_whole(piece: Tensor, dim: int, first: int, last: int) -> Tensor:
@@ -166,7 +173,6 @@ class _PassLoop:
     def run(self) -> None:
         height = self._pass.height
         if self._cpu:
-            keep_freed_blocks()
             self._memory.hand_back(planner.ALLOCATOR_BYTES["cpu"])
         first, rows, progress = 0, max(self._pass.strip_rows, 1), 0
         while first < height:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import count
 from math import prod
-from typing import Any, Optional
+from typing import Any, Optional, Protocol
 
 Span = tuple[int, int]
 """Rows `[first, last)`."""
@@ -40,6 +40,18 @@ class Step:
         raise NotImplementedError
 
 
+class Eager(Protocol):
+    """An operator as the program called it."""
+
+    def inputs(self) -> Sequence[Node]:
+        """The nodes among its arguments."""
+        ...
+
+    def compute(self, pieces: Sequence[Any]) -> Any:
+        """What it gives for the values of these."""
+        ...
+
+
 _serials = count()
 
 
@@ -47,12 +59,12 @@ class Node:
     """A tensor of the program: stored once `tensor` is there, else what `step` makes of `inputs`.
 
     dims: for each input, the dimension along which it is read row by row; None where it is read whole.
-    dim: along which it comes in rows itself; None where it comes whole. key: what a plan depends on.
-    serial: the place in the program. strides: those that eager's result has.
+    dim: along which it comes in rows itself; None where it comes whole. key: what a plan depends on. eager:
+    what gives all of it at once, as the program has it; None where `step` does that. serial: the place in the program. strides: those that eager's result has.
     """
 
     __slots__ = (
-        "__weakref__", "bytes", "device", "dim", "dims", "dtype", "inputs", "itemsize", "key", "row_bytes", "rows",
+        "__weakref__", "bytes", "device", "dim", "dims", "dtype", "eager", "inputs", "itemsize", "key", "row_bytes", "rows",
         "serial", "shape", "step", "strides", "tensor",
     )  # fmt: skip
 
@@ -77,6 +89,7 @@ class Node:
         self.rows = self.shape[dim] if dim is not None else 1
         self.row_bytes = self.bytes // self.rows if self.rows else 0
         self.tensor: Any = None
+        self.eager: Optional[Eager] = None
 
     @property
     def flexible(self) -> bool:
@@ -90,7 +103,7 @@ class Node:
 
     def store(self, tensor: Any) -> None:
         """From now on it is `tensor`, and needs its inputs no longer."""
-        self.tensor, self.step, self.inputs, self.dims = tensor, None, (), ()
+        self.tensor, self.step, self.eager, self.inputs, self.dims = tensor, None, None, (), ()
 
 
 def dense_strides(shape: Sequence[int], strides: Sequence[int]) -> Optional[list[int]]:

@@ -4,31 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..graph.node import Node, ancestors
+from ..graph.node import Node
 from .cost import seconds_of
 from .schedule import Apply, Schedule
 
 
 def eager_schedule(roots: Sequence[Node], keep: Sequence[Node], held: int = 0) -> Schedule:
     """Each node of the way to `roots`, whole."""
-    way = ancestors(roots)
+    sources: dict[Node, list[Node]] = {}
+    stack = [node for node in roots if node.tensor is None]
+    while stack:
+        node = stack.pop()
+        if node not in sources:
+            sources[node] = sources_of(node)
+            stack.extend(source for source in sources[node] if source.tensor is None)
+    way = sorted(sources, key=lambda node: node.serial)
     outer = {*roots, *keep}
     last: dict[Node, Node] = {}
     for node in way:
-        for source in node.inputs:
+        for source in sources[node]:
             last[source] = node
     schedule = Schedule()
     for node in way:
         held += 0 if _shares(node) else node.bytes
         schedule.peak = max(schedule.peak, held)
-        freed = [source for source in dict.fromkeys(node.inputs) if last[source] is node and source not in outer]
+        freed = [source for source in sources[node] if last[source] is node and source not in outer]
         freed = [source for source in freed if source.tensor is None]
         held -= sum(0 if _shares(source) else source.bytes for source in freed)
-        schedule.steps.append(Apply(node, freed, node.bytes))
+        schedule.steps.append(Apply(node, freed, node.bytes, eagerly=node.eager is not None))
         schedule.work += node.bytes
     schedule.stored = schedule.peak
     schedule.seconds = seconds_of(way)
     return schedule
+
+
+def sources_of(node: Node) -> list[Node]:
+    """What eager makes a node of."""
+    return list(dict.fromkeys(node.inputs if node.eager is None else node.eager.inputs()))
 
 
 def _shares(node: Node) -> bool:

@@ -90,11 +90,12 @@ class Pass:
 
 @dataclass
 class Apply:
-    """An operator that needs all of its inputs, applied to them. freed: as of `Pass`."""
+    """An operator applied to all of its inputs. freed: as of `Pass`. eagerly: it is the program's own."""
 
     node: Node
     freed: list[Node]
     work: int
+    eagerly: bool = False
 
     def renamed(self, name: Callable[[Any], Any]) -> Apply:
         """The same for another node."""

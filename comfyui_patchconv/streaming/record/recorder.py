@@ -23,7 +23,7 @@ from ..graph.steps import Whole
 from . import operators, views
 from .lazy import Cell, LazyTensor, View, recorder_of
 from .memory import Held, Memory, is_plain
-from .shapes import Spec, specs_of
+from .shapes import SIMPLE, Spec, specs_of
 
 _SMALL = 1 << 16
 """Bytes of results below which what is stored already is computed at once."""
@@ -112,6 +112,11 @@ class Recorder(TorchDispatchMode):
         with torch.inference_mode(self.inference), torch.no_grad():
             yield
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch guards modes against being compiled, at each operator; nothing is compiled here (`undisturbed`)."""
+        return False
+
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Within the block operators do not come here first, unless the program has put a mode of its own on top."""
@@ -167,7 +172,8 @@ class Recorder(TorchDispatchMode):
             operator = _operator(func)
             if operator.written:
                 return self._write(func, operator, args, kwargs)
-            if not _all_usual(args) or not _all_usual(tuple(kwargs.values())):
+            tensors = _tensors_in((args, kwargs))
+            if not _are_usual(tensors):
                 return self._now(func, args, kwargs)
             if operator.name in operators.LIKE:
                 return self._like(func, operator, args, kwargs)
@@ -178,13 +184,13 @@ class Recorder(TorchDispatchMode):
                 return self._now(func, args, kwargs)
             if isinstance(specs, Spec):
                 if specs.alias is not None:
-                    return self._view(specs, None, func, args, kwargs)
+                    return self._view(specs, None, func, args, kwargs, tensors)
                 node = self.compute(func, args, kwargs, specs)
                 return self._now(func, args, kwargs, specs) if node is None else self._own(node, specs)
             if all(spec.alias is not None for spec in specs):
                 if any(spec.alias for spec in specs) or not isinstance(args[0], LazyTensor):
                     return self._now(func, args, kwargs)
-                return [self._view(spec, place, func, args, kwargs) for place, spec in enumerate(specs)]
+                return [self._view(spec, place, func, args, kwargs, tensors) for place, spec in enumerate(specs)]
             nodes = operators.build_several(self, func, _operands(self, args), _operands(self, kwargs), specs)
             if nodes is None and self.phantom:
                 nodes = self._parts(func, _operands(self, args), _operands(self, kwargs), specs)
@@ -194,8 +200,8 @@ class Recorder(TorchDispatchMode):
 
     def compute(self, func: Any, args: Any, kwargs: dict[str, Any], spec: Spec) -> Optional[Node]:
         """The node of what `func` returns; None where it is better computed at once."""
-        args, kwargs = _operands(self, args), _operands(self, kwargs)
-        sources = [value for value in _flat((args, kwargs)) if isinstance(value, Node)]
+        sources: list[Node] = []
+        args, kwargs = _operands(self, args, sources), _operands(self, kwargs, sources) if kwargs else {}
         size = _numel(spec) * spec.dtype.itemsize
         stored = all(node.tensor is not None for node in sources)
         self.deferred += operators.knows(func)
@@ -254,8 +260,9 @@ class Recorder(TorchDispatchMode):
 
     # Views
 
-    def _view(self, spec: Spec, place: Optional[int], func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        tensors = [value for value in _flat((args, kwargs)) if isinstance(value, Tensor)]
+    def _view(
+        self, spec: Spec, place: Optional[int], func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Any]
+    ) -> Any:
         base = tensors[spec.alias or 0]
         if not isinstance(base, LazyTensor):
             return self._now(func, args, kwargs)
@@ -327,7 +334,7 @@ class Recorder(TorchDispatchMode):
 
     def _write_deferred(self, func: Any, operator: _Operator, target: LazyTensor, args: Any, kwargs: Any) -> bool:
         """Give the cell of `target` its new value; whether that could be done."""
-        if (operator.draws and _draws(func, args, kwargs)) or not _all_usual(args) or kwargs:
+        if (operator.draws and _draws(func, args, kwargs)) or not _are_usual(_tensors_in(args)) or kwargs:
             return False
         if specs_of(func, args, kwargs, _spec) is None:  # eager refuses it, and says so
             return False
@@ -639,19 +646,31 @@ def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
     return function(value)
 
 
-def _all_usual(values: Any) -> bool:
-    """Whether tensors among arguments are deferred or plain."""
-    for value in values:
-        if isinstance(value, Tensor):
-            if not isinstance(value, LazyTensor) and not is_plain(value):
-                return False
-        elif isinstance(value, (list, tuple)) and not _all_usual(value):
-            return False
-    return True
+def _tensors_in(value: Any) -> list[Any]:
+    """The tensors among arguments, in order."""
+    found: list[Any] = []
+    for one in value.values() if type(value) is dict else value:
+        kind = type(one)
+        if kind is LazyTensor:
+            found.append(one)
+        elif kind in SIMPLE:
+            continue
+        elif kind is list or kind is tuple or kind is dict:
+            found += _tensors_in(one)
+        elif isinstance(one, Tensor):
+            found.append(one)
+        elif isinstance(one, (list, tuple)):
+            found += _tensors_in(one)
+    return found
+
+
+def _are_usual(tensors: list[Any]) -> bool:
+    """Whether tensors are all deferred or plain."""
+    return all(type(one) is LazyTensor or is_plain(one) for one in tensors)
 
 
 def _has_no_values(values: Any) -> bool:
-    return any(isinstance(value, Tensor) and value.device.type == "meta" for value in _flat(values))
+    return any(value.device.type == "meta" for value in _tensors_in(values))
 
 
 def _nowhere(value: Any) -> Any:
@@ -659,7 +678,7 @@ def _nowhere(value: Any) -> Any:
 
 
 def _mixes_devices(values: Any) -> bool:
-    kinds = {value.device.type for value in _flat(values) if isinstance(value, Tensor)}
+    kinds = {value.device.type for value in _tensors_in(values)}
     return "meta" in kinds and len(kinds) > 1
 
 
@@ -669,16 +688,22 @@ def _spec(value: Any) -> Optional[Spec]:
     return Spec.of(value) if isinstance(value, Tensor) else None
 
 
-def _operands(recorder: Recorder, value: Any) -> Any:
-    """Arguments as steps take them: nodes, tensors that are held, and anything else as it is."""
-    if isinstance(value, LazyTensor):
-        return value.view_.node()
+def _operands(recorder: Recorder, value: Any, found: Optional[list[Node]] = None) -> Any:
+    """Arguments as steps take them: nodes, which go to `found`, tensors that are held, and anything else as it is."""
+    kind = type(value)
+    if kind in SIMPLE:
+        return value
+    if kind is LazyTensor:
+        node = value.view_.node()
+        if found is not None:
+            found.append(node)
+        return node
     if isinstance(value, Tensor):
         return recorder.memory.hold(value)
     if isinstance(value, (list, tuple)):
-        return type(value)(_operands(recorder, one) for one in value)
+        return type(value)([_operands(recorder, one, found) for one in value])
     if isinstance(value, dict):
-        return {key: _operands(recorder, one) for key, one in value.items()}
+        return {key: _operands(recorder, one, found) for key, one in value.items()}
     return value
 
 

@@ -48,8 +48,9 @@ def specs_of(func: Any, args: Any, kwargs: dict[str, Any], spec: Callable[[Any],
     spec: the `Spec` of an argument that is a tensor, None for any other.
     """
     try:
-        named = tuple((name, _key(value, spec)) for name, value in kwargs.items())
-        key = (func, tuple(_device_types((args, kwargs))), _key(args, spec), named)
+        kinds: list[str] = []
+        named = tuple([(name, _key(value, spec, kinds)) for name, value in kwargs.items()]) if kwargs else ()
+        key = (func, tuple([_key(value, spec, kinds) for value in args]), named, tuple(kinds))
         if key in _known:
             return _known[key]
     except TypeError:  # an argument that cannot be remembered
@@ -60,14 +61,24 @@ def specs_of(func: Any, args: Any, kwargs: dict[str, Any], spec: Callable[[Any],
     return answer
 
 
-def _key(value: Any, spec: Callable[[Any], Optional[Spec]]) -> Any:
-    """What is remembered of an argument."""
+SIMPLE = frozenset({int, float, bool, type(None), str, torch.dtype, torch.layout, torch.memory_format})
+"""Types of arguments in which there is nothing to look for."""
+
+
+def _key(value: Any, spec: Callable[[Any], Optional[Spec]], kinds: list[str]) -> Any:
+    """What is remembered of an argument; the types of devices go to `kinds`."""
+    kind = type(value)
+    if kind in SIMPLE:
+        return kind, value
+    if kind is list or kind is tuple:
+        return tuple([_key(one, spec, kinds) for one in value])
     sort = spec(value)
     if sort is not None:
+        kinds.append(value.device.type)
         return sort
     if isinstance(value, (list, tuple)):
-        return tuple(_key(one, spec) for one in value)
-    return "device" if isinstance(value, torch.device) else (type(value), value)
+        return tuple([_key(one, spec, kinds) for one in value])
+    return "device" if isinstance(value, torch.device) else (kind, value)
 
 
 def _empty(value: Any, spec: Callable[[Any], Optional[Spec]], kept: list[Tensor], device: str) -> Any:

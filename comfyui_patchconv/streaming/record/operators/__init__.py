@@ -15,7 +15,7 @@ from torch import Tensor
 from ...graph.node import Node
 from ..shapes import Spec
 from . import arranging, convolution, matrices, norms, reductions, resample
-from .common import Call, over, row_local
+from .common import AsCalled, Call, over, row_local
 
 __all__ = ["LIKE", "MADE", "OF_MAPS", "build", "build_several", "fill_like", "knows", "over"]
 
@@ -81,7 +81,10 @@ def build(
     builder = _TABLE.get(func.overloadpacket.__name__) if func.namespace == "aten" else None
     if builder is None or 0 in spec.shape:
         return None
-    return builder(Call(recorder, func, args, kwargs, spec, device))
+    node = builder(Call(recorder, func, args, kwargs, spec, device))
+    if node is not None and node.eager is None and not convolution.has_better(func, node):
+        node.eager = AsCalled(func, args, kwargs)
+    return node
 
 
 def build_several(

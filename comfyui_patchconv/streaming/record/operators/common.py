@@ -11,7 +11,7 @@ from torch import Tensor
 from ...graph.node import Node, Step
 from ...graph.steps import RowLocal
 from ..memory import Held
-from ..shapes import Spec
+from ..shapes import SIMPLE, Spec
 
 
 class Call(NamedTuple):
@@ -63,12 +63,32 @@ def over(args: Any, kwargs: dict[str, Any]) -> tuple[list[Node], Callable[[Any, 
     return inputs, call
 
 
+class AsCalled:
+    """An operator as the program called it, its tensors nodes or held."""
+
+    __slots__ = ("args", "func", "kwargs")
+
+    def __init__(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        self.func, self.args, self.kwargs = func, args, kwargs
+
+    def inputs(self) -> Sequence[Node]:
+        """The nodes among its arguments."""
+        return over(self.args, self.kwargs)[0]
+
+    def compute(self, pieces: Sequence[Tensor]) -> Tensor:
+        """What it gives for the values of these."""
+        return over(self.args, self.kwargs)[1](self.func, pieces)
+
+
 # Not functions within `over` that call themselves: such a one is a circle, and what it holds stays for a while.
 
 
 def _placed(value: Any, inputs: list[Node]) -> Any:
     """An argument with places instead of nodes, which go to `inputs`."""
-    if isinstance(value, Node):
+    kind = type(value)
+    if kind in SIMPLE or kind is Held:
+        return value
+    if kind is Node:
         inputs.append(value)
         return _Place(len(inputs) - 1)
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):

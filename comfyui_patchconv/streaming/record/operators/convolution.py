@@ -79,6 +79,15 @@ def _computes(dtype: torch.dtype) -> bool:
         return True
 
 
+def has_better(func: Any, node: Node) -> bool:
+    """Whether what is recorded here is faster than the operator itself, or takes less, also where it comes whole."""
+    if isinstance(node.step, _Doubled):
+        return True
+    if node.device.type != "cpu" or not func.overloadpacket.__name__.startswith("conv"):
+        return False
+    return len(node.shape) == 5 or (node.dtype in _HALVES and not _computes(node.dtype))
+
+
 def _weights(input: Node, weight: Any, bias: Any) -> tuple[list[Node], Callable[[Sequence[Tensor]], Any]]:
     """The inputs of a convolution, and what gives its weight and bias once their pieces are there."""
     inputs = [input]
