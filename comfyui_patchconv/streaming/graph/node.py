@@ -59,12 +59,12 @@ class Node:
     """A tensor of the program: stored once `tensor` is there, else what `step` makes of `inputs`.
 
     dims: for each input, the dimension along which it is read row by row; None where it is read whole.
-    dim: along which it comes in rows itself; None where it comes whole. key: what a plan depends on. eager:
-    what gives all of it at once, as the program has it; None where `step` does that. serial: the place in the program. strides: those that eager's result has.
+    dim: along which it comes in rows itself; None where it comes whole. eager: what gives all of it at once, as the
+    program has it; None where `step` does that. serial: the place in the program. strides: those of eager's result.
     """
 
     __slots__ = (
-        "__weakref__", "bytes", "device", "dim", "dims", "dtype", "eager", "inputs", "itemsize", "key", "row_bytes", "rows",
+        "__weakref__", "bytes", "device", "dim", "dims", "dtype", "eager", "inputs", "itemsize", "row_bytes", "rows",
         "serial", "shape", "step", "strides", "tensor",
     )  # fmt: skip
 
@@ -80,11 +80,10 @@ class Node:
         device: Any,
         itemsize: int,
         dim: Optional[int],
-        key: Any = None,
     ) -> None:
         self.step, self.inputs, self.dims = step, tuple(inputs), tuple(dims)
         self.shape, self.strides, self.dtype, self.device = tuple(shape), tuple(strides), dtype, device
-        self.itemsize, self.dim, self.key, self.serial = itemsize, dim, key, next(_serials)
+        self.itemsize, self.dim, self.serial = itemsize, dim, next(_serials)
         self.bytes = prod(self.shape) * itemsize
         self.rows = self.shape[dim] if dim is not None else 1
         self.row_bytes = self.bytes // self.rows if self.rows else 0

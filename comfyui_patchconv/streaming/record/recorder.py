@@ -237,11 +237,11 @@ class Recorder(TorchDispatchMode):
 
     def _node(
         self, step: Any, inputs: Sequence[Node], dims: Sequence[Optional[int]], spec: Spec, device: torch.device,
-        dim: Optional[int], key: Any = None,
+        dim: Optional[int],
     ) -> Node:  # fmt: skip
         return Node(
             step, inputs, dims, shape=spec.shape, strides=spec.strides, dtype=spec.dtype, device=device,
-            itemsize=spec.dtype.itemsize, dim=dim, key=key,
+            itemsize=spec.dtype.itemsize, dim=dim,
         )  # fmt: skip
 
     node = _node
@@ -318,7 +318,7 @@ class Recorder(TorchDispatchMode):
 
     def _write(self, func: Any, operator: _Operator, args: Any, kwargs: dict[str, Any]) -> Any:
         if operator.reshapes:
-            lazies = [value for value in _flat(args) if isinstance(value, LazyTensor)]
+            lazies = [value for value in _tensors_in(args) if isinstance(value, LazyTensor)]
             originals = [value.original_ for value in lazies if hasattr(value, "original_")]
             self.become_ordinary(lazies)
             for original in originals:  # the caller's own object changes its shape, too
@@ -377,7 +377,7 @@ class Recorder(TorchDispatchMode):
             raise CannotEstimateError(f"{func} writes into memory that others can reach")
         self._make_real([value for value in targets if isinstance(value, LazyTensor)])
         # What it reads is evaluated before anything is written.
-        others = [value for value in _flat((args, kwargs)) if isinstance(value, LazyTensor)]
+        others = [value for value in _tensors_in((args, kwargs)) if isinstance(value, LazyTensor)]
         self.store([value.view_.node() for value in others if value.view_.cell.real is None])
         reals = {id(value): self.real(value) for value in others}
         name = func.overloadpacket.__name__
@@ -399,7 +399,7 @@ class Recorder(TorchDispatchMode):
 
     def _now(self, func: Any, args: Any, kwargs: dict[str, Any], spec: Any = None) -> Any:
         """Run an operator on values; tensors that come of it are deferred ones again. spec: see `_again`."""
-        lazies = [value for value in _flat((args, kwargs)) if isinstance(value, LazyTensor)]
+        lazies = [value for value in _tensors_in((args, kwargs)) if isinstance(value, LazyTensor)]
         name = func.overloadpacket.__name__
         if self.phantom:
             raise CannotEstimateError(f"{name} looks at values")
@@ -623,15 +623,7 @@ _LOOKING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 def _written(operator: _Operator, args: Any, kwargs: dict[str, Any]) -> list[Any]:
     values = [args[place] if place < len(args) else kwargs.get(name) for place, name in operator.written]
-    return [value for value in _flat(values) if isinstance(value, Tensor)]
-
-
-def _flat(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return [one for inner in value for one in _flat(inner)]
-    return [value]
+    return _tensors_in(values)
 
 
 def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
