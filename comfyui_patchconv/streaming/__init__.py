@@ -1,4 +1,38 @@
-"""Whole networks in strips: only what a normalisation or an unknown operator needs whole is ever stored."""
+"""Whole networks in strips: only what a normalisation or an unknown operator needs whole is ever stored.
+
+One decode, from `stream()` to the last strip:
+
+1. `stream(vae)` puts a method in the place of `decode` on the object's class (`target.Entry`), so that copies of the
+   object carry nothing of ours. Its call arrives at `Streamed.call`, which asks `outside.eager_reason` whether there is
+   something that streaming does not go together with, such as an input that requires gradients, and begins a `Call`.
+
+2. record. `Call.run` wraps the maps among the arguments in `record.lazy.LazyTensor`s and calls the program, once. Each
+   operator on one of these arrives at `Recorder.call`. It asks `record.shapes` what the result looks like, and the
+   table in `record.operators` how its rows come of rows: the answer is a `graph.node.Node` with a `Step`, whose
+   `needs(first, last)` says in integers which input rows output rows are made of. Nothing is computed. A view is a
+   `record.lazy.View` of a `Cell`, a piece of memory as eager would have it; a write gives the cell another node
+   (`record.views`). Weights are held as the call saw them: `record.memory` copies what is about to be written to.
+
+3. A value is demanded: the call is over, or `.item()`, NumPy or an operator that nobody knows needs it now.
+   `Call.evaluate` gets the nodes that are wanted (`roots`) and those that the program may still ask for (`keep`).
+
+4. plan. Integers in, a `plan.schedule.Schedule` out, or the one of an earlier call whose graph was alike. `plan.choose`
+   tries a few ways and keeps the best; `plan.passes` decides for one of them which passes there are and what each of
+   them stores: what a step needs whole, and what statistics are wanted of. `plan.sweep` counts a pass: how many rows at
+   once, which lie between two strips, what that takes. `plan.eagerly` counts the same graph as eager runs it, and
+   eager's schedule is taken where it is not worse.
+
+5. execute. `execute.loop.Loop` goes through the schedule's passes, and `_PassLoop` through a pass's strips.
+   `execute.strips.Rows` says which rows of which step a strip computes, and which of them the next one will read again
+   (line buffers). A strip's last rows go to the stored map (`execute.stored`), which lies on the device, in host memory
+   or in a file (`execute.buffers`, `execute.copies`), and to the statistics of the norm behind it
+   (`graph.statistics`). Where a strip does not fit, half of it is tried.
+
+6. The nodes now have values. When the call ends, `Recorder.finish` makes ordinary tensors of all deferred ones that the
+   program still has: the same objects.
+
+`estimate.expect` does 2 to 4 with a copy of the model and inputs that have no values, and says what 5 would take.
+"""
 
 from __future__ import annotations
 

@@ -161,8 +161,12 @@ def _forsake(recorder: Recorder) -> None:
 
 
 def _with_originals(value: Any, originals: dict[int, Tensor], depth: int = 8) -> Any:
-    """A result in which what stood for an argument is that argument again."""
+    """A result in which what stood for an argument is that argument again, and what is still deferred is not."""
     if id(value) in originals:
+        return originals[id(value)]
+    if isinstance(value, LazyTensor):  # before torch 2.3 no object becomes another
+        with torch.no_grad():
+            originals[id(value)] = value.view_.cell.recorder.real(value).detach()
         return originals[id(value)]
     if depth and type(value) in (list, tuple):
         mapped = [_with_originals(one, originals, depth - 1) for one in value]

@@ -162,7 +162,9 @@ class _Comparison:
         if expected.dtype == object:
             self.sequences(list(actual.flat), list(expected.flat), path)
         else:
-            self.tensors(torch.from_numpy(actual.copy()), torch.from_numpy(expected.copy()), path)
+            unsigned = (np.uint16, np.uint32, np.uint64)  # torch 2.1 has no such types
+            one, other = (found.astype(np.int64) if found.dtype in unsigned else found for found in (actual, expected))
+            self.tensors(torch.from_numpy(one.copy()), torch.from_numpy(other.copy()), path)
 
     def tensors(self, actual: Tensor, expected: Tensor, path: str) -> None:
         for name in ("shape", "dtype", "device", "layout", "requires_grad"):

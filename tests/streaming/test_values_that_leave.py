@@ -540,3 +540,17 @@ def test_a_scripted_function_gets_real_values() -> None:
         pytest.skip("this torch has no torch.jit.script")
     graph: Any = torch.jit.trace(lambda y: torch.relu(y) * 2 + y.mean(), torch.randn(2, 4, 9, 7))
     assert_as_eager(lambda x: c(graph(c(x))), X)
+
+
+@pytest.mark.skipif(not hasattr(torch._C, "_set_throw_on_mutable_data_ptr"), reason="torch 2.1 cannot refuse it")
+def test_a_capsule_that_nobody_is_asked_for_is_refused() -> None:
+    """`to_dlpack` is a function of C++ that no subclass sees: it used to end the process."""
+
+    def run(x: Tensor) -> Tensor:
+        y = F.conv2d(x, torch.ones(4, 4, 3, 3), padding=1)
+        with pytest.raises(RuntimeError, match="data pointer"):
+            dlpack.to_dlpack(y)  # type: ignore[reportPrivateImportUsage]
+        return y * 2
+
+    x = torch.randn(1, 4, 16, 12)
+    assert torch.allclose(streamed(run, tuning=FEW_ROWS)(x), F.conv2d(x, torch.ones(4, 4, 3, 3), padding=1) * 2)

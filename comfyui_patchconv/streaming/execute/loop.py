@@ -110,28 +110,36 @@ class _Memory:
 
     def __init__(self, schedule: Schedule) -> None:
         self._stored, self.held = schedule.stored, 0
-        self._before: Optional[int] = None
-        self._unseen = 0
+        self._before = anonymous()
+        self._within = self._between = 0
 
     def count(self, size: int) -> None:
         """So many bytes more, or fewer, are stored."""
         self.held += size
 
-    def hand_back(self, usual: int, computed: int = 0) -> None:
-        """Hand freed memory back to the system where it and what is in use are more than `usual` bytes beside what is
-        held, and what that is at the worst moment of the schedule.
+    def computed(self, size: int, workspace: int) -> None:
+        """A step has computed so many bytes, in a strip that takes `workspace` bytes."""
+        self._within, self._between = self._within + size, self._between + size
+        if self._within >= workspace // _LOOKS:  # a strip of a video has a thousand steps
+            self._within = 0
+            self._hand_back(workspace)
 
-        computed: bytes that may have been freed since it was asked last; a few need no look at the process.
-        """
-        self._unseen += computed
-        if computed and self._unseen < usual // 8:
-            return
-        self._unseen = 0
-        beside = anonymous() - self.held
-        if self._before is None:
-            self._before = beside
-        if beside - self._before > usual + max(self._stored - self.held, 0):
+    def strip_done(self, kept: int) -> None:
+        """A strip is over, and `kept` bytes of it are kept for the next."""
+        usual = planner.ALLOCATOR_BYTES["cpu"] + kept
+        if self._between >= usual // _LOOKS:
+            self._between = 0
+            self._hand_back(usual)
+
+    def _hand_back(self, usual: int) -> None:
+        """Hand freed memory back to the system where it and what is in use are more than `usual` bytes beside what is
+        held, and what that is at the worst moment of the schedule."""
+        if anonymous() - self.held - self._before > usual + max(self._stored - self.held, 0):
             trim()
+
+
+_LOOKS = 8
+"""How often it is looked at what the process has, while it computes as much as it may keep."""
 
 
 class _PassLoop:
@@ -172,8 +180,6 @@ class _PassLoop:
 
     def run(self) -> None:
         height = self._pass.height
-        if self._cpu:
-            self._memory.hand_back(planner.ALLOCATOR_BYTES["cpu"])
         first, rows, progress = 0, max(self._pass.strip_rows, 1), 0
         while first < height:
             last = min(first + rows, height)
@@ -214,8 +220,7 @@ class _PassLoop:
         """Compute the rows that are wanted; False, and nothing is changed, where memory ran out."""
         ahead, lines = self._rows.copy(), dict(self._lines)
         try:
-            works = ahead.advance(wanted)
-            pieces = self._compute(works)
+            pieces = self._compute(ahead.advance(wanted))
         except (RuntimeError, MemoryError) as error:
             if single or not is_out_of_memory(error):
                 raise
@@ -230,8 +235,7 @@ class _PassLoop:
                     first, last = wanted[node]
                     self._give(target, first, self._read(node, target.dim, first, last))
             if self._cpu:
-                computed = sum((work.rows[1] - work.rows[0]) * work.node.row_bytes for work in works)
-                self._memory.hand_back(planner.ALLOCATOR_BYTES["cpu"] + self._pass.line_bytes, max(computed, 1))
+                self._memory.strip_done(self._pass.line_bytes)
             return True
         release(self._device)
         return False
@@ -272,6 +276,8 @@ class _PassLoop:
                 continue
             there[node] = (work.begin, piece)
             self._keep(work, piece, dim)
+            if self._cpu and start < high:
+                self._memory.computed((high - start) * node.row_bytes, self._pass.workspace)
             for source in dict.fromkeys(node.inputs):
                 if self._last_readers[source] is node:
                     there.pop(source, None)

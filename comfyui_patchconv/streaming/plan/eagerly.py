@@ -27,13 +27,13 @@ def eager_schedule(roots: Sequence[Node], keep: Sequence[Node], held: int = 0) -
     schedule = Schedule()
     for node in way:
         held += 0 if _shares(node) else node.bytes
-        schedule.peak = max(schedule.peak, held)
+        schedule.peak = max(schedule.peak, held + _copies(node, sources[node]))
+        schedule.stored = max(schedule.stored, held)
         freed = [source for source in sources[node] if last[source] is node and source not in outer]
         freed = [source for source in freed if source.tensor is None]
         held -= sum(0 if _shares(source) else source.bytes for source in freed)
         schedule.steps.append(Apply(node, freed, node.bytes, eagerly=node.eager is not None))
         schedule.work += node.bytes
-    schedule.stored = schedule.peak
     schedule.seconds = seconds_of(way)
     return schedule
 
@@ -41,6 +41,13 @@ def eager_schedule(roots: Sequence[Node], keep: Sequence[Node], held: int = 0) -
 def sources_of(node: Node) -> list[Node]:
     """What eager makes a node of."""
     return list(dict.fromkeys(node.inputs if node.eager is None else node.eager.inputs()))
+
+
+def _copies(node: Node, sources: Sequence[Node]) -> int:
+    """Bytes that an operator takes beside its result: on a CPU a convolution has copies in the order of its backend."""
+    if node.step is None or not node.step.weight_bytes or node.device.type != "cpu":
+        return 0
+    return node.bytes + max((source.bytes for source in sources), default=0)
 
 
 def _shares(node: Node) -> bool:

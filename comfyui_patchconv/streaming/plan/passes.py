@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Optional
+from typing import Any, Optional
 
 from ... import planner
 from ..graph.node import Node
@@ -37,6 +37,8 @@ class Passes:
         self._stored: dict[Node, Target] = {}
         self._left: set[Node] = set()
         self._elsewhere: set[Node] = set()
+        self._known_steps: dict[tuple[Node, ...], list[Node]] = {}
+        self._known_sweeps: dict[Any, Sweep] = {}
         self._waiting = {node: len(readers) for node, readers in self._readers.items()}
         self._settled: set[Node] = set()
         self._unread: dict[Node, None] = {}
@@ -168,7 +170,7 @@ class Passes:
 
     def _kept_for_later(self, targets: Sequence[Node]) -> list[Node]:
         """Maps on the way to `targets` that steps outside this pass read, too, and that are not cheap to have again."""
-        order = steps_to(targets, self._stored)
+        order = self._steps_to(targets)
         inside, kept = set(order), dict.fromkeys(targets)
         found: list[Node] = []
         for node in order:
@@ -258,7 +260,7 @@ class Passes:
     def _freed_after(self, nodes: Sequence[Node], inside: Optional[Collection[Node]] = None) -> int:
         """Bytes of the stored maps that lead to `nodes`, and that nothing will read once those are stored, and the
         steps `inside` are done: those that lead to `nodes`, if not given."""
-        steps = steps_to(nodes, self._stored)
+        steps = self._steps_to(nodes)
         inside = set(steps) if inside is None else inside
         return sum(
             source.bytes
@@ -279,19 +281,34 @@ class Passes:
             size = sum(node.bytes for node in frontier)
             if size < best and not any(node in self._left for node in frontier):
                 first = self._sweep(frontier).workspace
-                peak = max(first, size + self._sweep(roots, frontier).workspace)
+                peak = max(first, size + self._sweep_behind(frontier, roots).workspace)
                 if peak < best:
                     best, cut = peak, frontier
         if cut is not None:
             self._store([node for node in cut if not self._is_there(node)])
 
+    def _steps_to(self, nodes: Sequence[Node]) -> list[Node]:
+        """The steps that lead to `nodes` from what is stored by now."""
+        key = tuple(nodes)
+        if key not in self._known_steps:
+            self._known_steps[key] = steps_to(nodes, self._stored)
+        return self._known_steps[key]
+
     def _sweep_of(self, targets: Sequence[Target]) -> Sweep:
         dims = {target.node: target.dim for target in targets if self._is_there(target.node)}
-        roots = [target.node for target in targets]
-        return Sweep(roots, self._stored, self._tuning, self._budget, self._elsewhere, dims)
+        return self._sweep([target.node for target in targets], dims)
 
-    def _sweep(self, roots: Sequence[Node], more: Sequence[Node] = ()) -> Sweep:
-        stored = {*self._stored, *more} if more else self._stored
+    def _sweep(self, roots: Sequence[Node], dims: Optional[dict[Node, int]] = None) -> Sweep:
+        key = tuple(roots), tuple((dims or {}).items())
+        if key not in self._known_sweeps:
+            self._known_sweeps[key] = Sweep(
+                roots, self._stored, self._tuning, self._budget, self._elsewhere, dims, self._steps_to(roots)
+            )
+        return self._known_sweeps[key]
+
+    def _sweep_behind(self, frontier: Sequence[Node], roots: Sequence[Node]) -> Sweep:
+        """The one to `roots`, were `frontier` stored."""
+        stored = {*self._stored, *frontier}
         return Sweep(roots, stored, self._tuning, self._budget, self._elsewhere)
 
     # Passes
@@ -375,6 +392,8 @@ class Passes:
     def _settle(self, target: Target) -> None:
         """A map will be there. What only settled steps read is settled too: nobody will compute it any more."""
         self._stored[target.node] = target
+        self._known_steps.clear()
+        self._known_sweeps.clear()
         stack = [] if target.node in self._settled else [target.node]
         if not self._waiting.get(target.node):
             self._unread[target.node] = None
@@ -418,6 +437,7 @@ class Passes:
             target.elsewhere = movable and size > 0 and not planner.fits(self._budget, held, given, size)
             if target.elsewhere:
                 self._elsewhere.add(target.node)
+                self._known_sweeps.clear()
                 self.schedule.moved += size
                 elsewhere += size
             else:

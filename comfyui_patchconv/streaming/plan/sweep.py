@@ -65,9 +65,9 @@ class Sweep:
 
     def __init__(
         self, roots: Sequence[Node], stored: Collection[Node], tuning: Tuning, budget: Optional[int],
-        elsewhere: Collection[Node] = (), dims: Optional[dict[Node, int]] = None,
+        elsewhere: Collection[Node] = (), dims: Optional[dict[Node, int]] = None, order: Optional[list[Node]] = None,
     ) -> None:  # fmt: skip
-        self.roots, self.order = list(roots), steps_to(roots, stored)
+        self.roots, self.order = list(roots), steps_to(roots, stored) if order is None else order
         self._tuning, self._budget, self._elsewhere = tuning, budget, elsewhere
         nodes = self.order or self.roots
         dims = dims or {}

@@ -121,6 +121,10 @@ class View:
         return node
 
 
+_without_memory = getattr(torch._C, "_set_throw_on_mutable_data_ptr", None)
+"""Has who asks C++ for a tensor's memory get an exception, where it is not there (from torch 2.2 on)."""
+
+
 class LazyTensor(Tensor):
     """Stands for what `view` shows. Its shape, strides, type and device are known, its values may not be yet."""
 
@@ -137,6 +141,8 @@ class LazyTensor(Tensor):
             tensor = Tensor._make_wrapper_subclass(
                 cls, spec.shape, strides=spec.strides, storage_offset=spec.offset, dtype=spec.dtype, device=view.device
             )
+        if _without_memory is not None:
+            _without_memory(tensor)
         tensor.view_ = view
         view.cell.recorder.note(tensor)
         return tensor

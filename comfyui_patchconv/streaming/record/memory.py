@@ -46,6 +46,7 @@ class Memory:
     def __init__(self) -> None:
         self._readers: dict[int, list[ref[Any]]] = {}
         self._held: dict[Any, ref[Held]] = {}
+        self._constants: dict[int, tuple[Any, ref[Tensor]]] = {}
         self._given: dict[int, Tensor] = {}  # by the storage: memory that others write to without an operator
 
     def hold(self, tensor: Tensor) -> Held:
@@ -66,6 +67,19 @@ class Memory:
         """The memory of `tensor` goes to somebody who may write to it at any time: who reads it gets a copy."""
         self.before_write(tensor)
         self._given[tensor.untyped_storage()._cdata] = tensor.detach()
+
+    def note_constant(self, tensor: Tensor, value: Any) -> None:
+        """`tensor`, which is new, has one value everywhere."""
+        storage = tensor.untyped_storage()._cdata
+        self._constants[storage] = value, ref(tensor, lambda _: self._constants.pop(storage, None))
+
+    def constant_in(self, tensor: Tensor) -> Any:
+        """The one value of a tensor in memory that was noted; None if it has others, or was written to since."""
+        found = self._constants.get(tensor.untyped_storage()._cdata)
+        if found is None:
+            return None
+        alike = tensor.device.type != "cpu" or bool((tensor == found[0]).all())  # NumPy may have written to it, unseen
+        return found[0] if alike else None
 
     def is_given(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self._given
@@ -95,6 +109,7 @@ class Memory:
     def before_write(self, tensor: Tensor) -> None:
         """Something is about to be written to the memory of `tensor`."""
         storage = tensor.untyped_storage()._cdata
+        self._constants.pop(storage, None)
         for place in [place for place in self._held if place[0] == storage]:
             del self._held[place]
         copies: dict[Any, Tensor] = {}

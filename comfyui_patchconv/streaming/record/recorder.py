@@ -141,6 +141,10 @@ class Recorder(TorchDispatchMode):
             large = args[0].is_floating_point() and args[0].dim() > 2 and args[0].nbytes >= _LARGE
             if large and not args[0].requires_grad:
                 return self.call(func, (self.defer(args[0]), *args[1:]), kwargs)
+        if not self.phantom and operator.name in operators.FILLED and func._overloadname == "default":
+            made = func(*args, **kwargs)
+            self.memory.note_constant(made, operators.FILLED[operator.name](args, kwargs))
+            return made
         if self.phantom and operator.name in operators.MADE:
             return self._phantom_made(func, args, kwargs)
         if self.phantom and _has_no_values((args, kwargs)):  # a weight: it is where and what it should be
@@ -252,6 +256,14 @@ class Recorder(TorchDispatchMode):
         node.tensor = tensor
         self.memory.watch(node)
         return node
+
+    def constant_of(self, tensor: Tensor) -> Optional[Node]:
+        """The node of a map of one value that the program has made, as many frames are padded with: its memory need not
+        be kept. None where it is anything else, or small."""
+        if tensor.dim() < 3 or not tensor.is_floating_point() or tensor.nbytes < self._small:
+            return None
+        value = self.memory.constant_in(tensor)
+        return None if value is None else views.constant(self, Spec.of(tensor), tensor.device, value)
 
     def _own(self, node: Node, spec: Spec) -> LazyTensor:
         """A tensor with memory of its own."""
@@ -691,7 +703,12 @@ def _operands(recorder: Recorder, value: Any, found: Optional[list[Node]] = None
             found.append(node)
         return node
     if isinstance(value, Tensor):
-        return recorder.memory.hold(value)
+        node = recorder.constant_of(value)
+        if node is None:
+            return recorder.memory.hold(value)
+        if found is not None:
+            found.append(node)
+        return node
     if isinstance(value, (list, tuple)):
         return type(value)([_operands(recorder, one, found) for one in value])
     if isinstance(value, dict):

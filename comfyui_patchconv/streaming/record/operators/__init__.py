@@ -17,7 +17,7 @@ from ..shapes import Spec
 from . import arranging, convolution, matrices, norms, reductions, resample
 from .common import AsCalled, Call, over, row_local
 
-__all__ = ["LIKE", "MADE", "OF_MAPS", "build", "build_several", "fill_like", "knows", "over"]
+__all__ = ["FILLED", "LIKE", "MADE", "OF_MAPS", "build", "build_several", "fill_like", "knows", "over"]
 
 _POINTWISE = frozenset(
     """
@@ -101,6 +101,13 @@ MADE = frozenset({"empty", "zeros", "ones", "full", "empty_strided", "randn", "r
 """What makes a new tensor of numbers alone."""
 
 Fill = Callable[[Any, dict[str, Any]], Any]
+
+FILLED: dict[str, Fill] = {
+    "zeros": lambda args, kwargs: 0,
+    "ones": lambda args, kwargs: 1,
+    "full": lambda args, kwargs: args[1] if len(args) > 1 else kwargs["fill_value"],
+}
+"""What makes a new tensor of one value: that value."""
 
 LIKE: dict[str, Optional[Fill]] = {
     "empty_like": lambda args, kwargs: 0,
