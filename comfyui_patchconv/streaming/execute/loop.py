@@ -312,10 +312,11 @@ class _PassLoop:
                 continue
             low, high = next(spans)
             if source in self._inside:
-                if source not in there:  # no rows of it are needed
+                if low >= high or source not in there:
                     pieces.append(_no_rows(source, dim))
                     continue
                 begin, piece = there[source]
+                assert low >= begin  # what lies before it is gone
                 whole = low == begin and high - low == piece.shape[dim]
                 pieces.append(piece if whole else piece.narrow(dim, low - begin, high - low))
             else:

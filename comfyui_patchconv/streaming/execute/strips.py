@@ -44,6 +44,7 @@ class Rows:
         for node in self.order:
             for place, (source, _) in enumerate(self._rows_of[node]):
                 self._readers.setdefault(source, []).append((node, place))
+        self._look_ahead()
 
     def copy(self) -> Rows:
         """The same state, for a strip that may fail."""
@@ -73,7 +74,10 @@ class Rows:
             if span is None:
                 continue
             low, high = span
-            start = low if node in self.again else max(low, self.done[node])
+            done = self.done[node]
+            if node not in self.again and low > done:  # rows between may be wanted later, or read by another
+                low = done if node in self.roots else min(low, self.next_read(node))
+            start = low if node in self.again else max(low, done)
             if start >= high:
                 todo[node] = (high, high)
                 continue

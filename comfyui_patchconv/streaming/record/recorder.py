@@ -79,8 +79,8 @@ class Recorder(TorchDispatchMode):
     # What the program holds
 
     def defer(self, tensor: Tensor) -> LazyTensor:
-        """An argument of the caller's: its memory is written to at once."""
-        cell = Cell(self, Spec.of(tensor), real=tensor, counted=False)
+        """An argument of the caller's: its memory is written to at once. The object may get another (`.data =`)."""
+        cell = Cell(self, Spec.of(tensor), real=tensor.detach(), counted=False)
         lazy = LazyTensor(View(cell, cell.whole, tensor.device))
         lazy.original_ = tensor
         return lazy
@@ -278,7 +278,7 @@ class Recorder(TorchDispatchMode):
         base = tensors[spec.alias or 0]
         if not isinstance(base, LazyTensor):
             return self._now(func, args, kwargs)
-        if func.overloadpacket.__name__ in _GIVING_BACK and args[0] is base:
+        if func.overloadpacket.__name__ in _GIVING_BACK and args[0] is base and spec.shape == base.view_.spec.shape:
             return base
         parent = base.view_
         view = View(parent.cell, spec._replace(alias=None), parent.device, parent, func, args[1:], kwargs, place)
@@ -437,6 +437,9 @@ class Recorder(TorchDispatchMode):
             return value
         storage = value.untyped_storage()._cdata
         for one in lazies:
+            if values[id(one)] is value:
+                return one
+        for one in lazies:
             if values[id(one)].untyped_storage()._cdata == storage:
                 self._make_real([one])
                 real = one.view_.cell.real
@@ -466,6 +469,9 @@ class Recorder(TorchDispatchMode):
         device = self._somewhere(device)
         if not isinstance(specs, Spec):
             return self._now(func, args, kwargs)
+        usual = kwargs.get("memory_format") in (None, torch.preserve_format)
+        if operator.name.endswith("_like") and usual and _is_dense(_spec(args[0])):  # also in dimensions of one place
+            specs = specs._replace(strides=_spec(args[0]).strides)  # type: ignore[union-attr]
         fill = operators.LIKE[operator.name]
         large = fill is not None and _numel(specs) * specs.dtype.itemsize >= self._small
         if large or self.phantom:
@@ -627,7 +633,12 @@ def _draws(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     return bool(given["p"]) and bool(given.get("train", True)) if "p" in given else True
 
 
-_GIVING_BACK = frozenset({"to", "type_as", "contiguous", "dropout", "feature_dropout", "alpha_dropout"})
+_GIVING_BACK = frozenset(
+    """
+    to type_as contiguous dropout feature_dropout alpha_dropout flatten atleast_1d atleast_2d atleast_3d real conj
+    resolve_conj resolve_neg positive sum_to_size to_dense lift_fresh
+    """.split()  # noqa: SIM905
+)
 """What gives its argument back, the same object, where it has nothing to do."""
 
 _LOOKING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -714,6 +725,10 @@ def _operands(recorder: Recorder, value: Any, found: Optional[list[Node]] = None
     if isinstance(value, dict):
         return {key: _operands(recorder, one, found) for key, one in value.items()}
     return value
+
+
+def _is_dense(spec: Optional[Spec]) -> bool:
+    return spec is not None and dense_strides(spec.shape, spec.strides) == list(spec.strides)
 
 
 def _numel(spec: Spec) -> int:
