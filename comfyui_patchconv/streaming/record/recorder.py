@@ -306,14 +306,14 @@ class Recorder(TorchDispatchMode):
 
     def replace_data(self, func: Any, target: Tensor, value: Any) -> None:
         """`target.data = value`: the same object, with other memory."""
-        if isinstance(value, LazyTensor) and not (isinstance(target, LazyTensor) and self._is_alike(target, value)):
-            self.become_ordinary([value])
+        if not (isinstance(target, LazyTensor) and self._is_alike(target, value)):
+            value = self._ordinary(value)
         if not isinstance(target, LazyTensor):
             func(target, value)
             return
         original = getattr(target, "original_", None)
         if original is not None:
-            self.become_ordinary([one for one in (value,) if isinstance(one, LazyTensor)])
+            value = self._ordinary(value)
             original.data = value
             value = original
         if self._is_alike(target, value):
@@ -321,7 +321,18 @@ class Recorder(TorchDispatchMode):
             target.view_ = shown.view_
             return
         self.become_ordinary([target])
+        if isinstance(target, LazyTensor):
+            raise RuntimeError(
+                f"data of shape {tuple(value.shape)} cannot take the place of a map's of {tuple(target.shape)} while it "
+                "is streamed with a torch older than 2.3: update torch, or stream another part."
+            )
         target.data = value
+
+    def _ordinary(self, value: Any) -> Any:
+        """A deferred tensor made ordinary; its values before torch 2.3, where no object becomes another."""
+        if isinstance(value, LazyTensor):
+            self.become_ordinary([value])
+        return self.real(value).detach() if isinstance(value, LazyTensor) else value
 
     def _is_alike(self, target: LazyTensor, value: Any) -> bool:
         """Whether an object that was made for the one can stand for the other."""
@@ -411,7 +422,8 @@ class Recorder(TorchDispatchMode):
 
     def _now(self, func: Any, args: Any, kwargs: dict[str, Any], spec: Any = None) -> Any:
         """Run an operator on values; tensors that come of it are deferred ones again. spec: see `_again`."""
-        lazies = [value for value in _tensors_in((args, kwargs)) if isinstance(value, LazyTensor)]
+        tensors = _tensors_in((args, kwargs))
+        lazies = [value for value in tensors if isinstance(value, LazyTensor)]
         name = func.overloadpacket.__name__
         if self.phantom:
             raise CannotEstimateError(f"{name} looks at values")
@@ -426,16 +438,22 @@ class Recorder(TorchDispatchMode):
                 *_mapped(lambda value: values.get(id(value), value), args),
                 **_mapped(lambda value: values.get(id(value), value), kwargs),
             )
-        return _mapped(lambda value: self._again(value, lazies, values, spec), result)
+        plain = {one.untyped_storage()._cdata for one in tensors if not isinstance(one, LazyTensor) and is_plain(one)}
+        return _mapped(lambda value: self._again(value, lazies, values, plain, spec), result)
 
-    def _again(self, value: Any, lazies: list[LazyTensor], values: dict[int, Tensor], spec: Any = None) -> Any:
+    def _again(
+        self, value: Any, lazies: list[LazyTensor], values: dict[int, Tensor], plain: set[int], spec: Any = None
+    ) -> Any:
         """A tensor that came of some, deferred: a view of one of them, or memory of its own.
 
-        spec: what eager's looks like, where that is known.
+        plain: whose memory is that of tensors that were none: what looks into that is none either. spec: what eager's
+        looks like, where that is known.
         """
         if not isinstance(value, Tensor) or not is_plain(value):
             return value
         storage = value.untyped_storage()._cdata
+        if storage in plain:
+            return value
         for one in lazies:
             if values[id(one)] is value:
                 return one
