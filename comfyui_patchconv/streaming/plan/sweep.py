@@ -85,6 +85,7 @@ class Sweep:
         share = max(node.bytes for node in nodes) // height
         suitable = planner.STRIP_BYTES.get(self.device.type, planner.STRIP_BYTES_ELSEWHERE)
         suitable = tuning.strip_bytes if tuning.strip_bytes is not None else suitable
+        self._suitable = suitable
         rows = min(max(suitable // _STRIPS_AT_ONCE // max(share, 1), 1), height)
         self.strip_rows = max(rows, self._rows_worth_their_costs(share, height))
         self._shared = self._rows_of_two_strips()
@@ -165,7 +166,10 @@ class Sweep:
         strips = [node.row_bytes * min(share * node.rows + self._shared[node], node.rows) for node in self.order]
         copies = int(_COPIES * max(strips, default=0.0))  # which come and go within a step
         at_once = min(_STRIPS_AT_ONCE, len(self.order) + 2)
-        widest = max(at_once * max(strips, default=0.0), self._bytes_alive(strips) + copies)
+        usual = min(
+            at_once * max(strips, default=0.0), self._suitable
+        )  # larger ones leave no gaps as many small ones do
+        widest = max(usual, self._bytes_alive(strips) + copies)
         of_steps = max((node.step.workspace for node in self.order if node.step is not None), default=0)
         allocator = planner.ALLOCATOR_BYTES.get(self.device.type, 0)
         allocator = self._tuning.allocator_bytes if self._tuning.allocator_bytes is not None else allocator

@@ -323,8 +323,8 @@ class Recorder(TorchDispatchMode):
         self.become_ordinary([target])
         if isinstance(target, LazyTensor):
             raise RuntimeError(
-                f"data of shape {tuple(value.shape)} cannot take the place of a map's of {tuple(target.shape)} while it "
-                "is streamed with a torch older than 2.3: update torch, or stream another part."
+                f"data of shape {tuple(value.shape)} cannot take the place of a map's of {tuple(target.shape)} in a "
+                "streamed call with a torch older than 2.3: update torch, or stream another part."
             )
         target.data = value
 
