@@ -89,11 +89,9 @@ class Sweep:
         rows = min(max(suitable // _STRIPS_AT_ONCE // max(share, 1), 1), height)
         self.strip_rows = max(rows, self._rows_worth_their_costs(share, height))
         self._shared = self._rows_of_two_strips()
-        self.line_bytes = 2 * sum(
-            node.row_bytes * self._shared[node]
-            for node in self.order
-            if node in self._readers and node not in self.again
-        )
+        kept = [node for node in self.order if node in self._readers and node not in self.again]
+        single = self.strip_rows >= height  # there is no next strip
+        self.line_bytes = 0 if single else 2 * sum(node.row_bytes * self._shared[node] for node in kept)
         self.work = sum(node.bytes for node in self.order)
         self.workspace = self._bytes_beside_maps()
 
@@ -145,19 +143,21 @@ class Sweep:
     def _rows_of_two_strips(self) -> dict[Node, int]:
         """Of each step, how many rows a strip and the one before it both read: kept between strips, in two parts that
         take turns, or computed again."""
-        shared: dict[Node, int] = {}
+        done: dict[Node, int] = {}
+        kept: dict[Node, int] = {}
+        ahead: dict[Node, int] = {}  # the first row that is still to be read, or computed
+        middle = {root: max(root.rows // 2, 1) for root in self.roots}
         for node in reversed(self.order):  # readers before what they read
-            rows = 0
+            high, low = middle.get(node, 0), node.rows
             for reader, place in self._readers.get(node, ()):
-                if reader in self.again and reader in self._readers:
-                    rows = max(rows, shared[reader])
-                else:
-                    assert reader.step is not None
-                    middle = reader.rows // 2
-                    one, two = (reader.step.needs(row, row + 1)[place] for row in (middle, middle + 1))
-                    rows = max(rows, one[1] - two[0], 0)
-            shared[node] = min(rows, node.rows)
-        return shared
+                assert reader.step is not None
+                high = max(high, reader.step.needs(done[reader] - 1, done[reader])[place][1])
+                if ahead[reader] < reader.rows:
+                    low = min(low, reader.step.needs(ahead[reader], ahead[reader] + 1)[place][0])
+            done[node] = max(min(high, node.rows), 1)
+            ahead[node] = min(low, done[node]) if node in self.again else done[node]
+            kept[node] = max(done[node] - low, 0)
+        return kept
 
     def _bytes_beside_maps(self) -> int:
         """Bytes taken beside stored maps: a strip's rows, what the widest step adds to them, the rows kept between
