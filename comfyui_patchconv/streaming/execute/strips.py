@@ -94,20 +94,17 @@ class Rows:
             if node in self.given:
                 self.given[node] = max(self.given[node], high)
         self._look_ahead()
-        work = []
-        for node in self.order:
-            if node not in todo:
-                continue
-            begin = self.kept.pop(node, None)
-            rows = todo[node]
-            begin = rows[0] if begin is None else begin
-            keep = rows[1] if node in self.again else max(self.next_read(node), begin)
-            if node not in self.again and node in self._readers and keep < self.done[node]:
-                self.kept[node] = keep
-            else:
-                keep = self.done[node]
-            work.append(Work(node, begin, rows, needs.get(node, ()), keep))
-        return work
+        return [self._work(node, todo[node], needs.get(node, ())) for node in self.order if node in todo]
+
+    def _work(self, node: Node, rows: Span, needs: Sequence[Span]) -> Work:
+        """What is done for a step of which `rows` are computed; what the next strip will read counts as kept."""
+        begin = self.kept.pop(node, rows[0])
+        keep = rows[1] if node in self.again else max(self.next_read(node), begin)
+        if node not in self.again and node in self._readers and keep < self.done[node]:
+            self.kept[node] = keep
+        else:
+            keep = self.done[node]
+        return Work(node, begin, rows, needs, keep)
 
     def _look_ahead(self) -> None:
         """For each step, the first of its rows that is still to be computed, for itself or for what reads it."""

@@ -326,16 +326,7 @@ class Passes:
 
     def _run_pass(self, targets: list[Target]) -> None:
         """Count a pass, with all reductions that it can gather on the way."""
-        known = {target.node for target in targets}
-        sweep = self._sweep_of(targets)
-        for target in targets:
-            more = [] if self._is_there(target.node) else self._reductions_of(target.node, target.node.dim)
-            target.reductions = list(dict.fromkeys([*target.reductions, *more]))
-        for node in sweep.order:
-            wanted = self._reductions_of(node, node.dim) if node not in known else []
-            if wanted and node not in self._left:
-                targets.append(Target(node, stored=False, reductions=wanted))
-        targets += self._parts_to_reduce(targets, sweep)
+        targets = self._with_reductions(targets)
         sweep = self._sweep_of(targets)
         stored = [target for target in targets if target.stored and not self._is_there(target.node)]
         reductions = [node for target in targets for node in target.reductions]
@@ -370,6 +361,20 @@ class Passes:
         )
         self.schedule.work += sweep.work
         self.schedule.seconds += seconds_of(sweep.order, strips, 2 / max(sweep.strip_rows, 2))
+
+    def _with_reductions(self, targets: Sequence[Target]) -> list[Target]:
+        """Targets, and what else of their pass goes by that reductions are wanted of."""
+        known = {target.node for target in targets}
+        sweep = self._sweep_of(targets)
+        for target in targets:
+            more = [] if self._is_there(target.node) else self._reductions_of(target.node, target.node.dim)
+            target.reductions = list(dict.fromkeys([*target.reductions, *more]))
+        found = list(targets)
+        for node in sweep.order:
+            wanted = self._reductions_of(node, node.dim) if node not in known else []
+            if wanted and node not in self._left:
+                found.append(Target(node, stored=False, reductions=wanted))
+        return found + self._parts_to_reduce(found, sweep)
 
     def _parts_to_reduce(self, targets: Sequence[Target], sweep: Sweep) -> list[Target]:
         """Parts of this pass's maps, such as some frames each, of which reductions are wanted: gathered in it too."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
-from typing import Any, NamedTuple, Optional, Protocol
+from typing import Any, Optional, Protocol
 from weakref import ref
 
 import torch
@@ -21,8 +20,23 @@ from ..errors import CannotEstimateError
 from ..graph.node import Node, ancestors, dense_strides
 from ..graph.steps import Whole
 from . import operators, views
+from .arguments import (
+    are_usual,
+    device_given,
+    device_of,
+    has_no_values,
+    is_dense,
+    mapped,
+    mixes_devices,
+    nowhere,
+    numel,
+    spec_of,
+    tensors_in,
+    written_by,
+)
 from .lazy import Cell, LazyTensor, View, recorder_of
 from .memory import Held, Memory, is_plain
+from .schema import GIVING_BACK, Operator, draws, operator_of
 from .shapes import SIMPLE, Spec, specs_of
 
 _SMALL = 1 << 16
@@ -36,21 +50,6 @@ class Evaluate(Protocol):
     """Stores nodes: plans them and runs the plan. keep: nodes on the way to them that the program may still ask for."""
 
     def __call__(self, roots: Sequence[Node], keep: Sequence[Node]) -> None: ...
-
-
-class _Operator(NamedTuple):
-    """What is known of an operator from its schema.
-
-    written: names and places of the arguments that it writes to. functional: the operator that gives the result instead
-    of writing it. looks: it needs values. draws: it may draw random numbers. reshapes: it changes its argument's shape.
-    """
-
-    name: str
-    written: tuple[tuple[int, str], ...]
-    functional: Any
-    looks: bool
-    draws: bool
-    reshapes: bool
 
 
 class Recorder(TorchDispatchMode):
@@ -132,9 +131,9 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if recorder_of(args, kwargs) is not None:
             return self.call(func, args, kwargs)
-        operator = _operator(func)
+        operator = operator_of(func)
         if operator.written:
-            for value in _written(operator, args, kwargs):
+            for value in written_by(operator, args, kwargs):
                 if value.layout is torch.strided:
                     self.memory.before_write(value)
         elif operator.name in operators.OF_MAPS and args and is_plain(args[0]) and not self.phantom:
@@ -147,10 +146,10 @@ class Recorder(TorchDispatchMode):
             return made
         if self.phantom and operator.name in operators.MADE:
             return self._phantom_made(func, args, kwargs)
-        if self.phantom and _has_no_values((args, kwargs)):  # a weight: it is where and what it should be
-            args, kwargs = _mapped(_nowhere, args), _mapped(_nowhere, kwargs)
-        if self.phantom and _mixes_devices((args, kwargs)):  # a table that is there, and a weight that is not
-            return self.call(func, _mapped(self._phantom_again, args), _mapped(self._phantom_again, kwargs))
+        if self.phantom and has_no_values((args, kwargs)):  # a weight: it is where and what it should be
+            args, kwargs = mapped(nowhere, args), mapped(nowhere, kwargs)
+        if self.phantom and mixes_devices((args, kwargs)):  # a table that is there, and a weight that is not
+            return self.call(func, mapped(self._phantom_again, args), mapped(self._phantom_again, kwargs))
         return func(*args, **kwargs)
 
     def _somewhere(self, device: torch.device) -> torch.device:
@@ -164,26 +163,26 @@ class Recorder(TorchDispatchMode):
 
     def _phantom_made(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """A new tensor of the program's, in an estimate: one that is large takes no memory."""
-        specs = specs_of(func, args, {**kwargs, "device": torch.device("meta")}, _spec)
-        if not isinstance(specs, Spec) or _numel(specs) * specs.dtype.itemsize < _LARGE:
+        specs = specs_of(func, args, {**kwargs, "device": torch.device("meta")}, spec_of)
+        if not isinstance(specs, Spec) or numel(specs) * specs.dtype.itemsize < _LARGE:
             return func(*args, **kwargs)
-        device = self._somewhere(_device_given(kwargs, torch.device("cpu")))
+        device = self._somewhere(device_given(kwargs, torch.device("cpu")))
         return self._own(views.constant(self, specs, device, 0), specs)
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """What `func` returns, deferred tensors being among its arguments."""
         with self._lock:
-            operator = _operator(func)
+            operator = operator_of(func)
             if operator.written:
                 return self._write(func, operator, args, kwargs)
-            tensors = _tensors_in((args, kwargs))
-            if not _are_usual(tensors):
+            tensors = tensors_in((args, kwargs))
+            if not are_usual(tensors):
                 return self._now(func, args, kwargs)
             if operator.name in operators.LIKE:
                 return self._like(func, operator, args, kwargs)
-            if operator.looks or (operator.draws and _draws(func, args, kwargs)):
+            if operator.looks or (operator.draws and draws(func, args, kwargs)):
                 return self._now(func, args, kwargs)
-            specs = specs_of(func, args, kwargs, _spec)
+            specs = specs_of(func, args, kwargs, spec_of)
             if specs is None:
                 return self._now(func, args, kwargs)
             if isinstance(specs, Spec):
@@ -206,12 +205,12 @@ class Recorder(TorchDispatchMode):
         """The node of what `func` returns; None where it is better computed at once."""
         sources: list[Node] = []
         args, kwargs = _operands(self, args, sources), _operands(self, kwargs, sources) if kwargs else {}
-        size = _numel(spec) * spec.dtype.itemsize
+        size = numel(spec) * spec.dtype.itemsize
         stored = all(node.tensor is not None for node in sources)
         self.deferred += operators.knows(func)
         if stored and not self.phantom and max(size, *(node.bytes for node in sources)) < self._small:
             return None
-        device = self._somewhere(_device_of(func, args, kwargs, sources))
+        device = self._somewhere(device_of(func, args, kwargs, sources))
         node = operators.build(self, func, args, kwargs, spec, device)
         if node is not None:
             return node
@@ -278,7 +277,7 @@ class Recorder(TorchDispatchMode):
         base = tensors[spec.alias or 0]
         if not isinstance(base, LazyTensor):
             return self._now(func, args, kwargs)
-        if func.overloadpacket.__name__ in _GIVING_BACK and args[0] is base and spec.shape == base.view_.spec.shape:
+        if func.overloadpacket.__name__ in GIVING_BACK and args[0] is base and spec.shape == base.view_.spec.shape:
             return base
         parent = base.view_
         view = View(parent.cell, spec._replace(alias=None), parent.device, parent, func, args[1:], kwargs, place)
@@ -336,36 +335,36 @@ class Recorder(TorchDispatchMode):
 
     def _is_alike(self, target: LazyTensor, value: Any) -> bool:
         """Whether an object that was made for the one can stand for the other."""
-        spec, other = target.view_.spec, _spec(value)
+        spec, other = target.view_.spec, spec_of(value)
         return other is not None and spec[:2] == other[:2] and spec.dtype == other.dtype
 
-    def _write(self, func: Any, operator: _Operator, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _write(self, func: Any, operator: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
         if operator.reshapes:
-            lazies = [value for value in _tensors_in(args) if isinstance(value, LazyTensor)]
+            lazies = [value for value in tensors_in(args) if isinstance(value, LazyTensor)]
             originals = [value.original_ for value in lazies if hasattr(value, "original_")]
             self.become_ordinary(lazies)
             for original in originals:  # the caller's own object changes its shape, too
                 func(original, *args[1:], **kwargs)
             with self.as_called():
-                return func(*_mapped(self._real_or_same, args), **kwargs)
-        targets = _written(operator, args, kwargs)
+                return func(*mapped(self._real_or_same, args), **kwargs)
+        targets = written_by(operator, args, kwargs)
         target: Any = targets[0] if len(targets) == 1 else None
         usual = isinstance(target, LazyTensor) and operator.functional is not None and args and args[0] is target
         if usual and target.view_.cell.real is None and self._write_deferred(func, operator, target, args, kwargs):
             return target
         return self._write_now(func, targets, args, kwargs)
 
-    def _write_deferred(self, func: Any, operator: _Operator, target: LazyTensor, args: Any, kwargs: Any) -> bool:
+    def _write_deferred(self, func: Any, operator: Operator, target: LazyTensor, args: Any, kwargs: Any) -> bool:
         """Give the cell of `target` its new value; whether that could be done."""
-        if (operator.draws and _draws(func, args, kwargs)) or not _are_usual(_tensors_in(args)) or kwargs:
+        if (operator.draws and draws(func, args, kwargs)) or not are_usual(tensors_in(args)) or kwargs:
             return False
-        if specs_of(func, args, kwargs, _spec) is None:  # eager refuses it, and says so
+        if specs_of(func, args, kwargs, spec_of) is None:  # eager refuses it, and says so
             return False
         view = target.view_
         if operator.name in ("copy_", "fill_", "zero_"):
             node = views.filled(self, view, operator.name, _operands(self, args[1:2]))
         else:
-            spec = specs_of(operator.functional, args, kwargs, _spec)
+            spec = specs_of(operator.functional, args, kwargs, spec_of)
             if not isinstance(spec, Spec) or spec.shape != view.spec.shape:
                 return False
             if spec.alias == 0:  # dropout of nothing
@@ -400,7 +399,7 @@ class Recorder(TorchDispatchMode):
             raise CannotEstimateError(f"{func} writes into memory that others can reach")
         self._make_real([value for value in targets if isinstance(value, LazyTensor)])
         # What it reads is evaluated before anything is written.
-        others = [value for value in _tensors_in((args, kwargs)) if isinstance(value, LazyTensor)]
+        others = [value for value in tensors_in((args, kwargs)) if isinstance(value, LazyTensor)]
         self.store([value.view_.node() for value in others if value.view_.cell.real is None])
         reals = {id(value): self.real(value) for value in others}
         name = func.overloadpacket.__name__
@@ -415,14 +414,14 @@ class Recorder(TorchDispatchMode):
             return reals[id(value)] if isinstance(value, LazyTensor) else value
 
         with self.as_called():
-            result = func(*_mapped(real_of, args), **_mapped(real_of, kwargs))
-        return _mapped(lambda value: lazies.get(id(value), value), result)
+            result = func(*mapped(real_of, args), **mapped(real_of, kwargs))
+        return mapped(lambda value: lazies.get(id(value), value), result)
 
     # Values
 
     def _now(self, func: Any, args: Any, kwargs: dict[str, Any], spec: Any = None) -> Any:
         """Run an operator on values; tensors that come of it are deferred ones again. spec: see `_again`."""
-        tensors = _tensors_in((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         lazies = [value for value in tensors if isinstance(value, LazyTensor)]
         name = func.overloadpacket.__name__
         if self.phantom:
@@ -435,11 +434,11 @@ class Recorder(TorchDispatchMode):
         values = {id(value): self.real(value) for value in lazies}
         with self.as_called():
             result = func(
-                *_mapped(lambda value: values.get(id(value), value), args),
-                **_mapped(lambda value: values.get(id(value), value), kwargs),
+                *mapped(lambda value: values.get(id(value), value), args),
+                **mapped(lambda value: values.get(id(value), value), kwargs),
             )
         plain = {one.untyped_storage()._cdata for one in tensors if not isinstance(one, LazyTensor) and is_plain(one)}
-        return _mapped(lambda value: self._again(value, lazies, values, plain, spec), result)
+        return mapped(lambda value: self._again(value, lazies, values, plain, spec), result)
 
     def _again(
         self, value: Any, lazies: list[LazyTensor], values: dict[int, Tensor], plain: set[int], spec: Any = None
@@ -480,18 +479,18 @@ class Recorder(TorchDispatchMode):
         node.tensor = value.detach()
         return self._own(node, Spec.of(value)._replace(offset=0))
 
-    def _like(self, func: Any, operator: _Operator, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _like(self, func: Any, operator: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
         """A new tensor that takes its looks from a deferred one, and none of its values."""
-        specs = specs_of(func, args, {**kwargs, "device": torch.device("meta")}, _spec)
-        device = _device_given(kwargs, args[0].view_.device if isinstance(args[0], LazyTensor) else args[0].device)
+        specs = specs_of(func, args, {**kwargs, "device": torch.device("meta")}, spec_of)
+        device = device_given(kwargs, args[0].view_.device if isinstance(args[0], LazyTensor) else args[0].device)
         device = self._somewhere(device)
         if not isinstance(specs, Spec):
             return self._now(func, args, kwargs)
         usual = kwargs.get("memory_format") in (None, torch.preserve_format)
-        if operator.name.endswith("_like") and usual and _is_dense(_spec(args[0])):  # also in dimensions of one place
-            specs = specs._replace(strides=_spec(args[0]).strides)  # type: ignore[union-attr]
+        if operator.name.endswith("_like") and usual and is_dense(spec_of(args[0])):  # also in dimensions of one place
+            specs = specs._replace(strides=spec_of(args[0]).strides)  # type: ignore[union-attr]
         fill = operators.LIKE[operator.name]
-        large = fill is not None and _numel(specs) * specs.dtype.itemsize >= self._small
+        large = fill is not None and numel(specs) * specs.dtype.itemsize >= self._small
         if large or self.phantom:
             node = views.constant(self, specs, device, fill(args, kwargs) if fill is not None else 0)
             if node is not None:
@@ -551,7 +550,7 @@ class Recorder(TorchDispatchMode):
             with torch.no_grad():
                 return self.real(value).clone()
 
-        return _mapped(copied, values)
+        return mapped(copied, values)
 
     def _real_or_same(self, value: Any) -> Any:
         return self.real(value) if isinstance(value, LazyTensor) else value
@@ -622,105 +621,6 @@ def _become(tensor: Any, real: Tensor) -> None:
     tensor.__class__ = Tensor
 
 
-@cache
-def _operator(func: Any) -> _Operator:
-    name, schema = func.overloadpacket.__name__, func._schema
-    written = tuple(
-        (place, argument.name)
-        for place, argument in enumerate(schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    )
-    functional = None
-    if len(written) == 1 and name.endswith("_") and not name.startswith("_"):
-        packet = getattr(torch.ops.aten, name[:-1], None) if func.namespace == "aten" else None
-        functional = getattr(packet, func._overloadname, None) if packet is not None else None
-        if name in ("copy_", "fill_", "zero_"):
-            functional = func
-    tags = set(func.tags)
-    looks = bool(tags & _LOOKING) or name in ("_local_scalar_dense", "equal", "is_nonzero", "item")
-    draws = torch.Tag.nondeterministic_seeded in tags or name in ("normal_", "uniform_", "bernoulli_", "random_")
-    reshapes = torch.Tag.inplace_view in tags or name in ("set_", "resize_", "resize_as_")
-    return _Operator(name, written, functional, looks, draws, reshapes)
-
-
-def _draws(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether an operator that can draw random numbers does: dropout of nothing, or in evaluation, does not."""
-    given = {one.name: value for one, value in zip(func._schema.arguments, args)} | kwargs
-    if "dropout_p" in given or func.overloadpacket.__name__.startswith(("scaled_dot", "_scaled_dot")):
-        return bool(given.get("dropout_p"))
-    return bool(given["p"]) and bool(given.get("train", True)) if "p" in given else True
-
-
-_GIVING_BACK = frozenset(
-    """
-    to type_as contiguous dropout feature_dropout alpha_dropout flatten atleast_1d atleast_2d atleast_3d real conj
-    resolve_conj resolve_neg positive sum_to_size to_dense lift_fresh
-    """.split()  # noqa: SIM905
-)
-"""What gives its argument back, the same object, where it has nothing to do."""
-
-_LOOKING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-
-
-def _written(operator: _Operator, args: Any, kwargs: dict[str, Any]) -> list[Any]:
-    values = [args[place] if place < len(args) else kwargs.get(name) for place, name in operator.written]
-    return _tensors_in(values)
-
-
-def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
-    if type(value) is tuple:
-        return tuple(_mapped(function, one) for one in value)
-    if isinstance(value, list):
-        return [_mapped(function, one) for one in value]
-    if type(value) is dict:
-        return {key: _mapped(function, one) for key, one in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_mapped(function, one) for one in value))
-    return function(value)
-
-
-def _tensors_in(value: Any) -> list[Any]:
-    """The tensors among arguments, in order."""
-    found: list[Any] = []
-    for one in value.values() if type(value) is dict else value:
-        kind = type(one)
-        if kind is LazyTensor:
-            found.append(one)
-        elif kind in SIMPLE:
-            continue
-        elif kind is list or kind is tuple or kind is dict:
-            found += _tensors_in(one)
-        elif isinstance(one, Tensor):
-            found.append(one)
-        elif isinstance(one, (list, tuple)):
-            found += _tensors_in(one)
-    return found
-
-
-def _are_usual(tensors: list[Any]) -> bool:
-    """Whether tensors are all deferred or plain."""
-    return all(type(one) is LazyTensor or is_plain(one) for one in tensors)
-
-
-def _has_no_values(values: Any) -> bool:
-    return any(value.device.type == "meta" for value in _tensors_in(values))
-
-
-def _nowhere(value: Any) -> Any:
-    return torch.device("meta") if isinstance(value, torch.device) else value
-
-
-def _mixes_devices(values: Any) -> bool:
-    kinds = {value.device.type for value in _tensors_in(values)}
-    return "meta" in kinds and len(kinds) > 1
-
-
-def _spec(value: Any) -> Optional[Spec]:
-    if isinstance(value, LazyTensor):
-        return value.view_.spec
-    return Spec.of(value) if isinstance(value, Tensor) else None
-
-
 def _operands(recorder: Recorder, value: Any, found: Optional[list[Node]] = None) -> Any:
     """Arguments as steps take them: nodes, which go to `found`, tensors that are held, and anything else as it is."""
     kind = type(value)
@@ -743,39 +643,6 @@ def _operands(recorder: Recorder, value: Any, found: Optional[list[Node]] = None
     if isinstance(value, dict):
         return {key: _operands(recorder, one, found) for key, one in value.items()}
     return value
-
-
-def _is_dense(spec: Optional[Spec]) -> bool:
-    return spec is not None and dense_strides(spec.shape, spec.strides) == list(spec.strides)
-
-
-def _numel(spec: Spec) -> int:
-    count = 1
-    for side in spec.shape:
-        count *= side
-    return count
-
-
-def _device_of(func: Any, args: Any, kwargs: dict[str, Any], sources: list[Node]) -> torch.device:
-    """Where the result of `func` lies."""
-    given = _device_given(kwargs, None)
-    if given is None and func.overloadpacket.__name__ in ("to", "type_as", "_to_copy"):
-        given = next((value for value in args if isinstance(value, torch.device)), None)
-        if given is None and len(args) > 1 and isinstance(args[1], (Node, Held)):
-            given = args[1].device if isinstance(args[1], Node) else args[1].tensor.device
-    return _numbered(given) if given is not None else max(sources, key=lambda node: node.bytes).device
-
-
-def _device_given(kwargs: dict[str, Any], otherwise: Any) -> Any:
-    given = kwargs.get("device")
-    return otherwise if given is None else torch.device(given)
-
-
-def _numbered(device: torch.device) -> torch.device:
-    """A device with its number, where it has one."""
-    if device.index is not None or device.type in ("cpu", "meta"):
-        return device
-    return torch.empty(0, device=device).device
 
 
 __all__ = ["Evaluate", "Held", "Recorder"]

@@ -82,15 +82,9 @@ def scaled_dot_product(call: Call) -> Optional[Node]:
     """Attention of queries `[…, pixels, C]`: any rows of them with all keys and values, and their rows of a mask."""
     given = {"dropout_p": 0.0, "is_causal": False, "attn_mask": None, "enable_gqa": False} | call.given()
     query, key, value, mask = given["query"], given["key"], given["value"], given["attn_mask"]
-    if given["dropout_p"] or not isinstance(query, Node):
+    if given["dropout_p"] or not isinstance(query, Node) or not len(query.shape) == len(key.shape) == len(value.shape):
         return None
-    if not len(query.shape) == len(key.shape) == len(value.shape):
-        return None
-    count = len(query.shape)
-    dim = fixed_dim(query)
-    dim = count - 2 if dim is None and query.shape[-2] > 1 else dim
-    if dim is None or dim == count - 1:
-        dim = default_dim(query.shape, (count - 1,))
+    count, dim = len(query.shape), _dim_of_queries(query)
     if dim is None:
         return None
     if dim != count - 2:  # windows that lie one behind the other: each by itself
@@ -123,6 +117,13 @@ def scaled_dot_product(call: Call) -> Optional[Node]:
     step.workspace = attention.bytes_of_scores(*(_like(one, call) for one in (query, key, value))) if count == 4 else 0
     step.least_rows = attention.least_rows(1, call.device)
     return call.node(step, inputs, dims, dim)
+
+
+def _dim_of_queries(query: Node) -> Optional[int]:
+    """Along which queries `[…, pixels, C]` come in rows: their pixels, unless they come along another already."""
+    count, dim = len(query.shape), fixed_dim(query)
+    dim = count - 2 if dim is None and query.shape[-2] > 1 else dim
+    return default_dim(query.shape, (count - 1,)) if dim is None or dim == count - 1 else dim
 
 
 def _like(value: Any, call: Call) -> Any:

@@ -1,0 +1,65 @@
+"""What is known of an operator from its schema, whatever its arguments."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Operator(NamedTuple):
+    """What is known of an operator from its schema.
+
+    written: names and places of the arguments that it writes to. functional: the operator that gives the result instead
+    of writing it. looks: it needs values. draws: it may draw random numbers. reshapes: it changes its argument's shape.
+    """
+
+    name: str
+    written: tuple[tuple[int, str], ...]
+    functional: Any
+    looks: bool
+    draws: bool
+    reshapes: bool
+
+
+_LOOKING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+@cache
+def operator_of(func: Any) -> Operator:
+    """What is known of `func`; asked once."""
+    name, schema = func.overloadpacket.__name__, func._schema
+    written = tuple(
+        (place, argument.name)
+        for place, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+    functional = None
+    if len(written) == 1 and name.endswith("_") and not name.startswith("_"):
+        packet = getattr(torch.ops.aten, name[:-1], None) if func.namespace == "aten" else None
+        functional = getattr(packet, func._overloadname, None) if packet is not None else None
+        if name in ("copy_", "fill_", "zero_"):
+            functional = func
+    tags = set(func.tags)
+    looks = bool(tags & _LOOKING) or name in ("_local_scalar_dense", "equal", "is_nonzero", "item")
+    may_draw = torch.Tag.nondeterministic_seeded in tags or name in ("normal_", "uniform_", "bernoulli_", "random_")
+    reshapes = torch.Tag.inplace_view in tags or name in ("set_", "resize_", "resize_as_")
+    return Operator(name, written, functional, looks, may_draw, reshapes)
+
+
+def draws(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an operator that can draw random numbers does: dropout of nothing, or in evaluation, does not."""
+    given = {one.name: value for one, value in zip(func._schema.arguments, args)} | kwargs
+    if "dropout_p" in given or func.overloadpacket.__name__.startswith(("scaled_dot", "_scaled_dot")):
+        return bool(given.get("dropout_p"))
+    return bool(given["p"]) and bool(given.get("train", True)) if "p" in given else True
+
+
+GIVING_BACK = frozenset(
+    """
+    to type_as contiguous dropout feature_dropout alpha_dropout flatten atleast_1d atleast_2d atleast_3d real conj
+    resolve_conj resolve_neg positive sum_to_size to_dense lift_fresh
+    """.split()  # noqa: SIM905
+)
+"""What gives its argument back, the same object, where it has nothing to do."""
