@@ -18,7 +18,6 @@ import torch
 
 HERE = Path(__file__).parent
 
-pytestmark = pytest.mark.skip(reason="not yet run with the engine that records: its figures have to be taken anew")
 
 
 @pytest.fixture(scope="session")
