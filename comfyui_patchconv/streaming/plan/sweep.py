@@ -164,12 +164,11 @@ class Sweep:
         strips."""
         share = self.strip_rows / max(self.height, 1)
         strips = [node.row_bytes * min(share * node.rows + self._shared[node], node.rows) for node in self.order]
-        copies = int(_COPIES * max(strips, default=0.0))  # which come and go within a step
-        at_once = min(_STRIPS_AT_ONCE, len(self.order) + 2)
-        usual = min(
-            at_once * max(strips, default=0.0), self._suitable
-        )  # larger ones leave no gaps as many small ones do
-        widest = max(usual, self._bytes_alive(strips) + copies)
+        largest = max(strips, default=0.0)
+        usual = min(_STRIPS_AT_ONCE, len(self.order) + 2) * largest
+        # Small strips leave gaps between them; of large ones the last is still there when the next one comes.
+        copies = (_COPIES + (usual > self._suitable)) * largest
+        widest = max(min(usual, self._suitable), self._bytes_alive(strips) + copies)
         of_steps = max((node.step.workspace for node in self.order if node.step is not None), default=0)
         allocator = planner.ALLOCATOR_BYTES.get(self.device.type, 0)
         allocator = self._tuning.allocator_bytes if self._tuning.allocator_bytes is not None else allocator
