@@ -234,7 +234,7 @@ def test_a_peak_counts_what_is_no_map() -> None:
         return convolved((line + torch.cumsum(line.flip(0), 0)).view(x.shape))
 
     x = torch.randn(1, 4, 128, 64)
-    assert 3 * x.nbytes <= taken(in_one_line, x)[0] <= 4 * x.nbytes
+    assert 3 * x.nbytes <= taken(in_one_line, x)[0] < 4.5 * x.nbytes  # with strips of a quarter of a map
 
 
 def test_a_peak_counts_all_of_a_map_of_which_a_part_is_read() -> None:
