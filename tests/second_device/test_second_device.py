@@ -19,7 +19,6 @@ import torch
 HERE = Path(__file__).parent
 
 
-
 @pytest.fixture(scope="session")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """In a process of its own: a device stays until that ends."""
