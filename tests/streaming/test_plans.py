@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from comfyui_patchconv.streaming import Streamed, Tuning, call, expect, peak_activations, stream, streamed
 from comfyui_patchconv.streaming.call import Call
-from comfyui_patchconv.streaming.execute.buffers import FileBuffer, is_borrowed, lasting
 from comfyui_patchconv.streaming.graph.node import Node
 from comfyui_patchconv.streaming.plan.passes import Passes
 from comfyui_patchconv.streaming.plan.schedule import Schedule
@@ -289,23 +288,6 @@ class TestFiles:
         assert short.elsewhere < wide.elsewhere
         assert short.planned > wide.planned
 
-    def test_nothing_is_left(self, folder: Path) -> None:
-        buffer = FileBuffer(4 * 12)
-        strips = [buffer.keep(torch.full((1, 2, 3), float(n))) for n in range(2)]
-        assert [strip.unique().item() for strip in strips] == [0.0, 1.0]
-        assert list(folder.iterdir()) == []
-
-    def test_a_discarded_strip_leaves_its_neighbours(self) -> None:
-        buffer = FileBuffer(3 * 4 * 5000)
-        first, second, third = (buffer.keep(torch.full((5000,), float(n + 1))) for n in range(3))
-        buffer.discard(second)
-        assert first.unique().tolist() == [1.0]
-        assert third.unique().tolist() == [3.0]
-
-    def test_no_room_is_said_with_the_way_out(self) -> None:
-        with pytest.raises(OSError, match=r"has no room for it \(.+\): have TMPDIR name .+, or raise the budget"):
-            FileBuffer(1 << 63)
-
     @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="what files take is read from /proc/self/fd")
     def test_files_take_what_the_schedule_expects(self, folder: Path) -> None:
         model: Any = draw_weights(kl(4))
@@ -347,15 +329,6 @@ class TestNoFolder:
     def test_an_empty_batch_needs_none(self) -> None:
         model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4)).requires_grad_(False)
         assert streamed(model, budget=1, tuning=SMALL)(torch.empty(0, 4, 16, 16)).shape == (0, 4, 14, 14)
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_memory_that_is_used_again_is_no_strip_to_keep(device: str) -> None:
-    line = lasting(torch.empty(1, 4, 3, 5, device=device))
-    assert line.shape == (1, 4, 3, 5)
-    assert is_borrowed(line)
-    if hasattr(line.untyped_storage(), "resizable"):  # torch 2.1 cannot tell, and copies all
-        assert not is_borrowed(torch.empty(1, 4, 3, 5, device=device))
 
 
 def test_never_worse_than_eager() -> None:
