@@ -52,6 +52,8 @@ class Loop:
         node = step.node
         with torch.inference_mode(self._inference), torch.no_grad():
             result = self._eagerly(node) if step.eagerly else self._at_once(node)
+        if node.step is not None:
+            node.step.end()
         self._stored[node] = _as_stored(node, result, self._inference, self._memory.count)
         self._on_progress(step.work)
 
@@ -181,6 +183,8 @@ class _PassLoop:
     def run(self) -> None:
         height = self._pass.height
         first, rows, progress = 0, max(self._pass.strip_rows, 1), 0
+        for node in self._pass.keeping:
+            node.step.begin()  # type: ignore[union-attr]
         while first < height:
             last = min(first + rows, height)
             parts = Parts(self._rows, self._pass, last) if first == 0 else None
@@ -210,6 +214,8 @@ class _PassLoop:
                 parts.part += 1
 
     def _finish(self) -> None:
+        for node in self._pass.order:
+            node.step.end()  # type: ignore[union-attr]
         for node, gathered in self._gathered.items():
             result = empty(node)
             gathered.result(result)

@@ -22,13 +22,14 @@ class Step:
     takes_all: it needs all of its inputs and gives all of its result at once. reduces: it takes rows and gives its
     result after the last. workspace: bytes that it takes, whatever the rows, beside those and what it computes them
     from. weight_bytes: bytes that are read for any number of rows. least_rows: below which a device is not busy.
-    work: multiplications for each element of the result.
+    rows_together: so many rows at once take less work than one by one. work: multiplications for each element of the
+    result. kernel_bytes: of what makes it faster, if it is kept from strip to strip.
     """
 
     name = ""
     cheap = moves = takes_all = reduces = False
-    workspace = weight_bytes = 0
-    least_rows = 1
+    workspace = weight_bytes = kernel_bytes = 0
+    least_rows = rows_together = 1
     work = 1
 
     def needs(self, first: int, last: int) -> Sequence[Span]:
@@ -38,6 +39,12 @@ class Step:
     def compute(self, first: int, last: int, pieces: Sequence[Any]) -> Any:
         """Output rows `[first, last)`. pieces: of each input the rows of `needs`, or all of one that is read whole."""
         raise NotImplementedError
+
+    def begin(self) -> None:
+        """Until `end` there is room for `kernel_bytes`."""
+
+    def end(self) -> None:
+        """All that was wanted is computed: what was kept for it is freed."""
 
 
 class Eager(Protocol):

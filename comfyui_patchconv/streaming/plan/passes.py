@@ -352,6 +352,7 @@ class Passes:
                 height=sweep.height,
                 strip_rows=sweep.strip_rows,
                 again=sweep.again,
+                keeping=sweep.keeping,
                 shrinking=shrinking,
                 freed=freed,
                 work=sweep.work,

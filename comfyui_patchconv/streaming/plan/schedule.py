@@ -60,8 +60,8 @@ class Pass:
     """One way through maps from top to bottom.
 
     order: the steps, in the program's order. height: rows of the tallest target. strip_rows: of these, how many come
-    at once. again: steps that are computed anew from stored maps rather than kept between strips. shrinking: stored
-    maps that are freed row by row as they are read. freed: stored maps that are freed behind it. work: bytes of maps
+    at once. again: steps that are computed anew from stored maps rather than kept between strips. keeping: steps that
+    keep their kernels. shrinking: stored maps that are freed row by row as they are read. freed: stored maps that are freed behind it. work: bytes of maps
     that it computes. line_bytes: of the rows that are kept between strips. workspace: bytes beside stored maps.
     """
 
@@ -71,6 +71,7 @@ class Pass:
     height: int
     strip_rows: int
     again: set[Node]
+    keeping: list[Node]
     shrinking: list[Node]
     freed: list[Node]
     work: int
@@ -83,7 +84,7 @@ class Pass:
             replace(target, node=name(target.node), reductions=[name(node) for node in target.reductions])
             for target in self.targets
         ]
-        lists = {key: [name(node) for node in getattr(self, key)] for key in ("order", "shrinking", "freed")}
+        lists = {key: [name(node) for node in getattr(self, key)] for key in ("order", "keeping", "shrinking", "freed")}
         again = {name(node) for node in self.again}
         return replace(self, targets=targets, again=again, **lists)
 

@@ -60,7 +60,8 @@ class Sweep:
     """A pass that computes `roots` from stored maps, or reads them if they are stored: along `dims` then.
 
     order: its steps. height: rows of the tallest root. strip_rows: of these, how many come at once. workspace: bytes
-    that it takes beside stored maps. elsewhere: the stored maps that do not lie on the device.
+    that it takes beside stored maps. elsewhere: the stored maps that do not lie on the device. keeping: the steps that
+    keep their kernels.
     """
 
     def __init__(
@@ -87,12 +88,13 @@ class Sweep:
         suitable = tuning.strip_bytes if tuning.strip_bytes is not None else suitable
         self._suitable = suitable
         rows = min(max(suitable // _STRIPS_AT_ONCE // max(share, 1), 1), height)
-        self.strip_rows = max(rows, self._rows_worth_their_costs(share, height))
+        self.strip_rows = self._whole_groups(max(rows, self._rows_worth_their_costs(share, height)))
         self._shared = self._rows_of_two_strips()
         kept = [node for node in self.order if node in self._readers and node not in self.again]
         single = self.strip_rows >= height  # there is no next strip
         self.line_bytes = 0 if single else 2 * sum(node.row_bytes * self._shared[node] for node in kept)
         self.work = sum(node.bytes for node in self.order)
+        self.keeping = self._keeping_kernels()
         self.workspace = self._bytes_beside_maps()
 
     def frontiers(self) -> list[list[Node]]:
@@ -159,6 +161,28 @@ class Sweep:
             kept[node] = max(done[node] - low, 0)
         return kept
 
+    def _whole_groups(self, rows: int) -> int:
+        """Of so many rows of the roots, as many as every step makes in whole groups, where there are that many."""
+        groups = (
+            -(-node.step.rows_together * self.height // max(node.rows, 1))
+            for node in self.order
+            if node.step is not None and node.step.rows_together > 1
+        )
+        unit = max(groups, default=1)
+        return rows // unit * unit or rows
+
+    def _keeping_kernels(self) -> list[Node]:
+        """The steps that keep kernels of their own from strip to strip: those that these serve most, as many as there
+        is room for."""
+        room = self._suitable if self._budget is None else min(self._suitable, self._budget // _SHARE_FOR_COSTS)
+        makers = [node for node in self.order if node.step is not None and node.step.kernel_bytes]
+        keeping = []
+        for node in sorted(makers, key=lambda node: node.bytes * node.step.work / node.step.kernel_bytes, reverse=True):  # type: ignore[union-attr]
+            if node.step.kernel_bytes <= room:  # type: ignore[union-attr]
+                room -= node.step.kernel_bytes  # type: ignore[union-attr]
+                keeping.append(node)
+        return keeping
+
     def _bytes_beside_maps(self) -> int:
         """Bytes taken beside stored maps: a strip's rows, what the widest step adds to them, the rows kept between
         strips."""
@@ -170,6 +194,7 @@ class Sweep:
         copies = (_COPIES + (usual > self._suitable)) * largest
         widest = max(min(usual, self._suitable), self._bytes_alive(strips) + copies)
         of_steps = max((node.step.workspace for node in self.order if node.step is not None), default=0)
+        of_steps += sum(node.step.kernel_bytes for node in self.keeping if node.step is not None)
         allocator = planner.ALLOCATOR_BYTES.get(self.device.type, 0)
         allocator = self._tuning.allocator_bytes if self._tuning.allocator_bytes is not None else allocator
         return int(widest) + of_steps + self.line_bytes + allocator + self._bytes_on_the_way(share)

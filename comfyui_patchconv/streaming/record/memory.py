@@ -16,13 +16,12 @@ class Reader(Protocol):
 
 
 class Held:
-    """A tensor as the call saw it: its memory, whatever becomes of the object. made: what steps have made of it."""
+    """A tensor as the call saw it: its memory, whatever becomes of the object."""
 
-    __slots__ = ("__weakref__", "made", "tensor")
+    __slots__ = ("__weakref__", "tensor")
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
-        self.made: dict[Any, Any] = {}
 
     @property
     def shape(self) -> torch.Size:

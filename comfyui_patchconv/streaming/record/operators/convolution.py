@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .... import winograd
 from ....geometry import Axis
 from ....onednn import conv3d
 from ...graph.node import Node, Span, Step
-from ...graph.steps import Convolve, ConvolveTransposed, Resample
+from ...graph.steps import Convolve, ConvolveTransposed, Pieces, Resample
 from ..memory import Held
 from .common import Call, default_dim, dim_of, each
 
@@ -45,24 +46,121 @@ def convolution(call: Call) -> Optional[Node]:
         return None
     if _is_doubled(input, weight, axes, call.spec.dtype):
         return _doubled(call, input, weight, bias, groups)
-    inner = [0 if side == dim - 2 else one.before for side, one in enumerate(axes)]
-    uneven = [(0, 0) if side == dim - 2 else (0, one.after - one.before) for side, one in enumerate(axes)]
-    more = [value for pair in reversed(uneven) for value in pair]
-    convolve, inputs, values = _CONVOLVE[sides - 1], *_weights(input, weight, bias)
-
-    def run(pieces: Sequence[Tensor]) -> Tensor:
-        piece = F.pad(pieces[0], more) if any(more) else pieces[0]
-        kernel, shift = values(pieces)
-        if piece.dtype in _HALVES and piece.device.type == "cpu" and not _computes(piece.dtype):
-            wide = (
-                None if shift is None else shift.float()
-            )  # not kept: all weights at once would take twice their memory
-            return convolve(piece.float(), kernel.float(), wide, stride, inner, dilation, groups).to(piece.dtype)
-        return convolve(piece, kernel, shift, stride, inner, dilation, groups)
-
-    work = prod(weight.shape[1:])
-    step = Convolve(axis, input.shape[dim], dim, run, weight_bytes=_bytes(weight), work=work)
+    run, inputs = _Run.of(call, axes, dim)
+    elements = prod(call.spec.shape)
+    step: Convolve
+    if _halves_products(input, weight, axis, groups, call.spec.dtype) and elements >= _LEAST_PIXELS * weight.shape[0]:
+        step = _OfThreeRows(axis, input.shape[dim], dim, run, weight)
+    else:
+        step = Convolve(axis, input.shape[dim], dim, run, weight_bytes=_bytes(weight), work=prod(weight.shape[1:]))
     return call.node(step, inputs, [dim, *(None,) * (len(inputs) - 1)], dim)
+
+
+class _Run:
+    """Convolves rows of the input, padded along them already: the pieces are these, and what weights are nodes.
+
+    inner: the padding on the other sides; more: what `F.pad` adds where that is uneven.
+    """
+
+    def __init__(
+        self, convolve: Any, values: Callable[[Pieces], Any], arguments: tuple[Any, ...], more: Sequence[int]
+    ) -> None:
+        self._convolve, self._values, self._arguments, self._more = convolve, values, arguments, more
+
+    @classmethod
+    def of(cls, call: Call, axes: Sequence[Axis], dim: int) -> tuple[_Run, list[Node]]:
+        """For a call, and what it reads."""
+        given = call.given()
+        inner = [0 if side == dim - 2 else one.before for side, one in enumerate(axes)]
+        uneven = [(0, 0) if side == dim - 2 else (0, one.after - one.before) for side, one in enumerate(axes)]
+        more = [value for pair in reversed(uneven) for value in pair]
+        inputs, values = _weights(given["input"], given["weight"], given.get("bias"))
+        strides, dilations = ([getattr(axis, name) for axis in axes] for name in ("stride", "dilation"))
+        arguments = strides, inner, dilations, given.get("groups", 1)
+        return cls(_CONVOLVE[len(axes) - 1], values, arguments, more if any(more) else ()), inputs
+
+    def __call__(self, pieces: Pieces) -> Tensor:
+        piece, kernel, shift = self._operands(pieces)
+        if _is_slow(piece):
+            kernel = kernel.float()  # not kept: all weights at once would take twice their memory
+            return self.by(piece.float(), kernel, _wide(shift)).to(piece.dtype)
+        return self.by(piece, kernel, shift)
+
+    def by(self, piece: Tensor, kernel: Tensor, shift: Optional[Tensor]) -> Tensor:
+        """The convolution by another kernel."""
+        return self._convolve(piece, kernel, shift, *self._arguments)
+
+    def by_three_rows(self, pieces: Pieces, made: Callable[[Tensor], list[Tensor]], dim: int) -> Tensor:
+        """The same by kernels of one row, which are `made` of the weight."""
+        piece, kernel, shift = self._operands(pieces)
+        wide = winograd.convolve(piece.float(), made(kernel), _wide(shift), dim, self.by)
+        return wide.to(piece.dtype)
+
+    def _operands(self, pieces: Pieces) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+        piece = F.pad(pieces[0], self._more) if self._more else pieces[0]
+        return piece, *self._values(pieces)
+
+
+def _wide(shift: Optional[Tensor]) -> Optional[Tensor]:
+    return None if shift is None else shift.float()
+
+
+def _is_slow(piece: Tensor) -> bool:
+    """Whether a CPU convolves in half precision though it cannot."""
+    return piece.dtype in _HALVES and piece.device.type == "cpu" and not _computes(piece.dtype)
+
+
+_LEAST_CHANNELS = 64
+"""In and out, below which adding rows takes as long as multiplying them."""
+
+_LEAST_PIXELS = 1024
+"""Of a map, below which making the kernels takes as long as what they save."""
+
+
+def _halves_products(input: Node, weight: Any, axis: Axis, groups: int, dtype: torch.dtype) -> bool:
+    """Whether a convolution is one that a CPU does faster as `_OfThreeRows`."""
+    usual = axis == Axis(3, 1, 1, axis.before, axis.after) and len(input.shape) > 3 and groups == 1
+    if not usual or input.device.type != "cpu" or min(weight.shape[:2]) < _LEAST_CHANNELS:
+        return False
+    return dtype == torch.float32 or (dtype in _HALVES and not _computes(dtype))
+
+
+class _OfThreeRows(Convolve):
+    """A convolution by a kernel of three rows: while strips follow, by kernels of one row each, which it keeps.
+
+    Where a value is infinite sums of rows are not what eager sums: such a strip is convolved by the weight.
+    """
+
+    def __init__(self, axis: Axis, rows: int, dim: int, run: _Run, weight: Any) -> None:
+        products = prod(weight.shape[1:])
+        super().__init__(axis, rows, dim, self._either, weight_bytes=_bytes(weight), work=products * 2 // 3)
+        self.kernel_bytes = weight.shape[0] * products // 3 * winograd.PRODUCTS * 4
+        self.rows_together = winograd.ROWS
+        self._run, self._kept, self._kernels = run, False, None
+
+    def begin(self) -> None:
+        self._kept = True
+
+    def end(self) -> None:
+        self._kept, self._kernels = False, None
+
+    def _made(self, weight: Tensor) -> list[Tensor]:
+        if self._kernels is None:
+            self._kernels = winograd.kernels(weight, self.dim)
+        return self._kernels
+
+    def _either(self, pieces: Pieces) -> Tensor:
+        piece, *others = pieces
+        rows = piece.shape[self.dim] - 2
+        done = rows // winograd.ROWS * winograd.ROWS if self._kept else 0
+        if not done:
+            return self._run(pieces)
+        first = self._run.by_three_rows([piece.narrow(self.dim, 0, done + 2), *others], self._made, self.dim)
+        if not bool(first.sum().isfinite()):
+            return self._run(pieces)
+        if done == rows:
+            return first
+        return torch.cat((first, self._run([piece.narrow(self.dim, done, rows - done + 2), *others])), self.dim)
 
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -175,8 +273,12 @@ class _Doubled(Step):
 
     def __init__(self, weight: Held, bias: Any, rows: int, groups: int) -> None:
         self.weight, self.bias, self.rows, self.groups = weight, bias, rows, groups
-        self.weight_bytes = 4 * weight.tensor.nbytes * 4 // 9
+        self.weight_bytes = self.workspace = 4 * weight.tensor.nbytes * 4 // 9
         self.work = prod(weight.shape[1:]) * 4 // 9
+        self._kernels: list[list[Tensor]] = []
+
+    def end(self) -> None:
+        self._kernels = []
 
     def needs(self, first: int, last: int) -> Sequence[Span]:
         return ((max(first // 2 - 1, 0), min((last - 1) // 2 + 2, self.rows)),)
@@ -192,7 +294,7 @@ class _Doubled(Step):
                 :, :, first - 2 * low : last - 2 * low
             ]
         rows, width = high - low, piece.shape[-1]
-        kernels = self._kernels()
+        kernels = self._kernels = self._kernels or summed_kernels(self.weight.tensor)
         output: Optional[Tensor] = None
         for y in (0, 1):
             for x in (0, 1):
@@ -203,11 +305,6 @@ class _Doubled(Step):
                 output[..., y::2, x::2] = part[..., x : x + width]
         assert output is not None
         return output.narrow(2, first - 2 * low, last - first)
-
-    def _kernels(self) -> list[list[Tensor]]:
-        if "doubled" not in self.weight.made:
-            self.weight.made["doubled"] = summed_kernels(self.weight.tensor)
-        return self.weight.made["doubled"]
 
 
 def summed_kernels(weight: Tensor) -> list[list[Tensor]]:
