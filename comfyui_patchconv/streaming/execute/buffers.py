@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...memory import free, is_out_of_memory
+from ..graph.node import dense_strides
 from .copies import Arrival, Copies, copies_of
 
 AT_ONCE = 2
@@ -137,9 +138,10 @@ class FileBuffer:
         """The next part of the file, with the values of `strip`."""
         if not hasattr(os, "pwrite"):
             return self.empty(tuple(strip.shape), strip.dtype).copy_(strip)
-        strip = strip.contiguous()
+        if dense_strides(strip.shape, strip.stride()) != list(strip.stride()):
+            strip = strip.contiguous()
         self._write((ctypes.c_char * strip.nbytes).from_address(strip.data_ptr()))
-        return self._next(tuple(strip.shape), strip.dtype)
+        return self._next(tuple(strip.shape), strip.dtype).as_strided(strip.shape, strip.stride())
 
     def _next(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         count = torch.Size(shape).numel()
@@ -241,4 +243,6 @@ def lasting(like: Tensor, dim: int = -2) -> Tensor:
         shape = list(like.shape)
         shape[dim] += 1
         return like.new_empty(shape).narrow(dim, 0, like.shape[dim])
-    return torch.frombuffer(mmap.mmap(-1, like.nbytes, flags=flags), dtype=like.dtype).view(like.shape)
+    room = torch.frombuffer(mmap.mmap(-1, like.nbytes, flags=flags), dtype=like.dtype)
+    strides = dense_strides(like.shape, like.stride())
+    return room.view(like.shape) if strides is None else room.as_strided(like.shape, strides)

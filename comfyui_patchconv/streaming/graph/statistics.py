@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Optional
 
 import torch
@@ -32,12 +33,9 @@ class Statistics:
     def add(self, strip: Tensor) -> None:
         wide = strip if strip.dtype == torch.float64 else strip.float()
         batch, channels = strip.shape[:2]
-        each = strip.numel() // max(batch * channels, 1)
-        count = each * (channels // self.groups)
-        mean, scale = self._moments(wide.contiguous(), each)
-        if wide.device.type == "cpu" and bool((mean.abs() * scale > _VARIES_LITTLE).any()):
-            mean, scale = self._moments(wide.double().contiguous(), each)
-        mean, squares = in_float64(mean), in_float64(scale) ** -2 * count
+        count = strip.numel() // max(batch * self.groups, 1)
+        last = wide.dim() == 4 and wide.stride(1) == 1 < channels and wide.device.type == "cpu"
+        mean, squares = self._of_pixels(wide) if last else self._of_rows(wide, count)
         if self._mean is None or self._squares is None:
             self.count, self._mean, self._squares = count, mean, squares
             return
@@ -46,12 +44,36 @@ class Statistics:
         self._squares = self._squares + squares + difference**2 * (self.count * count / total)
         self.count = total
 
-    def _moments(self, wide: Tensor, each: int) -> tuple[Tensor, Tensor]:
-        """Mean and reciprocal deviation, `[N, groups]`, of a strip with `each` pixels for each channel."""
-        batch, channels = wide.shape[:2]
+    def _of_rows(self, wide: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Mean, and sum of squared differences to it, of groups of `count` elements."""
+        mean, scale = self._moments(wide.contiguous())
+        if wide.device.type == "cpu" and bool((mean.abs() * scale > _VARIES_LITTLE).any()):
+            mean, scale = self._moments(wide.double().contiguous())
+        return in_float64(mean), in_float64(scale) ** -2 * count
+
+    def _moments(self, wide: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and reciprocal deviation, `[N, groups]`."""
+        batch, channels, *sides = wide.shape
         # Of the operators that give both moments the fastest by far, though it normalises into the bargain.
-        _, mean, scale = torch.native_group_norm(wide, None, None, batch, channels, each, self.groups, 0.0)
+        _, mean, scale = torch.native_group_norm(wide, None, None, batch, channels, prod(sides), self.groups, 0.0)
         return mean, scale
+
+    def _of_pixels(self, wide: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of an image whose channels lie last: of each channel first, by differences to its first pixel."""
+        batch, channels = wide.shape[:2]
+        pixels = wide.permute(0, 2, 3, 1).reshape(batch, -1, channels)
+        first, count = pixels[:, :1], pixels.shape[1]
+        differences = pixels - first
+        mean = differences.sum(1).double() / count
+        squares = differences.square_().sum(1).double()
+        within = squares - mean**2 * count
+        if bool((within * _VARIES_LITTLE**2 < squares).any()):
+            differences = pixels.double() - first
+            mean = differences.mean(1)
+            within = differences.sub_(mean.unsqueeze(1)).square_().sum(1)
+        mean, within = (value.view(batch, self.groups, -1) for value in (mean + first.squeeze(1).double(), within))
+        whole = mean.mean(-1, keepdim=True)
+        return whole.squeeze(-1), within.sum(-1) + (mean - whole).square().sum(-1) * count
 
     @property
     def mean(self) -> Tensor:

@@ -61,8 +61,9 @@ class Pass:
 
     order: the steps, in the program's order. height: rows of the tallest target. strip_rows: of these, how many come
     at once. again: steps that are computed anew from stored maps rather than kept between strips. keeping: steps that
-    keep their kernels. shrinking: stored maps that are freed row by row as they are read. freed: stored maps that are freed behind it. work: bytes of maps
-    that it computes. line_bytes: of the rows that are kept between strips. workspace: bytes beside stored maps.
+    keep their kernels. shrinking: stored maps that are freed row by row as they are read. freed: stored maps that are
+    freed behind it. work: bytes of maps that it computes. line_bytes: of the rows that are kept between strips.
+    workspace: bytes beside stored maps.
     """
 
     targets: list[Target]

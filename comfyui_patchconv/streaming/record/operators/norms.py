@@ -57,7 +57,8 @@ def _normalised(call: Call, input: Any, groups: int, weight: Any, bias: Any, eps
 def _line_by_line(pieces: Sequence[Tensor], first: int, last: int) -> Tensor:
     """Each channel times its factor, and what is added to it: one pass, in half precision too."""
     piece, (mean, variance, scale, shift) = pieces
-    if piece.device.type in ("cpu", "cuda"):
+    apart = piece.shape[0] > 1 and piece.stride(1) == 1  # samples whose channels lie last
+    if piece.device.type in ("cpu", "cuda") and not apart:
         samples = piece.reshape(1, -1, *piece.shape[2:])
         return F.batch_norm(samples, mean, variance, scale, shift, False, 0.0, 0.0).view(piece.shape)
     shape = (*piece.shape[:2], *(1,) * (piece.dim() - 2))
