@@ -4,7 +4,8 @@ One decode, from `stream()` to the last strip:
 
 1. `stream(vae)` puts a method in the place of `decode` on the object's class (`target.Entry`), so that copies of the
    object carry nothing of ours. Its call arrives at `Streamed.call`, which asks `outside.eager_reason` whether there is
-   something that streaming does not go together with, such as an input that requires gradients, and begins a `Call`.
+   something that streaming does not go together with, such as an input that requires gradients, and begins a `Call`. A
+   small call that is like an earlier one, for which eager was best, is left to eager.
 
 2. record. `Call.run` wraps the maps among the arguments in `record.lazy.LazyTensor`s and calls the program, once. Each
    operator on one of these arrives at `Recorder.call`. It asks `record.shapes` what the result looks like, and the
@@ -43,9 +44,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional, Union
 
+import torch
 from torch import Tensor, nn
 
-from .call import Call, OnProgress, is_map, joins
+from .call import Call, OnProgress, is_map, joins, signature
 from .errors import CannotEstimateError
 from .estimate import Expected, Make, expect, peak_activations
 from .outside import eager_reason, undisturbed
@@ -72,7 +74,7 @@ class Streamed:
     `streamed`.
 
     budget: may be changed between calls; a schedule is kept as long as it suits. calls: how many had something to
-    stream. last: the last of them.
+    stream. last: the last that was recorded: a small one that is like another for which eager would do is not.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Streamed:
         self.calls = 0
         self.last: Optional[Call] = None
         self._schedules: OrderedDict[Any, Any] = OrderedDict()
+        self._eager: OrderedDict[Any, int] = OrderedDict()
 
     def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What `function(*args, **kwargs)` returns."""
@@ -98,11 +101,30 @@ class Streamed:
         if not any(is_map(value) for value in (*args, *kwargs.values())):
             self.calls += any(isinstance(value, Tensor) and not value.numel() for value in (*args, *kwargs.values()))
             return function(*args, **kwargs)
+        alike = None if torch.is_grad_enabled() or self.tuning.always else signature(function, args, kwargs)
+        if alike in self._eager and self._is_small(self._eager[alike]):
+            self.calls += 1
+            return function(*args, **kwargs)
         self.last = call = Call(self.budget, self.report, self.on_progress, self.tuning, self._schedules)
         with undisturbed():
             result = call.run(function, args, kwargs)
         self.calls += call.recorder.deferred > 0
+        if alike is not None and not call.in_strips and self._is_small(call.eager_peak):
+            self._eager[alike] = call.eager_peak
+            while len(self._eager) > _MOST:
+                self._eager.popitem(last=False)
         return result
+
+    def _is_small(self, eager_peak: int) -> bool:
+        """Whether a call that did as eager does takes so little that one like it need not be looked at."""
+        return eager_peak <= (_SMALL if self.budget is None else min(self.budget, _SMALL))
+
+
+_SMALL = 64 << 20
+"""Bytes at once up to which a call is left to eager that is like one for which eager did: recording it took longer."""
+
+_MOST = 64
+"""Such calls that are remembered."""
 
 
 def streamed(

@@ -15,7 +15,7 @@ from .execute.loop import Loop
 from .graph.node import Node, ancestors
 from .plan.choose import choose
 from .plan.eagerly import eager_schedule
-from .plan.schedule import Schedule, Tuning
+from .plan.schedule import Pass, Schedule, Tuning
 from .record.lazy import LazyTensor
 from .record.memory import is_plain
 from .record.recorder import Recorder
@@ -30,7 +30,8 @@ _SLOWER = 1.25
 class Call:
     """One call of a function. report, on_progress: see `streamed`. schedules: of earlier calls, by what they are for.
 
-    peak: bytes expected at once, of all segments. work: bytes of maps computed so far.
+    peak: bytes expected at once, of all segments. work: bytes of maps computed so far. in_strips: whether anything was
+    to be computed otherwise than eager does.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Call:
     ) -> None:  # fmt: skip
         self.budget, self.report, self.tuning = budget, report, tuning
         self.peak = self.stored = self.moved = self.elsewhere = self.work = self.eager_peak = self.planned = 0
-        self.streamed = False
+        self.streamed = self.in_strips = False
         self._on_progress, self._schedules, self._phantom = on_progress, schedules, phantom
         self._made: list[ref[Node]] = []
         self.recorder = Recorder(self.evaluate, report, phantom, **({"small": 0} if tuning.always else {}))
@@ -84,6 +85,7 @@ class Call:
         self.peak, self.stored = max(self.peak, schedule.peak), max(self.stored, schedule.stored)
         self.elsewhere, self.moved = max(self.elsewhere, schedule.elsewhere), self.moved + schedule.moved
         self.planned += schedule.work
+        self.in_strips = self.in_strips or any(isinstance(step, Pass) for step in schedule.steps)
         if self._phantom:
             for node in roots:
                 node.store(_without_values(node))
@@ -145,6 +147,28 @@ def is_map(value: Any) -> bool:
 def joins(args: Any, kwargs: Any) -> bool:
     """Whether the arguments of a call are deferred already, by a streamed call that it is a part of."""
     return any(isinstance(value, LazyTensor) for value in (*args, *kwargs.values()))
+
+
+def signature(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """What two calls of a function have in common if they are alike: the object that it is a method of, what its
+    arguments are, and what tensors among these look like. None for a call that is like no other."""
+    try:
+        owner = ref(getattr(function, "__self__", function))
+        key = owner, getattr(function, "__func__", None), _looks(args), _looks(kwargs)
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _looks(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(_looks(one) for one in value)
+    if isinstance(value, dict):
+        return tuple((name, _looks(one)) for name, one in value.items())
+    return type(value), value
 
 
 def _without_values(node: Node) -> Tensor:
@@ -214,7 +238,8 @@ def _traits(node: Node) -> tuple[Any, ...]:
         return ()
     last = node.rows - 1
     needs = () if step.takes_all else tuple(tuple(step.needs(row, row + 1)) for row in (0, last // 2, last))
-    return type(step), step.cheap, step.moves, step.weight_bytes, step.workspace, step.least_rows, step.work, needs
+    costs = step.weight_bytes, step.kernel_bytes, step.workspace, step.least_rows, step.rows_together, step.work
+    return type(step), step.cheap, step.moves, *costs, needs
 
 
 def _named(nodes: Sequence[Node]) -> dict[Node, int]:

@@ -274,9 +274,12 @@ def test_half_precision_is_as_near_to_float64_as_eager(dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("half", ["decoder", "encoder"])
 def test_a_vae_in_half_precision_is_as_near_to_float64_as_eager(half: str) -> None:
-    """Stable Diffusion's, at full width, in strips of a few rows; channels last makes eager 40 times faster."""
+    """Stable Diffusion's, at full width, in strips of a few rows; channels last makes eager 40 times faster.
+
+    Six pictures: the rounding of one differs by a tenth either way.
+    """
     generator = torch.Generator().manual_seed(0)
-    input = torch.randn(2, *((3, 64, 64) if half == "encoder" else (4, 8, 8)), generator=generator).bfloat16()
+    input = torch.randn(6, *((3, 64, 64) if half == "encoder" else (4, 8, 8)), generator=generator).bfloat16()
     input = input.contiguous(memory_format=torch.channels_last)
 
     def run(vae: Any, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
@@ -217,6 +218,52 @@ def test_a_second_call_plans_nothing() -> None:
     assert kept
     assert dict(runner._schedules) == kept
     assert torch.equal(first, second)
+
+
+class TestSmallCalls:
+    """One for which eager's schedule was best is not recorded again, while nothing has changed."""
+
+    module = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 4, 3, padding=1))
+
+    @torch.no_grad()
+    def recorded(self, calls: Sequence[Any], **kwargs: Any) -> list[bool]:
+        runner, found = Streamed(**kwargs), []
+        for x, *more in calls:
+            before = runner.last
+            result = runner.call(self.module, (x, *more), {})
+            torch.testing.assert_close(result, self.module(x))
+            found.append(runner.last is not before)
+        assert runner.calls == len(calls)
+        return found
+
+    def test_alike(self) -> None:
+        x = torch.randn(1, 4, 256, 256)
+        assert self.recorded([(x,), (torch.randn_like(x),)]) == [True, False]
+
+    def test_of_another_shape_or_order(self) -> None:
+        x = torch.randn(1, 4, 256, 256)
+        others = x[:, :, :128], x.contiguous(memory_format=torch.channels_last)
+        assert self.recorded([(x,), *((other,) for other in others), (x,)]) == [True, True, True, False]
+
+    def test_within_a_budget_that_eager_exceeds(self) -> None:
+        x = torch.randn(1, 4, 256, 256)
+        assert self.recorded([(x,), (x,)], budget=3 << 20) == [True, True]
+
+    def test_always(self) -> None:
+        x = torch.randn(1, 4, 256, 256)
+        assert self.recorded([(x,), (x,)], tuning=Tuning(always=True)) == [True, True]
+
+    def test_with_gradients_on(self) -> None:
+        x, runner = torch.randn(1, 4, 256, 256), Streamed()
+        assert not any(runner.call(self.module, (x,), {}).requires_grad for _ in range(3))
+
+    def test_another_module(self) -> None:
+        x, runner = torch.randn(1, 4, 256, 256), Streamed()
+        with torch.no_grad():
+            for module in (self.module, deepcopy(self.module)):
+                before = runner.last
+                runner.call(module, (x,), {})
+                assert runner.last is not before
 
 
 @pytest.mark.parametrize("budget", [0, -1, 1.5, "2GiB", True])
