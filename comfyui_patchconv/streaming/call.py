@@ -50,16 +50,19 @@ class Call:
         recorder = self.recorder
         originals: dict[int, Tensor] = {}
 
+        entered: dict[int, LazyTensor] = {}
+
         def enter(value: Any) -> Any:
             if not is_map(value):
                 return value
-            lazy = recorder.defer(value)
-            originals[id(lazy)] = value
+            lazy = entered.get(id(value))  # two arguments may be one object
+            if lazy is None:
+                lazy = entered[id(value)] = recorder.defer(value)
+                originals[id(lazy)] = value
             return lazy
 
         given = [enter(value) for value in args]
         named = {name: enter(value) for name, value in kwargs.items()}
-        entered = [value for value in (*given, *named.values()) if isinstance(value, LazyTensor)]
         try:
             with recorder:
                 result = function(*given, **named)
@@ -70,7 +73,7 @@ class Call:
         with torch.no_grad():
             recorder.finish()
         self.eager_peak = recorder.eager_peak
-        back = {id(value): originals[id(value)] for value in entered}
+        back = {id(value): originals[id(value)] for value in entered.values()}
         return _with_originals(result, back)
 
     def begin(self) -> None:

@@ -84,6 +84,34 @@ def test_what_is_not_finite_stays_where_eager_has_it(tuning: Tuning, value: floa
 
 
 @strips
+@pytest.mark.parametrize("factor", [1e3, 1e4, 1e6])
+def test_an_outlier_costs_rows_around_it_no_digits(tuning: Tuning, factor: float) -> None:
+    """Seen where what follows is bounded: the outlier's own values do not widen the range there."""
+    torch.manual_seed(0)
+    convolution, x = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), torch.randn(1, CHANNELS, 90, 20)
+    x[:, :, 44, 8] *= factor
+    with torch.no_grad():
+        actual = streamed(lambda x: torch.tanh(convolution(x)), tuning=tuning)(x)
+        exact = torch.tanh(convolution.double()(x.double()))
+    difference = (actual - exact).abs()
+    difference[:, :, 43:46, 7:10] = 0  # what the outlier is a part of
+    assert float(difference.max()) < 1e-5
+
+
+def test_what_reads_memory_as_it_lies_reads_eagers_order() -> None:
+    """Upsampled and convolved at once, channels last inside."""
+    torch.manual_seed(0)
+    convolution, x = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), torch.randn(1, CHANNELS, 40, 40)
+
+    def blocks(x: Tensor) -> Tensor:
+        y = convolution(F.interpolate(x, scale_factor=2.0))
+        return y.as_strided((CHANNELS, 20, 20, 4, 4), (6400, 320, 4, 80, 1)) * 2
+
+    with torch.no_grad():
+        assert_same(streamed(blocks)(x), blocks(x), 1e-5)
+
+
+@strips
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_no_farther_from_float64_than_eager(tuning: Tuning, dtype: torch.dtype) -> None:
     module, x = block(dtype), torch.randn(1, CHANNELS, 40, 30).to(dtype)

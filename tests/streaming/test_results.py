@@ -277,6 +277,16 @@ def test_what_is_in_a_result_twice_is_one_object() -> None:
     assert held.again[0] is one
 
 
+def test_what_is_given_twice_is_one_object() -> None:
+    def attend(query: Tensor, key: Tensor, value: Tensor, *, other: Tensor) -> Any:
+        return c(query), query is key, query is value, query is other, key
+
+    with torch.no_grad():
+        result = streamed(attend, tuning=FEW_ROWS)(X, X, X.clone(), other=X)
+    assert result[1:4] == (True, False, True)
+    assert result[4] is X
+
+
 def test_attributes_of_a_map_stay_on_it() -> None:
     def run(x: Tensor) -> Any:
         y: Any = c(x)

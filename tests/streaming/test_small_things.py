@@ -154,6 +154,7 @@ SMALL: dict[str, Function] = {
     "avg_pool3d without a batch": lambda x: F.avg_pool3d(c(x) * 1, 2),
     "avg_pool2d without a batch": lambda x: F.avg_pool2d(c(x)[0], 2),
     "avg_pool1d without a batch": lambda x: F.avg_pool1d(c(x)[0, 0], 2),
+    "max_pool2d of integers": lambda x: F.max_pool2d((c(x) * 50).to(torch.int16), 3, 1, 1),
     "max_pool2d without a batch": lambda x: F.max_pool2d(c(x)[1], 3, 2, 1),
     "max_pool3d without a batch": lambda x: F.max_pool3d(c(x).contiguous(), (1, 2, 2)),
     "adaptive pool without a batch": lambda x: F.adaptive_avg_pool2d(c(x)[0], (2, None)),
@@ -280,6 +281,10 @@ SMALL: dict[str, Function] = {
     ),
     "NaN through a sort": lambda x: with_nan(x).sort(2)[0],
     # upsampling
+    "upsampling by 41, which float32 has rows too early for": lambda x: F.interpolate(
+        c(x).flatten(2), scale_factor=41.0
+    ),
+    "upsampling by 47 and by 3": lambda x: F.interpolate(c(x), scale_factor=(47.0, 3.0)),
     "upsampling to its own size": lambda x: F.interpolate(c(x), size=(9, 7), mode="bilinear"),
     "upsampling by odd factors": lambda x: c(F.interpolate(c(x), scale_factor=(1.7, 2.3), mode="bilinear")),
     "upsampling by recomputed factors": lambda x: F.interpolate(

@@ -535,6 +535,26 @@ def test_autocast_gives_eagers_types_and_values(where: str) -> None:
     assert_alike(result, expected, 3e-2)
 
 
+def test_autocast_is_what_it_was_where_an_operator_was_called() -> None:
+    """Not what it is where values are demanded."""
+    convolution, linear = nn.Conv2d(4, 8, 3, padding=1), nn.Linear(7, 7)
+
+    def without_within(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return linear(convolution(x)) * 1.0
+
+    def demanded_within(x: Tensor) -> Tensor:
+        y = convolution(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            y.mean().item()
+        return y
+
+    with torch.no_grad():
+        for run, around in ((without_within, True), (demanded_within, False)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=around):
+                assert_alike(streamed(run, tuning=FEW_ROWS)(X), run(X), 1e-5)
+
+
 def test_a_default_device_and_dtype_around_a_streamed_call() -> None:
     def run(inner: nn.Module, x: Tensor) -> Any:
         return inner(x), torch.zeros(3), torch.ones(2).device.type

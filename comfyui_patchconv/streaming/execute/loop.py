@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Optional, Union
 
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from ... import planner
 from ...memory import anonymous, is_out_of_memory, keep_freed_blocks, release, trim
-from ..graph.node import Node, Span
+from ..graph.node import Node, Span, in_order
 from ..plan.schedule import Apply, Pass, Schedule, Target
 from .buffers import lasting
 from .stored import Single, Strips, empty
@@ -18,6 +20,16 @@ from .strips import Parts, Rows, Work
 
 OnProgress = Callable[[int], None]
 """Called after each strip with the bytes of maps that it computed."""
+
+
+_AUTOCAST: Any = functools.reduce(
+    operator.or_,
+    (
+        torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
+        for name in dir(torch._C.DispatchKey)
+        if name.startswith("Autocast")
+    ),
+)
 
 
 class Loop:
@@ -34,7 +46,8 @@ class Loop:
     def run(self) -> None:
         """Do all of it. Raises what operators raise; of memory that runs out only where a single row does not fit."""
         keep_freed_blocks()
-        with torch.inference_mode():
+        # What autocast had to do with these operators was done when the program called them.
+        with torch.inference_mode(), torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
             for step in self._schedule.steps:
                 if isinstance(step, Apply):
                     self._apply(step)
@@ -93,7 +106,7 @@ def _as_stored(node: Node, result: Tensor, inference: bool, count: Callable[[int
     single: Single = object.__new__(Single)
     single.node, single.end, single.dim, single._count = node, node.rows, node.dim or 0, count
     count(node.bytes)
-    if result.is_inference() != inference or result.shape != node.shape:
+    if result.is_inference() != inference or result.shape != node.shape or not in_order(result, node.strides):
         with torch.inference_mode(inference):
             kept = empty(node)
         result = kept.copy_(result)

@@ -124,6 +124,14 @@ def dense_strides(shape: Sequence[int], strides: Sequence[int]) -> Optional[list
     return dense
 
 
+def in_order(tensor: Any, strides: Sequence[int]) -> bool:
+    """Whether places of a tensor follow each other in memory as `strides` have them, gaps left out of account."""
+    wanted, own = (dense_strides(tensor.shape, one) for one in (strides, tensor.stride()))
+    if wanted is None or own is None:
+        return True
+    return all(one == other or side <= 1 for one, other, side in zip(wanted, own, tensor.shape))
+
+
 def ancestors(roots: Iterable[Node]) -> list[Node]:
     """The nodes that are not stored and lead to `roots`, these included, in the program's order."""
     found: set[Node] = set()

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import (
 )
 
 from ..errors import CannotEstimateError
-from ..graph.node import Node, ancestors, dense_strides
+from ..graph.node import Node, ancestors, dense_strides, in_order
 from ..graph.steps import Whole
 from . import operators, views
 from .arguments import (
@@ -533,9 +533,7 @@ class Recorder(TorchDispatchMode):
         """A value in the order in which eager has it in memory: what operators give goes by that. A write may have left
         it in another."""
         dense = dense_strides(spec.shape, spec.strides)
-        order = dense_strides(value.shape, value.stride())
-        pairs = zip(dense or (), order or (), spec.shape)
-        if dense is None or order is None or all(one == other or side <= 1 for one, other, side in pairs):
+        if dense is None or in_order(value, spec.strides):
             return value
         with self.as_called():
             laid = torch.empty_strided(spec.shape, dense, dtype=value.dtype, device=value.device)

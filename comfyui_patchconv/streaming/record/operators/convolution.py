@@ -136,10 +136,21 @@ def _halves_products(input: Node, weight: Any, axis: Axis, groups: int, dtype: t
     return dtype == torch.float32 or (dtype in _HALVES and not _computes(dtype))
 
 
+_OUTLIER = 32
+"""How many times the root mean square of a strip its largest value may be."""
+
+
+def _is_even(strip: Tensor) -> bool:
+    """Whether all values of a strip are finite, and no outliers."""
+    largest = torch.maximum(strip.amax(), -strip.amin())
+    return bool(largest * strip.numel() ** 0.5 <= _OUTLIER * torch.linalg.vector_norm(strip))
+
+
 class _OfThreeRows(Convolve):
     """A convolution by a kernel of three rows: while strips follow, by kernels of one row each, which it keeps.
 
-    Where a value is infinite sums of rows are not what eager sums: such a strip is convolved by the weight.
+    Rows are added up before they are multiplied: an outlier costs the rows around it digits, and one that is infinite
+    makes them so. A strip that shows any is convolved by the weight, and after two of them all that follow are.
     """
 
     def __init__(self, axis: Axis, rows: int, dim: int, run: _Run, weight: Any) -> None:
@@ -147,10 +158,10 @@ class _OfThreeRows(Convolve):
         super().__init__(axis, rows, dim, self._either, weight_bytes=_bytes(weight), work=products * 2 // 3)
         self.kernel_bytes = weight.shape[0] * products // 3 * winograd.PRODUCTS * 4
         self.rows_together = winograd.ROWS
-        self._run, self._kept, self._kernels = run, False, None
+        self._run, self._kept, self._kernels, self._uneven = run, False, None, 0
 
     def begin(self) -> None:
-        self._kept = True
+        self._kept, self._uneven = True, 0
 
     def end(self) -> None:
         self._kept, self._kernels = False, None
@@ -167,7 +178,9 @@ class _OfThreeRows(Convolve):
         if not done:
             return self._run(pieces)
         first = self._run.by_three_rows([piece.narrow(self.dim, 0, done + 2), *others], self._made, self.dim)
-        if not bool(first.sum().isfinite()):
+        if not _is_even(first):
+            self._uneven += 1
+            self._kept = self._uneven < 2
             return self._run(pieces)
         if done == rows:
             return first
@@ -339,7 +352,7 @@ def pool(call: Call) -> Optional[Node]:
             return func(pieces[0], kernel, stride, inner, dilation)
         return func(pieces[0], kernel, stride, inner, *rest)
 
-    fill = float("-inf") if largest else 0.0
+    fill = 0.0 if not largest else float("-inf") if input.dtype.is_floating_point else torch.iinfo(input.dtype).min
     step = Convolve(axis, input.shape[dim], dim, run, work=prod(kernel), fill=fill)
     return call.node(step, [input], [dim], dim)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Optional
 
 import torch
@@ -34,8 +35,8 @@ def upsample(call: Call) -> Optional[Node]:
     if scales is not None and any(scale is not None and scale != factor for scale, factor in zip(scales, factors)):
         return None
     up = int(factors[dim - 2])
-    if halo and up & (up - 1):  # eager finds the weights of rows in float32, exactly for powers of two alone
-        return None
+    if up & (up - 1) and (halo or not _finds_rows(up, input.shape[dim])):
+        return None  # eager finds rows, and the weights of smooth ones, in float32: exactly for powers of two alone
 
     def run(piece: Tensor) -> Tensor:
         return F.interpolate(piece, scale_factor=factors, mode=mode)
@@ -43,6 +44,15 @@ def upsample(call: Call) -> Optional[Node]:
     double = mode == "nearest" and factors == [2.0, 2.0]
     step = Resample(up, 1, input.shape[dim], dim, run, halo=halo, double=double)
     return call.node(step, [input], [dim], dim)
+
+
+@cache
+def _finds_rows(up: int, rows: int) -> bool:
+    """Whether output row i of nearest upsampling is made of row i // up in float32 too."""
+    places = torch.arange(up * rows, dtype=torch.float32, device="cpu")
+    return bool(
+        (places * torch.tensor(1 / up, dtype=torch.float32)).floor().equal(places.div(up, rounding_mode="floor"))
+    )
 
 
 def _scales(given: dict[str, Any], sides: int) -> Optional[list[Any]]:
