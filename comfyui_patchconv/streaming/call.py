@@ -13,6 +13,7 @@ from torch import Tensor
 from .execute.buffers import require_room, room
 from .execute.loop import Loop
 from .graph.node import Node, ancestors
+from .graph.steps import RowLocal
 from .plan.choose import choose
 from .plan.eagerly import eager_schedule
 from .plan.schedule import Pass, Schedule, Tuning
@@ -240,7 +241,11 @@ def _traits(node: Node) -> tuple[Any, ...]:
     if step is None:
         return ()
     last = node.rows - 1
-    needs = () if step.takes_all else tuple(tuple(step.needs(row, row + 1)) for row in (0, last // 2, last))
+    needs = (
+        ()
+        if step.takes_all or type(step) is RowLocal
+        else tuple(tuple(step.needs(row, row + 1)) for row in (0, last // 2, last))
+    )
     costs = step.weight_bytes, step.kernel_bytes, step.workspace, step.least_rows, step.rows_together, step.work
     return type(step), step.cheap, step.moves, *costs, needs
 

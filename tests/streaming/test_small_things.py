@@ -39,6 +39,8 @@ def heads(x: Tensor, count: int) -> Tensor:
 
 SMALL: dict[str, Function] = {
     # paddings
+    "padding that keeps the size": lambda x: F.conv2d(c(x), w(5, 4, 3, 2), padding="same"),
+    "no padding by name": lambda x: F.conv2d(c(x), w(5, 4, 3, 2), padding="valid"),
     "pad by nothing": lambda x: F.pad(c(x), ()) * 1,
     "pad by zeros": lambda x: F.pad(c(x), (0, 0, 0, 0)) * 1,
     "pad one side": lambda x: F.pad(c(x), (0, 1)),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from comfyui_patchconv.streaming import stream, streamed
 
@@ -533,6 +534,35 @@ def test_autocast_gives_eagers_types_and_values(where: str) -> None:
             expected = module(X)
             result = streamed(module, tuning=FEW_ROWS)(X)
     assert_alike(result, expected, 3e-2)
+
+
+class Scaled(torch.autograd.Function):
+    """Keeps its arguments for a gradient that nobody asks for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError
+
+
+def test_functions_that_save_maps_for_gradients_run() -> None:
+    """Gradients are on, and weights ask for them: the result has none, and no exception comes."""
+    weight = nn.Parameter(torch.full((1,), 3.0))
+    runs: dict[str, Any] = {
+        "of an argument": lambda inner, x: Scaled.apply(x, weight),
+        "of a map": lambda inner, x: Scaled.apply(inner(x), weight),
+        "a checkpoint": lambda inner, x: checkpoint(inner, x * 2, use_reentrant=False),
+    }
+    for name, run in runs.items():
+        module = WithFunction(run)
+        result = streamed(module, tuning=FEW_ROWS)(X)
+        assert not result.requires_grad, name
+        with torch.no_grad():
+            assert_alike(result, module(X), 1e-5)
 
 
 def test_autocast_is_what_it_was_where_an_operator_was_called() -> None:

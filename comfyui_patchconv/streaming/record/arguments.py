@@ -11,7 +11,7 @@ from torch import Tensor
 from ..graph.node import Node, dense_strides
 from .lazy import LazyTensor
 from .memory import Held, is_plain
-from .schema import Operator
+from .schema import Operator, operator_of
 from .shapes import SIMPLE, Spec
 
 
@@ -54,7 +54,7 @@ def tensors_in(value: Any) -> list[Any]:
 
 def are_usual(tensors: list[Any]) -> bool:
     """Whether tensors are all deferred or plain."""
-    return all(type(one) is LazyTensor or is_plain(one) for one in tensors)
+    return all([type(one) is LazyTensor or is_plain(one) for one in tensors])
 
 
 def has_no_values(values: Any) -> bool:
@@ -75,7 +75,7 @@ def mixes_devices(values: Any) -> bool:
 
 def spec_of(value: Any) -> Optional[Spec]:
     """What a tensor looks like; None for anything else."""
-    if isinstance(value, LazyTensor):
+    if type(value) is LazyTensor:
         return value.view_.spec
     return Spec.of(value) if isinstance(value, Tensor) else None
 
@@ -95,12 +95,14 @@ def numel(spec: Spec) -> int:
 
 def device_of(func: Any, args: Any, kwargs: dict[str, Any], sources: list[Node]) -> torch.device:
     """Where the result of `func` lies."""
-    given = device_given(kwargs, None)
-    if given is None and func.overloadpacket.__name__ in ("to", "type_as", "_to_copy"):
+    given = device_given(kwargs, None) if kwargs else None
+    if given is None and operator_of(func).name in ("to", "type_as", "_to_copy"):
         given = next((value for value in args if isinstance(value, torch.device)), None)
         if given is None and len(args) > 1 and isinstance(args[1], (Node, Held)):
             given = args[1].device if isinstance(args[1], Node) else args[1].tensor.device
-    return numbered(given) if given is not None else max(sources, key=lambda node: node.bytes).device
+    if given is not None:
+        return numbered(given)
+    return sources[0].device if len(sources) == 1 else max(sources, key=lambda node: node.bytes).device
 
 
 def device_given(kwargs: dict[str, Any], otherwise: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..graph.node import Node
-from .shapes import Spec
+from .shapes import SIMPLE, Spec
 
 if TYPE_CHECKING:
     from .recorder import Recorder
@@ -43,9 +43,11 @@ class Cell:
 
 
 def _bytes(spec: Spec) -> int:
-    if 0 in spec.shape:
-        return 0
-    reach = 1 + sum((side - 1) * stride for side, stride in zip(spec.shape, spec.strides))
+    reach = 1
+    for side, stride in zip(spec.shape, spec.strides):
+        if not side:
+            return 0
+        reach += (side - 1) * stride
     return reach * spec.dtype.itemsize
 
 
@@ -137,7 +139,8 @@ class LazyTensor(Tensor):
     @staticmethod
     def __new__(cls, view: View) -> LazyTensor:
         spec = view.spec
-        with torch._C._InferenceMode(True):  # all alike: views of others would be tracked
+        # All alike: views of others would be tracked. With gradients on a program may save them for some.
+        with torch._C._InferenceMode(not view.cell.recorder.gradients), torch.no_grad():
             tensor = Tensor._make_wrapper_subclass(
                 cls, spec.shape, strides=spec.strides, storage_offset=spec.offset, dtype=spec.dtype, device=view.device
             )
@@ -153,7 +156,7 @@ class LazyTensor(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not all(issubclass(kind, Tensor) for kind in types):
+        if len(types) > 1 and not all(issubclass(kind, Tensor) for kind in types):
             return NotImplemented  # it is for the other to say
         name = getattr(func, "__name__", "")
         if name == "__get__" and func.__self__.__name__ not in _ACTING:
@@ -200,8 +203,11 @@ _GIVING = frozenset(
 def recorder_of(*values: Any) -> Any:
     """The recorder of the first deferred tensor among arguments."""
     for value in values:
-        if isinstance(value, LazyTensor):
+        kind = type(value)
+        if kind is LazyTensor:
             return value.view_.cell.recorder
+        if kind in SIMPLE:
+            continue
         if isinstance(value, (list, tuple)):
             found = recorder_of(*value)
         elif isinstance(value, dict):

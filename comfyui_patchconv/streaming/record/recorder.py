@@ -97,9 +97,11 @@ class Recorder(TorchDispatchMode):
 
     def lives(self, size: int) -> None:
         """So many bytes more, or fewer, are alive."""
-        self.alive += size
-        self.eager_peak = max(self.eager_peak, self.alive)
-        self.peak_since = max(self.peak_since, self.alive)
+        self.alive = alive = self.alive + size
+        if alive > self.peak_since:
+            self.peak_since = alive
+            if alive > self.eager_peak:
+                self.eager_peak = alive
 
     def held(self) -> list[LazyTensor]:
         """The deferred tensors that the program has."""
@@ -175,7 +177,9 @@ class Recorder(TorchDispatchMode):
             operator = operator_of(func)
             if operator.written:
                 return self._write(func, operator, args, kwargs)
-            tensors = tensors_in((args, kwargs))
+            tensors = tensors_in(args)
+            if kwargs:
+                tensors += tensors_in(kwargs)
             if not are_usual(tensors):
                 return self._now(func, args, kwargs)
             if operator.name in operators.LIKE:
@@ -266,7 +270,7 @@ class Recorder(TorchDispatchMode):
 
     def _own(self, node: Node, spec: Spec) -> LazyTensor:
         """A tensor with memory of its own."""
-        cell = Cell(self, spec._replace(alias=None), node)
+        cell = Cell(self, spec if spec.alias is None else spec._replace(alias=None), node)
         return LazyTensor(View(cell, cell.whole, node.device))
 
     # Views
@@ -637,7 +641,10 @@ def _operands(recorder: Recorder, value: Any, found: Optional[list[Node]] = None
             found.append(node)
         return node
     if isinstance(value, (list, tuple)):
-        return type(value)([_operands(recorder, one, found) for one in value])
+        for one in value:
+            if type(one) not in SIMPLE:
+                return type(value)([_operands(recorder, one, found) for one in value])
+        return value
     if isinstance(value, dict):
         return {key: _operands(recorder, one, found) for key, one in value.items()}
     return value

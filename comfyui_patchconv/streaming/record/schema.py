@@ -11,11 +11,13 @@ import torch
 class Operator(NamedTuple):
     """What is known of an operator from its schema.
 
-    written: names and places of the arguments that it writes to. functional: the operator that gives the result instead
-    of writing it. looks: it needs values. draws: it may draw random numbers. reshapes: it changes its argument's shape.
+    names: of its arguments. written: names and places of those that it writes to. functional: the operator that gives
+    the result instead of writing it. looks: it needs values. draws: it may draw random numbers. reshapes: it changes
+    its argument's shape.
     """
 
     name: str
+    names: tuple[str, ...]
     written: tuple[tuple[int, str], ...]
     functional: Any
     looks: bool
@@ -45,12 +47,13 @@ def operator_of(func: Any) -> Operator:
     looks = bool(tags & _LOOKING) or name in ("_local_scalar_dense", "equal", "is_nonzero", "item")
     may_draw = torch.Tag.nondeterministic_seeded in tags or name in ("normal_", "uniform_", "bernoulli_", "random_")
     reshapes = torch.Tag.inplace_view in tags or name in ("set_", "resize_", "resize_as_")
-    return Operator(name, written, functional, looks, may_draw, reshapes)
+    names = tuple(argument.name for argument in schema.arguments)
+    return Operator(name, names, written, functional, looks, may_draw, reshapes)
 
 
 def draws(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     """Whether an operator that can draw random numbers does: dropout of nothing, or in evaluation, does not."""
-    given = {one.name: value for one, value in zip(func._schema.arguments, args)} | kwargs
+    given = dict(zip(operator_of(func).names, args)) | kwargs
     if "dropout_p" in given or func.overloadpacket.__name__.startswith(("scaled_dot", "_scaled_dot")):
         return bool(given.get("dropout_p"))
     return bool(given["p"]) and bool(given.get("train", True)) if "p" in given else True

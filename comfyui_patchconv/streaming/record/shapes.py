@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from .schema import operator_of
+
 
 class Spec(NamedTuple):
     """A tensor without its values. alias: the place of the argument that it is a view of; None for its own memory."""
@@ -71,7 +73,10 @@ def _key(value: Any, spec: Callable[[Any], Optional[Spec]], kinds: list[str]) ->
     if kind in SIMPLE:
         return kind, value
     if kind is list or kind is tuple:
-        return tuple([_key(one, spec, kinds) for one in value])
+        for one in value:
+            if type(one) is not int:
+                return tuple([_key(one, spec, kinds) for one in value])
+        return int, tuple(value)
     sort = spec(value)
     if sort is not None:
         kinds.append(value.device.type)
@@ -188,7 +193,7 @@ _CONVOLUTIONS = frozenset(
 def _as_backend_has_it(func: Any, args: Any, kwargs: dict[str, Any], spec: Any, result: Spec) -> Spec:
     """The result of a convolution, whose strides are up to the backend that will be chosen for its arguments: channels
     last where these are, on most. Asked for the CPU, whose tensors take no memory until they are written to."""
-    given = {one.name: value for one, value in zip(func._schema.arguments, args)} | kwargs
+    given = dict(zip(operator_of(func).names, args)) | kwargs
     input, weight = spec(given["input"]), spec(given["weight"])
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     last = formats.get(len(result.shape))
@@ -202,8 +207,9 @@ def _as_backend_has_it(func: Any, args: Any, kwargs: dict[str, Any], spec: Any, 
             values = [value] if isinstance(value, int) else list(value)
             return values * sides if len(values) == 1 else values
 
-        if isinstance(given.get("padding"), str):
-            return result
+        if isinstance(given.get("padding"), str):  # the same on either side, but for what the input is padded by before
+            pairs = zip(weight.shape[2:], each("dilation", 1))
+            given["padding"] = [0 if given["padding"] == "valid" else step * (side - 1) // 2 for side, step in pairs]
         x, w = (torch.empty_strided(one.shape, one.strides, dtype=one.dtype) for one in (input, weight))
         transposed = "transpose" in func.overloadpacket.__name__ or bool(given.get("transposed"))
         backend = torch._C._select_conv_backend(
@@ -232,7 +238,7 @@ def _of_attention(
     args: Any, kwargs: dict[str, Any], func: Any, spec: Callable[[Any], Optional[Spec]], result: Spec
 ) -> Spec:
     """The result of attention, which fused kernels give with its heads behind the pixels."""
-    given = {one.name: value for one, value in zip(func._schema.arguments, args)} | kwargs
+    given = dict(zip(operator_of(func).names, args)) | kwargs
     looks = [spec(given[name]) for name in ("query", "key", "value")]
     if len(result.shape) != 4 or any(one is None or len(one.shape) != 4 for one in looks):
         return result

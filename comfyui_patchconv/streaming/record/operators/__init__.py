@@ -7,6 +7,7 @@ Operators come composite (`aten.conv2d`) or decomposed (`aten.convolution`): bot
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Optional
 
 import torch
@@ -71,14 +72,20 @@ OF_MAPS = frozenset(
 
 def knows(func: Any) -> bool:
     """Whether it is known which rows `func` makes of which, though perhaps not for all of its arguments."""
-    return func.namespace == "aten" and func.overloadpacket.__name__ in _TABLE
+    return _builder(func) is not None
+
+
+@cache
+def _builder(func: Any) -> Optional[Callable[[Call], Optional[Node]]]:
+    """What makes the node of a call of `func`."""
+    return _TABLE.get(func.overloadpacket.__name__) if func.namespace == "aten" else None
 
 
 def build(
     recorder: Any, func: Any, args: Any, kwargs: dict[str, Any], spec: Spec, device: torch.device
 ) -> Optional[Node]:
     """The node of what `func` returns, row by row or as a reduction; None if it needs all of its arguments."""
-    builder = _TABLE.get(func.overloadpacket.__name__) if func.namespace == "aten" else None
+    builder = _builder(func)
     if builder is None or 0 in spec.shape:
         return None
     node = builder(Call(recorder, func, args, kwargs, spec, device))

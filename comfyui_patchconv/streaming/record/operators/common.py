@@ -11,6 +11,7 @@ from torch import Tensor
 from ...graph.node import Node, Step
 from ...graph.steps import RowLocal
 from ..memory import Held
+from ..schema import operator_of
 from ..shapes import SIMPLE, Spec
 
 
@@ -29,11 +30,11 @@ class Call(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.func.overloadpacket.__name__
+        return operator_of(self.func).name
 
     def given(self) -> dict[str, Any]:
         """The arguments by name, those left out excepted."""
-        return {one.name: value for one, value in zip(self.func._schema.arguments, self.args)} | self.kwargs
+        return dict(zip(operator_of(self.func).names, self.args)) | self.kwargs
 
     def node(self, step: Step, inputs: Sequence[Node], dims: Sequence[Optional[int]], dim: Optional[int]) -> Node:
         step.name = self.name

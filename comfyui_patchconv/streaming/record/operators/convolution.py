@@ -24,6 +24,10 @@ _CONVOLVE_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose
 _POOLS = ("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d")
 
 
+_axis = cache(Axis.of)
+_USUAL = Axis(3, 1, 1, 1, 1)
+
+
 def convolution(call: Call) -> Optional[Node]:
     """`conv1d`, `conv2d`, `conv3d`, and `convolution`, which may be transposed."""
     given = call.given()
@@ -38,7 +42,7 @@ def convolution(call: Call) -> Optional[Node]:
     padding, groups = given.get("padding", 0), given.get("groups", 1)
     paddings = [padding] * sides if isinstance(padding, str) else each(padding, sides)
     try:
-        axes = [Axis.of(int(k), s, d, p) for k, s, d, p in zip(weight.shape[2:], stride, dilation, paddings)]
+        axes = [_axis(int(k), s, d, p) for k, s, d, p in zip(weight.shape[2:], stride, dilation, paddings)]
     except ValueError:
         return None
     axis = axes[dim - 2]
@@ -46,7 +50,7 @@ def convolution(call: Call) -> Optional[Node]:
         return None
     if _is_doubled(input, weight, axes, groups, call.spec.dtype):
         return _doubled(call, input, weight, bias)
-    run, inputs = _Run.of(call, axes, dim)
+    run, inputs = _Run.of(given, axes, dim)
     elements = prod(call.spec.shape)
     step: Convolve
     if _halves_products(input, weight, axis, groups, call.spec.dtype) and elements >= _LEAST_PIXELS * weight.shape[0]:
@@ -68,9 +72,8 @@ class _Run:
         self._convolve, self._values, self._arguments, self._more = convolve, values, arguments, more
 
     @classmethod
-    def of(cls, call: Call, axes: Sequence[Axis], dim: int) -> tuple[_Run, list[Node]]:
-        """For a call, and what it reads."""
-        given = call.given()
+    def of(cls, given: dict[str, Any], axes: Sequence[Axis], dim: int) -> tuple[_Run, list[Node]]:
+        """For the arguments of a call, and what it reads."""
         inner = [0 if side == dim - 2 else one.before for side, one in enumerate(axes)]
         uneven = [(0, 0) if side == dim - 2 else (0, one.after - one.before) for side, one in enumerate(axes)]
         more = [value for pair in reversed(uneven) for value in pair]
@@ -130,7 +133,7 @@ _LEAST_PIXELS = 1024
 
 def _halves_products(input: Node, weight: Any, axis: Axis, groups: int, dtype: torch.dtype) -> bool:
     """Whether a convolution is one that a CPU does faster as `_OfThreeRows`."""
-    usual = axis == Axis(3, 1, 1, axis.before, axis.after) and len(input.shape) > 3 and groups == 1
+    usual = axis.kernel == 3 and axis.stride == axis.dilation == groups == 1 and len(input.shape) > 3
     if not usual or input.device.type != "cpu" or min(weight.shape[:2]) < _LEAST_CHANNELS:
         return False
     return dtype == torch.float32 or (dtype in _HALVES and not _computes(dtype))
@@ -205,7 +208,9 @@ def has_better(func: Any, node: Node) -> bool:
     """Whether what is recorded here is faster than the operator itself, or takes less, also where it comes whole."""
     if isinstance(node.step, _Doubled):
         return True
-    if node.device.type != "cpu" or not func.overloadpacket.__name__.startswith("conv"):
+    if not isinstance(node.step, (Convolve, ConvolveTransposed)) or not node.step.weight_bytes:  # a pool
+        return False
+    if node.device.type != "cpu":
         return False
     return len(node.shape) == 5 or (node.dtype in _HALVES and not _computes(node.dtype))
 
@@ -274,7 +279,7 @@ def _is_doubled(input: Node, weight: Any, axes: Sequence[Axis], groups: int, dty
     what they do with infinities can be seen there only by waiting for the result.
     """
     step = input.step
-    usual = len(axes) == 2 and all(axis == Axis(3, 1, 1, 1, 1) for axis in axes)
+    usual = len(axes) == 2 and axes[0] == axes[1] == _USUAL
     fits = usual and isinstance(step, Resample) and step.double and step.dim == 2 and isinstance(weight, Held)
     if not fits or groups > 1 or input.device.type != "cpu":
         return False
