@@ -946,3 +946,32 @@ def test_arguments_by_name_and_in_structures() -> None:
         (held, given), (same, again) = arguments(), arguments()
         assert_alike(streamed(run, tuning=FEW_ROWS)(X, same, **again), run(X, held, **given))
         assert_alike(again, given)
+
+
+ARITHMETIC: dict[str, Callable[[Tensor], Tensor]] = {
+    "x / 2": lambda x: x / 2.0,
+    "x * 2": lambda x: x * 2,
+    "1 + x": lambda x: 1.0 + x,
+    "1 - x": lambda x: 1.0 - x,
+    "x - 1": lambda x: torch.sub(x, 1.0, alpha=2),
+    "x > 0": lambda x: x > 0,
+    "where": lambda x: torch.where(x > 0, x, 0.0),
+    "x // 1": lambda x: x // 1.0,
+    "x ** 2": lambda x: x**2,
+    "silu": F.silu,
+    "empty_like": torch.zeros_like,
+}
+
+
+@pytest.mark.parametrize("name", ARITHMETIC)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_tokens_made_an_image_again_have_eagers_strides(name: str, batch: int) -> None:
+    """A batch of one has a stride that leaves eager a choice then; large enough not to be tried on the CPU."""
+    function = ARITHMETIC[name]
+
+    def run(x: Tensor) -> Tensor:
+        return function(x.flatten(2).transpose(1, 2).contiguous().transpose(1, 2).reshape(x.shape))
+
+    x = torch.randn(batch, 128, 17, 13)
+    with torch.no_grad():
+        assert_alike(streamed(run, tuning=FEW_ROWS)(x), run(x), 1e-5)

@@ -169,12 +169,50 @@ def _asked_on(device: str, func: Any, args: Any, kwargs: dict[str, Any], spec: C
         return _as_backend_has_it(func, args, kwargs, spec, answer[0])
     if func.overloadpacket.__name__ == "scaled_dot_product_attention":
         return _of_attention(args, kwargs, func, spec, answer[0])
+    if func.overloadpacket.__name__ in _ARITHMETIC:
+        answer = _with_numbers_as_tensors(func, args, kwargs, spec, answer)
     if func.overloadpacket.__name__ in _KEEPING_FORMAT and _device_types((args, kwargs))[:1] == ["cpu"]:
         last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(answer[0].shape))
         if last is not None and answer[0].alias is None and _suggests(spec(args[0]), last):
             tensor = torch.empty(answer[0].shape, dtype=answer[0].dtype, device="meta", memory_format=last)
             answer = (Spec.of(tensor), *answer[1:])
     return answer if several else answer[0]
+
+
+_ARITHMETIC = frozenset(
+    """
+    add sub rsub subtract mul multiply div divide true_divide floor_divide remainder fmod eq ne lt le gt ge where
+    """.split()  # noqa: SIM905
+)
+"""What takes a number in the place of a tensor, and says other strides on the meta device then."""
+
+
+def _with_numbers_as_tensors(
+    func: Any, args: Any, kwargs: dict[str, Any], spec: Callable[[Any], Optional[Spec]], answer: tuple[Spec, ...]
+) -> tuple[Spec, ...]:
+    """The strides of arithmetic with numbers, where those of a tensor of one place in a dimension leave a choice."""
+    sorts = [spec(value) for value in args]
+    odd = any(sort is not None and _leaves_a_choice(sort) for sort in sorts)
+    if not odd or not any(type(value) in (int, float) for value in args):
+        return answer
+    given = [
+        torch.empty((), dtype=torch.tensor(value).dtype, device="meta") if type(value) in (int, float) else
+        value if sort is None else sort.empty()
+        for value, sort in zip(args, sorts)
+    ]  # fmt: skip
+    result = func.overloadpacket(*given, **kwargs)
+    alike = result.shape == answer[0].shape and result.dtype == answer[0].dtype
+    return (answer[0]._replace(strides=tuple(result.stride())),) if alike else answer
+
+
+def _leaves_a_choice(spec: Spec) -> bool:
+    """Whether a dimension of one place has another stride than the dimensions behind it give it."""
+    size = 1
+    for side, stride in zip(reversed(spec.shape), reversed(spec.strides)):
+        if side == 1 and stride != size:
+            return True
+        size *= side
+    return False
 
 
 _KEEPING_FORMAT = frozenset(
