@@ -956,7 +956,6 @@ ARITHMETIC: dict[str, Callable[[Tensor], Tensor]] = {
     "x - 1": lambda x: torch.sub(x, 1.0, alpha=2),
     "x > 0": lambda x: x > 0,
     "where": lambda x: torch.where(x > 0, x, 0.0),
-    "x // 1": lambda x: x // 1.0,
     "x ** 2": lambda x: x**2,
     "silu": F.silu,
     "empty_like": torch.zeros_like,

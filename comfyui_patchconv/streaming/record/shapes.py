@@ -181,7 +181,7 @@ def _asked_on(device: str, func: Any, args: Any, kwargs: dict[str, Any], spec: C
 
 _ARITHMETIC = frozenset(
     """
-    add sub rsub subtract mul multiply div divide true_divide floor_divide remainder fmod eq ne lt le gt ge where
+    add sub rsub subtract mul multiply div divide true_divide remainder fmod eq ne lt le gt ge where
     """.split()  # noqa: SIM905
 )
 """What takes a number in the place of a tensor, and says other strides on the meta device then."""
