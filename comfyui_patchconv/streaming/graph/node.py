@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import count
 from math import prod
+from operator import attrgetter
 from typing import Any, Optional, Protocol
 
 Span = tuple[int, int]
@@ -134,11 +135,11 @@ def in_order(tensor: Any, strides: Sequence[int]) -> bool:
 
 def ancestors(roots: Iterable[Node]) -> list[Node]:
     """The nodes that are not stored and lead to `roots`, these included, in the program's order."""
-    found: set[Node] = set()
     stack = [node for node in roots if node.tensor is None]
+    found = set(stack)
     while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(source for source in node.inputs if source.tensor is None and source not in found)
-    return sorted(found, key=lambda node: node.serial)
+        for source in stack.pop().inputs:
+            if source not in found and source.tensor is None:
+                found.add(source)
+                stack.append(source)
+    return sorted(found, key=attrgetter("serial"))

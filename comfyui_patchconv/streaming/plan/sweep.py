@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from operator import attrgetter
 from typing import Optional
 
 from ... import planner
@@ -31,17 +32,17 @@ _AT_ONCE = 2
 
 def steps_to(roots: Iterable[Node], stored: Collection[Node]) -> list[Node]:
     """The steps that lead to `roots`, these included, from stored maps on, in the program's order."""
-    found: set[Node] = set()
     stack = [node for node in roots if node.tensor is None and node not in stored]
+    found = set(stack)
     while stack:
-        node = stack.pop()
-        if node in found:
-            continue
-        found.add(node)
-        for source in node.inputs:
-            if source.tensor is None and source not in stored and source not in found:
+        for source in stack.pop().inputs:
+            if source not in found and source.tensor is None and source not in stored:
+                found.add(source)
                 stack.append(source)
-    return sorted(found, key=lambda node: node.serial)
+    return sorted(found, key=_serial)
+
+
+_serial = attrgetter("serial")
 
 
 def computed_again(order: Sequence[Node], roots: Collection[Node]) -> set[Node]:
@@ -107,8 +108,9 @@ class Sweep:
             for sign in (1, -1):
                 before: set[Node] = set()
                 for node in self.order:
-                    ready = all(source not in inside or source in before for source in node.inputs)
-                    if ready and sign * node.rows <= sign * height:
+                    if sign * node.rows > sign * height:
+                        continue
+                    if all([source not in inside or source in before for source in node.inputs]):
                         before.add(node)
                 if before & roots or len(before) == len(self.order):
                     continue
