@@ -240,13 +240,13 @@ def _traits(node: Node) -> tuple[Any, ...]:
     step = node.step
     if step is None:
         return ()
-    last = node.rows - 1
-    needs = (
-        ()
-        if step.takes_all or type(step) is RowLocal
-        else tuple(tuple(step.needs(row, row + 1)) for row in (0, last // 2, last))
-    )
-    costs = step.weight_bytes, step.kernel_bytes, step.workspace, step.least_rows, step.rows_together, step.work
+    known = step.takes_all or type(step) is RowLocal
+    rows = () if known else (0, (node.rows - 1) // 2, node.rows - 1)
+    needs = tuple(tuple(step.needs(row, row + 1)) for row in rows)
+    costs = (
+        step.weight_bytes, step.kernel_bytes, step.workspace, step.least_rows, step.rows_together, step.widened,
+        step.work,
+    )  # fmt: skip
     return type(step), step.cheap, step.moves, *costs, needs
 
 

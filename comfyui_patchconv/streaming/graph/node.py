@@ -23,14 +23,15 @@ class Step:
     takes_all: it needs all of its inputs and gives all of its result at once. reduces: it takes rows and gives its
     result after the last. workspace: bytes that it takes, whatever the rows, beside those and what it computes them
     from. weight_bytes: bytes that are read for any number of rows. least_rows: below which a device is not busy.
-    rows_together: so many rows at once take less work than one by one. work: multiplications for each element of the
+    widened: how many times the bytes of its result it computes in. rows_together: so many rows at once take less work
+    than one by one. work: multiplications for each element of the
     result. kernel_bytes: of what makes it faster, if it is kept from strip to strip.
     """
 
     name = ""
     cheap = moves = takes_all = reduces = False
     workspace = weight_bytes = kernel_bytes = 0
-    least_rows = rows_together = 1
+    least_rows = rows_together = widened = 1
     work = 1
 
     def needs(self, first: int, last: int) -> Sequence[Span]:

@@ -193,9 +193,12 @@ class Sweep:
         largest = max(strips, default=0.0)
         usual = min(_STRIPS_AT_ONCE, len(self.order) + 2) * largest
         # Small strips leave gaps between them; of large ones the last is still there when the next one comes.
-        copies = (_COPIES + (usual > self._suitable)) * largest
+        steps = [node.step for node in self.order if node.step is not None]
+        copies = (_COPIES + (usual > self._suitable)) * largest * max((step.widened for step in steps), default=1)
         widest = max(min(usual, self._suitable), self._bytes_alive(strips) + copies)
-        of_steps = max((node.step.workspace for node in self.order if node.step is not None), default=0)
+        of_steps = max((step.workspace for step in steps), default=0)
+        if self.device.type == "cpu":  # weights in the order of its backend
+            of_steps += max((step.weight_bytes * step.widened for step in steps), default=0)
         of_steps += sum(node.step.kernel_bytes for node in self.keeping if node.step is not None)
         allocator = planner.ALLOCATOR_BYTES.get(self.device.type, 0)
         allocator = self._tuning.allocator_bytes if self._tuning.allocator_bytes is not None else allocator

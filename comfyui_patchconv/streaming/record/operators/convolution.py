@@ -57,6 +57,7 @@ def convolution(call: Call) -> Optional[Node]:
         step = _OfThreeRows(axis, input.shape[dim], dim, run, weight)
     else:
         step = Convolve(axis, input.shape[dim], dim, run, weight_bytes=_bytes(weight), work=prod(weight.shape[1:]))
+    step.widened = _widened(call.spec.dtype, call.device)
     return call.node(step, inputs, [dim, *(None,) * (len(inputs) - 1)], dim)
 
 
@@ -84,7 +85,7 @@ class _Run:
 
     def __call__(self, pieces: Pieces) -> Tensor:
         piece, kernel, shift = self._operands(pieces)
-        if _is_slow(piece):
+        if _widened(piece.dtype, piece.device) > 1:
             kernel = kernel.float()  # not kept: all weights at once would take twice their memory
             return self.by(_ordered(piece.float(), kernel.shape), kernel, _wide(shift)).to(piece.dtype)
         return self.by(_ordered(piece, kernel.shape), kernel, shift)
@@ -119,9 +120,9 @@ def _wide(shift: Optional[Tensor]) -> Optional[Tensor]:
     return None if shift is None else shift.float()
 
 
-def _is_slow(piece: Tensor) -> bool:
-    """Whether a CPU convolves in half precision though it cannot."""
-    return piece.dtype in _HALVES and piece.device.type == "cpu" and not _computes(piece.dtype)
+def _widened(dtype: torch.dtype, device: torch.device) -> int:
+    """How many times the bytes of what it is given a convolution computes in: twice on a CPU without half precision."""
+    return 2 if dtype in _HALVES and device.type == "cpu" and not _computes(dtype) else 1
 
 
 _LEAST_CHANNELS = 64
@@ -136,7 +137,7 @@ def _halves_products(input: Node, weight: Any, axis: Axis, groups: int, dtype: t
     usual = axis.kernel == 3 and axis.stride == axis.dilation == groups == 1 and len(input.shape) > 3
     if not usual or input.device.type != "cpu" or min(weight.shape[:2]) < _LEAST_CHANNELS:
         return False
-    return dtype == torch.float32 or (dtype in _HALVES and not _computes(dtype))
+    return dtype == torch.float32 or _widened(dtype, input.device) > 1
 
 
 _OUTLIER = 32
@@ -212,7 +213,7 @@ def has_better(func: Any, node: Node) -> bool:
         return False
     if node.device.type != "cpu":
         return False
-    return len(node.shape) == 5 or (node.dtype in _HALVES and not _computes(node.dtype))
+    return len(node.shape) == 5 or node.step.widened > 1
 
 
 def _weights(input: Node, weight: Any, bias: Any) -> tuple[list[Node], Callable[[Sequence[Tensor]], Any]]:
@@ -283,7 +284,7 @@ def _is_doubled(input: Node, weight: Any, axes: Sequence[Axis], groups: int, dty
     fits = usual and isinstance(step, Resample) and step.double and step.dim == 2 and isinstance(weight, Held)
     if not fits or groups > 1 or input.device.type != "cpu":
         return False
-    return dtype in (torch.float32, torch.float64) or (dtype in _HALVES and not _computes(dtype))
+    return dtype in (torch.float32, torch.float64) or _widened(dtype, input.device) > 1
 
 
 def _doubled(call: Call, input: Node, weight: Held, bias: Any) -> Optional[Node]:
@@ -291,6 +292,7 @@ def _doubled(call: Call, input: Node, weight: Held, bias: Any) -> Optional[Node]
     if isinstance(bias, Node):
         return None
     step = _Doubled(weight, bias, small.shape[2])
+    step.widened = _widened(call.spec.dtype, call.device)
     return call.node(step, [small], [2], 2)
 
 
