@@ -137,7 +137,7 @@ def test_kernels_are_kept_for_a_pass_alone(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4, -3e5])
-@pytest.mark.parametrize("outlier", [0.0, 1e6])
+@pytest.mark.parametrize("outlier", [0.0, 60.0, 1e6])
 def test_statistics_of_channels_last(offset: float, outlier: float) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 32, 24, 9) * torch.rand(32, 1, 1) + offset
@@ -148,4 +148,4 @@ def test_statistics_of_channels_last(offset: float, outlier: float) -> None:
         statistics.add(strip.contiguous(memory_format=torch.channels_last))
     groups = x.double().reshape(2, 8, -1)
     assert bool(((statistics.mean - groups.mean(-1)).abs() < 1e-6 * groups.std(-1)).all())
-    torch.testing.assert_close(statistics.variance, groups.var(-1, unbiased=False), rtol=1e-4, atol=0)
+    torch.testing.assert_close(statistics.variance, groups.var(-1, unbiased=False), rtol=1e-6, atol=0)

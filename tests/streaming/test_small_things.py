@@ -35,9 +35,20 @@ def heads(x: Tensor, count: int) -> Tensor:
     return x.reshape(2, count, 4 // count, -1).transpose(2, 3)
 
 
+def written_real(z: Tensor) -> Tensor:
+    z.real.mul_(3)
+    return z
+
+
 # Each is a function of a map of 2 x 4 x 9 x 7, deferred or not.
 
 SMALL: dict[str, Function] = {
+    # complex maps
+    "real part": lambda x: torch.complex(c(x), c(x) * 2).real,
+    "conjugate": lambda x: torch.view_as_real(torch.complex(c(x), c(x) * 2).conj().resolve_conj()),
+    "write to the real part": lambda x: torch.view_as_real(written_real(torch.complex(c(x), c(x) * 2))),
+    "spectrum": lambda x: torch.fft.fft2(c(x)).real * 1.0,
+    "conjugate of a real map": lambda x: c(x).conj().real * 2,
     # paddings
     "padding that keeps the size": lambda x: F.conv2d(c(x), w(5, 4, 3, 2), padding="same"),
     "no padding by name": lambda x: F.conv2d(c(x), w(5, 4, 3, 2), padding="valid"),

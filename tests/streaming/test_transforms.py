@@ -10,6 +10,7 @@ from typing import Any, Optional
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -563,6 +564,32 @@ def test_functions_that_save_maps_for_gradients_run() -> None:
         assert not result.requires_grad, name
         with torch.no_grad():
             assert_alike(result, module(X), 1e-5)
+
+
+def test_forward_gradients_within_the_program() -> None:
+    def run(inner: nn.Module, x: Tensor) -> Any:
+        with forward_ad.dual_level():
+            y = inner(x)
+            dual = forward_ad.make_dual(y, torch.ones(y.shape))
+            return forward_ad.unpack_dual(torch.sin(dual)).tangent
+
+    module = WithFunction(run)
+    with torch.no_grad():
+        assert_alike(streamed(module, tuning=FEW_ROWS)(X), module(X), 1e-5)
+        jvp = WithFunction(lambda inner, x: torch.func.jvp(torch.sin, (inner(x),), (inner(x),))[1])
+        with pytest.raises(RuntimeError, match=r"torch\.func\.jvp was given a map"):
+            streamed(jvp, tuning=FEW_ROWS)(X)
+
+
+@pytest.mark.skipif(not hasattr(torch, "cond"), reason="torch.cond is new in torch 2.4")
+def test_operators_that_take_functions() -> None:
+    def run(inner: nn.Module, x: Tensor) -> Any:
+        y = inner(x)
+        return torch.cond(y.sum() > 0, lambda z: z.sin(), lambda z: z.cos(), (y,)) + y
+
+    module = WithFunction(run)
+    with torch.no_grad():
+        assert_alike(streamed(module, tuning=FEW_ROWS)(X), module(X), 1e-5)
 
 
 def test_autocast_is_what_it_was_where_an_operator_was_called() -> None:

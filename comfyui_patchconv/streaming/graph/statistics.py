@@ -59,19 +59,15 @@ class Statistics:
         return mean, scale
 
     def _of_pixels(self, wide: Tensor) -> tuple[Tensor, Tensor]:
-        """The same of an image whose channels lie last: of each channel first, by differences to its first pixel."""
+        """The same of an image whose channels lie last: of each channel first, by differences to its mean."""
         batch, channels = wide.shape[:2]
         pixels = wide.permute(0, 2, 3, 1).reshape(batch, -1, channels)
-        first, count = pixels[:, :1], pixels.shape[1]
-        differences = pixels - first
-        mean = differences.sum(1).double() / count
-        squares = differences.square_().sum(1).double()
-        within = squares - mean**2 * count
-        if bool((within * _VARIES_LITTLE**2 < squares).any()):
-            differences = pixels.double() - first
-            mean = differences.mean(1)
-            within = differences.sub_(mean.unsqueeze(1)).square_().sum(1)
-        mean, within = (value.view(batch, self.groups, -1) for value in (mean + first.squeeze(1).double(), within))
+        count = pixels.shape[1]
+        near = (pixels.sum(1, keepdim=True) / count).to(wide.dtype)
+        differences = pixels - near
+        rest = differences.sum(1).double() / count  # by which it is off, rounded as it is
+        mean, within = near.squeeze(1).double() + rest, differences.square_().sum(1).double() - rest**2 * count
+        mean, within = mean.view(batch, self.groups, -1), within.view(batch, self.groups, -1)
         whole = mean.mean(-1, keepdim=True)
         return whole.squeeze(-1), within.sum(-1) + (mean - whole).square().sum(-1) * count
 

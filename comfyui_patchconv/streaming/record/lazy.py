@@ -12,6 +12,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..graph.node import Node
 from .shapes import SIMPLE, Spec
@@ -101,7 +102,8 @@ class View:
         assert self.cell.real is not None
         if self.parent is None and self.cell.real.shape == self.spec.shape:
             return self.cell.real
-        if self.spec.dtype != self.cell.real.dtype:  # bits taken for another type: its strides count other units
+        # Bits taken for another type have strides in other units, and a view may show conjugates.
+        if self.spec.dtype != self.cell.real.dtype or self.cell.real.is_complex():
             parent = self.parent
             assert parent is not None
             found = self.func(parent.real(), *self.args, **self.kwargs)
@@ -166,7 +168,7 @@ class LazyTensor(Tensor):
             return recorder_of(args).replace_data(func, *args)
         if name in LEAVING or (name in ("__get__", "__set__") and func.__self__.__name__ in LEAVING):
             return _leave(func, name, args, kwargs or {})
-        if torch.is_grad_enabled() and _asks_for_gradients(args, kwargs):
+        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _asks_for_gradients(args, kwargs)):
             return _with_gradients(func, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass(), torch._C._InferenceMode(True):  # operators arrive whole there
             return func(*args, **(kwargs or {}))
@@ -234,7 +236,14 @@ def _wants_gradients(value: Any) -> bool:
 
 
 def _with_gradients(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Run eagerly what gradients are asked of."""
+    """Run eagerly what gradients are asked of. Raises RuntimeError within a transform of `torch.func`, whose tensors
+    have no memory to compute into."""
+    functorch: Any = getattr(torch._C, "_functorch", None)
+    if functorch is not None and functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "torch.func.jvp was given a map of a streamed call, whose values are not there yet: stream the parts around "
+            "it."
+        )
     recorder = recorder_of(args, kwargs)
     args, kwargs = recorder.with_values((args, kwargs))
     return func(*args, **kwargs)

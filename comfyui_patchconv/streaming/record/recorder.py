@@ -36,7 +36,7 @@ from .arguments import (
 )
 from .lazy import Cell, LazyTensor, View, recorder_of
 from .memory import Held, Memory, is_plain
-from .schema import GIVING_BACK, Operator, draws, operator_of
+from .schema import Operator, draws, gives_back, operator_of
 from .shapes import SIMPLE, Spec, specs_of
 
 _SMALL = 1 << 16
@@ -129,8 +129,12 @@ class Recorder(TorchDispatchMode):
 
     # Operators
 
+    supports_higher_order_operators = True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload):  # it takes functions, as torch.cond and flex_attention do
+            return self._of_functions(func, args, kwargs)
         if recorder_of(args, kwargs) is not None:
             return self.call(func, args, kwargs)
         operator = operator_of(func)
@@ -153,6 +157,12 @@ class Recorder(TorchDispatchMode):
         if self.phantom and mixes_devices((args, kwargs)):  # a table that is there, and a weight that is not
             return self.call(func, mapped(self._phantom_again, args), mapped(self._phantom_again, kwargs))
         return func(*args, **kwargs)
+
+    def _of_functions(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What an operator gives that calls functions, on values."""
+        if self.phantom:
+            raise CannotEstimateError(f"{func} calls functions")
+        return func(*mapped(self._real_or_same, args), **mapped(self._real_or_same, kwargs))
 
     def _somewhere(self, device: torch.device) -> torch.device:
         """The device that a program means, which has asked a weight of an estimate for its own."""
@@ -281,7 +291,7 @@ class Recorder(TorchDispatchMode):
         base = tensors[spec.alias or 0]
         if not isinstance(base, LazyTensor):
             return self._now(func, args, kwargs)
-        if func.overloadpacket.__name__ in GIVING_BACK and args[0] is base and spec.shape == base.view_.spec.shape:
+        if args[0] is base and gives_back(operator_of(func), base.view_.spec, spec):
             return base
         parent = base.view_
         view = View(parent.cell, spec._replace(alias=None), parent.device, parent, func, args[1:], kwargs, place)

@@ -59,10 +59,17 @@ def draws(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     return bool(given["p"]) and bool(given.get("train", True)) if "p" in given else True
 
 
-GIVING_BACK = frozenset(
+_GIVING_BACK = frozenset(
     """
     to type_as contiguous dropout feature_dropout alpha_dropout flatten atleast_1d atleast_2d atleast_3d real conj
     resolve_conj resolve_neg positive sum_to_size to_dense lift_fresh
     """.split()  # noqa: SIM905
 )
 """What gives its argument back, the same object, where it has nothing to do."""
+
+
+def gives_back(operator: Operator, given: Any, result: Any) -> bool:
+    """Whether an operator that gives a view of its argument gives the argument itself; both by their `Spec`s."""
+    if operator.name not in _GIVING_BACK or given.shape != result.shape:
+        return False
+    return given.dtype == result.dtype and not (given.dtype.is_complex and "conj" in operator.name)

@@ -55,7 +55,7 @@ def specs_of(func: Any, args: Any, kwargs: dict[str, Any], spec: Callable[[Any],
         key = (func, tuple([_key(value, spec, kinds) for value in args]), named, tuple(kinds))
         if key in _known:
             return _known[key]
-    except TypeError:  # an argument that cannot be remembered
+    except (TypeError, NotImplementedError):  # an argument that cannot be remembered, or not be compared
         return None
     if len(_known) >= _MOST:
         _known.clear()
