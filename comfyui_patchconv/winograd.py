@@ -78,3 +78,19 @@ def convolve(input: Tensor, kernels: Sequence[Tensor], bias: Optional[Tensor], d
     torch.add(outer(0, kernels[0]).add_(sum_a, alpha=1 / (A * A)), sum_b, alpha=1 / B, out=out[0])
     torch.add(outer(1, kernels[5]).add_(difference_a, alpha=A), difference_b, alpha=B * B, out=out[3])
     return result
+
+
+_UNLIKE = 16
+"""How many times as large as another a row of four may be."""
+
+
+def keeps_digits(result: Tensor, dim: int) -> bool:
+    """Whether rows that were made together, along `dim`, are about as large as each other wherever one looks.
+
+    They are added up before they are multiplied, so that the largest of them decides how exact all four are; with
+    infinities none is.
+    """
+    sizes = (result * result).sum(1)  # over the channels
+    four = sizes.unflatten(dim - 1, (-1, ROWS))
+    largest, least = four.amax(dim), four.amin(dim)
+    return bool((largest <= _UNLIKE**2 * least).all() & largest.sum().isfinite())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from conv_helpers import assert_same
@@ -96,6 +97,21 @@ def test_an_outlier_costs_rows_around_it_no_digits(tuning: Tuning, factor: float
     difference = (actual - exact).abs()
     difference[:, :, 43:46, 7:10] = 0  # what the outlier is a part of
     assert float(difference.max()) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("where", ["a row", "half of it", "some pixels"])
+def test_large_places_cost_those_beside_them_no_more_than_eager(where: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module, x = nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.Tanh()), torch.randn(1, CHANNELS, 90, 40)
+    places = {"a row": np.s_[:, :, 41], "half of it": np.s_[:, :, :42], "some pixels": np.s_[:, :, 41, 5:25]}
+    x[places[where]] *= 1e3
+    module, x = module.to(dtype), x.to(dtype)
+    with torch.no_grad():
+        expected, actual = module(x), streamed(module, tuning=STRIPS["few rows"])(x)
+        exact = module.double()(x.double())
+    error, eagers = ((result.double() - exact).abs().max() for result in (actual, expected))
+    assert error <= max(3 * eagers, 1e-5)
 
 
 def test_what_reads_memory_as_it_lies_reads_eagers_order() -> None:

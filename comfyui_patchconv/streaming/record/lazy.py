@@ -241,8 +241,8 @@ def _with_gradients(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     functorch: Any = getattr(torch._C, "_functorch", None)
     if functorch is not None and functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(
-            "torch.func.jvp was given a map of a streamed call, whose values are not there yet: stream the parts around "
-            "it."
+            "torch.func.jvp was given a map of a streamed call, whose values are not there yet: stream the parts "
+            "around it."
         )
     recorder = recorder_of(args, kwargs)
     args, kwargs = recorder.with_values((args, kwargs))

@@ -94,12 +94,12 @@ class _Run:
         """The convolution by another kernel."""
         return self._convolve(piece, kernel, shift, *self._arguments)
 
-    def by_three_rows(self, pieces: Pieces, made: Callable[[Tensor], list[Tensor]], dim: int) -> Tensor:
-        """The same by kernels of one row, which are `made` of the weight."""
+    def by_three_rows(self, pieces: Pieces, made: Callable[[Tensor], list[Tensor]], dim: int) -> Optional[Tensor]:
+        """The same by kernels of one row, which are `made` of the weight; None where that costs digits."""
         piece, kernel, shift = self._operands(pieces)
         ordered = _ordered(piece.float(), kernel.shape)
         wide = winograd.convolve(ordered, made(kernel), _wide(shift), dim, self.by)
-        return wide.to(piece.dtype)
+        return wide.to(piece.dtype) if winograd.keeps_digits(wide, dim) else None
 
     def _operands(self, pieces: Pieces) -> tuple[Tensor, Tensor, Optional[Tensor]]:
         piece = F.pad(pieces[0], self._more) if self._more else pieces[0]
@@ -140,21 +140,10 @@ def _halves_products(input: Node, weight: Any, axis: Axis, groups: int, dtype: t
     return dtype == torch.float32 or _widened(dtype, input.device) > 1
 
 
-_OUTLIER = 32
-"""How many times the root mean square of a strip its largest value may be."""
-
-
-def _is_even(strip: Tensor) -> bool:
-    """Whether all values of a strip are finite, and no outliers."""
-    largest = torch.maximum(strip.amax(), -strip.amin())
-    return bool(largest * strip.numel() ** 0.5 <= _OUTLIER * torch.linalg.vector_norm(strip))
-
-
 class _OfThreeRows(Convolve):
     """A convolution by a kernel of three rows: while strips follow, by kernels of one row each, which it keeps.
 
-    Rows are added up before they are multiplied: an outlier costs the rows around it digits, and one that is infinite
-    makes them so. A strip that shows any is convolved by the weight, and after two of them all that follow are.
+    Where that costs digits a strip is convolved by the weight, and so are all that follow where it often does.
     """
 
     def __init__(self, axis: Axis, rows: int, dim: int, run: _Run, weight: Any) -> None:
@@ -162,10 +151,11 @@ class _OfThreeRows(Convolve):
         super().__init__(axis, rows, dim, self._either, weight_bytes=_bytes(weight), work=products * 2 // 3)
         self.kernel_bytes = weight.shape[0] * products // 3 * winograd.PRODUCTS * 4
         self.rows_together = winograd.ROWS
-        self._run, self._kept, self._kernels, self._uneven = run, False, None, 0
+        self._run, self._kept, self._kernels = run, False, None
+        self._strips = self._refused = 0
 
     def begin(self) -> None:
-        self._kept, self._uneven = True, 0
+        self._kept, self._strips, self._refused = True, 0, 0
 
     def end(self) -> None:
         self._kept, self._kernels = False, None
@@ -182,9 +172,10 @@ class _OfThreeRows(Convolve):
         if not done:
             return self._run(pieces)
         first = self._run.by_three_rows([piece.narrow(self.dim, 0, done + 2), *others], self._made, self.dim)
-        if not _is_even(first):
-            self._uneven += 1
-            self._kept = self._uneven < 2
+        self._strips += 1
+        if first is None:
+            self._refused += 1
+            self._kept = self._refused < 2 or 4 * self._refused < self._strips
             return self._run(pieces)
         if done == rows:
             return first
