@@ -269,3 +269,32 @@ def test_small_maps_do_not_come_in_strips() -> None:
     x = torch.randn(1, 4, 16, 16)
     assert_same(run(x), convolved(evaluated(x)), 1e-5)
     assert len(strips) <= 3
+
+
+REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
+    "a matrix that is not positive": lambda y: torch.linalg.cholesky(y[0, 0, :4, :4] - 9.0),
+    "a row that a table does not have": lambda y: F.embedding(y.long() + 1000, torch.ones(3, 3)),
+    "a weight of another type": lambda y: F.conv2d(y.double(), WEIGHT),
+    "a weight for other channels": lambda y: F.conv2d(y, torch.ones(4, 3, 3, 3)),
+    "a transposed weight for other channels": lambda y: F.conv_transpose2d(y, torch.ones(3, 3, 3, 3)),
+    "a bias of another size": lambda y: F.conv2d(y, WEIGHT, torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_eager_refuses_is_refused_where_it_is_called(name: str) -> None:
+    """The program may have another way."""
+    refused = REFUSED[name]
+
+    def run(x: Tensor) -> tuple[str, Tensor]:
+        y = convolved(x)
+        try:
+            return "taken", refused(y)
+        except (RuntimeError, IndexError):
+            return "refused", y * 2
+
+    x = torch.randn(1, 4, 12, 9)
+    with torch.no_grad():
+        expected, actual = run(x), streamed(run, tuning=SMALL)(x)
+    assert actual[0] == expected[0] == "refused"
+    assert_same(actual[1], expected[1], 1e-5)

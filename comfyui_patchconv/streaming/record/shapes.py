@@ -52,7 +52,8 @@ def specs_of(func: Any, args: Any, kwargs: dict[str, Any], spec: Callable[[Any],
     try:
         kinds: list[str] = []
         named = tuple([(name, _key(value, spec, kinds)) for name, value in kwargs.items()]) if kwargs else ()
-        key = (func, tuple([_key(value, spec, kinds) for value in args]), named, tuple(kinds))
+        given = tuple([_key(value, spec, kinds) for value in args])
+        key = (func, given, named, tuple(kinds))
         if key in _known:
             return _known[key]
     except (TypeError, NotImplementedError):  # an argument that cannot be remembered, or not be compared
@@ -148,6 +149,8 @@ def _as_tuple(answer: Any) -> tuple[Spec, ...]:
 def _asked_on(device: str, func: Any, args: Any, kwargs: dict[str, Any], spec: Callable[[Any], Optional[Spec]]) -> Any:
     """As `specs_of`, asked on the meta device, or on the CPU with zeros."""
     kept: list[Tensor] = []
+    if func.overloadpacket.__name__ in _CONVOLUTIONS and not _go_together(func, args, kwargs, spec):
+        return None
     try:
         result = func(
             *(_empty(value, spec, kept, device) for value in args),
@@ -226,6 +229,19 @@ _KEEPING_FORMAT = frozenset(
 _CONVOLUTIONS = frozenset(
     {"conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 )
+
+
+def _go_together(func: Any, args: Any, kwargs: dict[str, Any], spec: Callable[[Any], Optional[Spec]]) -> bool:
+    """Whether a convolution's input, weight and bias are such as eager takes; the meta device takes others too."""
+    given = dict(zip(operator_of(func).names, args)) | kwargs
+    input, weight, bias = (spec(given.get(name)) for name in ("input", "weight", "bias"))
+    if input is None or weight is None or len(input.shape) < len(weight.shape) - 1:
+        return False
+    transposed, groups = "transpose" in func.overloadpacket.__name__ or given.get("transposed"), given.get("groups", 1)
+    channels = input.shape[1 - len(weight.shape)]
+    alike = channels == (weight.shape[0] if transposed else weight.shape[1] * groups) and input.dtype == weight.dtype
+    outputs = weight.shape[1] * groups if transposed else weight.shape[0]
+    return alike and (bias is None or (bias.shape == (outputs,) and bias.dtype == input.dtype))
 
 
 def _as_backend_has_it(func: Any, args: Any, kwargs: dict[str, Any], spec: Any, result: Spec) -> Spec:
