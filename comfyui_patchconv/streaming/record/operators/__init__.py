@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...graph.node import Node
 from ..shapes import Spec
-from . import arranging, convolution, matrices, norms, reductions, resample
+from . import arranging, convolution, matrices, norms, pools, reductions, resample
 from .common import AsCalled, Call, over, row_local
 
 __all__ = ["FILLED", "LIKE", "MADE", "OF_MAPS", "build", "build_several", "fill_like", "knows", "over"]
@@ -47,15 +47,14 @@ _TABLE: dict[str, Callable[[Call], Optional[Node]]] = {
     **dict.fromkeys(_POINTWISE, _pointwise),
     **dict.fromkeys(("prelu", "_prelu_kernel"), _prelu),
     **convolution.TABLE,
+    **pools.TABLE,
     **norms.TABLE,
     **resample.TABLE,
     **arranging.TABLE,
     **matrices.TABLE,
     **reductions.TABLE,
     **{
-        f"{name}adaptive_avg_pool{sides}d": lambda call: (
-            reductions.pooled_to_one(call) or convolution.adaptive_pool(call)
-        )
+        f"{name}adaptive_avg_pool{sides}d": lambda call: reductions.pooled_to_one(call) or pools.adaptive_pool(call)
         for name in ("", "_")
         for sides in (1, 2, 3)
     },
@@ -89,7 +88,7 @@ def build(
     if builder is None or 0 in spec.shape:
         return None
     node = builder(Call(recorder, func, args, kwargs, spec, device))
-    if node is not None and node.eager is None and not convolution.has_better(func, node):
+    if node is not None and node.eager is None and not convolution.has_better(node):
         node.eager = AsCalled(func, args, kwargs)
     return node
 

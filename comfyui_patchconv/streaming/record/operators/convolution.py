@@ -1,4 +1,4 @@
-"""Convolutions and pools: rows of the input around the rows that are written."""
+"""Convolutions: rows of the input around the rows that are written."""
 
 from __future__ import annotations
 
@@ -17,12 +17,10 @@ from ....onednn import conv3d
 from ...graph.node import Node, Span, Step
 from ...graph.steps import Convolve, ConvolveTransposed, Pieces, Resample
 from ..memory import Held
-from .common import Call, default_dim, dim_of, each
+from .common import Call, dim_of, each
 
 _CONVOLVE = (F.conv1d, F.conv2d, conv3d)
 _CONVOLVE_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-_POOLS = ("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d")
-
 
 _axis = cache(Axis.of)
 _USUAL = Axis(3, 1, 1, 1, 1)
@@ -196,7 +194,7 @@ def _computes(dtype: torch.dtype) -> bool:
         return True
 
 
-def has_better(func: Any, node: Node) -> bool:
+def has_better(node: Node) -> bool:
     """Whether what is recorded here is faster than the operator itself, or takes less, also where it comes whole."""
     if isinstance(node.step, _Doubled):
         return True
@@ -322,63 +320,7 @@ class _Doubled(Step):
         return result.narrow(2, first - 2 * low, last - first).to(piece.dtype)
 
 
-def pool(call: Call) -> Optional[Node]:
-    """Average and largest of a window."""
-    given = call.given()
-    input = given["self"]
-    sides = int(call.name[-2])
-    if not isinstance(input, Node) or len(input.shape) != sides + 2:
-        return None
-    dim = dim_of(input, (0, 1))
-    if dim is None or given.get("ceil_mode"):
-        return None
-    largest = call.name.startswith("max")
-    kernel, padding = each(given["kernel_size"], sides), each(given.get("padding", 0), sides)
-    dilation = each(given.get("dilation", 1), sides)
-    stride = each(given["stride"], sides) if given.get("stride") else kernel
-    if any(padding) and not largest and not given.get("count_include_pad", True):
-        return None
-    side = dim - 2
-    axis = Axis.of(kernel[side], stride[side], dilation[side], padding[side])
-    if axis.output_size(input.shape[dim]) < 1:
-        return None
-    inner = [0 if place == side else one for place, one in enumerate(padding)]
-    func, rest = call.func, () if largest else (False, True, *_divisor(given))
-
-    def run(pieces: Sequence[Tensor]) -> Tensor:
-        if largest:
-            return func(pieces[0], kernel, stride, inner, dilation)
-        return func(pieces[0], kernel, stride, inner, *rest)
-
-    fill = 0.0 if not largest else float("-inf") if input.dtype.is_floating_point else torch.iinfo(input.dtype).min
-    step = Convolve(axis, input.shape[dim], dim, run, work=prod(kernel), fill=fill)
-    return call.node(step, [input], [dim], dim)
-
-
-def _divisor(given: dict[str, Any]) -> tuple[Any, ...]:
-    return (given["divisor_override"],) if given.get("divisor_override") is not None else ()
-
-
-def adaptive_pool(call: Call) -> Optional[Node]:
-    """An adaptive average of windows of one size that do not overlap."""
-    input, sizes = call.args[0], call.args[1]
-    sides = int(call.name[-2])
-    if not isinstance(input, Node) or len(input.shape) != sides + 2:
-        return None
-    dim, sizes = default_dim(input.shape, (0, 1)) if input.flexible else input.dim, each(sizes, sides)
-    if dim is None or dim < 2 or any(size < 1 or rows % size for rows, size in zip(input.shape[2:], sizes)):
-        return None
-    kernel = [rows // size for rows, size in zip(input.shape[2:], sizes)]
-    if kernel[dim - 2] == input.shape[dim]:
-        return None
-    func = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[sides - 1]
-    axis = Axis(kernel[dim - 2], kernel[dim - 2])
-    step = Convolve(axis, input.shape[dim], dim, lambda pieces: func(pieces[0], kernel), work=prod(kernel))
-    return call.node(step, [input], [dim], dim)
-
-
 TABLE: dict[str, Callable[[Call], Optional[Node]]] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), transposed),
-    **dict.fromkeys(_POOLS, pool),
 }
