@@ -26,6 +26,9 @@ longer than doing it. Not measured yet."""
 _SHARE_FOR_COSTS = 8
 """Strips that are larger than suits a device, for the sake of such costs, take this part of a budget at most."""
 
+_KERNEL_BYTES = 20 << 20
+"""Of kernels that steps keep from strip to strip: those of one convolution of 512 channels by 3x3."""
+
 _AT_ONCE = 2
 """Strips of a map that leave at once: one is copied while the device computes the next."""
 
@@ -176,7 +179,8 @@ class Sweep:
     def _keeping_kernels(self) -> list[Node]:
         """The steps that keep kernels of their own from strip to strip: those that these serve most, as many as there
         is room for."""
-        room = self._suitable if self._budget is None else min(self._suitable, self._budget // _SHARE_FOR_COSTS)
+        room = min(self._suitable, _KERNEL_BYTES)
+        room = room if self._budget is None else min(room, self._budget // _SHARE_FOR_COSTS)
         makers = [node for node in self.order if node.step is not None and node.step.kernel_bytes]
         keeping = []
         for node in sorted(makers, key=lambda node: node.bytes * node.step.work / node.step.kernel_bytes, reverse=True):  # type: ignore[union-attr]

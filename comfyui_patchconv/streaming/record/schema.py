@@ -31,7 +31,10 @@ _LOOKING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _REFUSING = frozenset(
     """
     _local_scalar_dense equal is_nonzero item cholesky cholesky_inverse cholesky_solve inverse lu_solve lu_unpack
-    triangular_solve embedding embedding_bag _embedding_bag multinomial bincount
+    triangular_solve linalg_cholesky linalg_inv linalg_solve linalg_tensorsolve linalg_tensorinv linalg_lu_solve
+    linalg_solve_triangular linalg_eig linalg_eigh linalg_eigvals linalg_eigvalsh _linalg_eigvals linalg_lstsq
+    linalg_svd linalg_svdvals linalg_pinv linalg_matrix_power embedding embedding_bag _embedding_bag
+    multinomial bincount
     """.split()  # noqa: SIM905
 )
 """What gives a value of Python's, or refuses some values: the program may catch that."""
@@ -53,7 +56,7 @@ def operator_of(func: Any) -> Operator:
         if name in ("copy_", "fill_", "zero_"):
             functional = func
     tags = set(func.tags)
-    looks = bool(tags & _LOOKING) or name in _REFUSING or name.startswith(("linalg_", "_linalg_"))
+    looks = bool(tags & _LOOKING) or name in _REFUSING
     may_draw = torch.Tag.nondeterministic_seeded in tags or name in ("normal_", "uniform_", "bernoulli_", "random_")
     reshapes = torch.Tag.inplace_view in tags or name in ("set_", "resize_", "resize_as_")
     names = tuple(argument.name for argument in schema.arguments)
