@@ -8,7 +8,7 @@ from typing import Any, Optional
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .execute.buffers import require_room, room
 from .execute.loop import Loop
@@ -154,25 +154,31 @@ def joins(args: Any, kwargs: Any) -> bool:
 
 
 def signature(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """What two calls of a function have in common if they are alike: the object that it is a method of, what its
-    arguments are, and what tensors among these look like. None for a call that is like no other."""
+    """What two calls of a method of a module have in common if they are alike: the module and all that is set in it,
+    what the arguments are, and what tensors look like. None for a call that may be like no other."""
+    module = getattr(function, "__self__", function)
+    if not isinstance(module, nn.Module):
+        return None
+    state = tuple(_looks(part.__dict__) for part in module.modules())
+    key = ref(module), getattr(function, "__func__", None), state, _looks(args), _looks(kwargs)
     try:
-        owner = ref(getattr(function, "__self__", function))
-        key = owner, getattr(function, "__func__", None), _looks(args), _looks(kwargs)
         hash(key)
     except TypeError:
         return None
     return key
 
 
-def _looks(value: Any) -> Any:
+def _looks(value: Any, depth: int = 8) -> Any:
+    """What a value is: a tensor by what it looks like, anything but numbers and texts by which object it is."""
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype, value.device
-    if isinstance(value, (list, tuple)):
-        return type(value), tuple(_looks(one) for one in value)
-    if isinstance(value, dict):
-        return tuple((name, _looks(one)) for name, one in value.items())
-    return type(value), value
+    if depth and isinstance(value, (list, tuple)):
+        return type(value), tuple(_looks(one, depth - 1) for one in value)
+    if depth and isinstance(value, dict):
+        return tuple((name, _looks(one, depth - 1)) for name, one in value.items())
+    if isinstance(value, (int, float, str, type(None), torch.dtype, torch.device)):
+        return type(value), value
+    return type(value), id(value)
 
 
 def _without_values(node: Node) -> Tensor:

@@ -257,6 +257,27 @@ class TestSmallCalls:
         x, runner = torch.randn(1, 4, 256, 256), Streamed()
         assert not any(runner.call(self.module, (x,), {}).requires_grad for _ in range(3))
 
+    def test_a_module_that_is_set_to_something_else(self) -> None:
+        """It may take a hundred times as much then, beyond the budget."""
+        module, x = nn.Sequential(nn.Upsample(scale_factor=1), self.module), torch.randn(1, 4, 128, 128)
+        runner, found = Streamed(budget=20 << 20), []
+        with torch.no_grad():
+            for factor in (1, 1, 8, 8):
+                module[0].scale_factor = factor  # type: ignore[reportAttributeAccessIssue]
+                before = runner.last
+                result = runner.call(module, (x,), {})
+                found.append(runner.last is not before)
+                assert_same(result, module(x), 1e-5)
+        assert found == [True, False, True, True]
+
+    def test_a_function_of_nobody(self) -> None:
+        x, runner = torch.randn(1, 4, 256, 256), Streamed()
+        with torch.no_grad():
+            for _ in range(2):
+                before = runner.last
+                runner.call(lambda map: self.module(map), (x,), {})
+                assert runner.last is not before
+
     def test_another_module(self) -> None:
         x, runner = torch.randn(1, 4, 256, 256), Streamed()
         with torch.no_grad():

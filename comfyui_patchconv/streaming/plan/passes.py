@@ -276,12 +276,14 @@ class Passes:
         sweep = self._sweep(roots)
         if len({node.rows for node in sweep.order}) < 2:
             return
-        best, cut = self._tuning.worth_a_cut * sweep.workspace, None
+        wanted = [*roots, *self._kept_for_later(roots)]
+        best, cut = self._tuning.worth_a_cut * self._sweep(wanted).workspace, None
         for frontier in sweep.frontiers():
             size = sum(node.bytes for node in frontier)
             if size < best and not any(node in self._left for node in frontier):
-                first = self._sweep(frontier).workspace
-                peak = max(first, size + self._sweep_behind(frontier, roots).workspace)
+                first = [*frontier, *self._kept_for_later(frontier)]
+                behind = [node for node in wanted if node not in first]
+                peak = max(self._sweep(first).workspace, size + self._sweep_behind(first, behind).workspace)
                 if peak < best:
                     best, cut = peak, frontier
         if cut is not None:
@@ -306,9 +308,9 @@ class Passes:
             )
         return self._known_sweeps[key]
 
-    def _sweep_behind(self, frontier: Sequence[Node], roots: Sequence[Node]) -> Sweep:
-        """The one to `roots`, were `frontier` stored."""
-        stored = {*self._stored, *frontier}
+    def _sweep_behind(self, first: Sequence[Node], roots: Sequence[Node]) -> Sweep:
+        """The one to `roots`, were those `first` stored."""
+        stored = {*self._stored, *first}
         return Sweep(roots, stored, self._tuning, self._budget, self._elsewhere)
 
     # Passes
