@@ -152,7 +152,7 @@ def test_the_host_hears_what_a_decode_takes(vae: VAE, settings: Settings) -> Non
     maps = 2 * 8 * 256 * 256 * 4  # of one sample: the norm's input and output
     assert (maps if settings.mode == "patch" else 0) < estimate < plain / 20
     assert holder.memory_used_decode((1, *shape[1:]), torch.float32) == estimate
-    assert holder.memory_used_decode(shape, torch.bfloat16) < estimate
+    assert holder.memory_used_decode(shape, torch.float64) > estimate  # half precision is widened by some processors
     assert holder.memory_used_decode((2, 5, 256, 256), torch.float32) == plain  # cannot be counted, so the host's own
     assert holder.memory_used_encode((1, 3, 8, 8), torch.float32) == 8 * 8 * 4  # never above the host's own
     copied = copy.copy(holder)
