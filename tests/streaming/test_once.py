@@ -802,7 +802,7 @@ def test_a_module_that_keeps_maps_is_saved_copied_and_looked_at(within: bool) ->
         file = io.BytesIO()
         torch.save(module.state_dict(), file)
         file.seek(0)
-        assert_alike(dict(torch.load(file)), dict(eager.state_dict()))
+        assert_alike(dict(torch.load(file, weights_only=True)), dict(eager.state_dict()))
         assert_alike(module.last.numpy(), eager.last.numpy())
         assert_alike(seen, [eager.c(X)])
 
@@ -1034,7 +1034,7 @@ def test_what_is_written_said_and_warned_of_is_so_once(
     assert capsys.readouterr().out == "printed\n"
     assert [record.message for record in caplog.records if record.name == "a host"] == ["logged"]
     assert (tmp_path / "log.txt").read_text() == "line\n"
-    assert_alike(torch.load(tmp_path / "map.pt"), c(X))
+    assert_alike(torch.load(tmp_path / "map.pt", weights_only=True), c(X))
 
 
 # Errors

@@ -53,14 +53,14 @@ def saved_and_loaded(y: Tensor) -> Tensor:
     file = io.BytesIO()
     torch.save(y, file)
     file.seek(0)
-    return torch.load(file)
+    return torch.load(file, weights_only=True)
 
 
 def saved_in_a_dictionary(y: Tensor) -> dict[str, Tensor]:
     file = io.BytesIO()
     torch.save({"y": y, "part": y[:, 1:]}, file)
     file.seek(0)
-    return torch.load(file)
+    return torch.load(file, weights_only=True)
 
 
 def saved_as_safetensors(y: Tensor) -> dict[str, Tensor]:

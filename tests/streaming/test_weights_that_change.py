@@ -607,7 +607,7 @@ def test_hooks_that_bring_and_take_weights_from_disk(tmp_path: Path) -> None:
             torch.save(layer.state_dict(), folder / f"{index}.pt")
 
             def bring(module: nn.Module, args: Any, index: int = index) -> None:
-                for name, value in torch.load(folder / f"{index}.pt").items():
+                for name, value in torch.load(folder / f"{index}.pt", weights_only=True).items():
                     getattr(module, name).data = value
 
             def take(module: nn.Module, args: Any, out: Any) -> None:

@@ -24,8 +24,8 @@ class Step:
     result after the last. workspace: bytes that it takes, whatever the rows, beside those and what it computes them
     from. weight_bytes: bytes that are read for any number of rows. least_rows: below which a device is not busy.
     widened: how many times the bytes of its result it computes in. rows_together: so many rows at once take less work
-    than one by one. work: multiplications for each element of the
-    result. kernel_bytes: of what makes it faster, if it is kept from strip to strip.
+    than one by one. work: multiplications for each element of the result. kernel_bytes: of what makes it faster, if it
+    is kept from strip to strip.
     """
 
     name = ""

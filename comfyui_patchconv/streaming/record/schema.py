@@ -33,8 +33,7 @@ _REFUSING = frozenset(
     _local_scalar_dense equal is_nonzero item cholesky cholesky_inverse cholesky_solve inverse lu_solve lu_unpack
     triangular_solve linalg_cholesky linalg_inv linalg_solve linalg_tensorsolve linalg_tensorinv linalg_lu_solve
     linalg_solve_triangular linalg_eig linalg_eigh linalg_eigvals linalg_eigvalsh _linalg_eigvals linalg_lstsq
-    linalg_svd linalg_svdvals linalg_pinv linalg_matrix_power
-    multinomial bincount
+    linalg_svd linalg_svdvals linalg_pinv linalg_matrix_power multinomial bincount
     """.split()  # noqa: SIM905
 )
 """What gives a value of Python's, or refuses some values: the program may catch that."""
