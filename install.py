@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     if code:
         return code
     if job == "demo":
-        return call([sys.executable, "-m", "comfyui_patchconv.cli", "demo", *rest])
+        return call([sys.executable, "-m", "comfyui_patchconv", "demo", *rest])
     # Not `python -m pytest`: that puts this folder on the path, and the hosts have a module `nodes` too.
     return call([str(Path(sysconfig.get_path("scripts"), "pytest")), *rest], cwd=ROOT)
 

@@ -17,7 +17,7 @@ import torch
 from harness import latent_of
 from launch import prepare  # pyright: ignore[reportMissingImports]
 
-from comfyui_patchconv.measure import Recorder
+from comfyui_patchconv.memory.recorder import Recorder
 
 
 def host(checkout: str) -> Any:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from vae_decode import commands_of
 
-from comfyui_patchconv.files import random_vae
+from comfyui_patchconv.files.vae import random_vae
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

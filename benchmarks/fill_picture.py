@@ -16,7 +16,7 @@ from landscapes import Scene, draw
 from PIL import Image
 from torch import Tensor
 
-from comfyui_patchconv.fill import fill
+from comfyui_patchconv.conv.fill import fill
 
 SIZE = 384
 GAP = 8

@@ -22,11 +22,12 @@ import torch
 from harness import machine
 from PIL import Image
 
-from comfyui_patchconv import cli, files
-from comfyui_patchconv.patch_ddpm import checkpoints as ddpm_checkpoints
-from comfyui_patchconv.patch_ddpm.diffusion import sample as ddpm_sample
-from comfyui_patchconv.patch_diffusion import checkpoints, diffusion
-from comfyui_patchconv.training.loop import read_losses
+from comfyui_patchconv import cli
+from comfyui_patchconv.files.images import grid, levels, load_image
+from comfyui_patchconv.pixel_models.patch_ddpm import checkpoints as ddpm_checkpoints
+from comfyui_patchconv.pixel_models.patch_ddpm.diffusion import sample as ddpm_sample
+from comfyui_patchconv.pixel_models.patch_diffusion import checkpoints, diffusion
+from comfyui_patchconv.pixel_models.training.loop import read_losses
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -126,12 +127,12 @@ def main() -> None:
     kept = ROOT / "example_workflows" / "models" / name / "landscapes.safetensors"
     kept.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(model, kept)
-    drawn = torch.stack([files.load_image(path, 1)[0] for path in sorted(images.iterdir())[:SHOWN]])
+    drawn = torch.stack([load_image(path, 1)[0] for path in sorted(images.iterdir())[:SHOWN]])
     panels = {
         f"{int(grid.stem.rpartition('-')[2])} steps": np.asarray(Image.open(grid)) for grid in (grids[0], grids[-1])
     }
-    panels[f"{losses[-1][0]} steps, {how}"] = files.levels(files.grid(sample(kept))).numpy()
-    panels["training images"] = files.levels(files.grid(drawn)).numpy()
+    panels[f"{losses[-1][0]} steps, {how}"] = levels(grid(sample(kept))).numpy()
+    panels["training images"] = levels(grid(drawn)).numpy()
     made = f"{kept.stat().st_size / 1e6:.1f} MB of weights; {machine('cpu')}"
     picture(ROOT / "docs" / f"learning_{name}.png", losses, panels, made)
 

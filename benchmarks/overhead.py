@@ -36,7 +36,7 @@ from torch import Tensor, nn
 import comfyui_patchconv.streaming.call as calls_module
 import comfyui_patchconv.streaming.estimate as estimate_module
 from comfyui_patchconv import convert_model
-from comfyui_patchconv.files import random_vae
+from comfyui_patchconv.files.vae import random_vae
 from comfyui_patchconv.streaming import Streamed, Tuning, expect
 from comfyui_patchconv.streaming.call import Call
 from comfyui_patchconv.streaming.plan.eagerly import eager_schedule

@@ -23,7 +23,7 @@ import torch
 from harness import publish, rounds
 
 from comfyui_patchconv import PConv2d
-from comfyui_patchconv.measure import Recorder
+from comfyui_patchconv.memory.recorder import Recorder
 
 LAYER: dict[str, Any] = dict(kernel_size=9, stride=1, padding=3, bias=True)
 METHODS = ("torch_pconv", "nvidia", "ours", "ours, legacy")

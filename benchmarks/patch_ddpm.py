@@ -22,10 +22,10 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import torch
 from harness import publish, rounds
 
-from comfyui_patchconv.measure import Recorder
-from comfyui_patchconv.patch_ddpm.config import ModelConfig
-from comfyui_patchconv.patch_ddpm.model import PatchDenoiser
-from comfyui_patchconv.plain_needs import made_like
+from comfyui_patchconv.hosts.eager_needs import made_like
+from comfyui_patchconv.memory.recorder import Recorder
+from comfyui_patchconv.pixel_models.patch_ddpm.config import ModelConfig
+from comfyui_patchconv.pixel_models.patch_ddpm.model import PatchDenoiser
 from comfyui_patchconv.streaming import peak_activations
 
 

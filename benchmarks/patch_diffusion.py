@@ -24,10 +24,10 @@ from harness import publish, rounds
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from comfyui_patchconv.measure import Recorder
-from comfyui_patchconv.patch_diffusion.config import PUBLISHED, Config
-from comfyui_patchconv.patch_diffusion.diffusion import sample
-from comfyui_patchconv.patch_diffusion.model import PatchUNet
+from comfyui_patchconv.memory.recorder import Recorder
+from comfyui_patchconv.pixel_models.patch_diffusion.config import PUBLISHED, Config
+from comfyui_patchconv.pixel_models.patch_diffusion.diffusion import sample
+from comfyui_patchconv.pixel_models.patch_diffusion.model import PatchUNet
 
 SMALL, LARGE = 64, 256
 CASES = [(SMALL, 1), (LARGE, 8), (LARGE, 4), (LARGE, 2), (LARGE, 1)]

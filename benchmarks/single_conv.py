@@ -24,7 +24,7 @@ from harness import publish, rounds
 from torch import nn
 
 from comfyui_patchconv import convert_model
-from comfyui_patchconv.measure import Recorder
+from comfyui_patchconv.memory.recorder import Recorder
 
 
 def patch_conv_module() -> Any:

@@ -26,8 +26,8 @@ import torch
 from harness import publish, rounds
 from torch import nn
 
-from comfyui_patchconv.files import random_vae
-from comfyui_patchconv.measure import Recorder
+from comfyui_patchconv.files.vae import random_vae
+from comfyui_patchconv.memory.recorder import Recorder
 from comfyui_patchconv.streaming import expect, stream
 
 METHODS = {

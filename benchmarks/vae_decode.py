@@ -31,8 +31,8 @@ from safetensors.torch import save_file
 from single_conv import patch_conv_module
 
 from comfyui_patchconv import convert_model
-from comfyui_patchconv.files import random_vae
-from comfyui_patchconv.measure import Recorder
+from comfyui_patchconv.files.vae import random_vae
+from comfyui_patchconv.memory.recorder import Recorder
 from comfyui_patchconv.streaming import streamed
 
 METHODS = {

@@ -20,9 +20,9 @@ sys.path.insert(0, PACK)
 import torch
 from harness import latent_of
 
-from comfyui_patchconv.measure import Recorder
-from comfyui_patchconv.settings import Settings
-from comfyui_patchconv.toggle import Toggle
+from comfyui_patchconv.hosts.webui.settings import Settings
+from comfyui_patchconv.hosts.webui.toggle import Toggle
+from comfyui_patchconv.memory.recorder import Recorder
 
 CONFIG = dict(
     double_z=True, z_channels=4, resolution=256, in_channels=3, out_ch=3, ch=128, ch_mult=[1, 2, 4, 4],

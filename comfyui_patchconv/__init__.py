@@ -2,9 +2,11 @@
 
 from contextlib import suppress
 
-from .convert import convert_model, convolutions, patched, restore_model
-from .partial_conv import PartialConv2d, PartialConv3d, PConv2d
-from .tiled_conv import PatchConv2d, TiledForward, Tiling
+from .conv.forward import TiledForward
+from .conv.module import PatchConv2d
+from .conv.partial import PartialConv2d, PartialConv3d, PConv2d
+from .conv.patch import convert_model, convolutions, patched, restore_model
+from .conv.tiling import Tiling
 
 __all__ = [
     "PConv2d",

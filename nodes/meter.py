@@ -13,9 +13,9 @@ from comfy.patcher_extension import WrappersMP  # pyright: ignore[reportMissingI
 from comfy_execution.utils import get_executing_context  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 
-from ..comfyui_patchconv.figures import Figures
-from ..comfyui_patchconv.measure import Recorder
-from ..comfyui_patchconv.plain_needs import made_like, signature
+from ..comfyui_patchconv.hosts.eager_needs import made_like, signature
+from ..comfyui_patchconv.hosts.figures import Figures
+from ..comfyui_patchconv.memory.recorder import Recorder
 from ..comfyui_patchconv.streaming import peak_activations
 from .front_end import Messenger
 from .vae_memory import HOST_ATTRIBUTES

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..comfyui_patchconv import Tiling, convolutions
-from ..comfyui_patchconv.fill import fill
-from ..comfyui_patchconv.holes import with_holes
-from ..comfyui_patchconv.vae_parts import half_of
+from ..comfyui_patchconv.conv.fill import fill
+from ..comfyui_patchconv.conv.holes import with_holes
+from ..comfyui_patchconv.hosts.halves import half_of
 from .host import FILL_CATEGORY, LATENT_CATEGORY, schema
 from .patch_conv import leave
 from .progress import Progress

@@ -11,11 +11,13 @@ import torch
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from torch import nn
 
-from ..comfyui_patchconv import Tiling, convolutions, planner
-from ..comfyui_patchconv.convert import PADDINGS
-from ..comfyui_patchconv.planner import GIB, MILLION, MODES
-from ..comfyui_patchconv.tiled_conv import TiledForward, tiled_forward
-from ..comfyui_patchconv.vae_parts import HALVES, half_of, part_of
+from ..comfyui_patchconv import Tiling, convolutions
+from ..comfyui_patchconv.conv.forward import TiledForward, tiled_forward
+from ..comfyui_patchconv.conv.patch import PADDINGS
+from ..comfyui_patchconv.conv.strip_sizes import DEFAULT_THRESHOLD
+from ..comfyui_patchconv.hosts.halves import HALVES, half_of, part_of
+from ..comfyui_patchconv.hosts.modes import MODES
+from ..comfyui_patchconv.units import GIB, MILLION
 from .host import MODEL_CATEGORY, VAE_CATEGORY, advanced, schema
 from .meter import Measured, Meter, measure_sampling
 from .progress import Progress, StreamProgress, Strips
@@ -155,7 +157,7 @@ def _threshold_input() -> Any:
         io.Float,
         "threshold",
         display_name="threshold (millions)",
-        default=planner.DEFAULT_THRESHOLD / MILLION,
+        default=DEFAULT_THRESHOLD / MILLION,
         min=0.0,
         max=100_000.0,
         step=0.1,

@@ -8,9 +8,9 @@ from typing import Any
 import folder_paths  # pyright: ignore[reportMissingImports]
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 
-from ..comfyui_patchconv.patch_ddpm.checkpoints import import_torch, load
-from ..comfyui_patchconv.patch_ddpm.diffusion import SAMPLERS, sample
-from ..comfyui_patchconv.patch_ddpm.model import patch_bytes
+from ..comfyui_patchconv.pixel_models.patch_ddpm.checkpoints import import_torch, load
+from ..comfyui_patchconv.pixel_models.patch_ddpm.diffusion import SAMPLERS, sample
+from ..comfyui_patchconv.pixel_models.patch_ddpm.model import patch_bytes
 from .host import LOADER_CATEGORY, SAMPLER_CATEGORY, advanced, schema
 from .pixel_model import DTYPES, PixelModel, SamplingBar, add_folder, as_image, expect, noise, patcher_of, ready
 

@@ -8,9 +8,9 @@ import folder_paths  # pyright: ignore[reportMissingImports]
 import torch
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 
-from ..comfyui_patchconv.patch_diffusion.checkpoints import load
-from ..comfyui_patchconv.patch_diffusion.diffusion import sample
-from ..comfyui_patchconv.patch_diffusion.model import image_bytes
+from ..comfyui_patchconv.pixel_models.patch_diffusion.checkpoints import load
+from ..comfyui_patchconv.pixel_models.patch_diffusion.diffusion import sample
+from ..comfyui_patchconv.pixel_models.patch_diffusion.model import image_bytes
 from .host import LOADER_CATEGORY, SAMPLER_CATEGORY, advanced, schema
 from .pixel_model import DTYPES, PixelModel, SamplingBar, add_folder, as_image, expect, noise, patcher_of, ready
 

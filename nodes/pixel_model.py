@@ -15,7 +15,7 @@ from comfy.utils import ProgressBar  # pyright: ignore[reportMissingImports]
 from PIL import Image
 from torch import Tensor, nn
 
-from ..comfyui_patchconv.files import levels
+from ..comfyui_patchconv.files.images import levels
 
 DTYPES = {"default": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What a loader offers; the first two are what such models are trained in."""

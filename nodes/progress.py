@@ -12,7 +12,7 @@ from comfy.model_management import (  # pyright: ignore[reportMissingImports]
 from comfy.utils import ProgressBar  # pyright: ignore[reportMissingImports]
 from torch import nn
 
-from ..comfyui_patchconv.figures import strips_of
+from ..comfyui_patchconv.hosts.figures import strips_of
 
 _STEPS = 1000  # of the bar of a streamed call
 _UNITS = 100  # of the bar per convolution: its values are whole numbers

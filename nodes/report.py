@@ -9,8 +9,8 @@ import torch
 from comfy_api.latest import io, ui  # pyright: ignore[reportMissingImports]
 from comfy_execution.utils import get_executing_context  # pyright: ignore[reportMissingImports]
 
-from ..comfyui_patchconv.figures import Figures
-from ..comfyui_patchconv.plot import draw
+from ..comfyui_patchconv.hosts.chart import draw
+from ..comfyui_patchconv.hosts.figures import Figures
 from .host import VAE_CATEGORY, schema
 from .meter import Meter, meters_of
 

@@ -10,7 +10,7 @@ import torch
 from comfy import model_management  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from ..comfyui_patchconv.planner import OF_FREE
+from ..comfyui_patchconv.hosts.estimates import OF_FREE
 from ..comfyui_patchconv.streaming import Streamed, expect, joins
 from .progress import StreamProgress
 from .vae_memory import HOST_ATTRIBUTES, Estimate, Memory

@@ -9,9 +9,10 @@ from typing import Any, Optional
 
 import torch
 
-from ..comfyui_patchconv import planner
+from ..comfyui_patchconv.conv.strip_sizes import working_set
+from ..comfyui_patchconv.conv.tiling import Tiling
+from ..comfyui_patchconv.hosts.estimates import MARGIN
 from ..comfyui_patchconv.streaming import Make, peak_activations
-from ..comfyui_patchconv.tiled_conv import Tiling
 
 HOST_ATTRIBUTES = {"comfy_cast_weights": False, "weight_function": [], "bias_function": []}
 """Of modules in a copy that is counted: its weights are where and what they should be, nothing to cast or to move."""
@@ -43,7 +44,7 @@ class Memory(ABC):
         key = self._asked = (tuple(shape)[1:], dtype)
         if key not in self._counted:
             try:
-                self._counted[key] = self._count((1, *key[0]), dtype) * planner.MARGIN
+                self._counted[key] = self._count((1, *key[0]), dtype) * MARGIN
             except Exception as error:  # the host's code is free to do what tensors without values cannot
                 logging.info("Patch Conv: %s of %s not counted (%s).", self.method, type(self.model).__name__, error)
                 self._counted[key] = float("inf")
@@ -100,6 +101,4 @@ class StripMemory(Memory):
 
     def _count(self, sample: tuple[int, ...], dtype: torch.dtype) -> float:
         maps = self.maps(sample, dtype)
-        return maps + planner.working_set(
-            maps, self.tiling.splits, self.tiling.threshold, self.device.type, dtype.itemsize
-        )
+        return maps + working_set(maps, self.tiling.splits, self.tiling.threshold, self.device.type, dtype.itemsize)

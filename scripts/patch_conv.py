@@ -9,9 +9,17 @@ import gradio as gr  # pyright: ignore[reportMissingImports]
 from modules import script_callbacks, scripts, sd_models, shared  # pyright: ignore[reportMissingImports]
 from modules.ui_components import InputAccordion  # pyright: ignore[reportMissingImports]
 
-from comfyui_patchconv.parameters import DEFAULTS, NAMES, TITLE, from_infotext, infotext_names, settings_of, to_infotext
-from comfyui_patchconv.planner import MODES
-from comfyui_patchconv.toggle import Toggle
+from comfyui_patchconv.hosts.modes import MODES
+from comfyui_patchconv.hosts.webui.parameters import (
+    DEFAULTS,
+    NAMES,
+    TITLE,
+    from_infotext,
+    infotext_names,
+    settings_of,
+    to_infotext,
+)
+from comfyui_patchconv.hosts.webui.toggle import Toggle
 
 _LABELS = {
     "enabled": TITLE,

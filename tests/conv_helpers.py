@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from comfyui_patchconv import TiledForward, convert_model
-from comfyui_patchconv.tiled_conv import Convolution
+from comfyui_patchconv.conv.tiling import Convolution
 
 Kind = Callable[..., Convolution]  # a class, or anything else that makes one
 KINDS: tuple[Kind, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from comfyui_patchconv.patch_ddpm.config import Config, DiffusionConfig, ModelConfig
-from comfyui_patchconv.patch_ddpm.model import PatchDenoiser
+from comfyui_patchconv.pixel_models.patch_ddpm.config import Config, DiffusionConfig, ModelConfig
+from comfyui_patchconv.pixel_models.patch_ddpm.model import PatchDenoiser
 
 DATA = Path(__file__).parent / "data"
 CHECKPOINT = DATA / "patch_ddpm.pt"

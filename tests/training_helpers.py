@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from comfyui_patchconv.patch_diffusion.model import PatchUNet
+from comfyui_patchconv.pixel_models.patch_diffusion.model import PatchUNet
 
 
 def write_images(folder: Path, count: int = 5, size: tuple[int, int] = (8, 8)) -> Path:

@@ -124,7 +124,7 @@ def called(pack: str, model: torch.nn.Module, method: str, shape: tuple[int, ...
 
 
 def halves(pack: str) -> dict[str, Any]:
-    half_of = importlib.import_module(f"{pack}.comfyui_patchconv.vae_parts").half_of
+    half_of = importlib.import_module(f"{pack}.comfyui_patchconv.hosts.halves").half_of
     answer: dict[str, Any] = {}
     for path, options, latent, pixels in FAMILIES:
         wrong: list[str] = []
@@ -182,7 +182,7 @@ def streamed(pack: str) -> dict[str, float]:
 @torch.inference_mode()
 def whole(pack: str) -> dict[str, Any]:
     streaming = importlib.import_module(f"{pack}.comfyui_patchconv.streaming")
-    part_of = importlib.import_module(f"{pack}.comfyui_patchconv.vae_parts").part_of
+    part_of = importlib.import_module(f"{pack}.comfyui_patchconv.hosts.halves").part_of
     answer: dict[str, Any] = {}
     for path, options, latent, pixels in FAMILIES:
         if len(latent) < 4:
@@ -220,7 +220,7 @@ def whole(pack: str) -> dict[str, Any]:
 
 @torch.inference_mode()
 def holes(pack: str) -> dict[str, Any]:
-    with_holes = importlib.import_module(f"{pack}.comfyui_patchconv.holes").with_holes
+    with_holes = importlib.import_module(f"{pack}.comfyui_patchconv.conv.holes").with_holes
     tiling = importlib.import_module(f"{pack}.comfyui_patchconv").Tiling
     answer: dict[str, Any] = {}
     for path, options, latent, pixels in FAMILIES:
@@ -275,7 +275,7 @@ def tensor(result: Any) -> torch.Tensor:
 
 @torch.inference_mode()
 def memory(pack: str, checkpoint: str, size: str) -> dict[str, int]:
-    recorder = importlib.import_module(f"{pack}.comfyui_patchconv.measure").Recorder
+    recorder = importlib.import_module(f"{pack}.comfyui_patchconv.memory.recorder").Recorder
     every = vaes(pack, load_vae(checkpoint=checkpoint), splits=0, threshold=16.0)
     latent = torch.randn(1, 4, int(size) // 8, int(size) // 8)
     answer = {}
@@ -291,7 +291,7 @@ def memory(pack: str, checkpoint: str, size: str) -> dict[str, int]:
 
 @torch.inference_mode()
 def video(pack: str, method: str, way: str, file: str) -> dict[str, Any]:
-    recorder = importlib.import_module(f"{pack}.comfyui_patchconv.measure").Recorder
+    recorder = importlib.import_module(f"{pack}.comfyui_patchconv.memory.recorder").Recorder
     utils = importlib.import_module("comfy.utils")
     moves: list[float] = []
     utils.set_progress_bar_global_hook(lambda value, total, *_, **__: moves.append(value / total))

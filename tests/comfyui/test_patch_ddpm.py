@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from comfyui_patchconv.patch_ddpm.checkpoints import save
-from comfyui_patchconv.patch_ddpm.config import DiffusionConfig, ModelConfig
-from comfyui_patchconv.patch_ddpm.model import PatchDenoiser
+from comfyui_patchconv.pixel_models.patch_ddpm.checkpoints import save
+from comfyui_patchconv.pixel_models.patch_ddpm.config import DiffusionConfig, ModelConfig
+from comfyui_patchconv.pixel_models.patch_ddpm.model import PatchDenoiser
 
 from .conftest import Graph, Server, read_image
 from .test_server import ALWAYS, MODEL, assert_same_image, node

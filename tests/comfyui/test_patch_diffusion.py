@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from comfyui_patchconv.patch_diffusion.checkpoints import save
-from comfyui_patchconv.patch_diffusion.config import Config
-from comfyui_patchconv.patch_diffusion.model import PatchUNet
+from comfyui_patchconv.pixel_models.patch_diffusion.checkpoints import save
+from comfyui_patchconv.pixel_models.patch_diffusion.config import Config
+from comfyui_patchconv.pixel_models.patch_diffusion.model import PatchUNet
 
 from .conftest import Graph, Server, assert_described, read_image
 from .test_server import ALWAYS, MODEL, assert_same_image, node

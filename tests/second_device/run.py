@@ -22,12 +22,12 @@ from patch_ddpm_helpers import FEW, TALL, randomised
 from torch import Tensor, nn
 
 from comfyui_patchconv import PartialConv2d, PConv2d, Tiling, convert_model
-from comfyui_patchconv.fill import fill
-from comfyui_patchconv.holes import with_holes
-from comfyui_patchconv.patch_ddpm import diffusion as patch_ddpm
-from comfyui_patchconv.patch_diffusion import diffusion as patch_diffusion
-from comfyui_patchconv.patch_diffusion.config import Config
-from comfyui_patchconv.patch_diffusion.model import PatchUNet
+from comfyui_patchconv.conv.fill import fill
+from comfyui_patchconv.conv.holes import with_holes
+from comfyui_patchconv.pixel_models.patch_ddpm import diffusion as patch_ddpm
+from comfyui_patchconv.pixel_models.patch_diffusion import diffusion as patch_diffusion
+from comfyui_patchconv.pixel_models.patch_diffusion.config import Config
+from comfyui_patchconv.pixel_models.patch_diffusion.model import PatchUNet
 from comfyui_patchconv.streaming import Tuning, expect, stream, streamed
 
 SECOND = torch.device("privateuseone", 0)  # which is how torch calls it before it has a name

@@ -10,7 +10,7 @@ from model_zoo import draw_weights, hunyuan, image, kl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comfyui_patchconv.convert import convert_model
+from comfyui_patchconv.conv.patch import convert_model
 from comfyui_patchconv.streaming import Make, Streamed, Tuning, expect, peak_activations
 
 KIB = 2**10

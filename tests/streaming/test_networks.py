@@ -17,7 +17,7 @@ from network_helpers import random_network, run_network
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comfyui_patchconv.files import random_vae
+from comfyui_patchconv.files.vae import random_vae
 from comfyui_patchconv.streaming import Tuning, stream, streamed
 from comfyui_patchconv.streaming.record.operators import convolution
 

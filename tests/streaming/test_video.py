@@ -13,8 +13,8 @@ from model_zoo import draw_weights, image, wan
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comfyui_patchconv import onednn
-from comfyui_patchconv.convert import convert_model
+from comfyui_patchconv.conv import onednn
+from comfyui_patchconv.conv.patch import convert_model
 from comfyui_patchconv.streaming import Streamed, Tuning, expect, stream, streamed
 from comfyui_patchconv.streaming.call import Call
 from comfyui_patchconv.streaming.plan.passes import Passes

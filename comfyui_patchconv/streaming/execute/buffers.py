@@ -14,7 +14,8 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-from ...memory import free, is_out_of_memory
+from ...memory.errors import is_out_of_memory
+from ...memory.usage import free
 from ..graph.node import dense_strides
 from .copies import Arrival, Copies, copies_of
 

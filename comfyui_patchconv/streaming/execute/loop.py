@@ -10,8 +10,10 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-from ... import planner
-from ...memory import anonymous, is_out_of_memory, keep_freed_blocks, release, trim
+from ...memory.allocator import keep_freed_blocks, release, trim
+from ...memory.errors import is_out_of_memory
+from ...memory.sizes import allocator_bytes
+from ...memory.usage import anonymous
 from ..graph.node import Node, Span, in_order
 from ..plan.schedule import Apply, Pass, Schedule, Target
 from .buffers import lasting
@@ -141,7 +143,7 @@ class _Memory:
 
     def strip_done(self, kept: int) -> None:
         """A strip is over, and `kept` bytes of it are kept for the next."""
-        usual = planner.ALLOCATOR_BYTES["cpu"] + kept
+        usual = allocator_bytes("cpu") + kept
         if self._between >= usual // _LOOKS:
             self._between = 0
             self._hand_back(usual)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...geometry import Axis, padded_row
+from ...conv.geometry import Axis, padded_row
 from .node import Span, Step
 
 Pieces = Sequence[Tensor]

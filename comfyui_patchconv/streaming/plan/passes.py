@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any, Optional
 
-from ... import planner
 from ..graph.node import Node
 from .cost import seconds_of
 from .schedule import Apply, Pass, Schedule, Target, Tuning
@@ -442,7 +441,7 @@ class Passes:
             size = target.node.bytes
             movable = not target.result and (cpu or not target.whole) and target.node.device == sweep.device
             given = freed if cpu or not target.whole else 0  # what is one tensor takes its memory at once, but on a CPU
-            target.elsewhere = movable and size > 0 and not planner.fits(self._budget, held, given, size)
+            target.elsewhere = movable and size > 0 and not _fits(self._budget, held, given, size)
             if target.elsewhere:
                 self._elsewhere.add(target.node)
                 self._known_sweeps.clear()
@@ -462,3 +461,8 @@ class Passes:
         self.schedule.stored = max(self.schedule.stored, stored)
         self.schedule.peak = max(self.schedule.peak, stored + workspace)
         self.schedule.elsewhere = max(self.schedule.elsewhere, self._aside + max(elsewhere, 0))
+
+
+def _fits(budget: Optional[int], held: int, freed: int, new: int) -> bool:
+    """Whether `new` bytes can be added to `held` within `budget`, while `freed` of them go at the same pace."""
+    return budget is None or held + max(new - freed, 0) <= budget

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from operator import attrgetter
 from typing import Optional
 
-from ... import planner
+from ...memory.sizes import allocator_bytes, strip_bytes
 from ..graph.node import Node
 from .schedule import Tuning
 
@@ -88,7 +88,7 @@ class Sweep:
                     place += 1
         height = max(self.height, 1)
         share = max(node.bytes for node in nodes) // height
-        suitable = planner.STRIP_BYTES.get(self.device.type, planner.STRIP_BYTES_ELSEWHERE)
+        suitable = strip_bytes(self.device.type)
         suitable = tuning.strip_bytes if tuning.strip_bytes is not None else suitable
         self._suitable = suitable
         rows = min(max(suitable // _STRIPS_AT_ONCE // max(share, 1), 1), height)
@@ -204,7 +204,7 @@ class Sweep:
         if self.device.type == "cpu":  # weights in the order of its backend
             of_steps += max((step.weight_bytes * step.widened for step in steps), default=0)
         of_steps += sum(node.step.kernel_bytes for node in self.keeping if node.step is not None)
-        allocator = planner.ALLOCATOR_BYTES.get(self.device.type, 0)
+        allocator = allocator_bytes(self.device.type)
         allocator = self._tuning.allocator_bytes if self._tuning.allocator_bytes is not None else allocator
         return int(widest) + of_steps + self.line_bytes + allocator + self._bytes_on_the_way(share)
 

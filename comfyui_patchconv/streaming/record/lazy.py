@@ -7,7 +7,7 @@ others can reach too, an argument's or what NumPy was given, is real: it is writ
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 from weakref import ref
 
 import torch
@@ -17,21 +17,19 @@ from torch.autograd import forward_ad
 from ..graph.node import Node
 from .shapes import SIMPLE, Spec
 
-if TYPE_CHECKING:
-    from .recorder import Recorder
-
 
 class Cell:
     """Memory that views share.
 
-    whole: what all of it looks like. value: the node of all of it, while nobody else can reach it. real: the tensor of
-    all of it, where others can. version: how often it was written to through views.
+    recorder: a `Recorder`, whose module imports this one. whole: what all of it looks like. value: the node of all of
+    it, while nobody else can reach it. real: the tensor of all of it, where others can. version: how often it was
+    written to through views.
     """
 
     __slots__ = ("__weakref__", "bytes", "real", "recorder", "value", "version", "whole")
 
     def __init__(
-        self, recorder: Recorder, whole: Spec, value: Optional[Node] = None, real: Optional[Tensor] = None,
+        self, recorder: Any, whole: Spec, value: Optional[Node] = None, real: Optional[Tensor] = None,
         counted: bool = True,
     ) -> None:  # fmt: skip
         self.recorder, self.whole, self.value, self.real, self.version = recorder, whole, value, real, 0

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .... import doubled, winograd
-from ....geometry import Axis
-from ....onednn import conv3d
+from ....conv import doubled, winograd
+from ....conv.geometry import Axis
+from ....conv.onednn import conv3d
 from ...graph.node import Node, Span, Step
 from ...graph.steps import Convolve, ConvolveTransposed, Pieces, Resample
 from ..memory import Held

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ....geometry import Axis
+from ....conv.geometry import Axis
 from ...graph.node import Node
 from ...graph.steps import Convolve
 from .common import Call, default_dim, dim_of, each

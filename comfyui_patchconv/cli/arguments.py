@@ -1,0 +1,58 @@
+"""What the values of a command line may be: types for `argparse`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import torch
+
+from ..memory.errors import first_line
+from ..units import bytes_of
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def natural(text: str) -> int:
+    """A whole number from 0."""
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A whole number that torch's generators take."""
+    found = natural(text)
+    if found >= 2**64:
+        raise argparse.ArgumentTypeError(f"{text} is too large: use a seed below 2^64")
+    return found
+
+
+def number(text: str) -> float:
+    """A number that is neither infinite nor none."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return found
+
+
+def size(text: str) -> int:
+    """Bytes of `2GiB`, `1.5 GB`, `800MB` or a bare number."""
+    try:
+        return bytes_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def device(text: str) -> torch.device:
+    """A device that can be used here: `gpu`, or as torch names them."""
+    try:
+        found = torch.device("cuda" if text == "gpu" else text)
+        torch.empty(1, device=found).cpu()
+    except Exception as error:  # each backend has its own way to be missing
+        reason = first_line(error).split(". ")[0]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({reason})") from None
+    return found

@@ -1,0 +1,240 @@
+"""`patchconv demo`: one latent decoded plain, with Patch Conv and streamed, in fresh processes, to see for oneself."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import signal
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..conv.strip_sizes import DEFAULT_THRESHOLD
+from ..files.images import save_image
+from ..files.latents import load_latent
+from ..files.tensors import existing
+from ..files.vae import load_vae, random_vae
+from ..memory.errors import is_out_of_memory
+from ..memory.recorder import Recorder
+from .arguments import DTYPES
+from .options import add_strips, default_device
+from .vae import MB, Strips, check_channels, decode, scale
+
+NAMES = {"plain": "plain", "patch": "Patch Conv", "stream": "streaming"}
+_COLOURS = {"plain": "#9a9a9a", "patch": "#1668c7", "stream": "#1a7f37"}
+_INTERVAL = 0.02
+
+
+def add(commands: Any) -> None:
+    """Add the command to `commands`, an argparse parser's subparsers."""
+    parser = commands.add_parser("demo", help="plain, Patch Conv and streaming side by side", description=_run.__doc__)
+    parser.add_argument(
+        "--size", type=int, default=768, help="pixels of a synthetic latent's side (default: %(default)s)"
+    )
+    parser.add_argument("--vae", type=Path, help="VAE or checkpoint (default: Stable Diffusion's VAE, random weights)")
+    parser.add_argument("--latent", type=Path, help="ComfyUI's .latent or a safetensors tensor (default: synthetic)")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder to write to (default: %(default)s)")
+    add_strips(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    """Decode one latent plain, with Patch Conv and streamed, in fresh processes; compare memory, time and pixels."""
+    if args.latent is None and not 64 <= args.size <= 16384:
+        raise ValueError(f"--size is {args.size}: use 64 to 16384 pixels.")
+    where = str(args.device or default_device())
+    run(Settings(args.vae, args.latent, args.size, args.splits, args.threshold, where, args.dtype), args.out)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to decode and how.
+
+    vae: file, or None for Stable Diffusion's VAE with random weights. latent: file, or None for a synthetic one whose
+    image has sides of `size` pixels. splits, threshold: see `Tiling`. device, dtype: as torch names them.
+    """
+
+    vae: Optional[Path] = None
+    latent: Optional[Path] = None
+    size: int = 768
+    splits: int = 0
+    threshold: int = DEFAULT_THRESHOLD
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One decode: peak in bytes beyond the weights, time in seconds, memory over time, and the image `[3, H, W]`."""
+
+    peak: int
+    seconds: float
+    timeline: list[tuple[float, int]] = field(repr=False)
+    pixels: Any = field(repr=False)  # numpy: a tensor would reach the parent through memory that dies with the child
+
+    @property
+    def image(self) -> Tensor:
+        return torch.from_numpy(self.pixels)
+
+
+def run(settings: Settings, out: Path) -> dict[str, Optional[Result]]:
+    """Decode in each of the modes, print the table, and write `image.png` and `memory.png` to the folder `out`.
+
+    Returns the results by mode; None for one that did not fit into memory. Raises ValueError for files that cannot be
+    used, and MemoryError if none fits.
+    """
+    import matplotlib  # noqa: F401  before the work, not after it, if it is missing
+
+    _check_folder(out)
+    for path in filter(None, (settings.vae, settings.latent)):
+        existing(path)
+    results: dict[str, Optional[Result]] = {}
+    for mode, name in NAMES.items():
+        print(f"Decoding, {name} …", flush=True)
+        results[mode] = _in_fresh_process(settings, mode)
+    done = [result for result in results.values() if result is not None]
+    if not done:
+        raise MemoryError("in every mode")
+    print(f"\n{table(results)}\n\n{difference(results)}")
+    out.mkdir(parents=True, exist_ok=True)
+    save_image(out / "image.png", done[-1].image)
+    plot(results, settings, out / "memory.png")
+    print(f"\nWritten: {out / 'image.png'} (the image), {out / 'memory.png'} (memory over time)")
+    return results
+
+
+def table(results: dict[str, Optional[Result]]) -> str:
+    """Peak memory and time of each result, one row each, and what they are beside plain's."""
+    lines = [f"{'':<12}{'peak memory':>14}{'time':>11}"]
+    plain = results["plain"]
+    for mode, result in results.items():
+        line = f"{NAMES[mode]:<12}" + f"{'out of memory':>14}"
+        if result is not None:
+            line = f"{NAMES[mode]:<12}{result.peak / MB:>11.0f} MB{result.seconds:>9.1f} s"
+            if plain is not None and result is not plain:
+                memory, seconds = result.peak / max(plain.peak, 1) - 1, result.seconds / plain.seconds - 1
+                line += f"   {memory:+.0%} memory, {seconds:+.0%} time"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def difference(results: dict[str, Optional[Result]]) -> str:
+    """A sentence on the largest difference of each image to plain's."""
+    plain = results["plain"]
+    others = [(NAMES[mode], result) for mode, result in results.items() if mode != "plain" and result is not None]
+    if plain is None or not others:
+        return "Only some of the images could be made: there is nothing to compare with plain."
+    low, high = plain.image.aminmax()
+    largest = ", ".join(f"{(plain.image - result.image).abs().max():.2g} ({name})" for name, result in others)
+    return f"Largest difference to the plain image: {largest}; its values go from {low:.2f} to {high:.2f}."
+
+
+def plot(results: dict[str, Optional[Result]], settings: Settings, path: Path) -> None:
+    """Memory over time of each result as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for mode, result in results.items():
+        name, colour = NAMES[mode], _COLOURS[mode]
+        if result is None:
+            axes.plot([], [], color=colour, label=f"{name}: out of memory")
+            continue
+        seconds, used = zip((0.0, 0), *result.timeline)
+        megabytes = [value / MB for value in used]
+        label = f"{name}: peak {result.peak / MB:.0f} MB, {result.seconds:.1f} s"
+        axes.plot(seconds, megabytes, color=colour, linewidth=1.6, label=label)
+        axes.fill_between(seconds, megabytes, color=colour, alpha=0.15, linewidth=0)
+        axes.axhline(result.peak / MB, color=colour, linewidth=1, linestyle=(0, (4, 3)))
+    image = next(result.image for result in results.values() if result is not None)
+    axes.set_title(
+        f"Decoding {image.shape[2]}x{image.shape[1]} pixels in {settings.dtype} on {settings.device}", loc="left"
+    )
+    axes.set_xlabel("time (s)")
+    axes.set_ylabel("memory in use beyond the weights (MB)")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.margins(y=0.1)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
+    figure.savefig(path)
+
+
+def synthetic_latent(channels: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """A latent `[1, channels, height, width]` drawn from `seed`: shapes of all sizes, as in a picture."""
+    generator = torch.Generator().manual_seed(seed)
+    latent = torch.zeros(1, channels, height, width)
+    for cells, weight in ((2, 3.0), (4, 2.0), (8, 1.0), (32, 0.5)):
+        noise = torch.randn(1, channels, cells, cells, generator=generator)
+        latent += weight * F.interpolate(noise, (height, width), mode="bicubic")
+    return latent
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises ValueError unless `folder` can be written to, or made."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"--out is {folder} and {existing} is not a folder that can be written to: choose another.")
+
+
+def _in_fresh_process(settings: Settings, mode: str) -> Optional[Result]:
+    """The result, or None where memory ran out: the process said so, or the system ended it."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, settings, mode), daemon=True)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process alone, which ends the other
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    sender.close()
+    try:
+        result = receiver.recv()
+    except EOFError:
+        process.join()
+        if process.exitcode == -9:
+            return None
+        raise ChildProcessError(f"the process that decodes ended with exit code {process.exitcode}.") from None
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _send(sender: Connection, settings: Settings, mode: str) -> None:
+    """Send the result, None where memory ran out, or the exception for wrong input; any other ends this process."""
+    try:
+        result = _measure(settings, mode)
+    except (ValueError, OSError, ImportError) as error:
+        result = error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        result = None
+    sender.send(result)
+
+
+@torch.inference_mode()
+def _measure(settings: Settings, mode: str) -> Result:
+    dtype = DTYPES[settings.dtype]
+    vae = load_vae(settings.vae, dtype) if settings.vae else random_vae(dtype=dtype)
+    if settings.latent is not None:
+        latent = load_latent(settings.latent)[:1]
+        check_channels(vae, latent, settings.latent)
+    else:
+        side = settings.size // scale(vae)
+        latent = synthetic_latent(vae.config["latent_channels"], side, side)
+    nn.Module.to(vae, settings.device)
+    decode(vae, latent[:, :, :8, :8], Strips("plain"))  # what libraries set up once is not the decode's
+    with Recorder(settings.device, _INTERVAL) as recorder:
+        image = decode(vae, latent, Strips(mode, settings.splits, settings.threshold))
+    return Result(recorder.peak, recorder.seconds, recorder.timeline, image[0].float().cpu().numpy())

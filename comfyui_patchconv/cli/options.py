@@ -1,0 +1,74 @@
+"""What several commands ask for, and how they answer."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..conv.strip_sizes import DEFAULT_THRESHOLD
+from ..memory.recorder import Recorder
+from .arguments import DTYPES, device, natural, size
+from .vae import CHOICES, MB, Strips
+
+if TYPE_CHECKING:
+    pass
+
+
+def add_strips(parser: argparse.ArgumentParser) -> None:
+    """Options of all that decodes or encodes."""
+    parser.add_argument("--splits", type=natural, default=0, help="strips per convolution; 0 chooses (default)")
+    parser.add_argument(
+        "--threshold",
+        type=natural,
+        default=DEFAULT_THRESHOLD,
+        help="input elements from which a convolution runs in strips (default: %(default)s)",
+    )
+    parser.add_argument("--device", type=device, default=None, help="default: cuda if there is one, else cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+
+
+def add_mode(parser: argparse.ArgumentParser) -> None:
+    """Options of what runs in one mode."""
+    parser.add_argument(
+        "--mode",
+        choices=CHOICES,
+        default="patch",
+        help="patch: each large convolution in strips (default); stream: everything in strips; plain: nothing",
+    )
+    parser.add_argument(
+        "--budget",
+        type=size,
+        help="memory beside the weights for --mode stream to stay within, such as 2GiB or 800MB; default: no limit",
+    )
+
+
+def strips_of(args: argparse.Namespace) -> Strips:
+    """The options as `Strips`. Raises ValueError for a budget that the mode does not take."""
+    if args.budget is not None and args.mode != "stream":
+        raise ValueError(
+            f"--budget is for --mode stream and the mode is {args.mode}: leave it out, or choose that mode."
+        )
+    return Strips(args.mode, args.splits, args.threshold, args.budget)
+
+
+def say(what: str, recorder: Recorder) -> None:
+    """Print what was made, and what that took."""
+    print(f"{what}, {recorder.seconds:.1f} s, peak {recorder.peak / MB:.0f} MB beyond the weights")
+
+
+def check_output(path: Path, *suffixes: str) -> None:
+    """Raises ValueError unless `path` can be the name of a new file that ends in one of `suffixes`."""
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"--out is {path}: its name must end in {' or '.join(suffixes)}.")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out is {path} and the folder {path.parent} does not exist: create it first.")
+    if path.is_dir():
+        raise ValueError(f"--out is {path}, which is a folder: give the name of a file.")
+
+
+def default_device() -> torch.device:
+    """Where work is done if nothing is asked."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

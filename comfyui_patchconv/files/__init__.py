@@ -1,0 +1,1 @@
+"""Files of VAEs, latents and images: read with checks first, written whole."""

@@ -1,0 +1,195 @@
+"""VAE weights from files: which tensors make a VAE, in which layout, and what its configuration is."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from itertools import count, takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .tensors import FLOATS, Header, listed, opened, short
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+State = dict[str, Tensor]
+
+
+_PREFIXES = ("", "first_stage_model.", "vae.")
+
+
+_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+
+
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+_LDM_NAMES = (
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.(down|up)\.(\d+)\.block\.", r".\1_blocks.\2.resnets."),
+    (r"\.(down|up)\.(\d+)\.(down|up)sample\.", r".\1_blocks.\2.\3samplers.0."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+)
+
+
+_GROUPS = 32  # of every group norm; LDM's code has it fixed, and no tensor's shape shows it
+
+
+_LAYOUTS = {
+    "ldm": ("encoder.down.{}.block.{}.conv1.weight", "decoder.mid.attn_1.q.weight"),
+    "diffusers": ("encoder.down_blocks.{}.resnets.{}.conv1.weight", "decoder.mid_block.attentions.0.group_norm.weight"),
+}
+
+
+def random_vae(seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> AutoencoderKL:
+    """Stable Diffusion's VAE, its real architecture with weights drawn from `seed`; the global generator is kept."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would set those of the GPUs too
+        vae = AutoencoderKL(**_config((128, 256, 512, 512), layers=2, latent=4))
+    return _ready(vae, dtype, device)
+
+
+def load_vae(
+    path: str | os.PathLike[str], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> AutoencoderKL:
+    """The image VAE in the file `path`, ready for inference. Only its own tensors are read.
+
+    path: a VAE, or a whole checkpoint that has one, in LDM layout (`decoder.mid.attn_1…`: ComfyUI, Automatic1111) or
+        diffusers layout (`decoder.mid_block.attentions.0…`), with any number of latent channels. safetensors, or a
+        pickle (.ckpt, .pt, .pth, .bin) as far as `torch.load(weights_only=True)` reads it.
+
+    Raises FileNotFoundError, or ValueError if the file is damaged or has no such VAE.
+    """
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    path = Path(path)
+    header, read = opened(path)
+    shapes, prefix = _vae_shapes(path, header)
+    layout, config = _detect(path, shapes)
+    state = {name: read(prefix + name).to(device, dtype) for name in shapes}
+    if layout == "ldm":
+        state = _from_ldm(state, len(config["block_out_channels"]))
+    state = _today(state)
+    with torch.device("meta"):
+        vae = AutoencoderKL(**config)
+    _check_state(path, state, vae)
+    vae.load_state_dict(state, assign=True)
+    return _ready(vae, dtype, device)
+
+
+def _vae_shapes(path: Path, header: Header) -> tuple[Shapes, str]:
+    """Shapes of the VAE's tensors by their names without prefix, and the prefix."""
+    for prefix in _PREFIXES:
+        if f"{prefix}decoder.conv_in.weight" in header and f"{prefix}encoder.conv_in.weight" in header:
+            break
+    else:
+        raise ValueError(
+            f"{path} has no VAE with an encoder and a decoder (first of its tensors: {listed(header)}): give a VAE "
+            "file, or a checkpoint that has one built in."
+        )
+    shapes: Shapes = {}
+    for name, (dtype, shape) in header.items():
+        if not name.startswith(tuple(prefix + part for part in _PARTS)):
+            continue
+        if dtype not in FLOATS:
+            raise ValueError(f"{path}: {short(name)} is of type {dtype}: float32, float16 or bfloat16 can be used.")
+        shapes[name[len(prefix) :]] = shape
+    return shapes, prefix
+
+
+def _detect(path: Path, shapes: Shapes) -> tuple[str, dict[str, Any]]:
+    """Layout ("ldm" or "diffusers") of a VAE's tensors, and the `AutoencoderKL` configuration their shapes show."""
+    layout = next((name for name, (block, _) in _LAYOUTS.items() if block.format(0, 0) in shapes), None)
+    if layout is None:
+        raise ValueError(f"{path} has a VAE that is laid out neither as LDM's nor as diffusers': use an image VAE.")
+    block, attention = _LAYOUTS[layout]
+    levels = list(takewhile(shapes.__contains__, (block.format(level, 0) for level in count())))
+    layers = len(list(takewhile(shapes.__contains__, (block.format(0, layer) for layer in count()))))
+    first, last, inner = "encoder.conv_in.weight", "decoder.conv_out.weight", "decoder.conv_in.weight"
+    odd = [name for name in (first, last, inner, *levels) if len(shapes.get(name, ())) != 4 or 0 in shapes[name]]
+    if not odd:
+        odd = [name for name in levels if shapes[name][0] % _GROUPS]
+        odd += [name for name, channels in ((first, shapes[first][1]), (last, shapes[last][0])) if channels != 3]
+    if odd:
+        raise ValueError(
+            f"{path} has a VAE of another kind ({odd[0]} has the shape {list(shapes.get(odd[0], ()))}): one for "
+            f"RGB images, with channels in multiples of {_GROUPS}, is needed."
+        )
+    return layout, _config(
+        [shapes[name][0] for name in levels],
+        layers,
+        latent=shapes[inner][1],
+        use_quant_conv="quant_conv.weight" in shapes,
+        use_post_quant_conv="post_quant_conv.weight" in shapes,
+        mid_block_add_attention=attention in shapes,
+    )
+
+
+def _config(widths: Sequence[int], layers: int, latent: int, **rest: Any) -> dict[str, Any]:
+    return {
+        "block_out_channels": tuple(widths),
+        "layers_per_block": layers,
+        "latent_channels": latent,
+        "norm_num_groups": _GROUPS,
+        "sample_size": 512,  # diffusers tiles by it
+        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
+        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
+        **rest,
+    }
+
+
+def _from_ldm(state: State, levels: int) -> State:
+    """The tensors of an LDM VAE by diffusers' names; LDM counts the decoder's levels from the image's side."""
+
+    def renamed(name: str) -> str:
+        for pattern, replacement in _LDM_NAMES:
+            name = re.sub(pattern, replacement, name, flags=re.ASCII)
+        return re.sub(r"(?<=\.up_blocks\.)\d{1,3}", lambda level: str(levels - 1 - int(level[0])), name)
+
+    return {renamed(name): value for name, value in state.items()}
+
+
+def _today(state: State) -> State:
+    """Attention as diffusers has it since 0.18: published VAEs still have `query` and `proj_attn`, LDM convolutions."""
+    pattern = re.compile(rf"(?<=attentions\.0\.)({'|'.join(_OLD_ATTENTION)})(?=\.)")
+    renamed = {pattern.sub(lambda match: _OLD_ATTENTION[match[0]], name): value for name, value in state.items()}
+    return {
+        name: value.flatten(1) if ".attentions.0.to_" in name and value.dim() > 2 else value
+        for name, value in renamed.items()
+    }
+
+
+def _check_state(path: Path, state: State, vae: AutoencoderKL) -> None:
+    """Raises ValueError unless `state` has exactly the tensors of `vae`, in its shapes."""
+    expected = vae.state_dict()
+    missing, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()
+    if missing or unknown:
+        what, names = ("lacks", missing) if missing else ("has tensors that no such VAE has:", unknown)
+        raise ValueError(f"{path} {what} {listed(sorted(names))}: it is incomplete, or a VAE of another kind.")
+    for name, value in expected.items():
+        if state[name].shape != value.shape:
+            raise ValueError(
+                f"{path}: {name} has the shape {list(state[name].shape)} where {list(value.shape)} is needed: it is a "
+                "VAE of another kind."
+            )
+
+
+def _ready(vae: AutoencoderKL, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKL:
+    nn.Module.to(vae, device=device, dtype=dtype)  # diffusers' own `to` warns of every cast
+    return vae.requires_grad_(False).eval()

@@ -1,0 +1,89 @@
+"""What a part of a model took when it ran in strips: the figures that hosts show, and the words for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..memory.recorder import Recorder, thinned
+from ..units import size_of, time_of
+
+_SAMPLES = 240
+"""Of a timeline that is shown: about one for two pixels of a chart."""
+
+
+@dataclass
+class Figures:
+    """Of all calls of one part in a run.
+
+    part: what ran (`"VAE decoder"`). streamed: whether whole, or else by convolution. strips: of all that was streamed,
+    or the most that one convolution was cut into; 0 where they were not counted. calls, seconds: in all. peak: the
+    most bytes in use at once beyond those at the start; 0 where that was not measured. plain: bytes that plain's
+    feature maps were counted to need at once, without what its convolutions work in; 0 where that was not counted.
+    timeline: (seconds, bytes) while it ran.
+    """
+
+    part: str
+    streamed: bool = False
+    strips: int = 0
+    calls: int = 0
+    seconds: float = 0.0
+    peak: int = 0
+    plain: int = 0
+    timeline: list[tuple[float, int]] = field(default_factory=list)
+
+    def add(self, recorded: Recorder) -> None:
+        """One more call."""
+        self.calls += 1
+        self.peak = max(self.peak, recorded.peak)
+        self.timeline += [(self.seconds + min(at, recorded.seconds), size) for at, size in recorded.timeline]
+        self.seconds += recorded.seconds
+        while len(self.timeline) > _SAMPLES:
+            self.timeline = thinned(self.timeline)
+
+    def words(self) -> dict[str, str]:
+        """How it ran, and its peak, plain's need and time as far as they are known."""
+        if self.streamed:
+            way = f"streamed in {self.strips} strips" if self.strips else "streamed"
+        elif self.strips > 1:
+            way = f"in up to {self.strips} strips"
+        else:
+            way = "whole (no convolution above the threshold)"
+        words = {"way": way}
+        if self.peak:
+            words["peak"] = f"peak {size_of(self.peak)}"
+        if self.plain:
+            words["plain"] = f"plain: at least {size_of(self.plain)}, counted"
+        if self.seconds:
+            words["time"] = time_of(self.seconds)
+        return words
+
+    def line(self) -> str:
+        """The words as one line."""
+        words = self.words()
+        if "peak" in words and "plain" in words:
+            words["peak"] += f" ({words.pop('plain')})"
+        rest = [words[name] for name in ("peak", "plain", "time") if name in words]
+        return ", ".join([f"{self.part} {words['way']}", *rest])
+
+    def as_json(self) -> dict[str, Any]:
+        """For a front end: the figures and the words."""
+        known = {name: getattr(self, name) for name in ("part", "strips", "seconds", "peak", "plain", "timeline")}
+        return known | {"words": self.words(), "line": self.line()}
+
+
+class StripCount:
+    """Notes the most strips that a convolution was cut into; a `Tiling.on_strip`."""
+
+    def __init__(self, figures: Figures) -> None:
+        self.figures = figures
+
+    def __call__(self, module: nn.Module, rows_done: int, rows: int) -> None:
+        self.figures.strips = max(self.figures.strips, strips_of(rows_done, rows))
+
+
+def strips_of(rows_done: int, rows: int) -> int:
+    """Into how many strips `rows` are cut when the first of them ends at `rows_done`; fewer than that later on."""
+    return -(-rows // max(rows_done, 1))

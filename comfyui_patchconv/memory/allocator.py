@@ -1,0 +1,50 @@
+"""What allocators keep of freed memory, and what it costs to have again."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from typing import Optional
+
+import torch
+
+
+def release(device: torch.device) -> None:
+    """Hand freed blocks of the device's caching allocator back, so that a smaller request can use them."""
+    gc.collect()
+    empty_cache = getattr(getattr(torch, device.type, None), "empty_cache", None)
+    if empty_cache is not None:
+        empty_cache()
+
+
+@cache
+def keep_freed_blocks() -> None:
+    """Have glibc keep freed blocks of strip size for the next strip, once for this process.
+
+    It maps blocks above a threshold anew each time, zeroed page by page, and raises that threshold to the size of a
+    freed block, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD). Freeing one of that size, never touched, made 64 -> 64
+    channels at 2048² take 0.80 of plain's time instead of 1.2. Other allocators lose nothing.
+    """
+    with suppress(RuntimeError, MemoryError):
+        torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
+
+
+@cache
+def _trim() -> Optional[Callable[[int], int]]:
+    """glibc's `malloc_trim`; None where it is another library."""
+    with suppress(OSError, AttributeError, TypeError):
+        return ctypes.CDLL(None).malloc_trim
+    return None
+
+
+def trim() -> None:
+    """Hand what the C library keeps of freed memory back to the system, where that is possible.
+
+    Strips of many sizes, allocated in turn, leave gaps between them that add up to several times what is in use.
+    """
+    give_back = _trim()
+    if give_back is not None:
+        give_back(0)

@@ -1,0 +1,19 @@
+"""Errors of memory that ran out, on any device, and what an error says."""
+
+from __future__ import annotations
+
+import torch
+
+_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that an allocation failed, on any device: only CUDA's has a type of its own."""
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _MESSAGES)
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says, without its full stop."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")

@@ -1,0 +1,75 @@
+"""What memory is in use and what is free: of a device, and of this process."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .allocator import trim
+
+_MEMINFO, _STATM, _STATUS = Path("/proc/meminfo"), Path("/proc/self/statm"), Path("/proc/self/status")
+
+
+def free(device: torch.device) -> int:
+    """Bytes that `device` can still give to this process; for a device that cannot tell, those of the host."""
+    of_device: Any = getattr(torch, device.type, None)
+    if hasattr(of_device, "mem_get_info"):
+        unused = of_device.memory_reserved(device) - of_device.memory_allocated(device)
+        return of_device.mem_get_info(device)[0] + unused
+    if _MEMINFO.exists():
+        found = re.search(r"^MemAvailable:\s+(\d+) kB$", _MEMINFO.read_text(), re.MULTILINE)
+        if found is not None:
+            return int(found[1]) * 1024
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def anonymous() -> int:
+    """Bytes of memory that are this process's own; 0 where the system does not tell (proc(5), statm)."""
+    if not _STATM.exists():
+        return 0
+    _, resident, shared, *_ = map(int, _STATM.read_text().split())
+    return (resident - shared) * mmap.PAGESIZE
+
+
+def resident() -> int:
+    """Resident memory of this process in bytes; without `/proc`, by psutil."""
+    if _STATUS.exists():
+        return _status("VmRSS")
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def peak_resident() -> int:
+    """The most bytes of resident memory that this process has had, since the last reset where that is possible."""
+    if _STATUS.exists():
+        return _status("VmHWM")
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_resident() -> None:
+    """Set `peak_resident` back to what is resident now, where that is possible."""
+    trim()  # what earlier work freed would hide as much of what is to come
+    with contextlib.suppress(OSError):  # elsewhere the peak is the process's own: hence a fresh one for each case
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM back to VmRSS
+
+
+def _status(field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024

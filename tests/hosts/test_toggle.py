@@ -1,0 +1,268 @@
+"""What the WebUI's toggle does to models: on for a run, and off without a trace."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conv_helpers import assert_same
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from comfyui_patchconv.conv.forward import TiledForward
+from comfyui_patchconv.hosts.webui.toggle import Settings, Toggle
+from comfyui_patchconv.memory import usage as memory
+
+
+class Half(nn.Module):
+    def __init__(self, channels: tuple[int, int]) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(channels[0], 8, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 8)
+        self.conv_out = nn.Conv2d(8, channels[1], 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv_out(F.silu(self.norm(self.conv_in(x))))
+
+
+class VAE(nn.Module):
+    """The parts that a latent diffusion VAE has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = Half((3, 4)), Half((4, 3))
+        self.post_quant_conv = nn.Conv2d(4, 4, 1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.encoder(x)
+
+
+class ForgeConv2d(nn.Conv2d):
+    """As Forge's: past what is set on the module, unless weights are to be cast."""
+
+    parameters_manual_cast = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.parameters_manual_cast:
+            weight, bias = (None if tensor is None else tensor.to(x) for tensor in (self.weight, self.bias))
+            return self._conv_forward(x, weight, bias)  # pyright: ignore[reportArgumentType]
+        return super()._conv_forward(x, self.weight, self.bias)
+
+
+class Holder:
+    """As what holds a VAE in Forge and reForge."""
+
+    def __init__(self, vae: VAE) -> None:
+        self.first_stage_model, self.device = vae, torch.device("cpu")
+        self.memory_used_decode = lambda shape, dtype: 10_000 * shape[2] * shape[3] * dtype.itemsize
+        self.memory_used_encode = lambda shape, dtype: shape[2] * shape[3] * dtype.itemsize
+
+
+@pytest.fixture
+def vae() -> VAE:
+    torch.manual_seed(0)
+    return VAE().requires_grad_(False)
+
+
+def methods(model: nn.Module) -> dict[str, Any]:
+    """Everything that is set on a module itself and could stand in for a method."""
+    return {
+        f"{name}.{key}": value
+        for name, module in model.named_modules()
+        for key, value in module.__dict__.items()
+        if callable(value)
+    }
+
+
+@pytest.mark.parametrize("mode", ["patch", "stream"])
+def test_on_and_off(vae: VAE, mode: str) -> None:
+    z, pixels, before = torch.randn(1, 4, 24, 16), torch.randn(1, 3, 24, 16), methods(vae)
+    decoded, encoded = vae.decode(z), vae.encode(pixels)
+    toggle = Toggle(Settings(mode=mode, threshold=0.0, splits=3))
+    toggle.follow([vae], [])
+    assert toggle.on
+    assert methods(vae) != before
+    assert_same(vae.decode(z), decoded, 1e-6)
+    assert_same(vae.encode(pixels), encoded, 1e-6)
+    toggle.off()
+    assert not toggle.on
+    assert methods(vae) == before
+    assert torch.equal(vae.decode(z), decoded)
+    for half in ("decoder", "encoder"):
+        assert f"VAE {half} {'streamed' if mode == 'stream' else 'in up to 3 strips'}" in toggle.report()
+    assert "plain: at least" in toggle.report()
+
+
+def test_a_unet_runs_in_strips_in_either_mode(vae: VAE) -> None:
+    unet = Half((4, 4))
+    toggle = Toggle(Settings(mode="stream", vae=False, unet=True, splits=2, threshold=0.0))
+    toggle.follow([vae], [unet])
+    assert not methods(vae)
+    assert isinstance(unet.conv_in._conv_forward, TiledForward)
+    unet(torch.randn(1, 4, 12, 8))
+    toggle.off()
+    assert not methods(unet)
+    assert toggle.report() == "Patch Conv: U-Net in up to 2 strips"
+
+
+def test_a_unet_without_convolutions() -> None:
+    """A transformer."""
+    toggle = Toggle(Settings(vae=False, unet=True))
+    toggle.follow([], [nn.Linear(4, 4)])
+    assert toggle.report() == "Patch Conv: nothing that it was asked to patch has run"
+
+
+def test_convolutions_that_pass_by_what_is_set_on_them(vae: VAE) -> None:
+    for _, conv in list(vae.named_modules()):
+        if isinstance(conv, nn.Conv2d):
+            conv.__class__ = ForgeConv2d
+    z, before = torch.randn(1, 4, 24, 16), methods(vae)
+    decoded = vae.decode(z)
+    toggle = Toggle(Settings(splits=3, threshold=0.0))
+    toggle.follow([vae], [])
+    assert_same(vae.decode(z), decoded, 1e-6)
+    assert "VAE decoder in up to 3 strips" in toggle.report()
+    forward = vae.decoder.conv_in.forward
+    # Meanwhile the host moves weights out of the device's memory.
+    vae.decoder.conv_in.__dict__["parameters_manual_cast"] = True
+    assert_same(vae.decode(z), decoded, 1e-6)
+    toggle.off()
+    assert methods(vae) == before
+    assert [name for name, conv in vae.named_modules() if getattr(conv, "parameters_manual_cast", False)] == [
+        "decoder.conv_in"
+    ]
+    x = torch.randn(1, 4, 8, 8)
+    assert torch.equal(forward(x), vae.decoder.conv_in(x))
+
+
+@pytest.mark.parametrize("settings", [Settings(splits=4), Settings(mode="stream")], ids=["patch", "stream"])
+def test_the_host_hears_what_a_decode_takes(vae: VAE, settings: Settings) -> None:
+    holder = Holder(vae)
+    before, shape = dict(holder.__dict__), (2, 4, 256, 256)
+    plain = holder.memory_used_decode(shape, torch.float32)
+    toggle = Toggle(settings)
+    toggle.follow([vae], [], [holder])
+    estimate = holder.memory_used_decode(shape, torch.float32)
+    maps = 2 * 8 * 256 * 256 * 4  # of one sample: the norm's input and output
+    assert (maps if settings.mode == "patch" else 0) < estimate < plain / 20
+    assert holder.memory_used_decode((1, *shape[1:]), torch.float32) == estimate
+    assert holder.memory_used_decode(shape, torch.float64) > estimate  # half precision is widened by some processors
+    assert holder.memory_used_decode((2, 5, 256, 256), torch.float32) == plain  # cannot be counted, so the host's own
+    assert holder.memory_used_encode((1, 3, 8, 8), torch.float32) == 8 * 8 * 4  # never above the host's own
+    copied = copy.copy(holder)
+    toggle.follow([vae], [], [copied])
+    assert holder.__dict__ == before
+    assert copied.memory_used_decode(shape, torch.float32) == estimate
+    kept = copy.copy(copied)
+    toggle.off()
+    assert copied.__dict__ == before
+    assert kept.memory_used_decode(shape, torch.float32) == plain
+
+
+def test_another_model_takes_over(vae: VAE) -> None:
+    other = VAE()
+    toggle = Toggle(Settings())
+    toggle.follow([vae], [])
+    before = methods(vae)
+    toggle.follow([vae, other], [])
+    assert methods(vae) == before
+    toggle.follow([other], [])
+    assert not methods(vae)
+    assert methods(other)
+    toggle.off()
+    assert not methods(other)
+
+
+def test_errors_are_as_they_were(vae: VAE) -> None:
+    toggle = Toggle(Settings(mode="stream"))
+    toggle.follow([vae], [])
+    with pytest.raises(RuntimeError, match="channels"):
+        vae.decode(torch.randn(1, 5, 8, 8))
+    toggle.off()
+    assert not methods(vae)
+
+
+def test_a_stand_in_of_another_extension_is_left_alone(vae: VAE) -> None:
+    """Tiled VAE puts one on the decoder, before us or after us."""
+    theirs = vae.decoder.forward
+    vae.decoder.forward = lambda x: theirs(x) + 1
+    before = methods(vae)
+    z = torch.randn(1, 4, 8, 8)
+    expected = vae.decode(z)
+    toggle = Toggle(Settings(mode="stream"))
+    toggle.follow([vae], [])
+    assert torch.equal(vae.decode(z), expected)
+    toggle.off()
+    assert methods(vae) == before
+
+
+def test_a_stand_in_that_comes_later_and_puts_back_what_it_found(vae: VAE) -> None:
+    """Tiled VAE does, behind us: what it found is ours, or, from an earlier run, the module's own method."""
+    z = torch.randn(1, 4, 24, 16)
+    expected = VAE.decode(vae, z)
+    original: list[Any] = []
+    for _ in range(2):
+        toggle = Toggle(Settings(mode="stream"))
+        toggle.follow([vae], [])
+        original.append(vae.decoder.forward)
+        vae.decoder.forward = lambda x: original[0](x) + 1
+        assert_same(vae.decode(z), expected + 1, 1e-6)
+        toggle.off()
+        vae.decoder.forward = original[0]  # found in the first run
+        assert torch.equal(vae.decode(z), expected)
+        toggle.off()
+        assert not methods(vae)
+    vae.decoder.forward = vae.decoder.forward
+    toggle = Toggle(Settings(mode="stream"))
+    toggle.follow([vae], [])
+    vae.decode(z)
+    assert "VAE decoder streamed" in toggle.report()
+
+
+def test_what_others_still_hold_of_ours_is_idle(vae: VAE) -> None:
+    toggle = Toggle(Settings(mode="stream"))
+    toggle.follow([vae], [])
+    ours = vae.decoder.forward
+    toggle.off()
+    z = torch.randn(1, 4, 8, 8)
+    assert torch.equal(ours(z), vae.decoder(z))
+    assert toggle.report() == "Patch Conv: nothing that it was asked to patch has run"
+
+
+def test_the_host_hears_how_far_a_decode_is(vae: VAE) -> None:
+    told: list[str] = []
+    toggle = Toggle(Settings(mode="stream", budget=0.001), tell=told.append)
+    toggle.follow([vae], [])
+    vae.decode(torch.randn(1, 4, 64, 64))
+    assert told[-1] == "VAE decoder in strips: 100%"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"mode": "tile"}, "mode is 'tile': use 'patch' or 'stream'."),
+        ({"vae": 1}, "vae is 1: use True or False."),
+        ({"splits": 1.5}, "splits is 1.5: use a number of strips, or 0."),
+        ({"threshold": -1}, "threshold is -1: use a number of millions of elements, or 0."),
+        ({"budget": float("nan")}, "budget is nan: use a number of GiB, or 0."),
+        ({"budget": "2"}, "budget is '2': use a number of GiB, or 0."),
+    ],
+)
+def test_wrong_settings(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        Settings(**values)
+    assert str(error.value) == message
+
+
+def test_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert memory.free(torch.device("cpu")) > 2**20
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:  4096 kB\nMemFree:  1 kB\nMemAvailable:  2048 kB\n")
+    monkeypatch.setattr(memory, "_MEMINFO", meminfo)
+    assert memory.free(torch.device("cpu")) == 2 * 2**20

@@ -1,0 +1,103 @@
+"""Time and peak memory of a piece of work, and what a convolution in strips takes."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conv_helpers import run_python
+
+from comfyui_patchconv.memory.recorder import Recorder
+from comfyui_patchconv.memory.usage import peak_resident, resident
+
+PEAKS = """
+import torch
+from torch import nn
+from comfyui_patchconv import convert_model
+from comfyui_patchconv.memory.recorder import Recorder
+
+torch.manual_seed(0)
+conv, input = nn.Conv2d(64, 64, 3, padding=1), torch.randn(1, 64, 1024, 1024)
+peaks = []
+with torch.inference_mode():
+    for splits in (0, 64):
+        if splits:
+            convert_model(conv, splits, threshold=0)
+        conv(input[..., :64, :])
+        with Recorder() as recorder:
+            output = conv(input)
+        peaks.append(recorder.peak / output.nbytes)
+        del output
+print(*peaks)
+"""
+
+
+def test_strips_take_little_more_memory_than_the_output() -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("this system has no /proc/self/clear_refs to reset a process's peak memory")
+    whole, tiled = (float(peak) for peak in run_python(PEAKS).split())
+    assert 1 <= tiled < 1.2
+    assert whole > 1.5
+
+
+def test_the_peak_outlives_the_memory() -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("this system has no /proc/self/clear_refs to reset a process's peak memory")
+    with Recorder() as recorder:
+        block = torch.ones(48 << 20, dtype=torch.uint8)
+        del block
+    assert 40 << 20 <= recorder.peak < 64 << 20
+    with Recorder() as recorder:
+        pass
+    assert recorder.peak < 8 << 20
+
+
+def test_the_timeline_has_rising_times_and_sees_the_memory() -> None:
+    with Recorder(interval=0.01) as recorder:
+        block = torch.ones(48 << 20, dtype=torch.uint8)
+        time.sleep(0.2)
+    times, sizes = zip(*recorder.timeline, strict=True)
+    assert list(times) == sorted(times)
+    assert 0 < times[0] < times[-1] <= recorder.seconds + 0.1
+    assert recorder.seconds >= 0.2
+    assert max(sizes) >= 32 << 20
+    assert block.nbytes == 48 << 20
+
+
+def test_samples_are_thinned_and_peaks_stay() -> None:
+    with Recorder(interval=0.002, samples=16) as recorder:
+        time.sleep(0.1)
+        block = torch.ones(48 << 20, dtype=torch.uint8)
+        time.sleep(0.05)
+        del block
+        time.sleep(0.1)
+        recorder.update()
+        so_far = recorder.peak, recorder.seconds
+    assert recorder.interval > 0.002
+    assert 4 <= len(recorder.timeline) < 16
+    times = [at for at, _ in recorder.timeline]
+    assert times == sorted(times)
+    assert max(size for _, size in recorder.timeline) >= 32 << 20
+    assert so_far[0] <= recorder.peak
+    assert 0.2 <= so_far[1] <= recorder.seconds
+
+
+def test_without_an_interval_there_is_no_timeline() -> None:
+    with Recorder() as recorder:
+        time.sleep(0.02)
+    assert recorder.timeline == []
+
+
+def test_an_exception_ends_the_measurement_and_passes() -> None:
+    recorder = Recorder(interval=0.01)
+    with pytest.raises(KeyError), recorder:
+        raise KeyError
+    count = len(recorder.timeline)
+    time.sleep(0.05)
+    assert len(recorder.timeline) == count
+
+
+def test_resident_memory_is_at_most_its_peak() -> None:
+    assert 0 < resident() <= peak_resident()
