@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Optional
 
@@ -38,6 +38,19 @@ def _trim() -> Optional[Callable[[int], int]]:
     with suppress(OSError, AttributeError, TypeError):
         return ctypes.CDLL(None).malloc_trim
     return None
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """Within the block Python looks for no circles of garbage: a large graph is made, and all of it is used. Each look
+    goes through every object that the process has."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def trim() -> None:

@@ -10,6 +10,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from ..memory.allocator import no_collections
 from .execute.buffers import require_room, room
 from .execute.loop import Loop
 from .graph.node import Node, ancestors
@@ -112,8 +113,9 @@ class Call:
         if found is not None and _suits(found, budget, self.budget):
             there = list(names)
             return found.renamed(lambda number: there[number])
-        schedule = self._chosen(roots, keep, held)
-        self._schedules[key] = self.budget, schedule.renamed(lambda node: names[node])
+        with no_collections():
+            schedule = self._chosen(roots, keep, held)
+            self._schedules[key] = self.budget, schedule.renamed(lambda node: names[node])
         while len(self._schedules) > _MOST:
             self._schedules.popitem(last=False)
         return schedule

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..memory.allocator import no_collections
 from .call import Call
 from .graph.node import Node
 from .plan.schedule import USUAL, Tuning
@@ -92,7 +93,7 @@ def _recorded(
             empty = torch.empty(tuple(shape), dtype=dtype, device="meta")
             return recorder.phantom_of(Spec.of(empty), device, counted)
 
-    with torch.no_grad(), recorder:
+    with torch.no_grad(), recorder, no_collections():
         if part:
             owner, _, name = part.rpartition(".")
             module = copied.get_submodule(owner)

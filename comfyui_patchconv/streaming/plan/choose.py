@@ -8,6 +8,7 @@ from typing import Optional
 from ..graph.node import Node
 from .passes import Passes
 from .schedule import Schedule, Tuning
+from .way import Ways
 
 _WORTH = 0.95
 """A schedule that computes more has to take less than this share of the other's memory."""
@@ -28,24 +29,27 @@ def choose(
     the one of the lowest peak. keep, held: see `Passes`. room: bytes that there are elsewhere, asked where it matters.
     """
 
-    def trial(unstored_from: Optional[int], budget: Optional[int] = budget) -> Schedule:
-        return Passes(roots, keep, tuning, budget, unstored_from, held).plan()
+    ways = Ways()
 
-    first = trial(None)
+    def trial(unstored_from: Optional[int], budget: Optional[int], below: Optional[float] = None) -> Optional[Schedule]:
+        return Passes(roots, keep, tuning, budget, unstored_from, held, ways).plan(below)
+
+    first = trial(None, budget)
+    assert first is not None
     unused = room() if first.elsewhere else 0
     if budget is not None and first.peak <= budget and first.elsewhere <= unused:
         return first
     best, chosen = first, None
     for size in sorted((size for size in first.again if size >= first.peak / 8), reverse=True):
-        schedule = trial(size)
-        if not _better(schedule, best, budget, unused):
+        schedule = trial(size, budget, _WORTH * best.peak if budget is None else None)
+        if schedule is None or not _better(schedule, best, budget, unused):
             break
         best, chosen = schedule, size
     if budget is not None and best.peak > budget:
         # What is placed while there is room stays where it is: less of it leaves more for what has to be there.
         for part in (budget // 2, budget // 4):
-            schedule = trial(chosen, part)
-            if schedule.peak < _WORTH * best.peak and schedule.elsewhere <= max(unused, best.elsewhere):
+            schedule = trial(chosen, part, _WORTH * best.peak)
+            if schedule is not None and schedule.elsewhere <= max(unused, best.elsewhere):
                 best = schedule
     return best
 

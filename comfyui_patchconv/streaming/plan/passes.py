@@ -8,7 +8,8 @@ from typing import Any, Optional
 from ..graph.node import Node
 from .cost import seconds_of
 from .schedule import Apply, Pass, Schedule, Target, Tuning
-from .sweep import Sweep, steps_to
+from .sweep import Sweep
+from .way import Ways
 
 
 class Passes:
@@ -22,12 +23,13 @@ class Passes:
 
     def __init__(
         self, roots: Sequence[Node], keep: Sequence[Node], tuning: Tuning, budget: Optional[int],
-        unstored_from: Optional[int] = None, held: int = 0,
+        unstored_from: Optional[int] = None, held: int = 0, ways: Optional[Ways] = None,
     ) -> None:  # fmt: skip
         self.schedule = Schedule()
         self._roots, self._tuning, self._budget, self._unstored_from = list(roots), tuning, budget, unstored_from
         self._held, self._aside = held, 0
-        self._way = steps_to(roots, ())
+        self._ways, self._state = ways or Ways(), 0
+        self._way = self._ways.steps_to(roots, (), self._state)
         self._final, self._outer = {*roots}, {*keep}
         self._readers: dict[Node, list[Node]] = {}
         for node in self._way:
@@ -36,16 +38,17 @@ class Passes:
         self._stored: dict[Node, Target] = {}
         self._left: set[Node] = set()
         self._elsewhere: set[Node] = set()
-        self._known_steps: dict[tuple[Node, ...], list[Node]] = {}
         self._known_sweeps: dict[Any, Sweep] = {}
         self._waiting = {node: len(readers) for node, readers in self._readers.items()}
         self._settled: set[Node] = set()
         self._unread: dict[Node, None] = {}
 
-    def plan(self) -> Schedule:
-        """Decide on everything."""
+    def plan(self, below: Optional[float] = None) -> Optional[Schedule]:
+        """Decide on everything. below: bytes; None is returned as soon as the peak is known to be no lower."""
         parts = self._parts()
         for node in self._way:
+            if below is not None and self.schedule.peak >= below:
+                return None
             if node not in self._stored:
                 self._prepare(node)
             if node in parts and node not in self._stored:
@@ -53,7 +56,7 @@ class Passes:
         rest = [root for root in self._roots if root not in self._stored]
         for device in dict.fromkeys(root.device for root in rest):
             self._store([root for root in rest if root.device == device and root not in self._stored])
-        return self.schedule
+        return None if below is not None and self.schedule.peak >= below else self.schedule
 
     # What a step needs beforehand
 
@@ -171,13 +174,13 @@ class Passes:
         """Maps on the way to `targets` that steps outside this pass read, too, and that are not cheap to have again."""
         order = self._steps_to(targets)
         inside, kept = set(order), dict.fromkeys(targets)
+        freeable: Optional[int] = None
         found: list[Node] = []
         for node in order:
-            if node in kept:
+            readers = self._readers.get(node, ())
+            if node in kept or (len(readers) == 1 and readers[0] in inside and node not in self._outer):
                 continue
-            outside = [
-                reader for reader in self._readers.get(node, ()) if reader not in inside and reader not in self._stored
-            ]
+            outside = [reader for reader in readers if reader not in inside and reader not in self._stored]
             if node in self._outer and node.tensor is None:
                 outside = outside or [node]
             if not outside:
@@ -189,8 +192,11 @@ class Passes:
             smaller = parts == outside and sum(part.bytes for part in parts) <= node.bytes
             wanted = parts if smaller and node not in self._outer else [node]
             size = sum(one.bytes for one in wanted)
-            if self._is_cheap(node, kept) and self._freed_after([node], inside) < 2 * size:
-                continue
+            if self._is_cheap(node, kept):
+                if freeable is None:
+                    freeable = self._freed_after(order, inside)
+                if freeable < 2 * size or self._freed_after(self._steps_to([node]), inside) < 2 * size:
+                    continue
             for one in wanted:
                 if one not in kept:
                     kept[one] = None
@@ -250,34 +256,33 @@ class Passes:
 
     def _store_part(self, part: Node) -> None:
         """Store a part of a root now where that frees more than it takes, with what the next part will read."""
-        freed = self._freed_after([part])
+        steps = self._steps_to([part])
+        freed = self._freed_after(steps, set(steps))
         if 2 * part.bytes <= freed:
             kept = sum(node.bytes for node in self._kept_for_later([part]))
             if part.bytes + kept <= freed:
                 self._store([part])
 
-    def _freed_after(self, nodes: Sequence[Node], inside: Optional[Collection[Node]] = None) -> int:
-        """Bytes of the stored maps that lead to `nodes`, and that nothing will read once those are stored, and the
-        steps `inside` are done: those that lead to `nodes`, if not given."""
-        steps = self._steps_to(nodes)
-        inside = set(steps) if inside is None else inside
+    def _freed_after(self, steps: Sequence[Node], inside: Collection[Node]) -> int:
+        """Bytes of the stored maps that `steps` read, and that nothing will read once the steps `inside` are done."""
+        stored = self._stored
         return sum(
             source.bytes
-            for source in {source for node in steps for source in node.inputs if source in self._stored}
+            for source in {source for node in steps for source in node.inputs if source in stored}
             if source not in self._final
             and source not in self._outer
-            and all(one in self._stored or one in inside for one in self._readers.get(source, ()))
+            and all(one in stored or one in inside for one in self._readers.get(source, ()))
         )
 
     def _cut(self, roots: Sequence[Node]) -> None:
         """Where a pass takes less as two, because small maps with large weights want large strips and large maps small
         ones, store what lies between beforehand."""
         sweep = self._sweep(roots)
-        if len({node.rows for node in sweep.order}) < 2:
+        if len({node.rows for node in sweep.way.order}) < 2:
             return
         wanted = [*roots, *self._kept_for_later(roots)]
         best, cut = self._tuning.worth_a_cut * self._sweep(wanted).workspace, None
-        for frontier in sweep.frontiers():
+        for frontier in sweep.way.frontiers:
             size = sum(node.bytes for node in frontier)
             if size < best and not any(node in self._left for node in frontier):
                 first = [*frontier, *self._kept_for_later(frontier)]
@@ -290,10 +295,7 @@ class Passes:
 
     def _steps_to(self, nodes: Sequence[Node]) -> list[Node]:
         """The steps that lead to `nodes` from what is stored by now."""
-        key = tuple(nodes)
-        if key not in self._known_steps:
-            self._known_steps[key] = steps_to(nodes, self._stored)
-        return self._known_steps[key]
+        return self._ways.steps_to(nodes, self._stored, self._state)
 
     def _sweep_of(self, targets: Sequence[Target]) -> Sweep:
         dims = {target.node: target.dim for target in targets if self._is_there(target.node)}
@@ -302,15 +304,14 @@ class Passes:
     def _sweep(self, roots: Sequence[Node], dims: Optional[dict[Node, int]] = None) -> Sweep:
         key = tuple(roots), tuple((dims or {}).items())
         if key not in self._known_sweeps:
-            self._known_sweeps[key] = Sweep(
-                roots, self._stored, self._tuning, self._budget, self._elsewhere, dims, self._steps_to(roots)
-            )
+            way = self._ways.way(roots, self._stored, self._state, dims)
+            self._known_sweeps[key] = Sweep(way, self._tuning, self._budget, self._elsewhere)
         return self._known_sweeps[key]
 
     def _sweep_behind(self, first: Sequence[Node], roots: Sequence[Node]) -> Sweep:
         """The one to `roots`, were those `first` stored."""
-        stored = {*self._stored, *first}
-        return Sweep(roots, stored, self._tuning, self._budget, self._elsewhere)
+        way = self._ways.way(roots, {*self._stored, *first}, self._ways.after(self._state, first))
+        return Sweep(way, self._tuning, self._budget, self._elsewhere)
 
     # Passes
 
@@ -336,7 +337,7 @@ class Passes:
         for node in reductions:
             self._settle(Target(node, whole=True, result=node in self._final))
         freed = self._free(stored)
-        read = {source for node in sweep.order for source in node.inputs} | {
+        read = {source for node in sweep.way.order for source in node.inputs} | {
             target.node for target in targets if not target.stored
         }
         shrinking = [node for node in freed if node in read and not self._stored[node].whole]
@@ -344,25 +345,25 @@ class Passes:
         self._place(stored, sweep, shrinking)
         for node in freed:
             self._release(node)
-        strips = -(-sweep.height // max(sweep.strip_rows, 1))
+        strips = -(-sweep.way.height // max(sweep.strip_rows, 1))
         self.schedule.steps.append(
             Pass(
                 targets=targets,
-                order=sweep.order,
-                device=sweep.device,
-                height=sweep.height,
+                order=sweep.way.order,
+                device=sweep.way.device,
+                height=sweep.way.height,
                 strip_rows=sweep.strip_rows,
-                again=sweep.again,
+                again=sweep.way.again,
                 keeping=sweep.keeping,
                 shrinking=shrinking,
                 freed=freed,
-                work=sweep.work,
+                work=sweep.way.work,
                 line_bytes=sweep.line_bytes,
                 workspace=sweep.workspace,
             )
         )
-        self.schedule.work += sweep.work
-        self.schedule.seconds += seconds_of(sweep.order, strips, 2 / max(sweep.strip_rows, 2))
+        self.schedule.work += sweep.way.work
+        self.schedule.seconds += seconds_of(sweep.way.order, strips, 2 / max(sweep.strip_rows, 2))
 
     def _with_reductions(self, targets: Sequence[Target]) -> list[Target]:
         """Targets, and what else of their pass goes by that reductions are wanted of."""
@@ -372,7 +373,7 @@ class Passes:
             more = [] if self._is_there(target.node) else self._reductions_of(target.node, target.node.dim)
             target.reductions = list(dict.fromkeys([*target.reductions, *more]))
         found = list(targets)
-        for node in sweep.order:
+        for node in sweep.way.order:
             wanted = self._reductions_of(node, node.dim) if node not in known else []
             if wanted and node not in self._left:
                 found.append(Target(node, stored=False, reductions=wanted))
@@ -380,7 +381,7 @@ class Passes:
 
     def _parts_to_reduce(self, targets: Sequence[Target], sweep: Sweep) -> list[Target]:
         """Parts of this pass's maps, such as some frames each, of which reductions are wanted: gathered in it too."""
-        inside = {*sweep.order, *(target.node for target in targets)}
+        inside = {*sweep.way.order, *(target.node for target in targets)}
         known = {target.node for target in targets}
         found: dict[Node, Target] = {}
         stack = list(inside)
@@ -399,7 +400,7 @@ class Passes:
     def _settle(self, target: Target) -> None:
         """A map will be there. What only settled steps read is settled too: nobody will compute it any more."""
         self._stored[target.node] = target
-        self._known_steps.clear()
+        self._state = self._ways.after(self._state, [target.node])
         self._known_sweeps.clear()
         stack = [] if target.node in self._settled else [target.node]
         if not self._waiting.get(target.node):
@@ -432,14 +433,14 @@ class Passes:
 
     def _place(self, targets: Sequence[Target], sweep: Sweep, shrinking: Sequence[Node]) -> None:
         """Decide for each new map whether it has to lie elsewhere than on the device."""
-        cpu = sweep.device.type == "cpu"
+        cpu = sweep.way.device.type == "cpu"
         freed = sum(node.bytes for node in shrinking if not self._stored[node].elsewhere)
         aside = sum(node.bytes for node in shrinking if self._stored[node].elsewhere)
         growth = elsewhere = 0
         held = self._held + sweep.workspace
         for target in targets:
             size = target.node.bytes
-            movable = not target.result and (cpu or not target.whole) and target.node.device == sweep.device
+            movable = not target.result and (cpu or not target.whole) and target.node.device == sweep.way.device
             given = freed if cpu or not target.whole else 0  # what is one tensor takes its memory at once, but on a CPU
             target.elsewhere = movable and size > 0 and not _fits(self._budget, held, given, size)
             if target.elsewhere:

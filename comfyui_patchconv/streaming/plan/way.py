@@ -1,0 +1,159 @@
+"""The steps of one pass: in which order, what each strip shares with the one before it, and where it could be cut.
+
+None of it depends on a budget: one `Ways` serves all plans that are tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
+from operator import attrgetter
+from typing import Any, Optional
+
+from ..graph.node import Node
+
+
+def steps_to(roots: Iterable[Node], stored: Collection[Node]) -> list[Node]:
+    """The steps that lead to `roots`, these included, from stored maps on, in the program's order."""
+    stack = [node for node in roots if node.tensor is None and node not in stored]
+    found = set(stack)
+    while stack:
+        for source in stack.pop().inputs:
+            if source not in found and source.tensor is None and source not in stored:
+                found.add(source)
+                stack.append(source)
+    return sorted(found, key=_serial)
+
+
+_serial = attrgetter("serial")
+
+
+def computed_again(order: Sequence[Node], roots: Collection[Node]) -> set[Node]:
+    """The steps that are as cheap to compute anew from stored maps as their rows are to keep."""
+    again: set[Node] = set()
+    inside = set(order)
+    for node in order:
+        assert node.step is not None
+        near = all(source not in inside or source in again for source in node.inputs)
+        if node not in roots and (node.step.moves or (node.step.cheap and near)):
+            again.add(node)
+    return again
+
+
+class Way:
+    """The steps that lead from stored maps to `roots`. dims: along which roots are read that are stored themselves.
+
+    order: these steps. height: rows of the tallest root. again: the steps that are recomputed rather than kept in line
+    buffers. readers: of each map, the steps that read it row by row, and as which of their inputs by rows. shared: of
+    each step, how many rows a strip and the one before it both read. kept: the steps that have a line buffer.
+    last_reads: see `_last_reads`.
+    """
+
+    def __init__(self, roots: Sequence[Node], order: list[Node], dims: Mapping[Node, int]) -> None:
+        self.roots, self.order = list(roots), order
+        nodes = self.order or self.roots
+        self.height = max(root.shape[dims[root]] if root in dims else root.rows for root in self.roots)
+        self.device = max(nodes, key=lambda node: node.bytes).device
+        self.again = computed_again(self.order, set(self.roots))
+        self.readers: dict[Node, list[tuple[Node, int]]] = {}
+        for node in self.order:
+            place = 0
+            for source, dim in zip(node.inputs, node.dims):
+                if dim is not None:
+                    self.readers.setdefault(source, []).append((node, place))
+                    place += 1
+        self.widest = max(node.bytes for node in nodes)
+        self.work = sum(node.bytes for node in self.order)
+        self.shared = self._rows_of_two_strips()
+        self.kept = [node for node in self.order if node in self.readers and node not in self.again]
+        self.last_reads = self._last_reads()
+
+    @cached_property
+    def frontiers(self) -> list[list[Node]]:
+        """Where this pass could be two: for each height on the way, the maps of no more or of no fewer rows, as are all
+        before them, that later steps read."""
+        found: list[list[Node]] = []
+        inside = set(self.order)
+        roots = set(self.roots)
+        for height in dict.fromkeys(node.rows for node in self.order):
+            for sign in (1, -1):
+                before: set[Node] = set()
+                for node in self.order:
+                    if sign * node.rows > sign * height:
+                        continue
+                    if all([source not in inside or source in before for source in node.inputs]):
+                        before.add(node)
+                if before & roots or len(before) == len(self.order):
+                    continue
+                frontier = dict.fromkeys(
+                    source for node in self.order if node not in before for source in node.inputs if source in before
+                )
+                if frontier and list(frontier) not in found:
+                    found.append(list(frontier))
+        return found
+
+    def _last_reads(self) -> list[Optional[int]]:
+        """Of each step, the place in the order where its rows are read last; None where they are another step's."""
+        last: dict[Node, int] = {}
+        for place in range(len(self.order) - 1, -1, -1):
+            node = self.order[place]
+            read = last.setdefault(node, place)
+            shows = _shows(node)
+            for source in node.inputs:
+                last[source] = max(last.get(source, 0), read if source is shows else place)
+        return [None if _shows(node) is not None else last[node] for node in self.order]
+
+    def _rows_of_two_strips(self) -> dict[Node, int]:
+        """Of each step, how many rows a strip and the one before it both read: kept between strips, in two parts that
+        take turns, or computed again."""
+        done: dict[Node, int] = {}
+        kept: dict[Node, int] = {}
+        ahead: dict[Node, int] = {}  # the first row that is still to be read, or computed
+        middle = {root: max(root.rows // 2, 1) for root in self.roots}
+        for node in reversed(self.order):  # readers before what they read
+            high, low = middle.get(node, 0), node.rows
+            for reader, place in self.readers.get(node, ()):
+                assert reader.step is not None
+                high = max(high, reader.step.needs(done[reader] - 1, done[reader])[place][1])
+                if ahead[reader] < reader.rows:
+                    low = min(low, reader.step.needs(ahead[reader], ahead[reader] + 1)[place][0])
+            done[node] = max(min(high, node.rows), 1)
+            ahead[node] = min(low, done[node]) if node in self.again else done[node]
+            kept[node] = max(done[node] - low, 0)
+        return kept
+
+
+def _shows(node: Node) -> Optional[Node]:
+    """The map that a step gives back a part of as it is, in the same memory, such as some frames of it."""
+    return node.inputs[0] if node.step is not None and node.step.moves and len(node.inputs) == 1 else None
+
+
+class Ways:
+    """Ways and their steps, found once for each state of what is stored, whatever the budget."""
+
+    def __init__(self) -> None:
+        self._states: dict[tuple[int, Node], int] = {}
+        self._steps: dict[Any, list[Node]] = {}
+        self._ways: dict[Any, Way] = {}
+
+    def after(self, state: int, stored: Iterable[Node]) -> int:
+        """The state when these are stored too, in this order."""
+        for node in stored:
+            state = self._states.setdefault((state, node), len(self._states) + 1)
+        return state
+
+    def steps_to(self, nodes: Sequence[Node], stored: Collection[Node], state: int) -> list[Node]:
+        """See `steps_to`. state: that of `stored`; 0 while nothing is."""
+        key = state, tuple(nodes)
+        if key not in self._steps:
+            self._steps[key] = steps_to(nodes, stored)
+        return self._steps[key]
+
+    def way(
+        self, roots: Sequence[Node], stored: Collection[Node], state: int, dims: Optional[Mapping[Node, int]] = None
+    ) -> Way:
+        """The way to `roots`. dims: of roots that are stored already."""
+        key = state, tuple(roots), tuple((dims or {}).items())
+        if key not in self._ways:
+            self._ways[key] = Way(roots, self.steps_to(roots, stored, state), dims or {})
+        return self._ways[key]
