@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..memory.allocator import no_collections
-from .call import Call
+from .call import Call, store_without_values
 from .graph.node import Node
 from .plan.schedule import USUAL, Tuning
 from .record.shapes import Spec
@@ -159,8 +159,7 @@ class _Counted:
     def _store(self, roots: Sequence[Node], keep: Sequence[Node]) -> None:
         """Outside of the part eager runs: what it takes is counted by what is alive."""
         if self._outside:
-            for node in roots:
-                node.store(torch.empty_strided(node.shape, node.strides, dtype=node.dtype, device="meta"))
+            store_without_values(roots)
         else:
             self._evaluate(roots, keep)
 

@@ -185,6 +185,24 @@ class TestParts:
         assert part.peak == 4 * 16 * 16 * 4 + whole.peak
 
 
+def test_large_results_of_a_part_count_once() -> None:
+    """Each of four calls gives a map of 1 MiB, and all are held: four, and the two that a call works with."""
+
+    class Chunks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = nn.SiLU()
+
+        def decode(self, x: Tensor) -> Tensor:
+            return torch.cat([self.part(chunk) for chunk in x.split(1)])
+
+    one, model = 4 * 512 * 512, Chunks()
+    expected = expect(model, lambda copy, make: copy.decode(make((4, 1, 512, 512))), device=CPU, part="part.forward")
+    assert expected.calls == 4
+    assert expected.eager == 12 * one  # the input, its chunks, and these put together
+    assert 8 * one <= expected.peak <= 12 * one + 2 * one
+
+
 def test_a_large_input_counts_once() -> None:
     """Of 1 MiB and more a program's own tensors take no memory in an estimate; inputs are none of these."""
     model, shape = nn.Identity(), (1, 4, 512, 512)

@@ -47,7 +47,8 @@ class Loop:
 
     def run(self) -> None:
         """Do all of it. Raises what operators raise; of memory that runs out only where a single row does not fit."""
-        keep_freed_blocks()
+        if any(isinstance(step, Pass) for step in self._schedule.steps):
+            keep_freed_blocks()
         # What autocast had to do with these operators was done when the program called them.
         with torch.inference_mode(), torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
             for step in self._schedule.steps:
@@ -59,6 +60,8 @@ class Loop:
                     stored = self._stored.pop(node, None)
                     if stored is not None:
                         stored.free(node.rows)
+                if isinstance(step, Apply):
+                    self._memory.applied(step.work)
         for node, stored in self._stored.items():
             if isinstance(stored, Single):
                 node.store(stored.tensor)
@@ -140,6 +143,14 @@ class _Memory:
         if self._within >= workspace // _LOOKS:  # a strip of a video has a thousand steps
             self._within = 0
             self._hand_back(workspace)
+
+    def applied(self, size: int) -> None:
+        """An operator was applied whole, its result has so many bytes, and what it was made of is freed."""
+        self._between += size
+        usual = allocator_bytes("cpu")
+        if self._between >= usual // _LOOKS:
+            self._between = 0
+            self._hand_back(usual)
 
     def strip_done(self, kept: int) -> None:
         """A strip is over, and `kept` bytes of it are kept for the next."""
