@@ -22,7 +22,7 @@ from .plan.choose import choose
 from .plan.eagerly import eager_schedule
 from .plan.schedule import Pass, Schedule, Tuning
 from .record.lazy import LazyTensor
-from .record.memory import is_plain
+from .record.memory import is_ordinary
 from .record.recorder import Recorder
 
 OnProgress = Callable[[int, int], None]
@@ -44,7 +44,8 @@ class Call:
         schedules: OrderedDict[Any, Any], phantom: bool = False,
     ) -> None:  # fmt: skip
         self.budget, self.report, self.tuning = budget, report, tuning
-        self.peak = self.stored = self.moved = self.elsewhere = self.work = self.eager_peak = self.planned = 0
+        self.peak = self.stored = self.offloaded = self.offloaded_at_once = 0
+        self.work = self.eager_peak = self.planned = 0
         self.streamed = self.in_strips = False
         self._on_progress, self._schedules, self._phantom = on_progress, schedules, phantom
         self._made: list[ref[Node]] = []
@@ -91,15 +92,16 @@ class Call:
         held = sum(node.bytes for node in (one() for one in self._made) if node is not None)
         schedule = self._schedule(roots, keep, held)
         self.peak, self.stored = max(self.peak, schedule.peak), max(self.stored, schedule.stored)
-        self.elsewhere, self.moved = max(self.elsewhere, schedule.elsewhere), self.moved + schedule.moved
+        self.offloaded += schedule.offloaded
+        self.offloaded_at_once = max(self.offloaded_at_once, schedule.offloaded_at_once)
         self.planned += schedule.work
         self.in_strips = self.in_strips or any(isinstance(step, Pass) for step in schedule.steps)
         if self._phantom:
             store_without_values(roots)
         else:
             self.recorder.memory.require_there()
-            if schedule.elsewhere and roots[0].device.type == "cpu":
-                require_room(schedule.elsewhere)
+            if schedule.offloaded_at_once and roots[0].device.type == "cpu":
+                require_room(schedule.offloaded_at_once)
             Loop(schedule, self.recorder.inference, self._progress).run()
         for node in (*roots, *keep):
             if node.tensor is not None:
@@ -145,12 +147,12 @@ _MOST = 64
 """Schedules that are kept."""
 
 _ALIKE = 1.25
-"""How much larger a budget may be before maps that were moved for a smaller one are looked at again."""
+"""How much larger a budget may be before maps that were offloaded for a smaller one are looked at again."""
 
 
 def is_map(value: Any) -> bool:
     """Whether an argument is a feature map: of an image `[B, C, H, W]`, a video, a sound `[B, C, L]`, or tokens."""
-    return is_plain(value) and value.is_floating_point() and value.dim() >= 3 and value.numel() > 0
+    return is_ordinary(value) and value.is_floating_point() and value.dim() >= 3 and value.numel() > 0
 
 
 def joins(args: Any, kwargs: Any) -> bool:
@@ -230,9 +232,9 @@ def _suits(schedule: Schedule, made_for: Optional[int], budget: Optional[int]) -
     if budget == made_for:
         return True
     if budget is None:
-        return not schedule.moved
+        return not schedule.offloaded
     fits = schedule.peak <= budget
-    return fits and (not schedule.moved or (made_for is not None and made_for <= budget <= _ALIKE * made_for))
+    return fits and (not schedule.offloaded or (made_for is not None and made_for <= budget <= _ALIKE * made_for))
 
 
 def _fingerprint(nodes: Sequence[Node], names: dict[Node, int], roots: Sequence[Node], keep: Sequence[Node]) -> Any:

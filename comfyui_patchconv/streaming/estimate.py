@@ -31,12 +31,12 @@ Make = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Expected:
-    """peak: bytes at once, beyond weights and the input. moved: bytes of maps that are kept elsewhere. work: bytes of
+    """peak: bytes at once, beyond weights and the input. offloaded: bytes of maps that do not fit. work: bytes of
     maps computed in strips, in all `calls` of the streamed part. eager: bytes of the activations without us, the input
     among them."""
 
     peak: int
-    moved: int
+    offloaded: int
     work: int
     calls: int
     eager: int
@@ -149,7 +149,7 @@ class _Counted:
     def expected(self) -> Expected:
         recorder = self.call.recorder
         peak = max(self.peak, recorder.peak_since) if self.calls else recorder.eager_peak
-        return Expected(peak, self.call.moved, self.call.planned, self.calls, recorder.eager_peak)
+        return Expected(peak, self.call.offloaded, self.call.planned, self.calls, recorder.eager_peak)
 
     def _store_held(self) -> None:
         """What the program has when a call begins or ends is there."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_flatten
 
-from .record.memory import is_plain
+from .record.memory import is_ordinary
 from .record.recorder import Recorder
 
 
@@ -33,7 +33,9 @@ def eager_reason(args: Any, kwargs: Any) -> Optional[str]:
     functorch: Any = getattr(torch._C, "_functorch", None)
     if functorch is not None and functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func is active"
-    if any(type(tensor) is not Tensor and not is_plain(tensor) for tensor in tensors if tensor.layout is torch.strided):
+    if any(
+        type(tensor) is not Tensor and not is_ordinary(tensor) for tensor in tensors if tensor.layout is torch.strided
+    ):
         return "an argument is a tensor of a class of its own"
     return None
 

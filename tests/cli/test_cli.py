@@ -100,7 +100,7 @@ def test_streaming_makes_the_same(
 
     def watch(self: Call, *given: Any) -> None:
         evaluate(self, *given)
-        moved.append(self.moved)
+        moved.append(self.offloaded)
 
     monkeypatch.setattr(Call, "evaluate", watch)
     for job, given, suffix in (("decode", {"latent": latent}, "png"), ("encode", {"image": image}, "latent")):

@@ -178,7 +178,7 @@ def peaks(counter: Any) -> Answer:
                 getattr(model, method)(input)
                 peak = counter.peak() - before
             plan = expect(model, run, device=torch.device(SECOND), budget=budget, tuning=SMALL)
-            answer[f"{method}, budget {budget}"] = {"peak": peak, "plan": plan.peak, "elsewhere": plan.moved}
+            answer[f"{method}, budget {budget}"] = {"peak": peak, "plan": plan.peak, "elsewhere": plan.offloaded}
     return answer
 
 

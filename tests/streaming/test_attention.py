@@ -207,7 +207,7 @@ def test_keys_and_values_lie_in_files_when_there_is_no_room() -> None:
     runner = Streamed(budget=1, tuning=Tuning(strip_bytes=1, allocator_bytes=0, always=True))
     assert_same(runner.call(block.forward, (x,), {}), expected, 1e-9)
     assert runner.last is not None
-    assert runner.last.moved >= 2 * x.nbytes
+    assert runner.last.offloaded >= 2 * x.nbytes
 
 
 @pytest.mark.parametrize(

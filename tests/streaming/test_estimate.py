@@ -171,7 +171,7 @@ class TestParts:
             model.decode(latent)
         assert expected.calls == len(runs)
         assert expected.work == sum(run.work for run in runs)
-        assert expected.moved == sum(run.moved for run in runs)
+        assert expected.offloaded == sum(run.offloaded for run in runs)
         assert expected.peak >= max(run.peak for run in runs)
 
     def test_a_method_that_is_streamed_as_a_whole(self) -> None:

@@ -43,13 +43,15 @@ def called(function: Any, *args: Any, budget: Optional[int] = None, tuning: Tuni
     return result, runner.last
 
 
-def schedules_of(unstored_from: Optional[int]) -> Any:
+def schedules_of(recomputed_from: Optional[int]) -> Any:
     """In the place of `choose`: no choice, but what is computed anew wherever it is read is given."""
 
     def plan(
         roots: Sequence[Node], keep: Sequence[Node], tuning: Tuning, budget: Optional[int], held: int, room: Any
     ) -> Schedule:
-        return Passes(roots, keep, tuning, budget, unstored_from, held).plan()
+        schedule = Passes(roots, keep, tuning, budget, recomputed_from, held).plan()
+        assert schedule is not None
+        return schedule
 
     return patch.object(call, "choose", plan)
 
@@ -62,13 +64,13 @@ def schedules_of(unstored_from: Optional[int]) -> Any:
     st.one_of(st.none(), st.integers(1, 10_000)),
 )
 def test_the_result_never_depends_on_the_schedule(
-    seed: int, strip_bytes: int, budget: Optional[int], unstored_from: Optional[int]
+    seed: int, strip_bytes: int, budget: Optional[int], recomputed_from: Optional[int]
 ) -> None:
     operators, channels = random_network(seed)
     x = torch.randn(2, channels, 13, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     expected = run_network(operators, x.clone(), 2)
     tuning = Tuning(strip_bytes, allocator_bytes=0, always=True)
-    with schedules_of(unstored_from):
+    with schedules_of(recomputed_from):
         result, _ = called(lambda map: run_network(operators, map, 2), x.clone(), budget=budget, tuning=tuning)
     assert_same(result, expected, 1e-9)
 
@@ -90,7 +92,7 @@ def test_an_estimate_is_what_the_call_plans(name: str, budget: Optional[int]) ->
     assert runner.last.planned == expected.work
     assert runner.last.peak <= expected.peak
     if name != "qwen encode":  # which keeps frames in lists of its own, that the estimate counts beside
-        assert (runner.last.peak, runner.last.moved) == (expected.peak, expected.moved)
+        assert (runner.last.peak, runner.last.offloaded) == (expected.peak, expected.offloaded)
     assert runner.last.work == runner.last.planned
     pair = [value.sample if kind == "decode" else value.latent_dist.parameters for value in (ours, eager)]
     assert_same(pair[0], pair[1], 1e-5)
@@ -101,7 +103,7 @@ def test_a_budget_moves_maps() -> None:
     run = lambda copy, make: copy.decode(make((1, 4, 64, 64)))  # noqa: E731
     free = expect(model, run, device=CPU, tuning=SMALL)
     tight = expect(model, run, device=CPU, tuning=SMALL, budget=free.peak * 3 // 4)
-    assert free.moved == 0 < tight.moved
+    assert free.offloaded == 0 < tight.offloaded
     assert tight.peak <= free.peak * 3 // 4
 
 
@@ -329,7 +331,7 @@ class TestFiles:
     def test_no_room_is_said_before_work(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model: Any = draw_weights(kl(4))
         latent, done = image(4, 19, 16), []
-        needed = called(model.decode, latent, budget=1)[1].elsewhere
+        needed = called(model.decode, latent, budget=1)[1].offloaded_at_once
         usage = shutil.disk_usage(tempfile.gettempdir())
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed // 4))
         decode = streamed(model.decode, budget=1, on_progress=lambda *steps: done.append(steps), tuning=SMALL)
@@ -350,10 +352,10 @@ class TestFiles:
         budget = called(model.decode, latent, tuning=tuning)[1].peak * 11 // 20
         wide = called(model.decode, latent, budget=budget, tuning=tuning)[1]
         usage = shutil.disk_usage(tempfile.gettempdir())
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=wide.elsewhere - 1))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=wide.offloaded_at_once - 1))
         short = called(model.decode, latent, budget=budget, tuning=tuning)[1]
         assert wide.peak <= budget >= short.peak
-        assert short.elsewhere < wide.elsewhere
+        assert short.offloaded_at_once < wide.offloaded_at_once
         assert short.planned > wide.planned
 
     @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="what files take is read from /proc/self/fd")
@@ -366,8 +368,8 @@ class TestFiles:
         with torch.no_grad():
             runner.call(model.decode, (latent,), {})
         assert runner.last is not None
-        assert 0.95 * runner.last.elsewhere < max(taken) < 1.05 * runner.last.elsewhere
-        assert runner.last.elsewhere <= runner.last.moved
+        assert 0.95 * runner.last.offloaded_at_once < max(taken) < 1.05 * runner.last.offloaded_at_once
+        assert runner.last.offloaded_at_once <= runner.last.offloaded
         assert bytes_of_files(folder) == 0
 
 

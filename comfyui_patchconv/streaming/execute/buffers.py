@@ -86,7 +86,7 @@ class HostBuffer:
             self._leaving.popleft()
 
     def discard(self, strip: Tensor) -> None:
-        """The memory of a strip goes with it."""
+        """The memory of a strip is freed with it."""
 
 
 class _Near:
@@ -208,7 +208,7 @@ GIVES_BACK = hasattr(mmap, "MADV_REMOVE")
 
 
 def room(device: torch.device) -> int:
-    """Bytes that there is room for elsewhere than on `device`."""
+    """Bytes of what does not fit on `device` that there is room for."""
     return shutil.disk_usage(tempfile.gettempdir()).free if device.type == "cpu" else free(torch.device("cpu"))
 
 

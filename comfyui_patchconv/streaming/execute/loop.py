@@ -195,8 +195,8 @@ class _PassLoop:
 
     def _room_for(self, target: Target) -> Union[Single, Strips]:
         if target.whole:
-            return Single(target.node, target.elsewhere, self._inference, self._memory.count)
-        return Strips(target.node, target.elsewhere, self._memory.count)
+            return Single(target.node, target.offloaded, self._inference, self._memory.count)
+        return Strips(target.node, target.offloaded, self._memory.count)
 
     def _readers_at_last(self) -> dict[Node, Node]:
         """For each step, the last one of a strip that reads it."""
@@ -318,7 +318,7 @@ class _PassLoop:
     def _keep(self, work: Work, piece: Tensor, dim: int) -> None:
         """Keep the rows that the next strip reads again."""
         node, end = work.node, work.begin + piece.shape[dim]
-        if work.keep >= end or node in self._pass.again:
+        if work.keep >= end or node in self._pass.recomputed:
             self._lines.pop(node, None)
             return
         rows = piece.narrow(dim, work.keep - work.begin, end - work.keep)

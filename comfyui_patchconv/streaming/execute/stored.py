@@ -15,16 +15,16 @@ from .buffers import FileBuffer, HostBuffer, buffer_for, is_borrowed
 class Strips:
     """A map as strips of rows along `node.dim`.
 
-    elsewhere: keep them in host memory, or in a file where the device is the CPU. count: is told the bytes that they
+    offloaded: they lie in host memory, or in a file where the device is the CPU. count: is told the bytes that they
     take on the device, as these change.
     """
 
-    def __init__(self, node: Node, elsewhere: bool, count: Callable[[int], None]) -> None:
+    def __init__(self, node: Node, offloaded: bool, count: Callable[[int], None]) -> None:
         self.node, self.dim, self.end = node, node.dim or 0, 0
-        self._count: Callable[[int], None] = (lambda size: None) if elsewhere else count
+        self._count: Callable[[int], None] = (lambda size: None) if offloaded else count
         self._strips: list[tuple[int, int, Tensor]] = []  # first row, rows, values
         self._buffer: Optional[Union[HostBuffer, FileBuffer]] = (
-            buffer_for(node.device, node.bytes, self.dim) if elsewhere else None
+            buffer_for(node.device, node.bytes, self.dim) if offloaded else None
         )
 
     def append(self, strip: Tensor) -> None:
@@ -71,16 +71,16 @@ class Strips:
 
 
 class Single:
-    """A map in one tensor, with the strides of eager's; in a file if `elsewhere`, where the device is the CPU.
+    """A map in one tensor, with the strides of eager's; in a file if `offloaded`, where the device is the CPU.
 
     count: see `Strips`.
     """
 
-    def __init__(self, node: Node, elsewhere: bool, inference: bool, count: Callable[[int], None]) -> None:
+    def __init__(self, node: Node, offloaded: bool, inference: bool, count: Callable[[int], None]) -> None:
         self.node, self.end = node, 0
-        self._count: Callable[[int], None] = (lambda size: None) if elsewhere else count
+        self._count: Callable[[int], None] = (lambda size: None) if offloaded else count
         self.dim = node.dim if node.dim is not None else 0
-        if elsewhere and node.device.type == "cpu":
+        if offloaded and node.device.type == "cpu":
             self._file = FileBuffer(node.bytes)
             self.tensor = self._file.empty(node.shape, node.dtype)
             return
@@ -97,7 +97,7 @@ class Single:
         return self.tensor.narrow(self.dim, first, last - first)
 
     def free(self, before: int) -> None:
-        """It goes as a whole."""
+        """It is freed as a whole."""
         if before >= self.end > 0:
             self._count(-self.end * self.node.row_bytes)
             self.end = 0

@@ -28,7 +28,7 @@ class Rows:
     """How far a pass has come: rows done of each step, and where the rows begin that are kept of it."""
 
     def __init__(self, one_pass: Pass) -> None:
-        self.order, self.again, self.height = one_pass.order, one_pass.again, max(one_pass.height, 1)
+        self.order, self.recomputed, self.height = one_pass.order, one_pass.recomputed, max(one_pass.height, 1)
         self.roots = {target.node: target.rows for target in one_pass.targets}
         inside = set(self.order)
         self.done = {node: 0 for node in self.order}
@@ -75,9 +75,9 @@ class Rows:
                 continue
             low, high = span
             done = self.done[node]
-            if node not in self.again and low > done:  # rows between may be wanted later, or read by another
+            if node not in self.recomputed and low > done:  # rows between may be wanted later, or read by another
                 low = done if node in self.roots else min(low, self.next_read(node))
-            start = low if node in self.again else max(low, done)
+            start = low if node in self.recomputed else max(low, done)
             if start >= high:
                 todo[node] = (high, high)
                 continue
@@ -99,8 +99,8 @@ class Rows:
     def _work(self, node: Node, rows: Span, needs: Sequence[Span]) -> Work:
         """What is done for a step of which `rows` are computed; what the next strip will read counts as kept."""
         begin = self.kept.pop(node, rows[0])
-        keep = rows[1] if node in self.again else max(self.next_read(node), begin)
-        if node not in self.again and node in self._readers and keep < self.done[node]:
+        keep = rows[1] if node in self.recomputed else max(self.next_read(node), begin)
+        if node not in self.recomputed and node in self._readers and keep < self.done[node]:
             self.kept[node] = keep
         else:
             keep = self.done[node]
@@ -109,7 +109,7 @@ class Rows:
     def _look_ahead(self) -> None:
         """For each step, the first of its rows that is still to be computed, for itself or for what reads it."""
         for node in reversed(self.order):
-            self._next[node] = self.next_read(node) if node in self.again else self.done[node]
+            self._next[node] = self.next_read(node) if node in self.recomputed else self.done[node]
 
     def next_read(self, source: Node) -> int:
         """The first row of `source` that a step of this pass still reads."""
@@ -139,7 +139,7 @@ class Parts:
         aims = {
             work.node: work.rows
             for work in trial.advance(trial.wanted(last))
-            if work.node not in rows.again and work.rows[0] < work.rows[1]
+            if work.node not in rows.recomputed and work.rows[0] < work.rows[1]
         }
         usual = max((node.row_bytes * (-(-node.rows * strip // height) + 2) for node in aims), default=1)
         widest = max((node.row_bytes * (high - low) for node, (low, high) in aims.items()), default=0)

@@ -19,7 +19,7 @@ Span = tuple[int, int]
 class Step:
     """How a tensor comes from others. What computes is in `steps`.
 
-    cheap: computing it again costs about what reading its result costs. moves: it arranges values and computes none.
+    cheap: recomputing it costs about what reading its result costs. moves: it arranges values and computes none.
     takes_all: it needs all of its inputs and gives all of its result at once. reduces: it takes rows and gives its
     result after the last. workspace: bytes that it takes, whatever the rows, beside those and what it computes them
     from. weight_bytes: bytes that are read for any number of rows. least_rows: below which a device is not busy.

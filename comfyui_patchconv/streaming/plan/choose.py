@@ -23,24 +23,24 @@ def choose(
     room: Callable[[], int] = lambda: 1 << 62,
 ) -> Schedule:
     """The schedule for `roots`: the least work of those that stay within `budget`, and that find `room` for what they
-    keep elsewhere.
+    offload.
 
-    Where none does, the one that puts least elsewhere, or one for a smaller budget that takes less; without a budget,
-    the one of the lowest peak. keep, held: see `Passes`. room: bytes that there are elsewhere, asked where it matters.
+    Where none does, the one that offloads least, or one for a smaller budget that takes less; without a budget,
+    the one of the lowest peak. keep, held: see `Passes`. room: bytes that can be offloaded, asked where it matters.
     """
 
     ways = Ways()
 
-    def trial(unstored_from: Optional[int], budget: Optional[int], below: Optional[float] = None) -> Optional[Schedule]:
-        return Passes(roots, keep, tuning, budget, unstored_from, held, ways).plan(below)
+    def trial(size: Optional[int], budget: Optional[int], below: Optional[float] = None) -> Optional[Schedule]:
+        return Passes(roots, keep, tuning, budget, size, held, ways).plan(below)
 
     first = trial(None, budget)
     assert first is not None
-    unused = room() if first.elsewhere else 0
-    if budget is not None and first.peak <= budget and first.elsewhere <= unused:
+    unused = room() if first.offloaded_at_once else 0
+    if budget is not None and first.peak <= budget and first.offloaded_at_once <= unused:
         return first
     best, chosen = first, None
-    for size in sorted((size for size in first.again if size >= first.peak / 8), reverse=True):
+    for size in sorted((size for size in first.recomputable if size >= first.peak / 8), reverse=True):
         schedule = trial(size, budget, _WORTH * best.peak if budget is None else None)
         if schedule is None or not _better(schedule, best, budget, unused):
             break
@@ -49,14 +49,14 @@ def choose(
         # What is placed while there is room stays where it is: less of it leaves more for what has to be there.
         for part in (budget // 2, budget // 4):
             schedule = trial(chosen, part, _WORTH * best.peak)
-            if schedule is not None and schedule.elsewhere <= max(unused, best.elsewhere):
+            if schedule is not None and schedule.offloaded_at_once <= max(unused, best.offloaded_at_once):
                 best = schedule
     return best
 
 
 def _better(schedule: Schedule, best: Schedule, budget: Optional[int], room: int) -> bool:
-    """Whether a schedule that computes more is worth it. room: bytes that can be kept elsewhere."""
+    """Whether a schedule that computes more is worth it. room: bytes that can be offloaded."""
     if budget is None:
         return schedule.peak < _WORTH * best.peak
-    misses, best_misses = ((one.peak > budget, one.elsewhere > room) for one in (schedule, best))
-    return (*misses, schedule.moved) < (*best_misses, _WORTH * best.moved)
+    misses, best_misses = ((one.peak > budget, one.offloaded_at_once > room) for one in (schedule, best))
+    return (*misses, schedule.offloaded) < (*best_misses, _WORTH * best.offloaded)

@@ -17,17 +17,17 @@ class Passes:
 
     keep: maps on the way that the program may still ask for behind this schedule. budget: bytes to stay within; None
     for no limit.
-    unstored_from: maps of so many bytes, if they are cheap to have again from a smaller one, are computed anew wherever
-    they are read; None for never. held: bytes that lie on the device already.
+    recomputed_from: maps of so many bytes that are cheap to recompute from a smaller one are recomputed wherever they
+    are read; None for never. held: bytes that lie on the device already.
     """
 
     def __init__(
         self, roots: Sequence[Node], keep: Sequence[Node], tuning: Tuning, budget: Optional[int],
-        unstored_from: Optional[int] = None, held: int = 0, ways: Optional[Ways] = None,
+        recomputed_from: Optional[int] = None, held: int = 0, ways: Optional[Ways] = None,
     ) -> None:  # fmt: skip
         self.schedule = Schedule()
-        self._roots, self._tuning, self._budget, self._unstored_from = list(roots), tuning, budget, unstored_from
-        self._held, self._aside = held, 0
+        self._roots, self._tuning, self._budget, self._recomputed_from = list(roots), tuning, budget, recomputed_from
+        self._held, self._offloaded_bytes = held, 0
         self._ways, self._state = ways or Ways(), 0
         self._way = self._ways.steps_to(roots, (), self._state)
         self._final, self._outer = {*roots}, {*keep}
@@ -37,7 +37,7 @@ class Passes:
                 self._readers.setdefault(source, []).append(node)
         self._stored: dict[Node, Target] = {}
         self._left: set[Node] = set()
-        self._elsewhere: set[Node] = set()
+        self._offloaded: set[Node] = set()
         self._known_sweeps: dict[Any, Sweep] = {}
         self._waiting = {node: len(readers) for node, readers in self._readers.items()}
         self._settled: set[Node] = set()
@@ -91,7 +91,7 @@ class Passes:
         self.schedule.seconds += seconds_of([node])
 
     def _gather(self, reduction: Node) -> None:
-        """Have a reduction's result: its input is stored in the same pass, unless it is cheap to have again."""
+        """Have a reduction's result: its input is stored in the same pass, unless it is cheap to recompute."""
         ((source, dim),) = reduction.by_rows
         if self._is_there(source):
             self._run_pass([Target(source, stored=False, reductions=self._reductions_of(source, dim))])
@@ -103,7 +103,7 @@ class Passes:
             self._run_pass([Target(source, stored=False, reductions=[reduction])])
 
     def _leave_unstored(self, node: Node) -> bool:
-        """Whether `node` is cheap to have again and the plan has it computed wherever it is read.
+        """Whether `node` is cheap to recompute and the plan has it recomputed wherever it is read.
 
         Cheap is what a few steps make of a map of half its size or less. That one is stored then.
         """
@@ -117,8 +117,8 @@ class Passes:
                 break
         if 2 * source.bytes > node.bytes:
             return False
-        self.schedule.again.add(node.bytes)
-        if self._unstored_from is None or node.bytes < self._unstored_from:
+        self.schedule.recomputable.add(node.bytes)
+        if self._recomputed_from is None or node.bytes < self._recomputed_from:
             return False
         if not self._is_there(source):
             self._store([source])
@@ -171,7 +171,7 @@ class Passes:
         return Target(node, whole=whole, result=node in self._final)
 
     def _kept_for_later(self, targets: Sequence[Node]) -> list[Node]:
-        """Maps on the way to `targets` that steps outside this pass read, too, and that are not cheap to have again."""
+        """Maps on the way to `targets` that steps outside this pass read, too, and that are not cheap to recompute."""
         order = self._steps_to(targets)
         inside, kept = set(order), dict.fromkeys(targets)
         freeable: Optional[int] = None
@@ -305,13 +305,13 @@ class Passes:
         key = tuple(roots), tuple((dims or {}).items())
         if key not in self._known_sweeps:
             way = self._ways.way(roots, self._stored, self._state, dims)
-            self._known_sweeps[key] = Sweep(way, self._tuning, self._budget, self._elsewhere)
+            self._known_sweeps[key] = Sweep(way, self._tuning, self._budget, self._offloaded)
         return self._known_sweeps[key]
 
     def _sweep_behind(self, first: Sequence[Node], roots: Sequence[Node]) -> Sweep:
         """The one to `roots`, were those `first` stored."""
         way = self._ways.way(roots, {*self._stored, *first}, self._ways.after(self._state, first))
-        return Sweep(way, self._tuning, self._budget, self._elsewhere)
+        return Sweep(way, self._tuning, self._budget, self._offloaded)
 
     # Passes
 
@@ -353,7 +353,7 @@ class Passes:
                 device=sweep.way.device,
                 height=sweep.way.height,
                 strip_rows=sweep.strip_rows,
-                again=sweep.way.again,
+                recomputed=sweep.way.recomputed,
                 keeping=sweep.keeping,
                 shrinking=shrinking,
                 freed=freed,
@@ -426,42 +426,44 @@ class Passes:
         return [node for node in freed if node not in self._final and node not in self._outer]
 
     def _release(self, node: Node) -> None:
-        if self._stored[node].elsewhere:
-            self._aside -= node.bytes
+        if self._stored[node].offloaded:
+            self._offloaded_bytes -= node.bytes
         else:
             self._held -= node.bytes
 
     def _place(self, targets: Sequence[Target], sweep: Sweep, shrinking: Sequence[Node]) -> None:
-        """Decide for each new map whether it has to lie elsewhere than on the device."""
+        """Decide for each new map whether it has to be offloaded."""
         cpu = sweep.way.device.type == "cpu"
-        freed = sum(node.bytes for node in shrinking if not self._stored[node].elsewhere)
-        aside = sum(node.bytes for node in shrinking if self._stored[node].elsewhere)
-        growth = elsewhere = 0
+        freed = sum(node.bytes for node in shrinking if not self._stored[node].offloaded)
+        given_back = sum(node.bytes for node in shrinking if self._stored[node].offloaded)
+        growth = offloaded = 0
         held = self._held + sweep.workspace
         for target in targets:
             size = target.node.bytes
             movable = not target.result and (cpu or not target.whole) and target.node.device == sweep.way.device
             given = freed if cpu or not target.whole else 0  # what is one tensor takes its memory at once, but on a CPU
-            target.elsewhere = movable and size > 0 and not _fits(self._budget, held, given, size)
-            if target.elsewhere:
-                self._elsewhere.add(target.node)
+            target.offloaded = movable and size > 0 and not _fits(self._budget, held, given, size)
+            if target.offloaded:
+                self._offloaded.add(target.node)
                 self._known_sweeps.clear()
-                self.schedule.moved += size
-                elsewhere += size
+                self.schedule.offloaded += size
+                offloaded += size
             else:
                 held += size
                 growth += size
-        self._note(growth - freed, elsewhere - aside, sweep.workspace)
+        self._note(growth - freed, offloaded - given_back, sweep.workspace)
         self._held += growth
-        self._aside += elsewhere
+        self._offloaded_bytes += offloaded
 
-    def _note(self, growth: int, elsewhere: int, workspace: int) -> None:
-        """What is held grows by `growth` bytes now, what is kept elsewhere by `elsewhere`, and `workspace` bytes are in
+    def _note(self, growth: int, offloaded: int, workspace: int) -> None:
+        """What is held grows by `growth` bytes now, what is offloaded by `offloaded`, and `workspace` bytes are in
         use beside both."""
         stored = self._held + max(growth, 0)
         self.schedule.stored = max(self.schedule.stored, stored)
         self.schedule.peak = max(self.schedule.peak, stored + workspace)
-        self.schedule.elsewhere = max(self.schedule.elsewhere, self._aside + max(elsewhere, 0))
+        self.schedule.offloaded_at_once = max(
+            self.schedule.offloaded_at_once, self._offloaded_bytes + max(offloaded, 0)
+        )
 
 
 def _fits(budget: Optional[int], held: int, freed: int, new: int) -> bool:

@@ -33,15 +33,15 @@ class Target:
     """A map that a pass computes, and what becomes of its rows.
 
     stored: they are kept. whole: in one tensor, else strip by strip. result: it outlives the schedule, and lies on its
-    device whatever the budget. elsewhere: in host memory, or in a file where the device is the CPU. reductions: what
-    its rows are also given to.
+    device whatever the budget. offloaded: it lies in host memory, or in a file where the device is the CPU. reductions:
+    what its rows are also given to.
     """
 
     node: Node
     stored: bool = True
     whole: bool = False
     result: bool = False
-    elsewhere: bool = False
+    offloaded: bool = False
     reductions: list[Node] = field(default_factory=list)
 
     @property
@@ -59,11 +59,11 @@ class Target:
 class Pass:
     """One way through maps from top to bottom.
 
-    order: the steps, in the program's order. height: rows of the tallest target. strip_rows: of these, how many come
-    at once. again: steps that are computed anew from stored maps rather than kept between strips. keeping: steps that
-    keep their kernels. shrinking: stored maps that are freed row by row as they are read. freed: stored maps that are
-    freed behind it. work: bytes of maps that it computes. line_bytes: of the rows that are kept between strips.
-    workspace: bytes beside stored maps.
+    order: the steps, in the program's order. height: rows of the tallest target. strip_rows: of these, how many come at
+    once. recomputed: steps that are computed from stored maps for each strip rather than kept between strips. keeping:
+    steps that keep their kernels. shrinking: stored maps that are freed row by row as they are read. freed: stored maps
+    that are freed behind it. work: bytes of maps that it computes. line_bytes: of the rows that are kept between
+    strips. workspace: bytes beside stored maps.
     """
 
     targets: list[Target]
@@ -71,7 +71,7 @@ class Pass:
     device: Any
     height: int
     strip_rows: int
-    again: set[Node]
+    recomputed: set[Node]
     keeping: list[Node]
     shrinking: list[Node]
     freed: list[Node]
@@ -86,8 +86,8 @@ class Pass:
             for target in self.targets
         ]
         lists = {key: [name(node) for node in getattr(self, key)] for key in ("order", "keeping", "shrinking", "freed")}
-        again = {name(node) for node in self.again}
-        return replace(self, targets=targets, again=again, **lists)
+        recomputed = {name(node) for node in self.recomputed}
+        return replace(self, targets=targets, recomputed=recomputed, **lists)
 
 
 @dataclass
@@ -108,19 +108,20 @@ class Apply:
 class Schedule:
     """What is done, and what that takes.
 
-    peak: bytes of the device expected at once, beyond arguments and weights. stored: of these, of maps. moved: bytes of
-    maps that are kept elsewhere. elsewhere: of these, at once. work: bytes of maps computed in all. seconds: reckoned,
-    for comparison alone. again: sizes of maps that could be computed anew wherever they are read.
+    peak: bytes of the device expected at once, beyond arguments and weights. stored: of these, of maps. offloaded:
+    bytes of maps that lie elsewhere. offloaded_at_once: of these, at one time. work: bytes of maps computed in all.
+    seconds: reckoned, for comparison alone. recomputable: sizes of maps that could be recomputed wherever they are
+    read.
     """
 
     steps: list[Union[Pass, Apply]] = field(default_factory=list)
     peak: int = 0
     stored: int = 0
-    moved: int = 0
-    elsewhere: int = 0
+    offloaded: int = 0
+    offloaded_at_once: int = 0
     work: int = 0
     seconds: float = 0.0
-    again: set[int] = field(default_factory=set)
+    recomputable: set[int] = field(default_factory=set)
 
     def renamed(self, name: Callable[[Any], Any]) -> Schedule:
         """The same schedule for a graph that is alike. name: gives the other node for each."""

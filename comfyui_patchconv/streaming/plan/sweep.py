@@ -37,12 +37,12 @@ class Sweep:
     """A pass in strips within a budget: how many rows at once, and what that takes.
 
     way: its steps. strip_rows: of the rows of the tallest root, how many come at once. line_bytes: of all line buffers.
-    workspace: bytes that it takes beside stored maps. keeping: the steps that keep their kernels. elsewhere: the stored
+    workspace: bytes that it takes beside stored maps. keeping: the steps that keep their kernels. offloaded: the stored
     maps that do not lie on the device.
     """
 
-    def __init__(self, way: Way, tuning: Tuning, budget: Optional[int], elsewhere: Collection[Node] = ()) -> None:
-        self.way, self._tuning, self._budget, self._elsewhere = way, tuning, budget, elsewhere
+    def __init__(self, way: Way, tuning: Tuning, budget: Optional[int], offloaded: Collection[Node] = ()) -> None:
+        self.way, self._tuning, self._budget, self._offloaded = way, tuning, budget, offloaded
         height = max(way.height, 1)
         share = way.widest // height
         suitable = tuning.strip_bytes if tuning.strip_bytes is not None else strip_bytes(way.device.type)
@@ -120,13 +120,13 @@ class Sweep:
         return int(widest) + of_steps + self.line_bytes + allocator + self._bytes_on_the_way(share)
 
     def _bytes_on_the_way(self, share: float) -> int:
-        """Bytes of strips that come from elsewhere, and of those that leave where the roots may have to lie there.
+        """Bytes of strips that come back from host memory, and of those that leave where the roots may be offloaded.
 
         Those that a strip of this pass reads come whole and are put together then; the next one comes meanwhile.
         """
         if self.way.device.type == "cpu":
             return 0
-        coming = sum(5 * share * source.bytes for source in self.way.readers if source in self._elsewhere)
+        coming = sum(5 * share * source.bytes for source in self.way.readers if source in self._offloaded)
         if self._budget is None:
             return int(coming)
         return int(coming) + _AT_ONCE * sum(root.row_bytes * self.rows_at_once(root) for root in self.way.roots)

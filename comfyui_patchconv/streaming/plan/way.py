@@ -28,24 +28,24 @@ def steps_to(roots: Iterable[Node], stored: Collection[Node]) -> list[Node]:
 _serial = attrgetter("serial")
 
 
-def computed_again(order: Sequence[Node], roots: Collection[Node]) -> set[Node]:
-    """The steps that are as cheap to compute anew from stored maps as their rows are to keep."""
-    again: set[Node] = set()
+def cheap_to_recompute(order: Sequence[Node], roots: Collection[Node]) -> set[Node]:
+    """The steps that are as cheap to recompute from stored maps as their rows are to keep."""
+    cheap: set[Node] = set()
     inside = set(order)
     for node in order:
         assert node.step is not None
-        near = all(source not in inside or source in again for source in node.inputs)
+        near = all(source not in inside or source in cheap for source in node.inputs)
         if node not in roots and (node.step.moves or (node.step.cheap and near)):
-            again.add(node)
-    return again
+            cheap.add(node)
+    return cheap
 
 
 class Way:
     """The steps that lead from stored maps to `roots`. dims: along which roots are read that are stored themselves.
 
-    order: these steps. height: rows of the tallest root. again: the steps that are recomputed rather than kept in line
-    buffers. readers: of each map, the steps that read it row by row, and as which of their inputs by rows. shared: of
-    each step, how many rows a strip and the one before it both read. kept: the steps that have a line buffer.
+    order: these steps. height: rows of the tallest root. recomputed: the steps that are recomputed rather than kept in
+    line buffers. readers: of each map, the steps that read it row by row, and as which of their inputs by rows. shared:
+    of each step, how many rows a strip and the one before it both read. kept: the steps that have a line buffer.
     last_reads: see `_last_reads`.
     """
 
@@ -54,7 +54,7 @@ class Way:
         nodes = self.order or self.roots
         self.height = max(root.shape[dims[root]] if root in dims else root.rows for root in self.roots)
         self.device = max(nodes, key=lambda node: node.bytes).device
-        self.again = computed_again(self.order, set(self.roots))
+        self.recomputed = cheap_to_recompute(self.order, set(self.roots))
         self.readers: dict[Node, list[tuple[Node, int]]] = {}
         for node in self.order:
             place = 0
@@ -65,7 +65,7 @@ class Way:
         self.widest = max(node.bytes for node in nodes)
         self.work = sum(node.bytes for node in self.order)
         self.shared = self._rows_of_two_strips()
-        self.kept = [node for node in self.order if node in self.readers and node not in self.again]
+        self.kept = [node for node in self.order if node in self.readers and node not in self.recomputed]
         self.last_reads = self._last_reads()
 
     @cached_property
@@ -105,7 +105,7 @@ class Way:
 
     def _rows_of_two_strips(self) -> dict[Node, int]:
         """Of each step, how many rows a strip and the one before it both read: kept between strips, in two parts that
-        take turns, or computed again."""
+        take turns, or recomputed."""
         done: dict[Node, int] = {}
         kept: dict[Node, int] = {}
         ahead: dict[Node, int] = {}  # the first row that is still to be read, or computed
@@ -118,7 +118,7 @@ class Way:
                 if ahead[reader] < reader.rows:
                     low = min(low, reader.step.needs(ahead[reader], ahead[reader] + 1)[place][0])
             done[node] = max(min(high, node.rows), 1)
-            ahead[node] = min(low, done[node]) if node in self.again else done[node]
+            ahead[node] = min(low, done[node]) if node in self.recomputed else done[node]
             kept[node] = max(done[node] - low, 0)
         return kept
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..graph.node import Node, dense_strides
 from .lazy import LazyTensor
-from .memory import Held, is_plain
+from .memory import Held, is_ordinary
 from .schema import Operator, operator_of
 from .shapes import SIMPLE, Spec
 
@@ -53,8 +53,8 @@ def tensors_in(value: Any) -> list[Any]:
 
 
 def are_usual(tensors: list[Any]) -> bool:
-    """Whether tensors are all deferred or plain."""
-    return all([type(one) is LazyTensor or is_plain(one) for one in tensors])
+    """Whether tensors are all deferred or ordinary."""
+    return all([type(one) is LazyTensor or is_ordinary(one) for one in tensors])
 
 
 def has_no_values(values: Any) -> bool:

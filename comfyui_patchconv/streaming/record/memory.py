@@ -1,4 +1,4 @@
-"""Plain tensors that deferred steps will read: a write to their memory, seen first, leaves those steps a copy."""
+"""Ordinary tensors that deferred steps will read: a write to their memory, seen first, leaves those steps a copy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Held:
         return self.tensor.dtype
 
 
-def is_plain(value: Any) -> bool:
+def is_ordinary(value: Any) -> bool:
     """Whether a value is a tensor with values in memory, and of no class of its own."""
     if type(value) is not Tensor and type(value) is not nn.Parameter:
         return False

@@ -35,7 +35,7 @@ from .arguments import (
     written_by,
 )
 from .lazy import Cell, LazyTensor, View, recorder_of
-from .memory import Held, Memory, is_plain
+from .memory import Held, Memory, is_ordinary
 from .schema import Operator, draws, gives_back, operator_of
 from .shapes import SIMPLE, Spec, specs_of
 
@@ -43,7 +43,7 @@ _SMALL = 1 << 16
 """Bytes of results below which what is stored already is computed at once."""
 
 _LARGE = 1 << 20
-"""Bytes of a plain map from which what a decoder does to maps is deferred, though no argument is."""
+"""Bytes of an ordinary map from which what a decoder does to maps is deferred, though no argument is."""
 
 
 class Evaluate(Protocol):
@@ -142,7 +142,7 @@ class Recorder(TorchDispatchMode):
             for value in written_by(operator, args, kwargs):
                 if value.layout is torch.strided:
                     self.memory.before_write(value)
-        elif operator.name in operators.OF_MAPS and args and is_plain(args[0]) and not self.phantom:
+        elif operator.name in operators.OF_MAPS and args and is_ordinary(args[0]) and not self.phantom:
             large = args[0].is_floating_point() and args[0].dim() > 2 and args[0].nbytes >= _LARGE
             if large and not args[0].requires_grad:
                 return self.call(func, (self.defer(args[0]), *args[1:]), kwargs)
@@ -451,21 +451,23 @@ class Recorder(TorchDispatchMode):
                 *mapped(lambda value: values.get(id(value), value), args),
                 **mapped(lambda value: values.get(id(value), value), kwargs),
             )
-        plain = {one.untyped_storage()._cdata for one in tensors if not isinstance(one, LazyTensor) and is_plain(one)}
-        return mapped(lambda value: self._again(value, lazies, values, plain, spec), result)
+        ordinary = {
+            one.untyped_storage()._cdata for one in tensors if not isinstance(one, LazyTensor) and is_ordinary(one)
+        }
+        return mapped(lambda value: self._again(value, lazies, values, ordinary, spec), result)
 
     def _again(
-        self, value: Any, lazies: list[LazyTensor], values: dict[int, Tensor], plain: set[int], spec: Any = None
+        self, value: Any, lazies: list[LazyTensor], values: dict[int, Tensor], ordinary: set[int], spec: Any = None
     ) -> Any:
         """A tensor that came of some, deferred: a view of one of them, or memory of its own.
 
-        plain: whose memory is that of tensors that were none: what looks into that is none either. spec: what eager's
-        looks like, where that is known.
+        ordinary: whose memory is that of tensors that were none: what looks into that is none either. spec: what
+        eager's looks like, where that is known.
         """
-        if not isinstance(value, Tensor) or not is_plain(value):
+        if not isinstance(value, Tensor) or not is_ordinary(value):
             return value
         storage = value.untyped_storage()._cdata
-        if storage in plain:
+        if storage in ordinary:
             return value
         for one in lazies:
             if values[id(one)] is value:

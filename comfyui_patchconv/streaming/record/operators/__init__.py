@@ -66,7 +66,7 @@ OF_MAPS = frozenset(
     upsample_nearest2d upsample_nearest3d
     """.split()  # noqa: SIM905
 )
-"""What decoders and encoders do to feature maps: with these streaming goes on where a plain map was in between."""
+"""What decoders and encoders do to feature maps: with these streaming goes on where an ordinary map was in between."""
 
 
 def knows(func: Any) -> bool:
