@@ -114,7 +114,7 @@ def run_fresh(case: dict[str, Any], command: list[str]) -> dict[str, Any]:
 
 
 def rounds(cases: list[dict[str, Any]], commands: list[list[str]], times: int) -> list[dict[str, Any]]:
-    """For each case: median `seconds` and largest `peak` over `times` fresh processes, the cases taken in turn."""
+    """Median `seconds` and largest `peak` of each case over `times` fresh processes, the cases taken in turn."""
     results: list[list[dict[str, Any]]] = [[] for _ in cases]
     for number in range(times):
         for case, command, found in zip(cases, commands, results):

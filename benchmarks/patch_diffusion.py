@@ -39,7 +39,7 @@ def config_of(size: int, patch: int, channels: int) -> Config:
 
 
 def multiplications(config: Config) -> int:
-    """Of one forward pass for one image: multiplications with an addition each."""
+    """Multiplications, with an addition each, of one forward pass for one image."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         PatchUNet(config)(torch.empty(1, 3, config.image_size, config.image_size), torch.zeros(1))
     return counter.get_total_flops() // 2

@@ -1,8 +1,8 @@
-"""One convolution: plain, `patch_conv` and ours, each case in fresh processes, in turn.
+"""One convolution: eager, `patch_conv` and ours, each case in fresh processes, in turn.
 
     python benchmarks/single_conv.py [--device cuda] [--rounds 3]
 
-Peak is memory beyond the input, in units of the output's bytes; time is relative to plain, by medians.
+Peak is memory beyond the input, in units of the output's bytes; time is relative to eager, by medians.
 `patch_conv` acts from 2^30 input elements only; here its threshold is set to 0, as ours.
 """
 
@@ -97,17 +97,17 @@ def main() -> None:
     for channels, size in sizes:
         for kernel in kernels:
             case = dict(device=args.device, dtype=dtype, channels=channels, size=size, kernel=kernel)
-            methods = [("plain", 1), ("patch_conv", args.splits[0]), *(("ours", splits) for splits in args.splits)]
+            methods = [("eager", 1), ("patch_conv", args.splits[0]), *(("ours", splits) for splits in args.splits)]
             cases = [case | dict(method=m, splits=splits, repeat=args.repeat) for m, splits in methods]
             found = rounds(cases, [[sys.executable, __file__]] * len(cases), args.rounds)
-            plain = found[0]
+            eager = found[0]
             for (method, splits), result in zip(methods, found):
-                label = method if method == "plain" else f"{method}, {splits or 'automatic'} splits"
+                label = method if method == "eager" else f"{method}, {splits or 'automatic'} splits"
                 what = [f"{kernel}x{kernel}", f"{channels} -> {channels}, {size}²", label]
                 if "error" in result:
                     rows.append([*what, result["error"], "", "", ""])
                     continue
-                time_ratio = f"{result['seconds'] / plain['seconds']:.2f}" if "seconds" in plain else "-"
+                time_ratio = f"{result['seconds'] / eager['seconds']:.2f}" if "seconds" in eager else "-"
                 rows.append(
                     [
                         *what,
@@ -120,9 +120,9 @@ def main() -> None:
     publish(
         "single_conv",
         "One convolution",
-        f"Peak is memory beyond the input, time relative to plain; {dtype}, median of {args.rounds} interleaved rounds "
+        f"Peak is memory beyond the input, time relative to eager; {dtype}, median of {args.rounds} interleaved rounds "
         "of fresh processes. patch_conv acts from 2³⁰ input elements only: here its threshold is 0, as ours.",
-        ["kernel", "shape", "method", "peak MB", "peak / output", "s", "time / plain"],
+        ["kernel", "shape", "method", "peak MB", "peak / output", "s", "time / eager"],
         rows,
         device=args.device,
         bars=["peak MB", "s"],

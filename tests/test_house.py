@@ -33,7 +33,7 @@ ARROWS: dict[str, set[str]] = {
     "pixel_models": {"files", "streaming", "conv", "memory", "units"},
     "cli": {"hosts", "files", "pixel_models", "streaming", "conv", "memory", "units"},
 }
-"""Of each room of the core: the rooms that it may import from."""
+"""The rooms that each room of the core may import from."""
 
 PUBLIC = {"__init__": {"conv"}, "fill": {"conv"}, "holes": {"conv"}, "__main__": {"cli"}}
 """The same of the modules that only give names to users."""

@@ -94,7 +94,7 @@ def opened(path: Path) -> tuple[Header, Callable[[str], Tensor]]:
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     pairs = content.items() if isinstance(content, dict) else ()
-    tensors = {str(name): value for name, value in pairs if isinstance(value, Tensor) and _plain(value)}
+    tensors = {str(name): value for name, value in pairs if isinstance(value, Tensor) and _is_dense(value)}
     kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     header = {name: (kinds.get(value.dtype, str(value.dtype)), tuple(value.shape)) for name, value in tensors.items()}
     return header, tensors.__getitem__
@@ -119,7 +119,7 @@ def unpickled(path: str | os.PathLike[str], mmap: bool = False) -> Any:
         ) from None
 
 
-def _plain(value: Tensor) -> bool:
+def _is_dense(value: Tensor) -> bool:
     return value.layout is torch.strided and value.device.type == "cpu"
 
 

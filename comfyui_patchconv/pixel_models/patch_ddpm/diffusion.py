@@ -73,7 +73,7 @@ class Loss:
         return self.at(model, images, steps, torch.randn_like(images))
 
     def at(self, model: nn.Module, images: Tensor, steps: Tensor, noise: Tensor) -> Tensor:
-        """For images in 0..1 at the timesteps `[N]` and with this noise."""
+        """The loss of images in 0..1 at the timesteps `[N]` and with this noise."""
         clean = images * 2 - 1
         self._table = self._table.to(images.device)
         signal, rest = self._table[steps][..., None, None, None].unbind(1)

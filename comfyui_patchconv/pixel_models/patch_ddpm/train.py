@@ -144,7 +144,7 @@ def _forget_later(folder: Path, start: Optional[Path]) -> None:
 
 
 def _samples(model: PatchDenoiser, config: Config) -> Tensor:
-    """In -1..1; from the same noise each time, so that pictures of one training can be compared."""
+    """Images in -1..1, from the same noise each time, so that pictures of one training can be compared."""
     shape = (_SHOWN, config.model.channels, *config.model.image_sides)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()).device)
     steps = min(_PREVIEW_STEPS, config.diffusion.timesteps)
