@@ -62,6 +62,16 @@ def worker(case: dict[str, Any]) -> dict[str, Any]:
     return {"peak": record.peak, "seconds": [after - before for before, after in itertools.pairwise(moments)]}
 
 
+def row(result: dict[str, Any], first: dict[str, Any]) -> list[str]:
+    """The cells of one case, behind those that were counted, beside those of the first."""
+    if "error" in result:
+        return [result["error"], "", "", ""]
+    cells = []
+    for name, digits, unit in (("peak", 0, 1e6), ("seconds", 2, 1)):
+        cells += [f"{result[name] / unit:.{digits}f}", f"{result[name] / first[name]:.2f}" if first.get(name) else "-"]
+    return cells
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -92,14 +102,7 @@ def main() -> None:
     rows = []
     for (size, patch), count, result in zip(CASES, counts, found):
         counted = [f"{size}²", str(patch), f"{count / 1e9:.1f}", f"{count / counts[0]:.2f}"]
-        if "error" in result:
-            rows.append([*counted, result["error"], "", "", ""])
-            continue
-        measured = []
-        for name, digits, unit in (("peak", 0, 1e6), ("seconds", 2, 1)):
-            first = found[0].get(name)
-            measured += [f"{result[name] / unit:.{digits}f}", f"{result[name] / first:.2f}" if first else "-"]
-        rows.append([*counted, *measured])
+        rows.append([*counted, *row(result, found[0])])
     publish(
         "patch_diffusion",
         "Patch Diffusion: a sampling step",

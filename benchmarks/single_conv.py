@@ -77,6 +77,18 @@ def worker(case: dict[str, Any]) -> dict[str, Any]:
     return {"peak": record.peak, "output": size_bytes, "seconds": seconds[1:] or seconds}
 
 
+def row(result: dict[str, Any], eager: dict[str, Any]) -> list[str]:
+    """The cells of one case, behind those that say what it is."""
+    if "error" in result:
+        return [result["error"], "", "", ""]
+    return [
+        f"{result['peak'] / 1e6:.0f}",
+        f"{result['peak'] / result['output']:.3f}",
+        f"{result['seconds']:.2f}",
+        f"{result['seconds'] / eager['seconds']:.2f}" if "seconds" in eager else "-",
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -100,23 +112,10 @@ def main() -> None:
             methods = [("eager", 1), ("patch_conv", args.splits[0]), *(("ours", splits) for splits in args.splits)]
             cases = [case | dict(method=m, splits=splits, repeat=args.repeat) for m, splits in methods]
             found = rounds(cases, [[sys.executable, __file__]] * len(cases), args.rounds)
-            eager = found[0]
             for (method, splits), result in zip(methods, found):
                 label = method if method == "eager" else f"{method}, {splits or 'automatic'} splits"
                 what = [f"{kernel}x{kernel}", f"{channels} -> {channels}, {size}²", label]
-                if "error" in result:
-                    rows.append([*what, result["error"], "", "", ""])
-                    continue
-                time_ratio = f"{result['seconds'] / eager['seconds']:.2f}" if "seconds" in eager else "-"
-                rows.append(
-                    [
-                        *what,
-                        f"{result['peak'] / 1e6:.0f}",
-                        f"{result['peak'] / result['output']:.3f}",
-                        f"{result['seconds']:.2f}",
-                        time_ratio,
-                    ]
-                )
+                rows.append([*what, *row(result, found[0])])
     publish(
         "single_conv",
         "One convolution",

@@ -122,6 +122,19 @@ def base_of(method: str) -> str:
     return "comfyui" if method in COMFYUI else "webui" if method in WEBUI else "eager"
 
 
+def row(result: dict[str, Any], base: dict[str, Any]) -> list[str]:
+    """The cells of one method, behind its name: figures beside those of `base`, and a cell for the error."""
+    if "error" in result or "error" in base:
+        return [result.get("error", "no eager result"), "", "", "", ""]
+    return [
+        f"{result['peak'] / 1e6:.0f}",
+        f"{result['peak'] / base['peak']:.2f}",
+        f"{result['seconds']:.1f}",
+        f"{result['seconds'] / base['seconds']:.2f}",
+        "",
+    ]
+
+
 def versions(comfyui: str | None, webui: str | None) -> dict[str, str]:
     """Versions of the hosts in these checkouts."""
     found = {}
@@ -134,7 +147,7 @@ def versions(comfyui: str | None, webui: str | None) -> dict[str, str]:
     return found
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")
@@ -144,7 +157,11 @@ def main() -> None:
         "--methods", nargs="+", choices=[*METHODS, *COMFYUI, *WEBUI], help="default: all that are there"
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     if args.worker:
         print(json.dumps(worker(json.loads(args.worker))))
         return
@@ -169,22 +186,11 @@ def main() -> None:
             ]
             results = dict(zip(labels, rounds(cases, commands_of(labels), args.rounds)))
             for method, result in results.items():
-                reference = base_of(method)
-                base = results.get(reference, {"error": "not run"})
-                if "error" in result or "error" in base:
-                    rows.append([f"{size}²", labels[method], result.get("error", "no eager result"), "", "", "", ""])
-                    continue
-                rows.append(
-                    [
-                        f"{size}²",
-                        labels[method],
-                        f"{result['peak'] / 1e6:.0f}",
-                        f"{result['peak'] / base['peak']:.2f}",
-                        f"{result['seconds']:.1f}",
-                        f"{result['seconds'] / base['seconds']:.2f}",
-                        difference(images[method], images[reference]),
-                    ]
-                )
+                eager = base_of(method)
+                cells = row(result, results.get(eager, {"error": "not run"}))
+                if cells[1]:
+                    cells[-1] = difference(images[method], images[eager])
+                rows.append([f"{size}²", labels[method], *cells])
     publish(
         "vae_decode",
         "Decoding with Stable Diffusion's VAE",
