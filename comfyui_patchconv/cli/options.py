@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,9 +11,6 @@ from ..conv.strip_sizes import DEFAULT_THRESHOLD
 from ..memory.recorder import Recorder
 from .arguments import DTYPES, device, natural, size
 from .vae import CHOICES, MB, Strips
-
-if TYPE_CHECKING:
-    pass
 
 
 def add_strips(parser: argparse.ArgumentParser) -> None:

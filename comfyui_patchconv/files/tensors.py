@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from zipfile import is_zipfile
 
 import torch
@@ -15,18 +15,11 @@ from torch import Tensor
 
 from ..memory.errors import is_out_of_memory
 
-if TYPE_CHECKING:
-    pass
-
-
 Header = dict[str, tuple[str, tuple[int, ...]]]
-
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
-
 _MAX_HEADER = 100_000_000  # as safetensors itself has it
-
 
 _PICKLES = {".bin", ".ckpt", ".pt", ".pth"}
 

@@ -60,7 +60,7 @@ class Recorder:
         self.seconds = seconds
 
     def update(self) -> None:
-        """Set `peak` and `seconds` to what they are so far, from inside the block; nothing is waited for."""
+        """Set `peak` and `seconds` to what they are so far, from inside the block, without synchronising."""
         self.seconds = time.perf_counter() - self._start
         peak = self._peak()
         raised = peak - self._start_bytes if peak > self._peak_before else 0
