@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 from PIL import Image, ImageColor
@@ -26,7 +27,9 @@ def result(peak: int) -> Result:
 
 
 def test_each_mode_has_a_line_and_the_higher_peak_is_above(tmp_path: Path) -> None:
-    results = {mode: result(peak) for mode, peak in zip(NAMES, (900_000_000, 600_000_000, 300_000_000))}
+    results: dict[str, Optional[Result]] = {
+        mode: result(peak) for mode, peak in zip(NAMES, (900_000_000, 600_000_000, 300_000_000))
+    }
     plot(results, Settings(), tmp_path / "memory.png")
     picture = Image.open(tmp_path / "memory.png").convert("RGB")
     assert picture.size == (WIDTH, HEIGHT)
