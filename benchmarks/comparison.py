@@ -1,9 +1,9 @@
-"""Draws docs/comparison.png: one decode plain, in tiles and in strips, and ten times what the last two differ by.
+"""Draws docs/comparison.png: one decode run eagerly, in tiles and in strips, and ten times what the last two differ by.
 
     COMFYUI_PATH=… COMFYUI_PYTHON=… python benchmarks/comparison.py [--size 512] [--tile 256] [--device cuda]
 
 Without COMFYUI_PATH diffusers alone is compared. The VAE has random weights, so the latent is a drawn landscape and the
-colours of its decode mean nothing; the differences are those that each decode has to the plain one of the same host.
+colours of its decode mean nothing; the differences are those that each decode has to the eager one of the same host.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from matplotlib import pyplot
 GAIN = 10
 COLUMNS = {
     "comfyui": "ComfyUI, VAE Decode",
-    "plain": "plain",
+    "eager": "eager",
     "comfyui_tiled": "ComfyUI, VAE Decode (Tiled)",
     "diffusers_tiled": "diffusers, enable_tiling",
     "comfyui_streamed": "Patch Conv, stream",
     "streamed": "Patch Conv, stream",
 }
-"""From left to right; with ComfyUI its own plain and streamed decode are shown, without it the library's."""
+"""From left to right; with ComfyUI its own eager and streamed decode are shown, without it the library's."""
 
 
 def latent(size: int) -> Tensor:
@@ -66,24 +66,24 @@ def decoded(args: argparse.Namespace, methods: list[str], folder: Path) -> dict[
 
 
 def draw(images: dict[str, Tensor], args: argparse.Namespace, path: Path) -> None:
-    """The images in a row, and below each but the first `GAIN` times its difference to plain."""
+    """The images in a row, and below each but the first `GAIN` times its difference to eager."""
     with_host = "comfyui" in images
-    shown = [method for method in COLUMNS if method in images and not (with_host and method in ("plain", "streamed"))]
+    shown = [method for method in COLUMNS if method in images and not (with_host and method in ("eager", "streamed"))]
     figure, axes = pyplot.subplots(2, len(shown), figsize=(3.3 * len(shown), 7.4), dpi=110, facecolor="white")
     for axis in axes.flat:
         axis.axis("off")
     for (top, bottom), method in zip(axes.T, shown):
-        plain = images["comfyui" if method.startswith("comfyui") else "plain"]
-        low, high = (plain.flatten(1).quantile(share, 1)[:, None, None] for share in (0.005, 0.995))
+        eager = images["comfyui" if method.startswith("comfyui") else "eager"]
+        low, high = (eager.flatten(1).quantile(share, 1)[:, None, None] for share in (0.005, 0.995))
         top.set_title(COLUMNS[method], fontsize=11, fontweight="bold" if method.endswith("streamed") else "normal")
         top.imshow(((images[method] - low) / (high - low)).clamp(0, 1).movedim(0, -1), interpolation="nearest")
         if method == shown[0]:
             continue
-        error = (images[method] - plain).abs() / (plain.max() - plain.min())
+        error = (images[method] - eager).abs() / (eager.max() - eager.min())
         bottom.imshow((GAIN * error).clamp(0, 1).movedim(0, -1), interpolation="nearest")
         bottom.set_title(f"largest error {error.max():.1e}", fontsize=10, color="#444")
     text = (
-        f"Difference to plain, x {GAIN}\n\n{args.size}² pixels, tiles of {args.tile},\nStable Diffusion's VAE with\n"
+        f"Difference to eager, x {GAIN}\n\n{args.size}² pixels, tiles of {args.tile},\nStable Diffusion's VAE with\n"
         "random weights: the colours\nmean nothing, and tiles\nlook worse than with\ntrained ones.\n\n"
         "Errors are relative to the\nrange of the image."
     )
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "comparison.png", help="default: docs/")
     args = parser.parse_args()
-    methods = ["plain", "diffusers_tiled"]
+    methods = ["eager", "diffusers_tiled"]
     host = ["comfyui", "comfyui_tiled", "comfyui_streamed"]
     methods += host if os.environ.get("COMFYUI_PATH") else ["streamed"]
     with tempfile.TemporaryDirectory() as folder:

@@ -60,14 +60,7 @@ def publish(
     torch; `versions` names others. environment: variables that the command needs. ValueError where a row has another
     length than `head`, two columns have one name, or `bars` names one that is not there.
     """
-    if wrong := [row for row in rows if len(row) != len(head)]:
-        raise ValueError(f"{name}: a row of {len(wrong[0])} cells under {len(head)} headings: {wrong[0]}.")
-    if twice := {column for column in head if head.count(column) > 1}:
-        raise ValueError(
-            f"{name}: two columns are called {sorted(twice)[0]!r}: a table of README.md could not tell them."
-        )
-    if unknown := set(bars) - set(head):
-        raise ValueError(f"{name}: no column is called {sorted(unknown)[0]!r}; there are {', '.join(head)}.")
+    _check(name, head, rows, bars)
     result = Result(
         title=title,
         what=what,
@@ -89,6 +82,18 @@ def publish(
     path.write_text(json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")
     print(f"{what}\n{machine(device)}\n\n{table(result.head, result.rows)}\n\nKept in {path}", flush=True)
     return path
+
+
+def _check(name: str, head: Sequence[str], rows: Sequence[Sequence[str]], bars: Sequence[str]) -> None:
+    """Raises ValueError for what `publish` refuses."""
+    if wrong := [row for row in rows if len(row) != len(head)]:
+        raise ValueError(f"{name}: a row of {len(wrong[0])} cells under {len(head)} headings: {wrong[0]}.")
+    if twice := {column for column in head if head.count(column) > 1}:
+        raise ValueError(
+            f"{name}: two columns are called {sorted(twice)[0]!r}: a table of README.md could not tell them."
+        )
+    if unknown := set(bars) - set(head):
+        raise ValueError(f"{name}: no column is called {sorted(unknown)[0]!r}; there are {', '.join(head)}.")
 
 
 def command(argv: Sequence[str], environment: Sequence[str] = ()) -> str:
@@ -114,7 +119,7 @@ def run_fresh(case: dict[str, Any], command: list[str]) -> dict[str, Any]:
 
 
 def rounds(cases: list[dict[str, Any]], commands: list[list[str]], times: int) -> list[dict[str, Any]]:
-    """For each case: median `seconds` and largest `peak` over `times` fresh processes, the cases taken in turn."""
+    """Median `seconds` and largest `peak` of each case over `times` fresh processes, the cases taken in turn."""
     results: list[list[dict[str, Any]]] = [[] for _ in cases]
     for number in range(times):
         for case, command, found in zip(cases, commands, results):

@@ -46,14 +46,19 @@ def layer_of(method: str, nvidia: str) -> Any:
     return PConv2d(64, 128, **LAYER, legacy_behaviour=method == "ours, legacy")
 
 
-def worker(case: dict[str, Any]) -> dict[str, Any]:
-    """Peak of the first call, seconds of the second, and the profiler's sum over a third, in this process."""
-    device, batch = torch.device(case["device"]), case["batch"]
-    layer = layer_of(case["method"], case["nvidia"]).to(device)
+def with_weights(layer: Any) -> Any:
+    """The layer with weights that are the same for every method."""
     for name, parameter in layer.named_parameters():
         if "mask" not in name:
             values = torch.randn(parameter.numel(), generator=torch.Generator().manual_seed(parameter.numel()))
             parameter.data.copy_(values.view_as(parameter).mul(0.01))
+    return layer
+
+
+def worker(case: dict[str, Any]) -> dict[str, Any]:
+    """Peak of the first call, seconds of the second, and the profiler's sum over a third, in this process."""
+    device, batch = torch.device(case["device"]), case["batch"]
+    layer = with_weights(layer_of(case["method"], case["nvidia"]).to(device))
     torch.manual_seed(1)
     input, mask = torch.randn(batch, 64, 256, 256).to(device), (torch.rand(batch, 256, 256) < 0.7).float().to(device)
     if case["method"] == "nvidia":
@@ -100,6 +105,21 @@ def profiled(call: Any, device: torch.device) -> int:
     return sum(max(getattr(event, name), 0) for event in profile.events() or ())
 
 
+def row(result: dict[str, Any], base: dict[str, Any]) -> list[str]:
+    """The cells of one method, behind its name, beside those of `base`."""
+    if "error" in result:
+        return [result["error"], *[""] * 6]
+    return [
+        f"{result['peak'] / 1e6:.0f}",
+        f"{result['peak'] / base['peak']:.2f}",
+        f"{result['peak'] / result['output']:.2f}",
+        f"{result['profiled'] / 1e6:.0f}",
+        f"{result['seconds']:.2f}",
+        f"{result['seconds'] / base['seconds']:.2f}",
+        f"{abs(result['checksum'][0] - base['checksum'][0]) / base['checksum'][1]:.0e}",
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -120,22 +140,7 @@ def main() -> None:
         found = rounds(cases, [[sys.executable, __file__]] * len(cases), args.rounds)
         base = found[0]
         for method, result in zip(methods, found):
-            if "error" in result:
-                rows.append([work, method, result["error"], *[""] * 6])
-                continue
-            rows.append(
-                [
-                    work,
-                    method,
-                    f"{result['peak'] / 1e6:.0f}",
-                    f"{result['peak'] / base['peak']:.2f}",
-                    f"{result['peak'] / result['output']:.2f}",
-                    f"{result['profiled'] / 1e6:.0f}",
-                    f"{result['seconds']:.2f}",
-                    f"{result['seconds'] / base['seconds']:.2f}",
-                    f"{abs(result['checksum'][0] - base['checksum'][0]) / base['checksum'][1]:.0e}",
-                ]
-            )
+            rows.append([work, method, *row(result, base)])
     publish(
         "partial_conv",
         "One partial convolution",

@@ -39,7 +39,7 @@ def config_of(size: int, patch: int, channels: int) -> Config:
 
 
 def multiplications(config: Config) -> int:
-    """Of one forward pass for one image: multiplications with an addition each."""
+    """Multiplications, with an addition each, of one forward pass for one image."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         PatchUNet(config)(torch.empty(1, 3, config.image_size, config.image_size), torch.zeros(1))
     return counter.get_total_flops() // 2
@@ -60,6 +60,16 @@ def worker(case: dict[str, Any]) -> dict[str, Any]:
     with torch.inference_mode(), Recorder(device) as record:
         sample([model], noise, steps=str(case["repeat"] + 1), on_step=on_step)
     return {"peak": record.peak, "seconds": [after - before for before, after in itertools.pairwise(moments)]}
+
+
+def row(result: dict[str, Any], first: dict[str, Any]) -> list[str]:
+    """The cells of one case, behind those that were counted, beside those of the first."""
+    if "error" in result:
+        return [result["error"], "", "", ""]
+    cells = []
+    for name, digits, unit in (("peak", 0, 1e6), ("seconds", 2, 1)):
+        cells += [f"{result[name] / unit:.{digits}f}", f"{result[name] / first[name]:.2f}" if first.get(name) else "-"]
+    return cells
 
 
 def main() -> None:
@@ -92,14 +102,7 @@ def main() -> None:
     rows = []
     for (size, patch), count, result in zip(CASES, counts, found):
         counted = [f"{size}²", str(patch), f"{count / 1e9:.1f}", f"{count / counts[0]:.2f}"]
-        if "error" in result:
-            rows.append([*counted, result["error"], "", "", ""])
-            continue
-        measured = []
-        for name, digits, unit in (("peak", 0, 1e6), ("seconds", 2, 1)):
-            first = found[0].get(name)
-            measured += [f"{result[name] / unit:.{digits}f}", f"{result[name] / first:.2f}" if first else "-"]
-        rows.append([*counted, *measured])
+        rows.append([*counted, *row(result, found[0])])
     publish(
         "patch_diffusion",
         "Patch Diffusion: a sampling step",

@@ -1,8 +1,8 @@
-"""One convolution: plain, `patch_conv` and ours, each case in fresh processes, in turn.
+"""One convolution: eager, `patch_conv` and ours, each case in fresh processes, in turn.
 
     python benchmarks/single_conv.py [--device cuda] [--rounds 3]
 
-Peak is memory beyond the input, in units of the output's bytes; time is relative to plain, by medians.
+Peak is memory beyond the input, in units of the output's bytes; time is relative to eager, by medians.
 `patch_conv` acts from 2^30 input elements only; here its threshold is set to 0, as ours.
 """
 
@@ -77,6 +77,18 @@ def worker(case: dict[str, Any]) -> dict[str, Any]:
     return {"peak": record.peak, "output": size_bytes, "seconds": seconds[1:] or seconds}
 
 
+def row(result: dict[str, Any], eager: dict[str, Any]) -> list[str]:
+    """The cells of one case, behind those that say what it is."""
+    if "error" in result:
+        return [result["error"], "", "", ""]
+    return [
+        f"{result['peak'] / 1e6:.0f}",
+        f"{result['peak'] / result['output']:.3f}",
+        f"{result['seconds']:.2f}",
+        f"{result['seconds'] / eager['seconds']:.2f}" if "seconds" in eager else "-",
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -97,32 +109,19 @@ def main() -> None:
     for channels, size in sizes:
         for kernel in kernels:
             case = dict(device=args.device, dtype=dtype, channels=channels, size=size, kernel=kernel)
-            methods = [("plain", 1), ("patch_conv", args.splits[0]), *(("ours", splits) for splits in args.splits)]
+            methods = [("eager", 1), ("patch_conv", args.splits[0]), *(("ours", splits) for splits in args.splits)]
             cases = [case | dict(method=m, splits=splits, repeat=args.repeat) for m, splits in methods]
             found = rounds(cases, [[sys.executable, __file__]] * len(cases), args.rounds)
-            plain = found[0]
             for (method, splits), result in zip(methods, found):
-                label = method if method == "plain" else f"{method}, {splits or 'automatic'} splits"
+                label = method if method == "eager" else f"{method}, {splits or 'automatic'} splits"
                 what = [f"{kernel}x{kernel}", f"{channels} -> {channels}, {size}²", label]
-                if "error" in result:
-                    rows.append([*what, result["error"], "", "", ""])
-                    continue
-                time_ratio = f"{result['seconds'] / plain['seconds']:.2f}" if "seconds" in plain else "-"
-                rows.append(
-                    [
-                        *what,
-                        f"{result['peak'] / 1e6:.0f}",
-                        f"{result['peak'] / result['output']:.3f}",
-                        f"{result['seconds']:.2f}",
-                        time_ratio,
-                    ]
-                )
+                rows.append([*what, *row(result, found[0])])
     publish(
         "single_conv",
         "One convolution",
-        f"Peak is memory beyond the input, time relative to plain; {dtype}, median of {args.rounds} interleaved rounds "
+        f"Peak is memory beyond the input, time relative to eager; {dtype}, median of {args.rounds} interleaved rounds "
         "of fresh processes. patch_conv acts from 2³⁰ input elements only: here its threshold is 0, as ours.",
-        ["kernel", "shape", "method", "peak MB", "peak / output", "s", "time / plain"],
+        ["kernel", "shape", "method", "peak MB", "peak / output", "s", "time / eager"],
         rows,
         device=args.device,
         bars=["peak MB", "s"],

@@ -1,11 +1,11 @@
-"""Streaming with the SD VAE: plain, streamed, and streamed within a budget, in fresh processes.
+"""Streaming with the SD VAE: eager, streamed, and streamed within a budget, in fresh processes.
 
     python benchmarks/streaming.py [--sizes 1024 2048] [--budget 1] [--rounds 3] [--encode] [--dtype bfloat16]
-                                   [--methods exact plain streamed bounded] [--device cuda] [--name NAME]
+                                   [--methods exact eager streamed bounded] [--device cuda] [--name NAME]
 
 The VAE is AutoencoderKL at full width with seeded random weights. Peak is memory beyond the loaded model and the input;
 on the CPU "own" is the part of it that is the process's own (anonymous), without the pages of files, read every 10 ms.
-"expected" is what the plan said. Ratios are to the first method but `exact`, which is plain in float64: errors are
+"expected" is what the plan said. Ratios are to the first method but `exact`, which is eager in float64: errors are
 relative to its range where it is run, else to that of the first.
 """
 
@@ -31,8 +31,8 @@ from comfyui_patchconv.memory.recorder import Recorder
 from comfyui_patchconv.streaming import expect, stream
 
 METHODS = {
-    "exact": "plain, float64",
-    "plain": "plain",
+    "exact": "eager, float64",
+    "eager": "eager",
     "streamed": "ours, streamed",
     "bounded": "ours, streamed, {budget:g} GiB",
 }
@@ -64,7 +64,7 @@ class Anonymous(threading.Thread):
 def worker(case: dict[str, Any]) -> dict[str, Any]:
     """One decode or encode in this process; the result goes to a file for comparison."""
     torch.manual_seed(0)
-    dtype, size, plain = getattr(torch, case["dtype"]), case["size"], case["method"] in ("exact", "plain")
+    dtype, size, eager = getattr(torch, case["dtype"]), case["size"], case["method"] in ("exact", "eager")
     vae: Any = random_vae(0, dtype, case["device"])
     module = vae.encoder if case["encode"] else vae.decoder
     shape = (1, 3, size, size) if case["encode"] else (1, 4, size // 8, size // 8)
@@ -80,7 +80,7 @@ def worker(case: dict[str, Any]) -> dict[str, Any]:
     expected = 0
     with torch.inference_mode():
         work(input[..., :64, :64])  # the libraries' own start-up
-        if plain:
+        if eager:
             result, record, own = measured(work, input, case["device"])
         else:
             expected = expect(
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=1.0, help="GiB of the bounded runs (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--encode", action="store_true", help="encode an image instead of decoding a latent")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["plain", "streamed"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["eager", "streamed"])
     parser.add_argument("--name", help="of the table that is kept (default: streaming or streaming_encode)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()

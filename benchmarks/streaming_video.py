@@ -1,10 +1,10 @@
-"""Streaming a video: Wan 2.1's decoder plain, by diffusers' tiles, and ours, in fresh processes.
+"""Streaming a video: Wan 2.1's decoder run eagerly, by diffusers' tiles, and ours, in fresh processes.
 
     python benchmarks/streaming_video.py [--frames 9] [--size 256] [--rounds 2] [--device cuda] [--dtype bfloat16]
 
 The VAE is AutoencoderKLWan at full width with seeded random weights. It decodes a latent frame, four frames of the
 video, at a time; "at once" streams all of its decode, "by chunks" its decoder, call by call. Peak is memory beyond the
-loaded model and the latent, "expected" what the plan said. Errors are differences to plain, relative to its range.
+loaded model and the latent, "expected" what the plan said. Errors are differences to eager, relative to its range.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from streaming import errors, measured, row
 from comfyui_patchconv.streaming import expect, stream
 
 METHODS = {
-    "plain": "plain",
+    "eager": "eager",
     "tiled": "diffusers enable_tiling, 128²",
     "chunks": "ours, streamed by chunks",
     "at_once": "ours, streamed at once",
@@ -89,7 +89,7 @@ def main() -> None:
                 rows.append([str(frames), METHODS[method], *row(found, figures[0])])
                 if "error" not in found and "error" not in figures[0]:
                     rows[-1][-2:] = errors(results[method], results[args.methods[0]])
-    what = ["peak MB", "own MB", "expected MB", "memory / plain", "s", "time / plain"]
+    what = ["peak MB", "own MB", "expected MB", "memory / eager", "s", "time / eager"]
     publish(
         "streaming_video",
         f"Streaming: decode of a video, {args.size}², {args.dtype}",

@@ -74,19 +74,19 @@ def decode_large() -> Image.Image:
 
 
 def stream_budget() -> Image.Image:
-    """A memory curve that a plain run would draw, and one that stays below the line of the budget."""
+    """A memory curve that an eager run would draw, and one that stays below the line of the budget."""
     image, draw = canvas()
     left, right, bottom, top = (value * SMOOTH for value in (60, 708, 440, 70))
     budget = bottom - 120 * SMOOTH
-    plain = [(0.0, 0.1), (0.12, 0.18), (0.3, 0.3), (0.42, 0.62), (0.62, 0.68), (0.7, 0.97), (0.93, 0.94), (1.0, 0.1)]
+    eager = [(0.0, 0.1), (0.12, 0.18), (0.3, 0.3), (0.42, 0.62), (0.62, 0.68), (0.7, 0.97), (0.93, 0.94), (1.0, 0.1)]
     ours = [(0.0, 0.1), (0.1, 0.2), (0.25, 0.24), (0.4, 0.28), (0.55, 0.25), (0.75, 0.29), (0.92, 0.26), (1.0, 0.1)]
 
     def curve(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
         return [(left + x * (right - left), bottom - value * (bottom - top)) for x, value in points]
 
-    for points, fill in ((plain, (58, 70, 110)), (ours, (70, 140, 230))):
+    for points, fill in ((eager, (58, 70, 110)), (ours, (70, 140, 230))):
         draw.polygon([(left, bottom), *curve(points), (right, bottom)], fill=fill)
-    draw.line(curve(plain), fill=(120, 136, 180), width=4 * SMOOTH, joint="curve")
+    draw.line(curve(eager), fill=(120, 136, 180), width=4 * SMOOTH, joint="curve")
     draw.line(curve(ours), fill=(160, 205, 255), width=4 * SMOOTH, joint="curve")
     for x in range(left, right, 28 * SMOOTH):
         draw.line((x, budget, x + 16 * SMOOTH, budget), fill=AMBER, width=6 * SMOOTH)

@@ -1,4 +1,4 @@
-"""Decoding with the SD VAE: plain, `patch_conv`, ours, diffusers' tiling, and both hosts, in fresh processes.
+"""Decoding with the SD VAE: eager, `patch_conv`, ours, diffusers' tiling, and both hosts, in fresh processes.
 
     python benchmarks/vae_decode.py [--sizes 512 1024] [--rounds 3] [--device cuda] [--dtype float16] [--methods …]
 
@@ -6,7 +6,7 @@ with the hosts that the environment names: ComfyUI's two decode nodes with COMFY
 Automatic1111's decode and Tiled VAE with WEBUI_PATH, WEBUI_PYTHON and TILED_VAE_PATH, a checkout of its extension.
 
 The VAE is AutoencoderKL at full width with seeded random weights. Peak is memory beyond the loaded model and the
-latent. The error is the largest difference to plain (for a host to its own decode), relative to the range of plain's
+latent. The error is the largest difference to eager (for a host to its own decode), relative to the range of eager's
 output. `patch_conv` acts from 2^30 input elements only, which a decode of 1024² never reaches; the row "threshold 0"
 is with that limit removed.
 """
@@ -36,7 +36,7 @@ from comfyui_patchconv.memory.recorder import Recorder
 from comfyui_patchconv.streaming import streamed
 
 METHODS = {
-    "plain": "plain",
+    "eager": "eager",
     "patch_conv": "patch_conv 0.0.1b0, 4 splits",
     "patch_conv_0": "patch_conv, 4 splits, threshold 0",
     "ours_4": "ours, 4 splits",
@@ -101,8 +101,8 @@ def worker(case: dict[str, Any]) -> dict[str, Any]:
     return {"peak": record.peak, "seconds": [record.seconds]}
 
 
-def difference(path: Path, plain: Path) -> str:
-    image, reference = (torch.load(file, weights_only=True) for file in (path, plain))
+def difference(path: Path, eager: Path) -> str:
+    image, reference = (torch.load(file, weights_only=True) for file in (path, eager))
     return f"{(image - reference).abs().max() / (reference.max() - reference.min()):.1e}"
 
 
@@ -118,12 +118,25 @@ def commands_of(methods: Iterable[str]) -> list[list[str]]:
 
 
 def base_of(method: str) -> str:
-    """The plain decode that a method is compared with."""
-    return "comfyui" if method in COMFYUI else "webui" if method in WEBUI else "plain"
+    """The eager decode that a method is compared with."""
+    return "comfyui" if method in COMFYUI else "webui" if method in WEBUI else "eager"
+
+
+def row(result: dict[str, Any], base: dict[str, Any]) -> list[str]:
+    """The cells of one method, behind its name: figures beside those of `base`, and a cell for the error."""
+    if "error" in result or "error" in base:
+        return [result.get("error", "no eager result"), "", "", "", ""]
+    return [
+        f"{result['peak'] / 1e6:.0f}",
+        f"{result['peak'] / base['peak']:.2f}",
+        f"{result['seconds']:.1f}",
+        f"{result['seconds'] / base['seconds']:.2f}",
+        "",
+    ]
 
 
 def versions(comfyui: str | None, webui: str | None) -> dict[str, str]:
-    """Of the hosts in these checkouts."""
+    """Versions of the hosts in these checkouts."""
     found = {}
     if comfyui:
         version = re.search(r'__version__ = "([^"]+)"', Path(comfyui, "comfyui_version.py").read_text())
@@ -134,7 +147,7 @@ def versions(comfyui: str | None, webui: str | None) -> dict[str, str]:
     return found
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")
@@ -144,7 +157,11 @@ def main() -> None:
         "--methods", nargs="+", choices=[*METHODS, *COMFYUI, *WEBUI], help="default: all that are there"
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     if args.worker:
         print(json.dumps(worker(json.loads(args.worker))))
         return
@@ -169,30 +186,19 @@ def main() -> None:
             ]
             results = dict(zip(labels, rounds(cases, commands_of(labels), args.rounds)))
             for method, result in results.items():
-                reference = base_of(method)
-                base = results.get(reference, {"error": "not run"})
-                if "error" in result or "error" in base:
-                    rows.append([f"{size}²", labels[method], result.get("error", "no plain result"), "", "", "", ""])
-                    continue
-                rows.append(
-                    [
-                        f"{size}²",
-                        labels[method],
-                        f"{result['peak'] / 1e6:.0f}",
-                        f"{result['peak'] / base['peak']:.2f}",
-                        f"{result['seconds']:.1f}",
-                        f"{result['seconds'] / base['seconds']:.2f}",
-                        difference(images[method], images[reference]),
-                    ]
-                )
+                eager = base_of(method)
+                cells = row(result, results.get(eager, {"error": "not run"}))
+                if cells[1]:
+                    cells[-1] = difference(images[method], images[eager])
+                rows.append([f"{size}²", labels[method], *cells])
     publish(
         "vae_decode",
         "Decoding with Stable Diffusion's VAE",
-        "Peak is memory beyond the weights and the latent. The error is the largest difference to plain, for a host "
+        "Peak is memory beyond the weights and the latent. The error is the largest difference to eager, for a host "
         "to its own decode, relative to the range of the image; the weights are random, which makes tiling look worse "
         f"than trained ones do. {args.dtype}, median of {args.rounds} interleaved rounds of fresh processes."
         + (" Automatic1111 has a torch of its own, 2.1.2." if webui else ""),
-        ["image", "method", "peak MB", "memory / plain", "s", "time / plain", "largest error"],
+        ["image", "method", "peak MB", "memory / eager", "s", "time / eager", "largest error"],
         rows,
         device=args.device,
         bars=["peak MB", "s"],

@@ -1,6 +1,6 @@
 """One decode by Automatic1111's VAE, in the WebUI's Python: `webui_decode.py --worker CASE`, for `vae_decode.py`.
 
-Plain, with this pack's toggle, or with the extension Tiled VAE, a part of
+Eagerly, with this pack's toggle, or with the extension Tiled VAE, a part of
 `pkuliyi2015/multidiffusion-upscaler-for-automatic1111`.
 The VAE is the WebUI's own class with weights drawn by its own initialisation.
 """
@@ -28,7 +28,7 @@ CONFIG = dict(
     double_z=True, z_channels=4, resolution=256, in_channels=3, out_ch=3, ch=128, ch_mult=[1, 2, 4, 4],
     num_res_blocks=2, attn_resolutions=[], dropout=0.0,
 )  # fmt: skip
-"""Of the WebUI's configs/v1-inference.yaml."""
+"""Settings of the WebUI's configs/v1-inference.yaml."""
 
 
 def host(checkout: str) -> Any:

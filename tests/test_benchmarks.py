@@ -21,9 +21,9 @@ import report  # noqa: E402
 
 HEAD = ["image", "method", "peak MB", "s"]
 ROWS = [
-    ["512²", "plain", "200", "4.0"],
+    ["512²", "eager", "200", "4.0"],
     ["512²", "ours", "50", "3.0"],
-    ["1024²", "plain", "out of memory", ""],
+    ["1024²", "eager", "out of memory", ""],
     ["1024²", "ours", "100", "12.0"],
 ]
 RESULT = harness.Result("A decode", "What it is.", HEAD, ROWS, "a machine", {"torch": "2.13.0"}, "2026-11-24",
@@ -82,11 +82,11 @@ def test_marked_tables_are_filled() -> None:
     found = report.filled(f"{mark}old\nlines\n<!-- /benchmark -->\nafter <!-- x -->\n", KEPT)
     assert found == (
         f"{mark}\n"
-        "| method | peak MB |\n| ------ | ------- |\n| plain  | 200     |\n| ours   | 50      |\n\n"
+        "| method | peak MB |\n| ------ | ------- |\n| eager  | 200     |\n| ours   | 50      |\n\n"
         "<!-- /benchmark -->\nafter <!-- x -->\n"
     )
     assert report.filled(found, KEPT) == found
-    several = "<!-- benchmark: a; s; image=512²; method=ours; method=plain -->\n<!-- /benchmark -->"
+    several = "<!-- benchmark: a; s; image=512²; method=ours; method=eager -->\n<!-- /benchmark -->"
     assert harness.table(["s"], [["4.0"], ["3.0"]]) in report.filled(several, KEPT)
     whole = report.filled("<!-- benchmark: a -->\n<!-- /benchmark -->", KEPT)
     assert harness.table(HEAD, ROWS) in whole

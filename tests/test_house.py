@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "pixel_models": {"files", "streaming", "conv", "memory", "units"},
     "cli": {"hosts", "files", "pixel_models", "streaming", "conv", "memory", "units"},
 }
-"""Of each room of the core: the rooms that it may import from."""
+"""The rooms that each room of the core may import from."""
 
 PUBLIC = {"__init__": {"conv"}, "fill": {"conv"}, "holes": {"conv"}, "__main__": {"cli"}}
 """The same of the modules that only give names to users."""
@@ -145,6 +146,15 @@ def test_the_webui_finds_one_script() -> None:
     foreign = {name.split(".")[0] for name in imports(script)} - sys.stdlib_module_names
     assert foreign == {"gradio", "modules", CORE}
     assert not [name for name in ("javascript", "localizations", "style.css") if (PACK / name).exists()]
+
+
+def test_contributing_finds_things_where_they_are() -> None:
+    table = (PACK / "CONTRIBUTING.md").read_text().split("## Where things are")[1].split("## ")[0]
+    named = re.findall(r"`((?:comfyui_patchconv|nodes|tests)/[\w/.]+)`", table)
+    assert len(named) > 8
+    assert not [name for name in named if not (PACK / name).exists()]
+    rooms = set(re.findall(r"^\| `(\w+)(?:/|\.py)` \|", table, re.MULTILINE))
+    assert rooms == set(ARROWS)
 
 
 LOAD = """

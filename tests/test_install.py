@@ -1,4 +1,4 @@
-"""Setting up: quick and silent where all is there, and nothing but what is missing elsewhere."""
+"""Setting up: quick and silent where all is there, and only what is missing where it is not."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_webuis_pip_installs_what_is_missing_and_only_that(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("launcher", [True, False])
-def test_elsewhere_pip_is_run(tmp_path: Path, missing: Path, launcher: bool) -> None:
+def test_outside_the_webui_pip_is_run(tmp_path: Path, missing: Path, launcher: bool) -> None:
     """A module `launch` without a `webui.py` beside it is somebody else's."""
     path = webui(tmp_path / "ros", launcher=False) if launcher else ""
     done = start(str(missing), PYTHONPATH=path, PIP_NO_INDEX="1")

@@ -23,7 +23,7 @@ def write_images(folder: Path, count: int = 5, size: tuple[int, int] = (8, 8)) -
 
 
 def words(text: str) -> list[str]:
-    """Of a command line."""
+    """The words of a command line."""
     return text.split()
 
 

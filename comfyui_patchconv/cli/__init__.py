@@ -44,7 +44,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 _EXTRAS = {
-    **dict.fromkeys(("diffusers", "matplotlib", "numpy", "PIL"), "demo"),
+    **dict.fromkeys(("diffusers", "numpy", "PIL"), "demo"),
     **dict.fromkeys(("accelerate", "tqdm"), "train"),
     "h5py": "keras",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..files.images import save_image
 from ..files.latents import load_latent
@@ -13,9 +13,6 @@ from ..memory.recorder import Recorder
 from .arguments import DTYPES
 from .options import add_mode, add_strips, check_output, default_device, say, strips_of
 from .vae import check_channels, decode
-
-if TYPE_CHECKING:
-    pass
 
 
 def add(commands: Any) -> None:

@@ -1,4 +1,4 @@
-"""`patchconv demo`: one latent decoded plain, with Patch Conv and streamed, in fresh processes, to see for oneself."""
+"""`patchconv demo`: one latent decoded eagerly, with Patch Conv and streamed, in fresh processes, side by side."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from ..memory.errors import is_out_of_memory
 from ..memory.recorder import Recorder
 from .arguments import DTYPES
 from .options import add_strips, default_device
-from .vae import MB, Strips, check_channels, decode, scale
+from .vae import EAGER, MB, Strips, check_channels, decode, scale
 
-NAMES = {"plain": "plain", "patch": "Patch Conv", "stream": "streaming"}
-_COLOURS = {"plain": "#9a9a9a", "patch": "#1668c7", "stream": "#1a7f37"}
+NAMES = {EAGER: "eager", "patch": "Patch Conv", "stream": "streaming"}
+_COLOURS = {EAGER: "#9a9a9a", "patch": "#1668c7", "stream": "#1a7f37"}
 _INTERVAL = 0.02
 
 
 def add(commands: Any) -> None:
     """Add the command to `commands`, an argparse parser's subparsers."""
-    parser = commands.add_parser("demo", help="plain, Patch Conv and streaming side by side", description=_run.__doc__)
+    parser = commands.add_parser("demo", help="eager, Patch Conv and streaming side by side", description=_run.__doc__)
     parser.add_argument(
         "--size", type=int, default=768, help="pixels of a synthetic latent's side (default: %(default)s)"
     )
@@ -45,7 +45,7 @@ def add(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    """Decode one latent plain, with Patch Conv and streamed, in fresh processes; compare memory, time and pixels."""
+    """Decode one latent eagerly, with Patch Conv and streamed, in fresh processes; compare memory, time and pixels."""
     if args.latent is None and not 64 <= args.size <= 16384:
         raise ValueError(f"--size is {args.size}: use 64 to 16384 pixels.")
     where = str(args.device or default_device())
@@ -89,7 +89,7 @@ def run(settings: Settings, out: Path) -> dict[str, Optional[Result]]:
     Returns the results by mode; None for one that did not fit into memory. Raises ValueError for files that cannot be
     used, and MemoryError if none fits.
     """
-    import matplotlib  # noqa: F401  before the work, not after it, if it is missing
+    import PIL  # noqa: F401  before the work, not after it, if it is missing
 
     _check_folder(out)
     for path in filter(None, (settings.vae, settings.latent)):
@@ -110,61 +110,47 @@ def run(settings: Settings, out: Path) -> dict[str, Optional[Result]]:
 
 
 def table(results: dict[str, Optional[Result]]) -> str:
-    """Peak memory and time of each result, one row each, and what they are beside plain's."""
+    """Peak memory and time of each result, one row each, and what they are beside eager's."""
     lines = [f"{'':<12}{'peak memory':>14}{'time':>11}"]
-    plain = results["plain"]
+    eager = results[EAGER]
     for mode, result in results.items():
         line = f"{NAMES[mode]:<12}" + f"{'out of memory':>14}"
         if result is not None:
             line = f"{NAMES[mode]:<12}{result.peak / MB:>11.0f} MB{result.seconds:>9.1f} s"
-            if plain is not None and result is not plain:
-                memory, seconds = result.peak / max(plain.peak, 1) - 1, result.seconds / plain.seconds - 1
+            if eager is not None and result is not eager:
+                memory, seconds = result.peak / max(eager.peak, 1) - 1, result.seconds / eager.seconds - 1
                 line += f"   {memory:+.0%} memory, {seconds:+.0%} time"
         lines.append(line)
     return "\n".join(lines)
 
 
 def difference(results: dict[str, Optional[Result]]) -> str:
-    """A sentence on the largest difference of each image to plain's."""
-    plain = results["plain"]
-    others = [(NAMES[mode], result) for mode, result in results.items() if mode != "plain" and result is not None]
-    if plain is None or not others:
-        return "Only some of the images could be made: there is nothing to compare with plain."
-    low, high = plain.image.aminmax()
-    largest = ", ".join(f"{(plain.image - result.image).abs().max():.2g} ({name})" for name, result in others)
-    return f"Largest difference to the plain image: {largest}; its values go from {low:.2f} to {high:.2f}."
+    """A sentence on the largest difference of each image to eager's."""
+    eager = results[EAGER]
+    others = [(NAMES[mode], result) for mode, result in results.items() if mode != EAGER and result is not None]
+    if eager is None or not others:
+        return "Only some of the images could be made: there is nothing to compare with eager."
+    low, high = eager.image.aminmax()
+    largest = ", ".join(f"{(eager.image - result.image).abs().max():.2g} ({name})" for name, result in others)
+    return f"Largest difference to the eager image: {largest}; its values go from {low:.2f} to {high:.2f}."
 
 
 def plot(results: dict[str, Optional[Result]], settings: Settings, path: Path) -> None:
     """Memory over time of each result as a PNG."""
-    from matplotlib.figure import Figure
+    from ..hosts.chart import Series, lines
 
-    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
+    series = []
     for mode, result in results.items():
         name, colour = NAMES[mode], _COLOURS[mode]
         if result is None:
-            axes.plot([], [], color=colour, label=f"{name}: out of memory")
+            series.append(Series(f"{name}: out of memory", colour))
             continue
-        seconds, used = zip((0.0, 0), *result.timeline)
-        megabytes = [value / MB for value in used]
+        points = [(0.0, 0.0), *((seconds, used / MB) for seconds, used in result.timeline)]
         label = f"{name}: peak {result.peak / MB:.0f} MB, {result.seconds:.1f} s"
-        axes.plot(seconds, megabytes, color=colour, linewidth=1.6, label=label)
-        axes.fill_between(seconds, megabytes, color=colour, alpha=0.15, linewidth=0)
-        axes.axhline(result.peak / MB, color=colour, linewidth=1, linestyle=(0, (4, 3)))
+        series.append(Series(label, colour, points, result.peak / MB))
     image = next(result.image for result in results.values() if result is not None)
-    axes.set_title(
-        f"Decoding {image.shape[2]}x{image.shape[1]} pixels in {settings.dtype} on {settings.device}", loc="left"
-    )
-    axes.set_xlabel("time (s)")
-    axes.set_ylabel("memory in use beyond the weights (MB)")
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    axes.margins(y=0.1)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
-    figure.savefig(path)
+    title = f"Decoding {image.shape[2]}x{image.shape[1]} pixels in {settings.dtype} on {settings.device}"
+    lines(title, series, "Time (s)", "Memory in use beyond the weights (MB)").save(path)
 
 
 def synthetic_latent(channels: int, height: int, width: int, seed: int = 0) -> Tensor:
@@ -234,7 +220,7 @@ def _measure(settings: Settings, mode: str) -> Result:
         side = settings.size // scale(vae)
         latent = synthetic_latent(vae.config["latent_channels"], side, side)
     nn.Module.to(vae, settings.device)
-    decode(vae, latent[:, :, :8, :8], Strips("plain"))  # what libraries set up once is not the decode's
+    decode(vae, latent[:, :, :8, :8], Strips(EAGER))  # what libraries set up once is not the decode's
     with Recorder(settings.device, _INTERVAL) as recorder:
         image = decode(vae, latent, Strips(mode, settings.splits, settings.threshold))
     return Result(recorder.peak, recorder.seconds, recorder.timeline, image[0].float().cpu().numpy())

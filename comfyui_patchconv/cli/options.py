@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,12 +12,9 @@ from ..memory.recorder import Recorder
 from .arguments import DTYPES, device, natural, size
 from .vae import CHOICES, MB, Strips
 
-if TYPE_CHECKING:
-    pass
-
 
 def add_strips(parser: argparse.ArgumentParser) -> None:
-    """Options of all that decodes or encodes."""
+    """Add the options of all that decodes or encodes."""
     parser.add_argument("--splits", type=natural, default=0, help="strips per convolution; 0 chooses (default)")
     parser.add_argument(
         "--threshold",
@@ -31,12 +27,12 @@ def add_strips(parser: argparse.ArgumentParser) -> None:
 
 
 def add_mode(parser: argparse.ArgumentParser) -> None:
-    """Options of what runs in one mode."""
+    """Add the options of what runs in one mode."""
     parser.add_argument(
         "--mode",
         choices=CHOICES,
         default="patch",
-        help="patch: each large convolution in strips (default); stream: everything in strips; plain: nothing",
+        help="patch: each large convolution in strips (default); stream: everything in strips; plain: eager, no strips",
     )
     parser.add_argument(
         "--budget",
@@ -70,5 +66,5 @@ def check_output(path: Path, *suffixes: str) -> None:
 
 
 def default_device() -> torch.device:
-    """Where work is done if nothing is asked."""
+    """The device that work is done on if none is asked for."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -119,7 +119,7 @@ def _sample(args: argparse.Namespace) -> None:
 
 
 def _drawn_seed(processes: int) -> int:
-    """Another one each time, the same in all processes."""
+    """A seed that is another one each time, and the same in all processes."""
     held = [random.randrange(2**32)]
     if processes > 1:
         distributed.init_process_group("gloo")

@@ -210,7 +210,7 @@ def _sample(args: argparse.Namespace) -> None:
 
 
 def _output(path: Path, action: str) -> Path:
-    """Where to write. Raises ValueError where that is impossible, before there is anything to lose."""
+    """The path to write to. Raises ValueError where that is impossible, before there is anything to lose."""
     if action != "folder" and path.suffix != _SUFFIXES[action] and path.name not in ("", ".."):
         path = path.with_name(path.name + _SUFFIXES[action])
     if not path.parent.is_dir():

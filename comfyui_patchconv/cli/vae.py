@@ -21,12 +21,18 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 MB = 1e6
-CHOICES = (*MODES, "plain")
+EAGER = "plain"
+"""The mode without strips, by the name that the command line has for it."""
+
+CHOICES = (*MODES, EAGER)
 
 
 @dataclass(frozen=True)
 class Strips:
-    """How to decode or encode. mode: one of `CHOICES`. splits, threshold: see `Tiling`. budget: see `streamed`."""
+    """How to decode or encode.
+
+    mode: one of `CHOICES`. splits, threshold: see `Tiling`. budget: see `streaming.stream`.
+    """
 
     mode: str = "patch"
     splits: int = 0
@@ -63,7 +69,7 @@ def check_channels(vae: AutoencoderKL, latent: Tensor, path: Optional[Path] = No
 
 @contextmanager
 def _in_strips(model: nn.Module, strips: Strips) -> Iterator[None]:
-    if strips.mode == "plain":
+    if strips.mode == EAGER:
         yield
         return
     watched = sys.stderr.isatty()

@@ -16,7 +16,7 @@ class OwnWaysError(Exception):
 
 
 class Differentiable(torch.autograd.Function):
-    """Strips forward and strips backward. Keeps for backward what a plain convolution keeps: input, weight and bias."""
+    """Strips forward and backward. Keeps for backward what an eager convolution keeps: input, weight and bias."""
 
     @staticmethod
     def forward(ctx: Any, call: Any, strip_rows: int, input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:

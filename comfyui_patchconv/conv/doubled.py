@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _BLOCK_BYTES = 8 << 20
-"""Of output that is made at once: what it is added up from takes two and a half times that."""
+"""Bytes of output that are made at once; the products that they are added up from take two and a half times that."""
 
 
 def kernels(weight: Tensor) -> list[Tensor]:

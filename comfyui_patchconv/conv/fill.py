@@ -80,7 +80,7 @@ def _halved(image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _halved_by_median(image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_halved`, with values that are there and not between them."""
+    """The median of the valid pixels of each 2 x 2 window, which is a value of theirs, and whether it has any."""
     counted = torch.where(valid, image, torch.nan)
     corners = [counted[..., row::2, column::2] for row in (0, 1) for column in (0, 1)]
     median = torch.stack(corners).nanmedian(0).values
@@ -89,7 +89,7 @@ def _halved_by_median(image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def around(holes: Tensor, margin: int) -> slice:
-    """From `margin` rows before the first that has a hole to as many behind the last; `holes` `[H]` has one."""
+    """The rows from `margin` before the first that has a hole to `margin` behind the last; `holes` `[H]` has one."""
     found = holes.nonzero()
     return slice(max(int(found[0]) - margin, 0), int(found[-1]) + 1 + margin)
 

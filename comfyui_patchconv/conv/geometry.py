@@ -15,7 +15,7 @@ from itertools import chain
 class Window:
     """The input rows of one output strip.
 
-    rows: input rows to read, in order. A `range` is a plain slice of the input; a tuple has to be gathered.
+    rows: input rows to read, in order. A `range` is a slice of the input; a tuple has to be gathered.
     before, after: rows of zeros to add in front of and behind them.
     skip: output rows of the result that come before the strip and are dropped.
     """
@@ -90,7 +90,7 @@ class Axis:
         return Window(range(start, stop), before, after)
 
     def opaque_window(self, first: int, last: int, size: int) -> Window:
-        """As `window`, for a convolution that pads its input itself, in a way that is not known.
+        """The rows that `window` gives, for a convolution that pads its input itself, in a way that is not known.
 
         Away from the image's edges the strip gets spare rows, so that whatever is padded on only reaches output rows
         that are dropped. At an edge it gets the rows at both ends of the image and nothing in between: a short image
@@ -142,7 +142,7 @@ def strips(size: int, rows: int) -> Iterator[tuple[int, int]]:
 
 
 def equal_strips(size: int, rows: int) -> list[tuple[int, int]]:
-    """As `strips`, but all of `rows` rows: the last one starts earlier and overlaps its neighbour."""
+    """The strips of `strips`, but all of `rows` rows: the last one starts earlier and overlaps its neighbour."""
     _check_rows(rows)
     return [(min(first, max(size - rows, 0)), min(first + rows, size)) for first in range(0, size, rows)]
 

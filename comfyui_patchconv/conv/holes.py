@@ -1,10 +1,10 @@
-"""A network on an image with holes: what lies in them tells nothing. For any encoder, with no code of its own.
+"""A network on an image with holes: what lies in them has no effect. It works for any encoder and has code for none.
 
 While `Holes` is active, convolutions and statistics of group norms count valid pixels only, attention sees no others,
 and the mask follows the image through paddings and strides.
 
 A window that reaches into a hole gets the mean of the valid pixels beside it for what is missing, channel by channel.
-Scaling what is left by N / s, as in partial_conv.py, stands for that only in a network that was trained with it: in
+Scaling what is left by N / s, as in `partial`, stands for that only in a network that was trained with it: in
 others it makes an edge of every hole, anew in every layer. Beside a hole, the latent of an SD encoder with random
 weights was 7 to 10 times as far from that of the whole image as grey in the hole puts it; by means it is 0.5 to 0.7.
 """
@@ -43,7 +43,7 @@ def with_holes(
 
     image: `[1, C, H, W]`, or `[1, C, T, H, W]` with the same holes in all frames.
     mask: 1 where valid, 0 in holes, `[H, W]`. Without holes the result is that of `forward` itself, bit by bit.
-    tiling: how the convolutions are cut. What `convert_model` has put on `model` is set aside meanwhile.
+    tiling: how the convolutions are cut. What `convert_model` has put on `model` is taken off meanwhile.
 
     The result does not depend on pixels in holes, in no bit. Where a hole is in the result there is nothing of worth.
     Gradients are off where there are holes.
@@ -59,7 +59,7 @@ def with_holes(
         return forward(image)
     holes = Holes(valid, tiling)
     with torch.no_grad(), unpatched(model), _attending(model, holes), holes:
-        return forward(image.masked_fill(~valid, 0.0))  # nothing later can leak what is gone
+        return forward(image.masked_fill(~valid, 0.0))  # nothing later can leak what is in a hole
 
 
 class Holes(TorchFunctionMode):
@@ -70,10 +70,10 @@ class Holes(TorchFunctionMode):
         self.tiling = tiling
         self._masks: dict[tuple[int, ...], Tensor] = {}
         self._put(valid.to(torch.float32)[None, None])
-        self._aside = False
+        self._suspended = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        handler = None if self._aside else _HANDLERS.get(func)
+        handler = None if self._suspended else _HANDLERS.get(func)
         kwargs = kwargs or {}
         return func(*args, **kwargs) if handler is None else handler(self, func, *args, **kwargs)
 
@@ -91,20 +91,20 @@ class Holes(TorchFunctionMode):
         return mask if mask.numel() else None
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """For what is computed of valid positions alone."""
-        before, self._aside = self._aside, True
+    def suspended(self) -> Iterator[None]:
+        """The mode does nothing within the block: for what is computed of valid positions alone."""
+        before, self._suspended = self._suspended, True
         try:
             yield
         finally:
-            self._aside = before
+            self._suspended = before
 
     def _put(self, mask: Tensor) -> None:
         """The mask of its size from now on; an empty one says that nothing is left to mask."""
         self._masks[tuple(mask.shape[-2:])] = mask if not bool(mask.all()) else mask[:0]
 
     def _derived(self, height: int, width: int) -> Tensor:
-        """For a size that no convolution or padding has led to: valid is what only valid pixels lie behind."""
+        """The mask of a size that no convolution or padding has led to: valid is what only valid pixels lie behind."""
         known = [size for size in self._masks if size[0] >= height and size[1] >= width]
         size = min(known, key=lambda size: size[0] * size[1]) if known else max(self._masks)
         mask = self._masks[size]
@@ -267,6 +267,6 @@ class _Attended:
         if not len(kept):
             return input
         pixels = input.flatten(-2)
-        with self.holes.aside():
+        with self.holes.suspended():
             seen = self.forward(pixels.index_select(-1, kept).unsqueeze(-2), *args, **kwargs)
         return pixels.index_copy(-1, kept, seen.squeeze(-2)).view_as(input)

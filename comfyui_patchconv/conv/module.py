@@ -34,8 +34,8 @@ class PatchConv2d(nn.Conv2d):
             super().__init__(*args, **kwargs)
         else:
             kind = type(conv2d)
-            plain = isinstance(conv2d, nn.Conv2d) and kind.forward is nn.Conv2d.forward
-            if not plain or (kind._conv_forward is not nn.Conv2d._conv_forward):
+            ordinary = isinstance(conv2d, nn.Conv2d) and kind.forward is nn.Conv2d.forward
+            if not ordinary or (kind._conv_forward is not nn.Conv2d._conv_forward):
                 raise TypeError(f"conv2d is a {kind.__name__}: give a torch.nn.Conv2d, or use convert_model on it.")
             nn.Module.__init__(self)
             self.__dict__.update(conv2d.__dict__)

@@ -65,7 +65,7 @@ def partial_convolution(
 
 
 def _precise(input: Tensor) -> torch.dtype:
-    """For counts and ratios: 1e-8 is 0 in float16, and NVIDIA's partial convolution gives NaN in holes there."""
+    """The type of counts and ratios: 1e-8 is 0 in float16, and NVIDIA's code gives NaN in holes there."""
     return torch.promote_types(input.dtype, torch.float32)
 
 
@@ -112,11 +112,11 @@ class _PartialCall(Call):
         self._mask, self._ratio, self._valid, self._legacy = mask, ratio, valid, legacy
         self.input_copies = 0 if mask is None else 1
         self._channel = -len(module.kernel_size) - 1
-        plain = self.whole
+        unscaled = self.whole
 
         def whole(input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
             held = input if mask is None else input * mask.to(input.dtype)
-            return self._scaled(plain(held, weight, None), 0, ratio.shape[self.dim], bias)
+            return self._scaled(unscaled(held, weight, None), 0, ratio.shape[self.dim], bias)
 
         self.whole = whole
 
@@ -224,7 +224,8 @@ class PartialConv2d(_Partial, nn.Conv2d):
 
 
 class PartialConv3d(_Partial, nn.Conv3d):
-    """As `PartialConv2d`, for `[N, C, D, H, W]`; call-compatible with NVIDIA's `PartialConv3d`."""
+    """A `torch.nn.Conv3d` that counts valid pixels only, as `PartialConv2d` does; call-compatible with
+    NVIDIA's `PartialConv3d`."""
 
 
 class PConv2d(nn.Module):

@@ -17,7 +17,7 @@ from .tiling import Convolution, OnStrip, Tiling
 Model = TypeVar("Model", bound=nn.Module)
 CONVOLUTIONS: tuple[type[Convolution], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PADDINGS: dict[str, type[TiledForward]] = {"plain": TiledForward, "partial": PartialPadding}
-"""What zeros around an image may count as: pixels, as in plain convolution, or nothing."""
+"""What zeros around an image may count as: pixels of value 0, as PyTorch has them, or nothing."""
 
 _ATTRIBUTE = "_conv_forward"
 
@@ -42,7 +42,7 @@ def convert_model(
 
     splits: strips per convolution; 0 chooses by size and device. See `Tiling`.
     sequential: one strip after the other, or False for all strips in one batched call (faster for small ones, no
-        less memory than plain).
+        less memory than eager).
     threshold: input elements (C·H·W, times depth for 3-D) from which a convolution runs in strips.
     names, types, predicate: which convolutions; see `convolutions`.
     on_strip: progress; see `Tiling`.

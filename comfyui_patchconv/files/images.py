@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,9 +28,8 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     path = existing(path)
-    Image.MAX_IMAGE_PIXELS = 2**30  # large images are what this package is for; Pillow refuses twice this number
     try:
-        with Image.open(path) as file:
+        with _large_images(), Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
                 image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
@@ -41,6 +43,28 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
             f"{path} cannot be read as an image ({short(str(error))}): it is damaged or too large."
         ) from None
     return image
+
+
+_limit = Lock()
+
+
+@contextmanager
+def _large_images() -> Iterator[None]:
+    """Pillow opens images of up to 2^31 pixels within the block: large ones are what this package is for.
+
+    It has one limit for the process, half of the number that it refuses, and a warning from there on. Threads take
+    turns, so that each finds the limit that was there before, and puts it back.
+    """
+    from PIL import Image
+
+    with _limit:
+        before = Image.MAX_IMAGE_PIXELS
+        if before is not None:  # None is no limit at all
+            Image.MAX_IMAGE_PIXELS = max(before, 2**30)
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 def load_image(path: str | os.PathLike[str], multiple: int = 8) -> Tensor:

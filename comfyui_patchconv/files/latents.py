@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,10 +11,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .tensors import FLOATS, listed, read_header, short
-
-if TYPE_CHECKING:
-    pass
-
 
 SCALE = 0.18215
 """What ComfyUI divides latents by that were saved before its files had `latent_format_version_0`."""

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from zipfile import is_zipfile
 
 import torch
@@ -15,18 +15,11 @@ from torch import Tensor
 
 from ..memory.errors import is_out_of_memory
 
-if TYPE_CHECKING:
-    pass
-
-
 Header = dict[str, tuple[str, tuple[int, ...]]]
-
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
-
 _MAX_HEADER = 100_000_000  # as safetensors itself has it
-
 
 _PICKLES = {".bin", ".ckpt", ".pt", ".pth"}
 
@@ -94,7 +87,7 @@ def opened(path: Path) -> tuple[Header, Callable[[str], Tensor]]:
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     pairs = content.items() if isinstance(content, dict) else ()
-    tensors = {str(name): value for name, value in pairs if isinstance(value, Tensor) and _plain(value)}
+    tensors = {str(name): value for name, value in pairs if isinstance(value, Tensor) and _is_dense(value)}
     kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     header = {name: (kinds.get(value.dtype, str(value.dtype)), tuple(value.shape)) for name, value in tensors.items()}
     return header, tensors.__getitem__
@@ -119,7 +112,7 @@ def unpickled(path: str | os.PathLike[str], mmap: bool = False) -> Any:
         ) from None
 
 
-def _plain(value: Tensor) -> bool:
+def _is_dense(value: Tensor) -> bool:
     return value.layout is torch.strided and value.device.type == "cpu"
 
 

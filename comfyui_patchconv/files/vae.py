@@ -17,21 +17,15 @@ from .tensors import FLOATS, Header, listed, opened, short
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-
 Shapes = dict[str, tuple[int, ...]]
-
 
 State = dict[str, Tensor]
 
-
 _PREFIXES = ("", "first_stage_model.", "vae.")
-
 
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
-
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
 
 _LDM_NAMES = (
     (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
@@ -45,9 +39,7 @@ _LDM_NAMES = (
     (r"\.nin_shortcut\.", ".conv_shortcut."),
 )
 
-
 _GROUPS = 32  # of every group norm; LDM's code has it fixed, and no tensor's shape shows it
-
 
 _LAYOUTS = {
     "ldm": ("encoder.down.{}.block.{}.conv1.weight", "decoder.mid.attn_1.q.weight"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Optional
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -127,3 +128,46 @@ def _font(size: float) -> Any:
         return ImageFont.load_default(size)
     except TypeError:  # Pillow before 10.1 has one size
         return ImageFont.load_default()
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line of `lines`: what it is called, its colour, its points, and a height that a dashed line marks."""
+
+    label: str
+    color: str
+    points: Sequence[tuple[float, float]] = ()
+    level: Optional[float] = None
+
+
+def lines(title: str, series: Sequence[Series], across: str, up: str) -> Image.Image:
+    """Several lines in one chart from zero, RGB; `across` and `up` say what its axes count."""
+    sheet = Image.new("RGB", (WIDTH * _SCALE, HEIGHT * _SCALE), _PAPER)
+    pen, left, right, bottom, top = _Pen(sheet, 0), _LEFT, WIDTH - _RIGHT, HEIGHT - _BOTTOM, _TOP + 8
+    pen.text((14, 20), title, 18, _INK, "lm")
+    farthest = max((x for one in series for x, _ in one.points), default=0.0) or 1.0
+    highest = max((y for one in series for y in (*(y for _, y in one.points), one.level or 0)), default=0.0) or 1.0
+    step, count = steps(1.04 * highest)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return left + (right - left) * x / farthest, bottom - (bottom - top) * y / (step * count)
+
+    pen.text((14, top - 18), up, 14, _MUTED, "lm")
+    pen.text((right, bottom + 40), across, 14, _MUTED, "rm")
+    for number in range(count + 1):
+        _, y = at(0, number * step)
+        pen.line([(left, y), (right, y)], _GRID, 1)
+        pen.text((left - 10, y), f"{number * step:g}", 14, _MUTED, "rm")
+    each, _ = steps(farthest, 6)
+    for number in range(int(farthest / each + 1e-9) + 1):
+        pen.text((at(number * each, 0)[0], bottom + 16), f"{number * each:g}", 14, _MUTED, "mm")
+    for number, one in enumerate(series):
+        start = 14 + number * (WIDTH - 28) / len(series)
+        pen.line([(start, 50), (start + 22, 50)], one.color, 3)
+        pen.text((start + 30, 50), one.label, 15, _INK, "lm")
+        if len(one.points) > 1:
+            pen.line([at(x, y) for x, y in one.points], one.color, 2)
+        if one.level is not None:
+            pen.dashed(at(0, one.level)[1], left, right, one.color, 1)
+    pen.line([(left, bottom), (right, bottom)], _INK, 1.5)
+    return sheet.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)

@@ -26,7 +26,7 @@ def keep_freed_blocks() -> None:
 
     It maps blocks above a threshold anew each time, zeroed page by page, and raises that threshold to the size of a
     freed block, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD). Freeing one of that size, never touched, made 64 -> 64
-    channels at 2048² take 0.80 of plain's time instead of 1.2. Other allocators lose nothing.
+    channels at 2048² take 0.80 of eager's time instead of 1.2. Other allocators lose nothing.
     """
     with suppress(RuntimeError, MemoryError):
         torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
@@ -58,6 +58,6 @@ def trim() -> None:
 
     Strips of many sizes, allocated in turn, leave gaps between them that add up to several times what is in use.
     """
-    give_back = _trim()
-    if give_back is not None:
-        give_back(0)
+    malloc_trim = _trim()
+    if malloc_trim is not None:
+        malloc_trim(0)

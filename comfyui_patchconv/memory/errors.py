@@ -15,5 +15,5 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Of what an error says, without its full stop."""
+    """The first line of what an error says, without its full stop."""
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")

@@ -19,8 +19,9 @@ class Recorder:
     interval: seconds between two samples of `timeline`, a list of (seconds, bytes); 0 for none.
     samples: where there are so many of them, the higher of each two neighbours stays and the interval doubles; 0 for
         any number.
-    own_peak: set the CUDA allocator's high-water mark back at the start, or leave that to the host around us: then
-        `peak` is 0 where this work did not raise it.
+    own_peak: set the CUDA allocator's high-water mark back at the start. False leaves that mark to the host around us,
+        untouched: then `peak` is 0 where this work did not raise it. Without CUDA the kernel's mark of this process's
+        resident memory is set back at the start in either case.
     `peak` is exact (the kernel's or the allocator's high-water mark), `seconds` the wall time, device work included.
     """
 
@@ -59,7 +60,7 @@ class Recorder:
         self.seconds = seconds
 
     def update(self) -> None:
-        """Set `peak` and `seconds` to what they are so far, from inside the block; nothing is waited for."""
+        """Set `peak` and `seconds` to what they are so far, from inside the block, without synchronising."""
         self.seconds = time.perf_counter() - self._start
         peak = self._peak()
         raised = peak - self._start_bytes if peak > self._peak_before else 0

@@ -63,4 +63,4 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda value: _whole(value) or (_many(_whole)(value) and len(value) == 2),
     ),
 }
-"""By the annotation of a field: what its value has to be in the JSON. Fields not listed are objects."""
+"""What the value of a field has to be in the JSON, by the annotation of the field. Fields not listed are objects."""

@@ -59,15 +59,15 @@ def pixels(path: Path) -> np.ndarray:
 # Decode and encode
 
 
-def test_decode_writes_the_same_image_in_strips_and_plain(
+def test_decode_writes_the_same_image_in_strips_and_eagerly(
     tmp_path: Path, vae: Path, latent: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    strips, plain = tmp_path / "strips.png", tmp_path / "plain.png"
+    strips, eager = tmp_path / "strips.png", tmp_path / "eager.png"
     run(*arguments("decode", vae=vae, latent=latent, out=strips), *TILED)
-    run(*arguments("decode", vae=vae, latent=latent, out=plain), "--mode", "plain")
+    run(*arguments("decode", vae=vae, latent=latent, out=eager), "--mode", "plain")
     assert pixels(strips).shape == (72, 56, 3)
-    assert np.ptp(pixels(plain)) > 8
-    assert np.abs(pixels(strips) - pixels(plain)).max() <= 1
+    assert np.ptp(pixels(eager)) > 8
+    assert np.abs(pixels(strips) - pixels(eager)).max() <= 1
     out, err = capsys.readouterr()
     assert re.fullmatch(rf"{re.escape(str(strips))}: 56x72, \d+\.\d s, peak \d+ MB .*", out.splitlines()[0])
     assert err == ""
@@ -104,11 +104,11 @@ def test_streaming_makes_the_same(
 
     monkeypatch.setattr(Call, "evaluate", watch)
     for job, given, suffix in (("decode", {"latent": latent}, "png"), ("encode", {"image": image}, "latent")):
-        one, other = tmp_path / f"streamed.{suffix}", tmp_path / f"plain.{suffix}"
+        one, other = tmp_path / f"streamed.{suffix}", tmp_path / f"eager.{suffix}"
         run(*arguments(job, vae=vae, out=one, **given), "--mode", "stream", *budget)
         run(*arguments(job, vae=vae, out=other, **given), "--mode", "plain")
-    assert np.abs(pixels(tmp_path / "streamed.png") - pixels(tmp_path / "plain.png")).max() <= 1
-    first, second = (load_latent(tmp_path / f"{name}.latent") for name in ("streamed", "plain"))
+    assert np.abs(pixels(tmp_path / "streamed.png") - pixels(tmp_path / "eager.png")).max() <= 1
+    first, second = (load_latent(tmp_path / f"{name}.latent") for name in ("streamed", "eager"))
     assert torch.allclose(first, second, atol=1e-5)
     assert [size > 0 for size in moved] == [bool(budget)] * 2
 
@@ -116,7 +116,7 @@ def test_streaming_makes_the_same(
 @pytest.mark.parametrize(
     ("text", "size"), [("2GiB", 2 << 30), ("1.5 gb", 1_500_000_000), ("800MB", 800_000_000), ("7", 7), ("3KiB", 3072)]
 )
-def test_sizes(text: str, size: int) -> None:
+def test_sizes_are_read_with_their_units(text: str, size: int) -> None:
     assert bytes_of(text) == size
 
 
@@ -138,18 +138,18 @@ def test_a_batch_becomes_numbered_images(tmp_path: Path, vae: Path) -> None:
     assert np.abs(pixels(tmp_path / "out-0002.png") - pixels(tmp_path / "second.png")).max() <= 1
 
 
-def test_encode_writes_the_same_latent_in_strips_and_plain(tmp_path: Path, vae: Path, image: Path) -> None:
-    strips, plain = tmp_path / "strips.latent", tmp_path / "plain.latent"
+def test_encode_writes_the_same_latent_in_strips_and_eagerly(tmp_path: Path, vae: Path, image: Path) -> None:
+    strips, eager = tmp_path / "strips.latent", tmp_path / "eager.latent"
     run(*arguments("encode", vae=vae, image=image, out=strips), *TILED)
-    run(*arguments("encode", vae=vae, image=image, out=plain), "--mode", "plain")
-    first, second = load_latent(strips), load_latent(plain)
+    run(*arguments("encode", vae=vae, image=image, out=eager), "--mode", "plain")
+    first, second = load_latent(strips), load_latent(eager)
     assert first.shape == (1, 4, 9, 7)
     assert second.std() > 0.01
     assert torch.allclose(first, second, atol=1e-5)
     assert load_file(strips).keys() == {"latent_tensor", "latent_format_version_0"}
 
 
-def test_a_whole_checkpoint_in_half_precision(tmp_path: Path, latent: Path) -> None:
+def test_a_whole_checkpoint_is_decoded_in_half_precision(tmp_path: Path, latent: Path) -> None:
     state = {f"first_stage_model.{name}": value.half() for name, value in ldm_state(small_vae()).items()}
     checkpoint = write(tmp_path / "sd.safetensors", state)
     for dtype in ("float32", "bfloat16"):
@@ -209,7 +209,7 @@ def assert_refused(argv: list[str], word: str, capsys: pytest.CaptureFixture[str
         ("budget", "lots", "2GiB"),
     ],
 )
-def test_a_wrong_option_of_decode(
+def test_a_wrong_option_of_decode_is_one_sentence(
     tmp_path: Path,
     vae: Path,
     latent: Path,
@@ -236,7 +236,7 @@ def test_a_wrong_option_of_decode(
         ("out", "missing/out.latent", "does not exist"),
     ],
 )
-def test_a_wrong_option_of_encode(
+def test_a_wrong_option_of_encode_is_one_sentence(
     tmp_path: Path,
     vae: Path,
     image: Path,
@@ -261,7 +261,7 @@ def test_a_wrong_option_of_encode(
         ({"vae": "."}, "folder"),
     ],
 )
-def test_a_wrong_option_of_demo(
+def test_a_wrong_option_of_demo_is_one_sentence(
     tmp_path: Path,
     options: dict[str, object],
     word: str,
@@ -274,7 +274,7 @@ def test_a_wrong_option_of_demo(
 
 
 @pytest.mark.parametrize("argv", [[], ["decode"], ["draw"], ["--version"]])
-def test_a_command_line_without_a_whole_command(
+def test_a_command_line_without_a_whole_command_is_refused(
     argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert_refused(argv, "--help", capsys, tmp_path)
@@ -352,10 +352,10 @@ def test_demo_writes_the_images_and_prints_the_table(tmp_path: Path, vae: Path) 
     assert done.stderr == ""
     figures = r" +\d+ MB +\d+\.\d s"
     beside = rf"{figures} +[+-]\d+% memory, [+-]\d+% time"
-    rows = rf"peak memory +time\nplain{figures}\nPatch Conv{beside}\nstreaming{beside}\n"
+    rows = rf"peak memory +time\neager{figures}\nPatch Conv{beside}\nstreaming{beside}\n"
     assert re.search(rows, done.stdout), done.stdout
     differences = re.search(
-        r"Largest difference to the plain image: (\S+) \(Patch Conv\), (\S+) \(streaming\);", done.stdout
+        r"Largest difference to the eager image: (\S+) \(Patch Conv\), (\S+) \(streaming\);", done.stdout
     )
     assert differences is not None
     assert all(float(value) < 1e-4 for value in differences.groups())

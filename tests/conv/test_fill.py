@@ -67,7 +67,7 @@ def test_one_image_of_a_batch_is_filled_as_by_itself() -> None:
         assert torch.allclose(together[number], alone[0], atol=1e-6)
 
 
-def test_half_precision() -> None:
+def test_half_precision_is_filled_as_float32_is() -> None:
     image, mask = torch.rand(1, 3, 20, 20), hole(20, 20, slice(5, 15), slice(5, 15))
     filled = fill(image.half(), mask.half())
     assert filled.dtype == torch.float16

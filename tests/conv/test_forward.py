@@ -54,20 +54,20 @@ def test_every_setting_gives_the_whole_result(
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=4)
 @given(data=st.data(), splits=SPLITS, sequential=st.booleans())
-def test_every_setting_gives_the_same_gradients(
+def test_every_setting_gives_eagers_gradients(
     kind: Kind, mode: str, padding: str, data: st.DataObject, splits: int, sequential: bool
 ) -> None:
     module, input = data.draw(convolutions_and_inputs(kind, mode, padding))
     assume(isinstance(attempt(module, input), Tensor))
     expected = gradients(module, input)
-    for ours, plain in zip(gradients(tile(module, splits, sequential), input), expected, strict=True):
-        assert_same(ours, plain)
+    for ours, eager in zip(gradients(tile(module, splits, sequential), input), expected, strict=True):
+        assert_same(ours, eager)
 
 
 @pytest.mark.parametrize("sequential", [True, False])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_float32_within_1e_5(kind: Kind, mode: str, sequential: bool) -> None:
+def test_float32_is_within_1e_5_of_eager(kind: Kind, mode: str, sequential: bool) -> None:
     module, input = square(kind, 5, padding=2, padding_mode=mode)
     with torch.no_grad():
         expected = module(input)
@@ -77,7 +77,7 @@ def test_float32_within_1e_5(kind: Kind, mode: str, sequential: bool) -> None:
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_halves_are_no_farther_from_float64_than_plain(kind: Kind, dtype: torch.dtype, gradient: bool) -> None:
+def test_halves_are_no_farther_from_float64_than_eager(kind: Kind, dtype: torch.dtype, gradient: bool) -> None:
     torch.manual_seed(0)
     sides = KINDS.index(kind) + 1
     module = kind(8, 96, 3, padding=1, dtype=dtype)
@@ -87,8 +87,8 @@ def test_halves_are_no_farther_from_float64_than_plain(kind: Kind, dtype: torch.
     exact = copy.deepcopy(module).double()
     run = gradients if gradient else lambda module, input: [module(input).detach()]
     allowed = 1.5 if gradient else 1.05  # a sum over strips is rounded once more than a whole one: by the root of 2
-    references, plain = run(exact, input.double()), run(module, input)
-    for ours, theirs, reference in zip(run(tile(module), input), plain, references, strict=True):
+    references, eager = run(exact, input.double()), run(module, input)
+    for ours, theirs, reference in zip(run(tile(module), input), eager, references, strict=True):
         assert ours.dtype == theirs.dtype == dtype
         assert (ours - reference).norm() <= allowed * (theirs - reference).norm()
 
@@ -97,7 +97,7 @@ def test_halves_are_no_farther_from_float64_than_plain(kind: Kind, dtype: torch.
 @pytest.mark.parametrize("channels", [(4, 6), (4, 1)])
 @pytest.mark.parametrize(("size", "splits"), [((10, 11), 4), ((10, 1), 10)])
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_memory_format_is_that_of_plain(
+def test_memory_format_is_that_of_eager(
     kind: Kind, size: tuple[int, int], splits: int, channels: tuple[int, int], last: str
 ) -> None:
     module: Any = kind(*channels, 3, padding=1)
@@ -115,7 +115,7 @@ def test_memory_format_is_that_of_plain(
             assert_same(actual, expected, 1e-5)
 
 
-def test_an_input_that_is_itself_a_view() -> None:
+def test_an_input_that_is_itself_a_view_gives_the_same() -> None:
     module, _ = square(nn.Conv2d)
     input = torch.randn(2, 12, 4, 20).transpose(1, 2)[:, :, ::2, 3:]
     with torch.no_grad():
@@ -127,8 +127,8 @@ def test_an_input_that_is_itself_a_view() -> None:
 def test_an_empty_batch_stays_empty(kind: Kind) -> None:
     module, input = square(kind)
     expected = gradients(module, input[:0])
-    for ours, plain in zip(gradients(tile(module), input[:0]), expected, strict=True):
-        assert_same(ours, plain)
+    for ours, eager in zip(gradients(tile(module), input[:0]), expected, strict=True):
+        assert_same(ours, eager)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 7, 10, 11, 1000])
@@ -156,24 +156,24 @@ def test_batched_is_one_call() -> None:
 
 @pytest.mark.parametrize("sequential", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_autocast_gives_the_type_and_values_of_plain(kind: Kind, sequential: bool) -> None:
+def test_autocast_gives_the_type_and_values_of_eager(kind: Kind, sequential: bool) -> None:
     module, input = square(kind)
     exact = module.double()(input.double()).detach()
     module.float()
     with torch.autocast("cpu", torch.bfloat16):
-        plain = module(input)
+        eager = module(input)
         ours = tile(module, 4, sequential)(input)
-    assert ours.dtype == plain.dtype == torch.bfloat16
-    assert (ours - exact).norm() <= 1.05 * (plain - exact).norm()
+    assert ours.dtype == eager.dtype == torch.bfloat16
+    assert (ours - exact).norm() <= 1.05 * (eager - exact).norm()
 
 
-def test_autocast_gradients_are_those_of_plain() -> None:
+def test_autocast_gradients_are_those_of_eager() -> None:
     module, input = square(nn.Conv2d)
     with torch.autocast("cpu", torch.bfloat16):
         expected = gradients(module, input)
         actual = gradients(tile(module), input)
-    for ours, plain in zip(actual, expected, strict=True):
-        assert_same(ours, plain, 2e-2)
+    for ours, eager in zip(actual, expected, strict=True):
+        assert_same(ours, eager, 2e-2)
 
 
 def test_backward_after_autocast_has_ended_still_runs_in_half_precision() -> None:
@@ -220,7 +220,7 @@ def test_no_grad_gives_a_tensor_without_history() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_second_derivatives(kind: Kind, mode: str) -> None:
+def test_second_derivatives_are_those_of_finite_differences(kind: Kind, mode: str) -> None:
     torch.manual_seed(0)
     module = tile(kind(1, 2, 3, padding=1, padding_mode=mode, dtype=torch.float64))
     input = torch.randn(1, 1, *(5, 3, 3)[: KINDS.index(kind) + 1], dtype=torch.float64, requires_grad=True)
@@ -233,7 +233,7 @@ def test_second_derivatives(kind: Kind, mode: str) -> None:
 
 
 @pytest.mark.parametrize("wanted", ["input", "weight", "bias"])
-def test_a_gradient_of_one_tensor_alone(wanted: str) -> None:
+def test_a_gradient_of_one_tensor_alone_is_eagers(wanted: str) -> None:
     module, input = square(nn.Conv2d)
     module.requires_grad_(False)
     leaf = input.requires_grad_() if wanted == "input" else getattr(module, wanted).requires_grad_()

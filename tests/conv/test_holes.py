@@ -52,19 +52,19 @@ def test_strips_change_nothing(name: str) -> None:
 
 
 @torch.no_grad()
-def test_without_holes_it_is_the_plain_encode_bit_by_bit() -> None:
+def test_without_holes_it_is_eagers_encode_bit_by_bit() -> None:
     model, pixels = draw_weights(kl(4)), image(3, 36, 32)
     assert torch.equal(with_holes(model, lambda x: encode(model, x), pixels, torch.ones(36, 32)), encode(model, pixels))
 
 
 @torch.no_grad()
-def test_far_from_a_hole_a_network_without_norms_gives_the_plain_result() -> None:
+def test_far_from_a_hole_a_network_without_norms_gives_the_result_of_the_whole_image() -> None:
     model, pixels = draw_weights(tiny()), image(3, 96, 32)
     mask = torch.ones(96, 32)
     mask[:4] = 0
-    latent, plain = with_holes(model, lambda x: encode(model, x), pixels, mask), encode(model, pixels)
-    assert_same(latent[..., -4:, :], plain[..., -4:, :])
-    assert not torch.allclose(latent[..., :4, :], plain[..., :4, :])
+    latent, expected = with_holes(model, lambda x: encode(model, x), pixels, mask), encode(model, pixels)
+    assert_same(latent[..., -4:, :], expected[..., -4:, :])
+    assert not torch.allclose(latent[..., :4, :], expected[..., :4, :])
 
 
 class Chain(nn.Module):
@@ -118,7 +118,7 @@ def test_masks_and_statistics_follow_the_image() -> None:
 
 @pytest.mark.parametrize("count", [1, 3])
 @torch.no_grad()
-def test_convolutions_over_time_alone(count: int) -> None:
+def test_convolutions_over_time_alone_leave_valid_pixels_as_they_are(count: int) -> None:
     torch.manual_seed(0)
     conv, frames = (
         nn.Conv3d(4, 4, (3, 1, 1), padding=(1, 0, 0)),
@@ -131,7 +131,7 @@ def test_convolutions_over_time_alone(count: int) -> None:
 
 
 @torch.no_grad()
-def test_maps_that_share_memory() -> None:
+def test_maps_that_share_memory_give_what_copies_give() -> None:
     """As the first frame of a video that is repeated without a copy."""
     torch.manual_seed(0)
     conv, pixels, mask = nn.Conv3d(3, 4, 3, padding=1), torch.randn(1, 3, 1, 12, 12), torch.ones(12, 12)
@@ -167,7 +167,7 @@ def test_attention_sees_valid_positions_only() -> None:
 
 
 @torch.no_grad()
-def test_what_convert_model_has_put_on_is_set_aside_and_put_back() -> None:
+def test_what_convert_model_has_put_on_is_taken_off_and_put_back() -> None:
     model, pixels = draw_weights(kl(4)), image(3, 36, 32)
     mask = hole_in(pixels)
     expected = with_holes(model, lambda x: encode(model, x), pixels, mask)

@@ -144,8 +144,8 @@ def test_a_seamless_extension_is_run_in_strips(
         assert_same(module(input), expected)
     rows = expected.shape[2]
     assert len(module.strip_shapes) == -(-rows // -(-rows // min(splits, rows)))
-    for ours, plain in zip(gradients(module, input), slopes, strict=True):
-        assert_same(ours, plain)
+    for ours, eager in zip(gradients(module, input), slopes, strict=True):
+        assert_same(ours, eager)
     restore_model(module)
     assert module._conv_forward.__func__ is seamless_forward
 

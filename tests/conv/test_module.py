@@ -32,27 +32,27 @@ def conv(**settings: Any) -> nn.Conv2d:
     ],
 )
 @pytest.mark.parametrize("settings", [{"padding_mode": mode} for mode in MODES] + [{"stride": 2}, {"bias": False}])
-def test_around_a_convolution(make: Any, settings: dict[str, Any]) -> None:
-    plain = conv(**settings)
-    ours = make(plain)
+def test_around_a_convolution_it_gives_the_same_and_shares_the_weight(make: Any, settings: dict[str, Any]) -> None:
+    given = conv(**settings)
+    ours = make(given)
     assert isinstance(ours, nn.Conv2d)
-    assert ours.weight is plain.weight
-    assert (ours.stride, ours.padding_mode) == (plain.stride, plain.padding_mode)
-    assert_same(ours(IMAGE), plain(IMAGE), 1e-5)
-    for actual, expected in zip(gradients(ours, IMAGE), gradients(plain, IMAGE), strict=True):
+    assert ours.weight is given.weight
+    assert (ours.stride, ours.padding_mode) == (given.stride, given.padding_mode)
+    assert_same(ours(IMAGE), given(IMAGE), 1e-5)
+    for actual, expected in zip(gradients(ours, IMAGE), gradients(given, IMAGE), strict=True):
         assert_same(actual, expected, 1e-5)
 
 
-def test_from_the_arguments_of_a_convolution() -> None:
+def test_it_takes_the_arguments_of_a_convolution() -> None:
     named: Any = {"in_channels": 3, "out_channels": 4, "kernel_size": 3, "stride": 2, "padding": 1}
     ours = PatchConv2d(splits=4, **named, threshold=0)
     positional = PatchConv2d(4, True, None, 3, 4, 3, 2, 1, threshold=0)
     assert ours.stride == positional.stride == (2, 2)
     positional.load_state_dict(ours.state_dict())
-    plain = nn.Conv2d(**named)
-    plain.load_state_dict(ours.state_dict())
-    assert_same(ours(IMAGE), plain(IMAGE), 1e-5)
-    assert_same(positional(IMAGE), plain(IMAGE), 1e-5)
+    given = nn.Conv2d(**named)
+    given.load_state_dict(ours.state_dict())
+    assert_same(ours(IMAGE), given(IMAGE), 1e-5)
+    assert_same(positional(IMAGE), given(IMAGE), 1e-5)
 
 
 def test_the_threshold_has_the_default_of_convert_model() -> None:
@@ -64,9 +64,9 @@ def test_the_threshold_has_the_default_of_convert_model() -> None:
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
 def test_loads_state_dicts_of_either_layout(prefix: str, nested: bool, bias: bool) -> None:
-    plain = conv(bias=bias)
+    given = conv(bias=bias)
     ours: nn.Module = PatchConv2d(in_channels=3, out_channels=4, kernel_size=3, padding=1, bias=bias, threshold=0)
-    state = {prefix + name: value for name, value in plain.state_dict().items()}
+    state = {prefix + name: value for name, value in given.state_dict().items()}
     if nested:
         ours, state = nn.Sequential(nn.ReLU(), ours), {f"1.{name}": value for name, value in state.items()}
     before = dict(state)
@@ -74,8 +74,8 @@ def test_loads_state_dicts_of_either_layout(prefix: str, nested: bool, bias: boo
     assert (missing, unexpected) == ([], [])
     assert state == before
     loaded: Any = ours[1] if isinstance(ours, nn.Sequential) else ours
-    assert torch.equal(loaded.weight, plain.weight)
-    assert set(loaded.state_dict()) == set(plain.state_dict())
+    assert torch.equal(loaded.weight, given.weight)
+    assert set(loaded.state_dict()) == set(given.state_dict())
 
 
 def test_a_missing_key_is_still_missing() -> None:
@@ -84,13 +84,13 @@ def test_a_missing_key_is_still_missing() -> None:
 
 
 def test_convert_and_restore_know_it() -> None:
-    plain = conv()
-    ours = PatchConv2d(conv2d=plain, threshold=0)
+    given = conv()
+    ours = PatchConv2d(conv2d=given, threshold=0)
     convert_model(ours, 7, threshold=0)
     assert hook(ours).tiling.splits == 7
     assert hook(ours).inner is None
-    assert_same(ours(IMAGE), plain(IMAGE), 1e-5)
-    assert torch.equal(restore_model(ours)(IMAGE), plain(IMAGE))
+    assert_same(ours(IMAGE), given(IMAGE), 1e-5)
+    assert torch.equal(restore_model(ours)(IMAGE), given(IMAGE))
 
 
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
@@ -103,10 +103,10 @@ def test_a_copy_stands_on_its_own(make_copy: Any) -> None:
 
 
 def test_the_convolution_around_which_it_is_made_stays_as_it_was() -> None:
-    plain = conv()
-    state = dict(plain.__dict__)
-    PatchConv2d(conv2d=plain, threshold=0)(IMAGE)
-    assert {key: id(value) for key, value in plain.__dict__.items()} == {k: id(v) for k, v in state.items()}
+    given = conv()
+    state = dict(given.__dict__)
+    PatchConv2d(conv2d=given, threshold=0)(IMAGE)
+    assert {key: id(value) for key, value in given.__dict__.items()} == {k: id(v) for k, v in state.items()}
 
 
 def test_moving_it_moves_its_parameters() -> None:

@@ -110,7 +110,7 @@ def test_equals_the_formula_whole_and_in_strips(kind: Any, data: st.DataObject) 
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_nothing_valid_gives_zeros_and_everything_valid_the_plain_convolution(bias: bool) -> None:
+def test_nothing_valid_gives_zeros_and_everything_valid_the_unmasked_convolution(bias: bool) -> None:
     torch.manual_seed(0)
     layer = PartialConv2d(4, 6, 3, bias=bias, return_mask=True)
     input = torch.randn(2, 4, 10, 11)
@@ -220,12 +220,12 @@ def test_backward_keeps_input_weight_and_bias_alone() -> None:
 def test_convert_and_restore_leave_the_result() -> None:
     torch.manual_seed(0)
     layer, input, mask = PartialConv2d(4, 6, 3, padding=1), torch.randn(1, 4, 40, 12), random_mask((1, 1, 40, 12))
-    plain = layer(input, mask)
+    eager = layer(input, mask)
     with torch.no_grad(), Calls() as calls:
         strips = tile(layer, 5)(input, mask)
     assert len(calls.outputs) == 1 + 5
-    assert_same(strips, plain)
-    assert torch.equal(restore_model(layer)(input, mask), plain)
+    assert_same(strips, eager)
+    assert torch.equal(restore_model(layer)(input, mask), eager)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 8, 8), (3, 1, 8, 8), (1, 1, 8, 9), (1, 8, 8)])
@@ -240,12 +240,12 @@ def test_inputs_without_a_batch_are_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
-def test_partial_padding_on_any_convolution(kind: Any) -> None:
+def test_partial_padding_scales_the_borders_of_any_convolution(kind: Any) -> None:
     torch.manual_seed(0)
     sides = (nn.Conv1d, nn.Conv2d, nn.Conv3d).index(kind) + 1
     conv, input = kind(4, 6, 3, padding=1), torch.randn(2, 4, *(13, 7, 5)[:sides])
     inside = (..., *[slice(1, -1)] * sides)
-    plain = conv(input)
+    eager = conv(input)
     conv.bias.data.zero_()
     scaled = conv(input)
     scaled[..., 0] *= 3 / 2
@@ -257,15 +257,15 @@ def test_partial_padding_on_any_convolution(kind: Any) -> None:
         middle = (..., *[3] * (sides - 1), slice(None))
         assert_same(found[middle], scaled[middle])
         del conv.__dict__["_conv_forward"]
-    assert not torch.equal(plain, scaled)
+    assert not torch.equal(eager, scaled)
 
 
 @pytest.mark.parametrize("options", [{"padding": 0}, {"padding": 1, "padding_mode": "reflect"}])
 def test_partial_padding_leaves_what_is_not_padded_with_zeros(options: dict[str, Any]) -> None:
     conv, input = nn.Conv2d(4, 6, 3, **options), torch.randn(2, 4, 13, 9)
-    plain = conv(input)
+    eager = conv(input)
     conv.__dict__["_conv_forward"] = PartialPadding(conv, Tiling(1))
-    assert torch.equal(conv(input), plain)
+    assert torch.equal(conv(input), eager)
 
 
 def test_another_padding_is_refused() -> None:
@@ -273,7 +273,7 @@ def test_another_padding_is_refused() -> None:
         convert_model(nn.Conv2d(4, 4, 3), padding="zeros")
 
 
-def test_partial_padding_of_a_streamed_model() -> None:
+def test_partial_padding_is_streamed_strip_by_strip() -> None:
     """Streamed, the borders are scaled strip by strip: nothing is evaluated whole for them."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 4, 3, padding=1))
@@ -286,7 +286,7 @@ def test_partial_padding_of_a_streamed_model() -> None:
     assert not report
 
 
-def test_partial_padding_of_a_whole_model() -> None:
+def test_partial_padding_of_a_model_is_put_on_and_taken_off() -> None:
     torch.manual_seed(0)
     model, input = (
         nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 4, 3, padding=1)),
@@ -296,9 +296,9 @@ def test_partial_padding_of_a_whole_model() -> None:
     for layer, conv in zip(layers, (model[0], model[2])):
         layer.load_state_dict(conv.state_dict())
     expected = layers[1](F.silu(layers[0](input)))
-    plain = model(input)
+    eager = model(input)
     for splits, threshold in ((1, 10**9), (3, 0)):
         convert_model(model, splits, threshold=threshold, padding="partial")
         assert_same(model(input), expected)
         restore_model(model)
-        assert torch.equal(model(input), plain)
+        assert torch.equal(model(input), eager)

@@ -36,7 +36,7 @@ def tupled(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(case["case"]))
-def test_nvidia(case: dict[str, Any], arrays: dict[str, Tensor]) -> None:
+def test_it_gives_what_nvidias_gives(case: dict[str, Any], arrays: dict[str, Tensor]) -> None:
     given = {name: arrays[f"{case['case']}_{name}"] for name in "xmwyu"}
     geometry = [tupled(case[name]) for name in ("kernel", "stride", "padding", "dilation")]
     out_channels, in_channels = given["w"].shape[:2]
@@ -74,7 +74,7 @@ GEOMETRY = {
 
 @settings(max_examples=200, deadline=None)
 @given(options=st.fixed_dictionaries(GEOMETRY), seed=st.integers(0, 1000), share=st.sampled_from([0.0, 0.1, 0.6, 1.0]))
-def test_torch_pconv(theirs: Any, options: dict[str, Any], seed: int, share: float) -> None:
+def test_it_gives_what_torch_pconv_gives(theirs: Any, options: dict[str, Any], seed: int, share: float) -> None:
     torch.manual_seed(seed)
     other, own = pair(theirs, 4, 6, **options)
     input, mask = torch.randn(2, 4, 12, 13), (torch.rand(2, 12, 13) < share).float()
@@ -92,7 +92,7 @@ def test_torch_pconv(theirs: Any, options: dict[str, Any], seed: int, share: flo
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("splits", [1, 3])
-def test_gradients_of_torch_pconv(theirs: Any, legacy: bool, splits: int) -> None:
+def test_gradients_are_those_of_torch_pconv(theirs: Any, legacy: bool, splits: int) -> None:
     torch.manual_seed(0)
     other, own = pair(theirs, 4, 6, 3, padding=1, bias=True, legacy_behaviour=legacy)
     convert_model(own, splits, threshold=0)
@@ -106,7 +106,7 @@ def test_gradients_of_torch_pconv(theirs: Any, legacy: bool, splits: int) -> Non
         assert_same(one, expected, 1e-5)
 
 
-def test_helpers_of_torch_pconv(theirs: Any) -> None:
+def test_helpers_do_what_those_of_torch_pconv_do(theirs: Any) -> None:
     other, own = pair(theirs, 3, 5, (3, 2), bias=True)
     weight, bias = torch.randn(5, 3, 3, 2), torch.randn(5)
     for layer in (other, own):
@@ -132,7 +132,7 @@ def test_helpers_of_torch_pconv(theirs: Any) -> None:
         (torch.zeros(2, 3, 8, 8, dtype=torch.float64), torch.ones(2, 8, 8)),
     ],
 )
-def test_what_torch_pconv_refuses(theirs: Any, input: Tensor, mask: Tensor) -> None:
+def test_what_torch_pconv_refuses_is_refused(theirs: Any, input: Tensor, mask: Tensor) -> None:
     for layer in pair(theirs, 3, 5, 3):
         with pytest.raises(TypeError):
             layer(input, mask)
@@ -142,13 +142,13 @@ def test_what_torch_pconv_refuses(theirs: Any, input: Tensor, mask: Tensor) -> N
 def test_state_dicts_of_either_load_into_all(theirs: Any, bias: bool) -> None:
     torch.manual_seed(0)
     other = theirs.PConv2d(3, 5, 3, bias=bias)
-    plain = nn.Conv2d(3, 5, 3, bias=bias)
-    plain.weight.data.copy_(other.get_weight().data)
+    conv = nn.Conv2d(3, 5, 3, bias=bias)
+    conv.weight.data.copy_(other.get_weight().data)
     if bias:
-        plain.bias.data.copy_(other.get_bias().data.flatten())  # type: ignore[union-attr]
+        conv.bias.data.copy_(other.get_bias().data.flatten())  # type: ignore[union-attr]
     input, mask = torch.randn(1, 3, 9, 9), (torch.rand(1, 9, 9) < 0.7).float()
     expected, _ = other(input, mask)
-    for state in (other.state_dict(), plain.state_dict()):
+    for state in (other.state_dict(), conv.state_dict()):
         wrapped = {f"net.0.{name}": value for name, value in state.items()}
         for kind in (PConv2d, PartialConv2d):
             model = nn.ModuleDict({"net": nn.Sequential(kind(3, 5, 3, bias=bias))})

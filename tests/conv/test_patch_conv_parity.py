@@ -42,7 +42,7 @@ def case(height: int = 24, batch: int = 2, **settings: Any) -> tuple[nn.Conv2d, 
 
 @torch.no_grad()
 def results(original: ModuleType, conv: nn.Conv2d, input: Tensor, splits: int, sequential: bool = True) -> list[Tensor]:
-    """Plain's, ours and the original's."""
+    """Eager's, ours and the original's."""
     ours = PatchConv2d(splits, sequential, conv, threshold=0)
     return [conv(input), ours(input), original.PatchConv2d(splits, sequential, conv)(input)]
 
@@ -67,8 +67,8 @@ def results(original: ModuleType, conv: nn.Conv2d, input: Tensor, splits: int, s
 def test_the_same_where_patch_conv_is_right(
     original: ModuleType, settings: dict[str, Any], splits: int, sequential: bool
 ) -> None:
-    plain, ours, theirs = results(original, *case(**settings), splits, sequential)
-    assert_same(theirs, plain, 1e-5)
+    eager, ours, theirs = results(original, *case(**settings), splits, sequential)
+    assert_same(theirs, eager, 1e-5)
     assert_same(ours, theirs, 1e-5)
 
 
@@ -105,9 +105,9 @@ def test_right_where_patch_conv_fails(original: ModuleType, settings: dict[str, 
     ],
 )
 def test_right_where_patch_conv_gives_another_shape(original: ModuleType, settings: dict[str, Any]) -> None:
-    plain, ours, theirs = results(original, *case(**settings), 4)
-    assert theirs.shape != plain.shape
-    assert_same(ours, plain, 1e-5)
+    eager, ours, theirs = results(original, *case(**settings), 4)
+    assert theirs.shape != eager.shape
+    assert_same(ours, eager, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -119,9 +119,9 @@ def test_right_where_patch_conv_gives_another_shape(original: ModuleType, settin
     ],
 )
 def test_right_where_patch_conv_gives_other_values(original: ModuleType, settings: dict[str, Any], splits: int) -> None:
-    plain, ours, theirs = results(original, *case(**settings), splits)
-    assert theirs.shape != plain.shape or (theirs - plain).abs().max() > 0.1
-    assert_same(ours, plain, 1e-5)
+    eager, ours, theirs = results(original, *case(**settings), splits)
+    assert theirs.shape != eager.shape or (theirs - eager).abs().max() > 0.1
+    assert_same(ours, eager, 1e-5)
 
 
 def test_a_failing_call_leaves_patch_conv_changed_but_not_us(original: ModuleType) -> None:

@@ -57,7 +57,7 @@ def test_a_vae_of_either_layout_is_the_one_it_was_saved_from(
     assert_same_vae(load_vae(path), vae)
 
 
-def test_attention_in_the_names_of_older_diffusers(tmp_path: Path) -> None:
+def test_attention_in_the_names_of_older_diffusers_is_read(tmp_path: Path) -> None:
     vae, old = small_vae(), {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     state = vae.state_dict()
     for today, name in old.items():
@@ -84,7 +84,7 @@ def test_only_the_vae_of_a_checkpoint_is_read(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_pickled_checkpoint(tmp_path: Path, legacy: bool, nested: bool) -> None:
+def test_a_pickled_checkpoint_is_read(tmp_path: Path, legacy: bool, nested: bool) -> None:
     vae = small_vae()
     state = {f"first_stage_model.{name}": value for name, value in ldm_state(vae).items()}
     content = {"state_dict": state, "epoch": 3} if nested else state

@@ -63,8 +63,8 @@ def test_the_backward_pass_runs_in_the_strips_that_fit(sequential: bool) -> None
     expected = torch.autograd.grad(module(input).square().sum(), wanted)
     module.before_call = no_strip_above(5, ERRORS[0])
     actual = torch.autograd.grad(tile(module, 2, sequential)(input).square().sum(), wanted)
-    for ours, plain in zip(actual, expected, strict=True):
-        assert_same(ours, plain, 1e-5)
+    for ours, eager in zip(actual, expected, strict=True):
+        assert_same(ours, eager, 1e-5)
 
 
 def test_strips_that_were_done_are_not_done_again() -> None:
@@ -143,10 +143,10 @@ def test_any_other_error_passes_through_at_once(error: BaseException, sequential
 
 
 def test_errors_about_the_input_are_pytorchs_own() -> None:
-    plain, ours = nn.Conv2d(4, 6, 3), tile(nn.Conv2d(4, 6, 3))
+    eager, ours = nn.Conv2d(4, 6, 3), tile(nn.Conv2d(4, 6, 3))
     for shape in [(1, 5, 9, 9), (9, 9), (1, 4, 2, 9), (1, 4, 9, 2), (1, 1, 4, 9, 9)]:
         with pytest.raises(Exception) as expected:
-            plain(torch.zeros(shape))
+            eager(torch.zeros(shape))
         with pytest.raises(type(expected.value)):
             ours(torch.zeros(shape))
 

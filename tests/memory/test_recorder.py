@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,3 +102,24 @@ def test_an_exception_ends_the_measurement_and_passes() -> None:
 
 def test_resident_memory_is_at_most_its_peak() -> None:
     assert 0 < resident() <= peak_resident()
+
+
+class Cuda:
+    """Stands in for `torch.cuda`: notes which of its functions the recorder calls."""
+
+    def __init__(self) -> None:
+        self.called: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda device: self.called.append(name) or 0
+
+
+@pytest.mark.parametrize("own_peak", [True, False])
+def test_the_hosts_peak_counter_is_left_alone_unless_it_is_ours(
+    own_peak: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = Cuda()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    with Recorder("cuda", own_peak=own_peak) as recorder:
+        recorder.update()
+    assert [name for name in cuda.called if name.startswith("reset")] == ["reset_peak_memory_stats"] * own_peak

@@ -18,7 +18,7 @@ from comfyui_patchconv.pixel_models.patch_ddpm.model import PatchDenoiser, cut, 
 from comfyui_patchconv.streaming import peak_activations
 
 
-def test_the_authors_model() -> None:
+def test_it_computes_what_the_authors_model_does() -> None:
     """A forward pass within 1e-5 of what their code gave, however many patches at once."""
     config, given = reference()
     model, _ = import_torch(CHECKPOINT, config)
@@ -27,7 +27,7 @@ def test_the_authors_model() -> None:
             assert_same(model(given["x"], given["t"], at_once), given["y"], 1e-5)
 
 
-def test_the_authors_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_samples_what_the_authors_code_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """All 20 steps, with the noise that their code drew, within 1e-4."""
     config, given = reference()
     model, diffusion = import_torch(CHECKPOINT, config)
@@ -36,7 +36,7 @@ def test_the_authors_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(sample(model, diffusion, given["start"]), given["sample"], 1e-4)
 
 
-def test_names_shapes_and_size_of_the_published_model() -> None:
+def test_names_shapes_and_size_are_those_of_the_published_model() -> None:
     with torch.device("meta"):
         model = PatchDenoiser(CELEBA)
     listed = [line.split(" ", 1) for line in (DATA / "patch_ddpm_keys.txt").read_text().splitlines()]
@@ -45,7 +45,7 @@ def test_names_shapes_and_size_of_the_published_model() -> None:
     assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2) == 126.85
 
 
-def test_cutting_and_joining() -> None:
+def test_joining_undoes_cutting() -> None:
     image, _ = inputs(TALL)
     patches = cut(image, 3)
     assert patches.shape == (9, 2, 3, 6, 4)
@@ -65,7 +65,7 @@ def test_cutting_and_joining() -> None:
         replace(TALL, dim_mults=(1, 1, 3), image_size=(24, 12), channels=4),
     ],
 )
-def test_every_patch_by_itself(config: ModelConfig) -> None:
+def test_patches_by_themselves_give_the_whole(config: ModelConfig) -> None:
     """Sizes that are not square, odd dividers, other channels and levels: as when each patch is cut out and placed."""
     model, (image, steps), divider = randomised(config), inputs(config), config.patch_divider
     height, width = (side // divider for side in config.image_sides)
@@ -84,14 +84,14 @@ def test_a_patch_knows_its_place_and_the_whole_image() -> None:
     model, (image, steps) = randomised(TALL), inputs(TALL)
     with torch.no_grad():
         alike = model(cut(image, 3)[0].repeat(1, 1, 3, 3), steps)
-        plain = model(image, steps)
+        before = model(image, steps)
         image[..., -1, -1] += 1
-        assert not torch.equal(model(image, steps)[..., :6, :4], plain[..., :6, :4])
+        assert not torch.equal(model(image, steps)[..., :6, :4], before[..., :6, :4])
     first, second, *_ = cut(alike, 3)
     assert not torch.allclose(first, second)
 
 
-def test_gradients_of_patches_one_after_the_other() -> None:
+def test_gradients_of_patches_one_after_the_other_are_those_of_all_at_once() -> None:
     model, (image, steps) = randomised(TALL), inputs(TALL)
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     assert len(parameters) == len(list(model.parameters())) - 2  # a layer that the files have and nobody uses
@@ -116,7 +116,7 @@ def test_memory_is_that_of_the_patches_at_once() -> None:
     assert 4 * image.nbytes < one
 
 
-def test_as_many_patches_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_many_patches_as_fit_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (image, steps) = randomised(TALL), inputs(TALL)
     run, counts = model._denoised, []
     monkeypatch.setattr(model, "_denoised", lambda patches, *rest: counts.append(len(patches)) or run(patches, *rest))
@@ -132,7 +132,7 @@ def test_as_many_patches_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts == [9]  # a graph is kept for the gradients in any case
 
 
-def test_half_precision() -> None:
+def test_half_precision_is_near_float32() -> None:
     model, (image, steps) = randomised(TALL), inputs(TALL)
     with torch.no_grad():
         expected = model(image, steps)
@@ -142,7 +142,7 @@ def test_half_precision() -> None:
     assert sample(model, FEW, image.bfloat16(), steps=2).dtype == torch.float32
 
 
-def test_autocast_with_gradients() -> None:
+def test_autocast_gives_a_float32_prediction_and_gradients() -> None:
     """As trainers use it: the prediction is float32 all the same."""
     model, (image, steps) = randomised(TALL), inputs(TALL)
     with torch.autocast("cpu", torch.bfloat16):
@@ -152,7 +152,7 @@ def test_autocast_with_gradients() -> None:
         assert_same(found.detach(), model(image, steps), 0.05)
 
 
-def test_inputs_that_do_not_fit() -> None:
+def test_inputs_that_do_not_fit_are_refused() -> None:
     model, (image, steps) = randomised(TALL), inputs(TALL)
     with pytest.raises(ValueError, match=r"image is \(2, 3, 12, 18\): give \[N, 3, 18, 12\]"):
         model(image.mT, steps)

@@ -25,7 +25,7 @@ from comfyui_patchconv.pixel_models.patch_ddpm.diffusion import (
 )
 
 
-def test_schedule() -> None:
+def test_the_schedule_is_the_cosine() -> None:
     """The formula of Nichol & Dhariwal 2021; only the last beta reaches the limit."""
     share = signal_share(1000)
     wave = [math.cos((step / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for step in range(1001)]
@@ -36,7 +36,7 @@ def test_schedule() -> None:
     assert schedule_buffers(DiffusionConfig(1))["betas"].tolist() == [pytest.approx(0.999)]
 
 
-def test_schedule_of_the_authors_checkpoint() -> None:
+def test_the_schedule_is_that_of_the_authors_checkpoint() -> None:
     state = torch.load(CHECKPOINT, weights_only=True)["ema"]
     buffers = schedule_buffers(DiffusionConfig(20))
     assert list(buffers) == [name for name in state if not name.startswith(PREFIX)]
@@ -46,7 +46,7 @@ def test_schedule_of_the_authors_checkpoint() -> None:
 
 @pytest.mark.parametrize("objective", ["pred_noise", "pred_x0"])
 @pytest.mark.parametrize("loss_type", ["l1", "l2"])
-def test_loss(objective: str, loss_type: str) -> None:
+def test_the_loss_is_the_formulas(objective: str, loss_type: str) -> None:
     config = DiffusionConfig(1000, loss_type, objective)
     images, noise, steps = torch.rand(3, 3, 8, 8), torch.randn(3, 3, 8, 8), torch.tensor([0, 500, 999])
     share = signal_share(1000)[steps].float().view(-1, 1, 1, 1)
@@ -143,7 +143,7 @@ def test_fewer_steps_come_near_to_all() -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 20, 100])
-def test_samplers_as_in_diffusers(steps: int) -> None:
+def test_samplers_do_what_those_of_diffusers_do(steps: int) -> None:
     pytest.importorskip("diffusers", reason="diffusers is not installed: pip install diffusers")
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
@@ -165,7 +165,7 @@ def test_samplers_as_in_diffusers(steps: int) -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_sampling(sampler: str) -> None:
+def test_sampling_is_repeatable_and_reports(sampler: str) -> None:
     model, (noise, _) = randomised(TALL), inputs(TALL)
     seen: list[tuple[int, int]] = []
 
@@ -188,7 +188,7 @@ def test_sampling(sampler: str) -> None:
     assert torch.equal(run(4, patches_at_once=9), images) == (sampler != "ancestral")
 
 
-def test_sampling_that_is_impossible() -> None:
+def test_sampling_that_is_impossible_is_refused() -> None:
     model, (noise, _) = randomised(TALL), inputs(TALL)
     for steps in (0, 9):
         with pytest.raises(ValueError, match=f"steps is {steps}: use 1 to 8"):

@@ -105,7 +105,7 @@ def assert_same_log(one: Path, other: Path) -> None:
 # Sampling
 
 
-def test_sampling(tmp_path: Path, model: Path) -> None:
+def test_sampling_writes_the_images_that_the_sampler_makes(tmp_path: Path, model: Path) -> None:
     """The seed system's options and names; no training images, no wandb."""
     variants: dict[str, tuple[object, ...]] = {
         "usual": ("--seed", 3),
@@ -148,7 +148,7 @@ def test_sampling_draws_another_seed_each_time(tmp_path: Path, model: Path, caps
     ).read_bytes()
 
 
-def test_the_authors_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_authors_checkpoint_is_sampled_and_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As it is, with the configuration of its training, whose folders are not there; and imported."""
     given = ("--config", DATA / "patch_ddpm.json", "--ckpt", CHECKPOINT)
     few = ("--n-samples", 1, "--seed", 1)
@@ -192,7 +192,9 @@ def test_wrong_input_is_one_sentence(
 # Training
 
 
-def test_training(tmp_path: Path, written: Write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_writes_its_files_and_goes_on(
+    tmp_path: Path, written: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
     run("train", "--config", written())
     assert "5 images" in capsys.readouterr().out
     log = tmp_path / "log"
@@ -247,7 +249,7 @@ def test_what_a_training_is_given_counts(tmp_path: Path, written: Write) -> None
         assert not same(name, "ema"), name
 
 
-def test_mixed_precision(tmp_path: Path, written: Write) -> None:
+def test_mixed_precision_trains(tmp_path: Path, written: Write) -> None:
     """A little other weights, which stay float32."""
     run("train", "--config", written("full"))
     AcceleratorState._reset_state(True)  # one for each process, and for each precision another
@@ -259,7 +261,7 @@ def test_mixed_precision(tmp_path: Path, written: Write) -> None:
     assert 0 < max(float((mixed[name] - full[name]).abs().max()) for name in weights) < 1e-3
 
 
-def test_going_on_from_a_step(tmp_path: Path, written: Write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_goes_on_from_a_step(tmp_path: Path, written: Write, capsys: pytest.CaptureFixture[str]) -> None:
     """From any that was saved, or from the beginning; where it stands is then what a later call goes on from."""
     config = written(train_num_steps=6)
     run("train", "--config", config)
@@ -314,7 +316,7 @@ def test_a_training_of_theirs_goes_on(tmp_path: Path, capsys: pytest.CaptureFixt
     assert our_group | {"lr": 0} == their_group | {"lr": 0}
 
 
-def test_a_training_of_another_configuration(
+def test_a_training_of_another_configuration_is_refused(
     tmp_path: Path, written: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("train", "--config", written())
@@ -328,7 +330,9 @@ def test_a_training_of_another_configuration(
     assert "model-last.pt cannot be read safely, as weights alone" in capsys.readouterr().err
 
 
-def test_a_training_that_cannot_be(tmp_path: Path, written: Write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_training_that_cannot_be_is_refused(
+    tmp_path: Path, written: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = written(train_dataset_dir=str(tmp_path / "none"))
     for path, says in ((config, "none holds no image"), (DATA / "without.json", "without.json does not exist")):
         run("train", "--config", path, code=2)
@@ -340,7 +344,7 @@ def test_a_training_that_cannot_be(tmp_path: Path, written: Write, capsys: pytes
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
-def test_grey_and_transparent_images(tmp_path: Path, written: Write, channels: int, mode: str) -> None:
+def test_grey_and_transparent_images_are_trained_with(tmp_path: Path, written: Write, channels: int, mode: str) -> None:
     """From files of any kind, to files of the model's."""
     images = tmp_path / "mixed"
     images.mkdir()
@@ -355,7 +359,7 @@ def test_grey_and_transparent_images(tmp_path: Path, written: Write, channels: i
     assert Image.open(tmp_path / "sample-00000000.png").mode == mode
 
 
-def test_images_that_are_not_square(tmp_path: Path, written: Write) -> None:
+def test_images_that_are_not_square_are_trained_with(tmp_path: Path, written: Write) -> None:
     run("train", "--config", written(model={"image_size": [12, 24], "patch_divider": 3}))
     assert Image.open(tmp_path / "log" / "samples" / "00000003.png").size == (4 * 24 + 6, 4 * 12 + 6)
 
@@ -376,7 +380,7 @@ def test_wandb_is_not_even_imported(tmp_path: Path, written: Write) -> None:
     assert (out / "sample-00000000.png").exists()
 
 
-def test_wandb_that_is_missing(
+def test_wandb_that_is_missing_is_named(
     tmp_path: Path, written: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("comfyui_patchconv.pixel_models.patch_ddpm.train.find_spec", lambda name: None)
@@ -385,7 +389,7 @@ def test_wandb_that_is_missing(
     assert not (tmp_path / "log").exists()
 
 
-def test_wandb_that_is_there(tmp_path: Path, written: Write) -> None:
+def test_wandb_that_is_there_is_told(tmp_path: Path, written: Write) -> None:
     """Without an account: what would be sent is written to the training's folder."""
     pytest.importorskip("wandb", reason="wandb is not installed: pip install wandb")
     config = written(wandb_enabled=True, wandb_project="project", wandb_name="name")
@@ -425,7 +429,7 @@ def launch(*words: object) -> None:
     process([*start, *words])
 
 
-def test_several_devices(tmp_path: Path, written: Write, model: Path) -> None:
+def test_several_devices_sample_as_one_and_go_on_bit_for_bit(tmp_path: Path, written: Write, model: Path) -> None:
     """Sampling gives the same files as one device. Training shares a step's images, and goes on bit for bit."""
     few = ("--n-samples", 5, "--batch-size", 2)
     launch("sample", "--ckpt", model, "--out-dir", tmp_path / "two", *few, "--seed", 3)
@@ -440,7 +444,7 @@ def test_several_devices(tmp_path: Path, written: Write, model: Path) -> None:
     assert [step for step, _ in read_losses(tmp_path / "whole" / "loss.csv")] == [2, 4, 5]
 
 
-def test_a_batch_that_the_devices_cannot_share(
+def test_a_batch_that_the_devices_cannot_share_is_refused(
     tmp_path: Path, written: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("accelerate.Accelerator.num_processes", 3)
@@ -449,7 +453,7 @@ def test_a_batch_that_the_devices_cannot_share(
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment(tmp_path: Path, written: Write) -> None:
+def test_killed_at_any_moment_it_goes_on(tmp_path: Path, written: Write) -> None:
     """kill -9, again and again, from the first file on; what is there in the end is what an uninterrupted one wrote."""
     options: dict[str, Any] = {"train_num_steps": 60, "save_and_sample_every": 3}
     start = [sys.executable, "-m", "comfyui_patchconv.cli", "patch-ddpm", "train", "--config"]

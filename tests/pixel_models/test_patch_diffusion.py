@@ -59,7 +59,7 @@ def randomised(config: Config) -> PatchUNet:
 
 
 @pytest.mark.parametrize("name", PORT)
-def test_the_ports_model(name: str) -> None:
+def test_it_computes_what_the_ports_model_does(name: str) -> None:
     """Forward passes within 1e-5 of what the authors' PyTorch code gave."""
     model, given = import_torch(DATA / f"patch_diffusion_{name}.pt", PORT[name]), arrays(name)
     with torch.no_grad():
@@ -68,7 +68,7 @@ def test_the_ports_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("patch", [1, 2, 4, 8])
-def test_patches_and_back(patch: int) -> None:
+def test_patches_go_back_to_the_image(patch: int) -> None:
     image = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
     patches = to_patches(image, patch)
     assert patches.shape == (2, 3 * patch**2, 16 // patch, 24 // patch)
@@ -78,7 +78,7 @@ def test_patches_and_back(patch: int) -> None:
         assert torch.equal(patches[:, place], image[:, colour, row::patch, column::patch])
 
 
-def test_tables_of_sines() -> None:
+def test_tables_of_sines_follow_their_formula() -> None:
     table, times = position_table(64, 16), timestep_table(torch.tensor([0, 1, 999]), 64)
     assert table.shape == (1, 64, 16, 16)
     for channel, at in itertools.product((0, 5, 31), (0, 3, 15)):
@@ -91,7 +91,7 @@ def test_tables_of_sines() -> None:
     assert timestep_table(torch.tensor([3]), 5).shape == (1, 5)
 
 
-def test_patches_and_positions_of_the_tensorflow_version() -> None:
+def test_patches_and_positions_are_those_of_the_tensorflow_version() -> None:
     given = arrays("tf_uncond_p4")
     image = given["x"].permute(0, 3, 1, 2)
     patches = to_patches(image, 4)
@@ -100,7 +100,7 @@ def test_patches_and_positions_of_the_tensorflow_version() -> None:
     assert_same(position_table(64, 16).permute(0, 2, 3, 1), given["pos"])
 
 
-def test_the_tensorflow_versions_model() -> None:
+def test_it_computes_what_the_tensorflow_versions_model_does() -> None:
     """PATCHCONV_REFERENCE: a folder with patch_diffusion_tf_uncond_p4.h5, which is too large to lie here."""
     folder = os.environ.get("PATCHCONV_REFERENCE")
     if not folder:
@@ -114,7 +114,7 @@ def test_the_tensorflow_versions_model() -> None:
     assert_same(variance, given["var"])
 
 
-def test_a_keras_file_by_the_order_of_its_weights(tmp_path: Path) -> None:
+def test_a_keras_file_is_read_by_the_order_of_its_weights(tmp_path: Path) -> None:
     h5py = pytest.importorskip("h5py", reason="h5py is not installed: pip install h5py")
     model = randomised(SMALL)
     state = model.state_dict()
@@ -135,14 +135,14 @@ def test_a_keras_file_by_the_order_of_its_weights(tmp_path: Path) -> None:
         ("ffhq", 162.6, 394),
     ],
 )
-def test_published_configurations(name: str, millions: float, keys: int) -> None:
+def test_published_configurations_have_their_sizes(name: str, millions: float, keys: int) -> None:
     with torch.device("meta"):
         model = PatchUNet(PUBLISHED[name])
     assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1) == millions
     assert len(model.state_dict()) == keys
 
 
-def test_files_of_our_own(tmp_path: Path) -> None:
+def test_files_of_our_own_come_back(tmp_path: Path) -> None:
     models = [randomised(SMALL), PatchUNet(SMALL).eval()]
     save(models, tmp_path / "model.safetensors")
     loaded = load(tmp_path / "model.safetensors")
@@ -152,7 +152,7 @@ def test_files_of_our_own(tmp_path: Path) -> None:
         assert torch.equal(one(image, steps, labels), other(image, steps, labels))
 
 
-def test_files_that_are_something_else(tmp_path: Path) -> None:
+def test_files_that_are_something_else_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     path = tmp_path / "other.safetensors"
@@ -175,7 +175,7 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
         import_torch(tmp_path / "missing.pt", SMALL)
 
 
-def test_keras_files_that_are_something_else(tmp_path: Path) -> None:
+def test_keras_files_that_are_something_else_are_refused(tmp_path: Path) -> None:
     h5py = pytest.importorskip("h5py", reason="h5py is not installed: pip install h5py")
     path = tmp_path / "weights.h5"
     path.write_bytes(b"nothing")
@@ -189,7 +189,7 @@ def test_keras_files_that_are_something_else(tmp_path: Path) -> None:
         import_keras(tmp_path / "missing.h5", SMALL)
 
 
-def test_models_of_several_files(tmp_path: Path) -> None:
+def test_models_of_several_files_have_to_belong_together(tmp_path: Path) -> None:
     split = replace(SMALL, snr_splits=(0.25,))
     for name, config in (("low", split), ("high", split), ("other", SMALL)):
         save([PatchUNet(config)], tmp_path / f"{name}.safetensors")
@@ -202,7 +202,7 @@ def test_models_of_several_files(tmp_path: Path) -> None:
         load_all([DATA / "patch_diffusion_uncond_p4.pt"])
 
 
-def test_the_older_attention_order() -> None:
+def test_the_older_attention_order_is_kept() -> None:
     """Each head's q, k and v together: the same as the newer order with its weights' rows sorted so."""
     newer = randomised(Config(16, 2, 64, (1,), 1, attention=(8,), head_channels=32))
     older = PatchUNet(Config(16, 2, 64, (1,), 1, attention=(8,), head_channels=32, new_attention_order=False)).eval()
@@ -235,12 +235,12 @@ def test_the_older_attention_order() -> None:
         ({"snr_splits": (0.25, 0.0)}, "snr_splits is"),
     ],
 )
-def test_configurations_that_do_not_fit_together(values: dict[str, Any], words: str) -> None:
+def test_configurations_that_do_not_fit_together_are_refused(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Config(**{"image_size": 16, "patch": 2, "channels": 64, "mults": (1, 2), "blocks": 1, **values})
 
 
-def test_configurations_as_text() -> None:
+def test_configurations_come_back_from_text() -> None:
     for config in PUBLISHED.values():
         assert Config.from_json(config.to_json()) == config
 
@@ -258,7 +258,7 @@ def test_configurations_as_text() -> None:
         ('{"image_size": 64, "patch": 4, "channels": 64, "mults": 1}', "mults is 1: use a list of numbers"),
     ],
 )
-def test_text_that_is_no_configuration(text: str, words: str) -> None:
+def test_text_that_is_no_configuration_is_refused(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         Config.from_json(text)
 
@@ -280,7 +280,7 @@ def guided_spacing(size: int, count: int) -> list[int]:
     return found
 
 
-def test_spacing() -> None:
+def test_timesteps_are_spaced_as_the_authors_do() -> None:
     assert all(spaced(str(count)) == guided_spacing(1000, count) for count in range(1, 1001))
     for counts in ([90, 60, 60, 20, 20], [13, 15, 37, 1, 200]):
         sections = [[200 * number + step for step in guided_spacing(200, count)] for number, count in enumerate(counts)]
@@ -318,7 +318,7 @@ def test_the_posterior_is_that_of_bayes() -> None:
 
 
 @pytest.mark.parametrize("place", [0.0, 0.25, 1.0])
-def test_one_ancestral_step(place: float) -> None:
+def test_one_ancestral_step_follows_its_formula(place: float) -> None:
     """From step 600 to 300 with a variance of the model's."""
     share, image = signal_share(0.02), torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     shown: list[Tensor] = []
@@ -379,7 +379,7 @@ def test_samples_are_spread_as_the_data(ddim: bool, steps: str) -> None:
     assert abs(float(images.std()) - deviation) < 0.03
 
 
-def test_dynamic_threshold() -> None:
+def test_dynamic_threshold_divides_by_the_percentile() -> None:
     image = torch.linspace(-0.9, 0.9, 3 * 100).view(1, 3, 10, 10)
     assert torch.equal(dynamic_threshold(image), image)
     bright = torch.cat([image, 4 * image])
@@ -389,7 +389,7 @@ def test_dynamic_threshold() -> None:
     assert_same(found[1], bright[1].clamp(-bound, bound) / bound)
 
 
-def test_sampling_with_a_class() -> None:
+def test_sampling_with_a_class_is_guided() -> None:
     model, noise = randomised(SMALL), torch.randn(2, 3, 16, 16)
     seen: list[tuple[int, int]] = []
     labels = torch.tensor([0, 2])

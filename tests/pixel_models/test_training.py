@@ -37,7 +37,7 @@ def images(tmp_path: Path) -> ImageFolder:
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
 @pytest.mark.parametrize("kind", ["L", "RGB", "RGBA", "P", "I;16", "LA"])
-def test_any_image_in_any_number_of_channels(tmp_path: Path, channels: int, mode: str, kind: str) -> None:
+def test_any_image_is_read_in_any_number_of_channels(tmp_path: Path, channels: int, mode: str, kind: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 4), dtype=np.uint8)
     whole = Image.fromarray(pixels)
     deep = Image.fromarray(pixels[..., 0].astype(np.uint16))
@@ -53,7 +53,7 @@ def test_transparent_pixels_lie_on_white(tmp_path: Path) -> None:
     assert torch.equal(ImageFolder(tmp_path, (4, 4), 4)[0, False][0][3], torch.zeros(4, 4))
 
 
-def test_16_bits_of_grey(tmp_path: Path) -> None:
+def test_16_bits_of_grey_are_scaled(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 0x4040, dtype=np.uint16)).save(tmp_path / "image.png")
     assert torch.equal(ImageFolder(tmp_path, (4, 4), 3)[0, False][0], torch.full((3, 4, 4), 0x40 / 255))
 
@@ -104,7 +104,7 @@ def test_processes_share_the_order() -> None:
     assert [item for pair in parts for batch in pair for item in batch] == together
 
 
-def test_mirroring() -> None:
+def test_half_of_the_images_are_mirrored() -> None:
     mirrored = [side for batch in items(200) for _, side in batch]
     assert 0.4 < np.mean(mirrored) < 0.6
     assert not any(side for batch in items(50, mirror=False) for _, side in batch)
@@ -194,7 +194,7 @@ class _Fixed(ImageFolder):
         return (image.flip(-1) if item[1] else image), 0
 
 
-def test_averaged_weights(images: ImageFolder) -> None:
+def test_averaged_weights_follow_their_formula(images: ImageFolder) -> None:
     """Those of the training up to `ema_start`, from then on lagging behind by the decay."""
     three, _ = train(images, replace(OPTIONS, steps=3, ema_start=3, ema_decay=0.75))
     assert same(three.model, three.ema)
@@ -246,7 +246,7 @@ def test_a_loss_that_is_no_number_ends_it(images: ImageFolder) -> None:
         ({"betas": (0.9, 1.0)}, "betas of Adam are"),
     ],
 )
-def test_wrong_options(wrong: dict[str, Any], words: str) -> None:
+def test_wrong_options_are_refused(wrong: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         replace(OPTIONS, **wrong)
 
@@ -351,7 +351,7 @@ training.run(ImageFolder(sys.argv[1], (8, 8)), loss, lambda losses: torch.save(t
 """
 
 
-def test_several_processes(tmp_path: Path) -> None:
+def test_several_processes_do_what_one_does(tmp_path: Path) -> None:
     """As `accelerate launch` starts them for several devices: two with a batch of 2 do what one does with 4."""
     folder = write_images(tmp_path / "images")
     script = tmp_path / "script.py"

@@ -130,11 +130,11 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const std::optiona
 
 // As CUDA has it, indices and numbers may come from the CPU.
 void on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  bool here = false, elsewhere = false;
+  bool here = false, on_another = false;
   auto look = [&](const Tensor& tensor) {
     if (!tensor.defined()) return;
     if (!tensor.device().is_cpu()) here = true;
-    else if (tensor.dim() > 0) elsewhere = true;
+    else if (tensor.dim() > 0) on_another = true;
   };
   for (const auto& argument : torch::jit::last(*stack, op.schema().arguments().size())) {
     if (argument.isTensor()) look(argument.toTensor());
@@ -142,7 +142,7 @@ void on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       for (const Tensor& tensor : argument.toTensorVector()) look(tensor);
   }
   const auto& name = op.schema().name();
-  TORCH_CHECK(!(here && elsewhere) || name.find("index") != std::string::npos,
+  TORCH_CHECK(!(here && on_another) || name.find("index") != std::string::npos,
               "Expected all tensors to be on the same device in ", name);
   at::native::cpu_fallback(op, stack);
 }

@@ -49,7 +49,7 @@ def both(run: Callable[[Any], Tensor], *modules: nn.Module) -> float:
 
 
 def models(counter: Any) -> Answer:
-    """Each VAE, decode and encode, within no budget and with all that can lying elsewhere."""
+    """Each VAE, decode and encode, without a budget, and with all offloaded that can be."""
     answer = {}
     for name, (build, run, input) in CASES.items():
         if name == "unet":
@@ -178,7 +178,7 @@ def peaks(counter: Any) -> Answer:
                 getattr(model, method)(input)
                 peak = counter.peak() - before
             plan = expect(model, run, device=torch.device(SECOND), budget=budget, tuning=SMALL)
-            answer[f"{method}, budget {budget}"] = {"peak": peak, "plan": plan.peak, "elsewhere": plan.offloaded}
+            answer[f"{method}, budget {budget}"] = {"peak": peak, "plan": plan.peak, "offloaded": plan.offloaded}
     return answer
 
 

@@ -18,7 +18,7 @@ from .diffusion import schedule_buffers
 from .model import PatchDenoiser
 
 PREFIX = "denoise_fn."
-"""Of the denoiser's weights in the authors' checkpoints."""
+"""Prefix of the denoiser's weights in the authors' checkpoints."""
 
 _METADATA = "patch_ddpm"
 

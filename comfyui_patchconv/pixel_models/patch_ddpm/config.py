@@ -121,7 +121,7 @@ class ModelConfig:
 
     @property
     def patches(self) -> int:
-        """Of an image, in all."""
+        """Patches of an image, in all."""
         return self.patch_divider**2
 
 
@@ -147,7 +147,8 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """All of it. Files of weights have no trainer: it names folders of the machine that they come from."""
+    """Model, diffusion and trainer. Files of weights have no trainer: it names folders of the machine
+    that they come from."""
 
     model: ModelConfig
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)

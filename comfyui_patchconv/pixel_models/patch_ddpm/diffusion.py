@@ -73,7 +73,7 @@ class Loss:
         return self.at(model, images, steps, torch.randn_like(images))
 
     def at(self, model: nn.Module, images: Tensor, steps: Tensor, noise: Tensor) -> Tensor:
-        """For images in 0..1 at the timesteps `[N]` and with this noise."""
+        """The loss of images in 0..1 at the timesteps `[N]` and with this noise."""
         clean = images * 2 - 1
         self._table = self._table.to(images.device)
         signal, rest = self._table[steps][..., None, None, None].unbind(1)
@@ -109,14 +109,7 @@ def sample(
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is {sampler!r}: use {', '.join(SAMPLERS)}.")
     image, share = noise.float(), signal_share(config.timesteps)
-    table = torch.stack([share.rsqrt(), (1 / share - 1).sqrt()], 1).float().to(image.device)
-
-    def predicted(image: Tensor, at: Tensor, labels: Optional[Tensor] = None) -> Tensor:
-        found = model(image, at, patches_at_once)
-        if config.objective == "pred_noise":
-            of_image, of_noise = table[at][..., None, None, None].unbind(1)
-            found = of_image * image - of_noise * found
-        return found.clamp(-1, 1)
+    predicted = _predictor(model, config, share, image.device, patches_at_once)
 
     def tell(done: int, steps: int, image: Tensor) -> None:
         if on_step is not None:
@@ -138,6 +131,22 @@ def sample(
         on_step=tell,
     )
     return (image + 1) / 2
+
+
+def _predictor(
+    model: Denoiser, config: DiffusionConfig, share: Tensor, device: torch.device, patches_at_once: int
+) -> Callable[..., Tensor]:
+    """What predicts the image in -1..1, `(noisy image, timesteps, labels or None)`, whatever `model` predicts."""
+    table = torch.stack([share.rsqrt(), (1 / share - 1).sqrt()], 1).float().to(device)
+
+    def predicted(image: Tensor, at: Tensor, labels: Optional[Tensor] = None) -> Tensor:
+        found = model(image, at, patches_at_once)
+        if config.objective == "pred_noise":
+            of_image, of_noise = table[at][..., None, None, None].unbind(1)
+            found = of_image * image - of_noise * found
+        return found.clamp(-1, 1)
+
+    return predicted
 
 
 def _multistep(

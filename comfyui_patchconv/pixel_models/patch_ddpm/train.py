@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
@@ -48,32 +49,12 @@ def train(config: Config, restart: Optional[int] = None) -> None:
     accelerator.print(f"{len(images)} images")
     torch.manual_seed(trainer.seed)
     training = Training(PatchDenoiser(config.model), _options(trainer, accelerator.num_processes), accelerator)
-    buffers = schedule_buffers(config.diffusion)
     if start is not None:
         _go_on(training, start, config)
         accelerator.print(f"{start}: going on from step {training.step}")
     if accelerator.is_main_process:
         _forget_later(folder, start)
-
-    def keep(losses: list[tuple[int, float]]) -> None:
-        for each in (folder, folder.parent / "samples"):
-            each.mkdir(parents=True, exist_ok=True)
-        state = training.state()
-        for name in ("model", "ema"):
-            state[name] = {**buffers, **{PREFIX + key: value for key, value in state[name].items()}}
-        state["config"] = Config(config.model, config.diffusion).to_json()
-        numbered = folder / f"model-{training.step}.pt"
-        add_losses(folder.parent / "loss.csv", losses)
-        write_whole(numbered, lambda path: torch.save(state, path))
-        write_whole(folder / "model-last.safetensors", lambda path: save(training.ema, config.diffusion, path))
-        pictures = grid(_samples(training.ema, config))
-        save_image(folder.parent / "samples" / f"{training.step:08}.png", pictures)
-        for tracker in accelerator.trackers:
-            tracker.log_images({"sample": [levels(pictures).numpy()]}, step=training.step)
-        # last: a training that is killed before writes the others again
-        write_whole(folder / "model-last.pt", lambda path: shutil.copyfile(numbered, path))
-
-    training.run(images, Loss(config.diffusion), keep)
+    training.run(images, Loss(config.diffusion), partial(_keep, training, config, folder, accelerator.trackers))
     accelerator.end_training()
 
 
@@ -143,8 +124,34 @@ def _forget_later(folder: Path, start: Optional[Path]) -> None:
         write_whole(last, lambda path: shutil.copyfile(start, path))
 
 
+def _keep(
+    training: Training[PatchDenoiser],
+    config: Config,
+    folder: Path,
+    trackers: list[Any],
+    losses: list[tuple[int, float]],
+) -> None:
+    """Write the files of a step; `folder` is that of the checkpoints."""
+    for each in (folder, folder.parent / "samples"):
+        each.mkdir(parents=True, exist_ok=True)
+    state, buffers = training.state(), schedule_buffers(config.diffusion)
+    for name in ("model", "ema"):
+        state[name] = {**buffers, **{PREFIX + key: value for key, value in state[name].items()}}
+    state["config"] = Config(config.model, config.diffusion).to_json()
+    numbered = folder / f"model-{training.step}.pt"
+    add_losses(folder.parent / "loss.csv", losses)
+    write_whole(numbered, lambda path: torch.save(state, path))
+    write_whole(folder / "model-last.safetensors", lambda path: save(training.ema, config.diffusion, path))
+    pictures = grid(_samples(training.ema, config))
+    save_image(folder.parent / "samples" / f"{training.step:08}.png", pictures)
+    for tracker in trackers:
+        tracker.log_images({"sample": [levels(pictures).numpy()]}, step=training.step)
+    # last: a training that is killed before writes the others again
+    write_whole(folder / "model-last.pt", lambda path: shutil.copyfile(numbered, path))
+
+
 def _samples(model: PatchDenoiser, config: Config) -> Tensor:
-    """In -1..1; from the same noise each time, so that pictures of one training can be compared."""
+    """Images in -1..1, from the same noise each time, so that pictures of one training can be compared."""
     shape = (_SHOWN, config.model.channels, *config.model.image_sides)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()).device)
     steps = min(_PREVIEW_STEPS, config.diffusion.timesteps)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from ..json_fields import checked, parsed
 
 BETA_MIN = 1e-4
-"""Of every linear schedule."""
+"""The first beta of every linear schedule."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Config:
 
     @property
     def positions(self) -> int:
-        """Of a side, at the first level."""
+        """Positions of a side, at the first level."""
         return self.image_size // self.patch
 
     @property
@@ -100,4 +100,5 @@ PUBLISHED = {
     "imagenet": Config(256, 4, 256, (1, 2, 2, 2), 3, classes=1000, snr_splits=(0.25,)),
     "ffhq": Config(1024, 4, 128, (1, 2, 2, 4, 4, 4), 2, beta_max=0.025),
 }
-"""By data set: Luhman & Luhman 2022, arXiv 2207.04316. `imagenet` is two models, one each side of its split."""
+"""The published configurations by data set: Luhman & Luhman 2022, arXiv 2207.04316. `imagenet`
+is two models, one each side of its split."""

@@ -25,7 +25,7 @@ def signal_share(beta_max: float) -> Tensor:
 
 
 class Posterior(NamedTuple):
-    """Of the image one step earlier, given the clean image and the noisy one (Ho et al. 2020, eq. 7)."""
+    """The distribution of the image one step earlier, given the clean and the noisy one (Ho et al. 2020, eq. 7)."""
 
     of_clean: Tensor
     """The clean image's weight in the mean."""
@@ -34,7 +34,7 @@ class Posterior(NamedTuple):
     log_smallest: Tensor
     """Logarithm of the variance if the clean image is known."""
     log_largest: Tensor
-    """If nothing is known of it."""
+    """Logarithm of the variance if nothing is known of it."""
 
 
 def posterior(now: Tensor, before: Tensor) -> Posterior:
@@ -155,7 +155,7 @@ def denoise(
 
 
 def generator_device(generator: Optional[torch.Generator], image: Tensor) -> torch.device:
-    """Where noise is drawn: with a CPU generator, one seed gives one image on every device."""
+    """The device that noise is drawn on: with a CPU generator, one seed gives one image on every device."""
     return image.device if generator is None else generator.device
 
 

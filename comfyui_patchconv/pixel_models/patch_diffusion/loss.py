@@ -21,7 +21,7 @@ WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "snr+1": lambda snr: snr + 1,
     "truncated_snr": lambda snr: snr.clamp(min=1),
 }
-"""Of the squared error of the predicted image, by the signal-to-noise ratio. `sqrt_snr` is the authors'."""
+"""Weights of the squared error of the predicted image, by the signal-to-noise ratio. `sqrt_snr` is the authors'."""
 
 
 class Loss:
@@ -84,7 +84,8 @@ def _bits(distance: Tensor, true_log: Tensor, log: Tensor, clean: Tensor, steps:
 
 
 def _log_likelihood(clean: Tensor, distance: Tensor, log_variance: Tensor) -> Tensor:
-    """Of the 8-bit level of each value, under a normal distribution `distance` away; the outer levels reach on."""
+    """Log-likelihood of the 8-bit level of each value, under a normal distribution `distance` away; the outer levels
+    reach on."""
     scale = (-0.5 * log_variance).exp()
     above = torch.special.ndtr((distance + _HALF_LEVEL) * scale)
     below = torch.special.ndtr((distance - _HALF_LEVEL) * scale)

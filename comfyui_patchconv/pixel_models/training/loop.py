@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound=nn.Module)
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""Of a model, images `[N, C, H, W]` in 0..1 and their classes `[N]`: what to make smaller, a scalar."""
+"""Gives what to make smaller, a scalar, of a model, images `[N, C, H, W]` in 0..1 and their classes `[N]`."""
 
 _REPORT = 50  # steps between two losses that are read back, which waits for the device
 
@@ -192,7 +192,7 @@ def _next(batches: Iterator[Any]) -> Any:
 
 
 class _Mean:
-    """Of numbers on the device."""
+    """A mean of numbers that stay on the device."""
 
     def __init__(self) -> None:
         self.total: Optional[Tensor] = None
