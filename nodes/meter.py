@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Optional, Protocol
 
 import torch
@@ -13,12 +13,10 @@ from comfy.patcher_extension import WrappersMP  # pyright: ignore[reportMissingI
 from comfy_execution.utils import get_executing_context  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 
-from ..comfyui_patchconv.hosts.eager_needs import made_like, signature
+from ..comfyui_patchconv.hosts.eager_needs import EagerNeeds
 from ..comfyui_patchconv.hosts.figures import Figures
 from ..comfyui_patchconv.memory.recorder import Recorder
-from ..comfyui_patchconv.streaming import peak_activations
 from .front_end import Messenger
-from .vae_memory import HOST_ATTRIBUTES
 
 EVENT = "patchconv.report"
 """`node`: the id of a Patch Conv node. `prompt`: the run's. `running`: whether it goes on. The rest is of `Figures`."""
@@ -61,8 +59,8 @@ class Meter:
         self._fresh = True
 
     @contextmanager
-    def measuring(self, plain: Callable[[], int]) -> Iterator[None]:
-        """One call, around which this is put. plain: bytes that it was counted to need without us, or 0; asked later.
+    def measuring(self, eager: Callable[[], int]) -> Iterator[None]:
+        """One call, around which this is put. eager: bytes that it was counted to need without us, or 0; asked later.
 
         A call that raises leaves the figures as they were last told.
         """
@@ -85,8 +83,8 @@ class Meter:
             finally:
                 self._recorder = None
             self._before.add(recorder)
-        if self.streamed or self.counter.strips > 1:  # else it ran as plain does
-            self._before.plain = max(self._before.plain, plain())
+        if self.streamed or self.counter.strips > 1:  # else it ran eagerly
+            self._before.eager = max(self._before.eager, eager())
         self._tell(self._before, running=False)
 
     def look(self) -> None:
@@ -112,12 +110,12 @@ class Meter:
 class Measured:
     """Stands in for a VAE's `decode` or `encode`, `forward`, and measures it."""
 
-    def __init__(self, forward: Callable[..., Any], meter: Meter, plain: Callable[[], int]) -> None:
-        self.forward, self.meter, self.plain = forward, meter, plain
+    def __init__(self, forward: Callable[..., Any], meter: Meter, eager: Callable[[], int]) -> None:
+        self.forward, self.meter, self.eager = forward, meter, eager
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         samples = args[0].shape[0] if args and isinstance(args[0], Tensor) else 1
-        with self.meter.measuring(lambda: samples * self.plain()):
+        with self.meter.measuring(lambda: samples * self.eager()):
             return self.forward(*args, **kwargs)
 
 
@@ -125,15 +123,15 @@ class MeasuredSampling:
     """Measures each sampling with a model, and counts what one call of its network would need without us."""
 
     def __init__(self, network: nn.Module, meter: Meter) -> None:
-        self.network, self.meter = network, meter
-        self._counted: dict[Any, int] = {}
+        self.meter = meter
+        self._eager_needs = EagerNeeds(network)
         self._call: Optional[list[Any]] = None
 
     def sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """The host's wrapper of a whole sampling."""
         self._call = None
         self.meter.start()
-        with self.meter.measuring(self._plain):
+        with self.meter.measuring(self._eager):
             return executor(*args, **kwargs)
 
     def note(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -143,22 +141,11 @@ class MeasuredSampling:
             self._call = [_without_values({} if isinstance(value, dict) else value) for value in args]
         return executor(*args, **kwargs)
 
-    def _plain(self) -> int:
+    def _eager(self) -> int:
         if self._call is None:
             return 0
-        args, key = self._call, signature(self._call)
-        if key not in self._counted:
-            self._counted[key] = 0
-            device = self.meter.device
-            with suppress(Exception):  # the host's code is free to do what tensors without values cannot
-                self._counted[key] = peak_activations(
-                    self.network,
-                    lambda copy, make: copy(*made_like(args, make)),
-                    device=device,
-                    dtype=args[0].dtype,
-                    attributes=HOST_ATTRIBUTES,
-                )
-        return self._counted[key]
+        dtype = getattr(self._call[0], "dtype", None) if self._call else None
+        return self._eager_needs.of_call("__call__", self._call, {}, self.meter.device, dtype)
 
 
 def _without_values(value: Any) -> Any:

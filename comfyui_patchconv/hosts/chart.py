@@ -18,7 +18,7 @@ _SCALE = 2  # drawn larger, so that lines are smooth
 _LEFT, _RIGHT, _TOP, _BOTTOM = 80, 32, 92, 64
 _TICKS = 5
 _INK, _MUTED, _GRID, _PAPER = "#1f2430", "#667085", "#e4e7ec", "#ffffff"
-_LINE, _AREA, _PLAIN = "#2563eb", "#dbe7fd", "#c2410c"
+_LINE, _AREA, _EAGER = "#2563eb", "#dbe7fd", "#c2410c"
 
 
 def draw(parts: Sequence[Figures]) -> Image.Image:
@@ -72,9 +72,9 @@ class _Pen:
 class _Chart:
     def __init__(self, sheet: Image.Image, down: float, figures: Figures) -> None:
         self.pen, self.figures = _Pen(sheet, down), figures
-        self.unit, name = (GIB, "GiB") if max(figures.peak, figures.plain) >= GIB else (2**20, "MiB")
+        self.unit, name = (GIB, "GiB") if max(figures.peak, figures.eager) >= GIB else (2**20, "MiB")
         self.title = f"Memory ({name})"
-        most = max(figures.peak, figures.plain, *(size for _, size in figures.timeline), 1)
+        most = max(figures.peak, figures.eager, *(size for _, size in figures.timeline), 1)
         self.step, self.count = steps(1.04 * most / self.unit)
         self.left, self.right, self.top, self.bottom = _LEFT, WIDTH - _RIGHT, _TOP, HEIGHT - _BOTTOM
 
@@ -95,9 +95,9 @@ class _Chart:
             pen.area([(line[0][0], self.bottom), *line, (line[-1][0], self.bottom)], _AREA)
             pen.line(line, _LINE, 2)
         if figures.peak:
-            self._level(figures.peak, words["peak"], _LINE, "rd" if figures.peak >= figures.plain else "rt")
-        if figures.plain:
-            self._level(figures.plain, words["plain"], _PLAIN, "rt" if figures.peak >= figures.plain else "rd")
+            self._level(figures.peak, words["peak"], _LINE, "rd" if figures.peak >= figures.eager else "rt")
+        if figures.eager:
+            self._level(figures.eager, words["eager"], _EAGER, "rt" if figures.peak >= figures.eager else "rd")
         pen.line([(self.left, self.bottom), (self.right, self.bottom)], _INK, 1.5)
 
     def _axes(self) -> None:

@@ -20,8 +20,9 @@ class Figures:
 
     part: what ran (`"VAE decoder"`). streamed: whether whole, or else by convolution. strips: of all that was streamed,
     or the most that one convolution was cut into; 0 where they were not counted. calls, seconds: in all. peak: the
-    most bytes in use at once beyond those at the start; 0 where that was not measured. plain: bytes that plain's
-    feature maps were counted to need at once, without what its convolutions work in; 0 where that was not counted.
+    most bytes in use at once beyond those at the start; 0 where that was not measured. eager: bytes of the feature
+    maps that the same work was counted to need at once without us, without what its convolutions work in; 0 where
+    that was not counted.
     timeline: (seconds, bytes) while it ran.
     """
 
@@ -31,7 +32,7 @@ class Figures:
     calls: int = 0
     seconds: float = 0.0
     peak: int = 0
-    plain: int = 0
+    eager: int = 0
     timeline: list[tuple[float, int]] = field(default_factory=list)
 
     def add(self, recorded: Recorder) -> None:
@@ -44,7 +45,7 @@ class Figures:
             self.timeline = thinned(self.timeline)
 
     def words(self) -> dict[str, str]:
-        """How it ran, and its peak, plain's need and time as far as they are known."""
+        """How it ran, and its peak, what eager needs, and time, as far as they are known."""
         if self.streamed:
             way = f"streamed in {self.strips} strips" if self.strips else "streamed"
         elif self.strips > 1:
@@ -54,8 +55,8 @@ class Figures:
         words = {"way": way}
         if self.peak:
             words["peak"] = f"peak {size_of(self.peak)}"
-        if self.plain:
-            words["plain"] = f"plain: at least {size_of(self.plain)}, counted"
+        if self.eager:
+            words["eager"] = f"plain: at least {size_of(self.eager)}, counted"
         if self.seconds:
             words["time"] = time_of(self.seconds)
         return words
@@ -63,14 +64,14 @@ class Figures:
     def line(self) -> str:
         """The words as one line."""
         words = self.words()
-        if "peak" in words and "plain" in words:
-            words["peak"] += f" ({words.pop('plain')})"
-        rest = [words[name] for name in ("peak", "plain", "time") if name in words]
+        if "peak" in words and "eager" in words:
+            words["peak"] += f" ({words.pop('eager')})"
+        rest = [words[name] for name in ("peak", "eager", "time") if name in words]
         return ", ".join([f"{self.part} {words['way']}", *rest])
 
     def as_json(self) -> dict[str, Any]:
         """For a front end: the figures and the words."""
-        known = {name: getattr(self, name) for name in ("part", "strips", "seconds", "peak", "plain", "timeline")}
+        known = {name: getattr(self, name) for name in ("part", "strips", "seconds", "peak", "eager", "timeline")}
         return known | {"words": self.words(), "line": self.line()}
 
 

@@ -42,7 +42,7 @@ def test_decode(server: Server, checkpoint: str, settings: Graph, way: str) -> N
     )
     assert last["strips"] > 1
     assert 0 < last["seconds"] < seconds
-    assert last["peak"] > last["plain"] / 4 > 1 << 20
+    assert last["peak"] > last["eager"] / 4 > 1 << 20
     times, sizes = zip(*last["timeline"], strict=True)
     assert list(times) == sorted(times)
     assert times[-1] <= last["seconds"]
@@ -53,7 +53,7 @@ def test_decode_with_nothing_large_enough(server: Server, checkpoint: str) -> No
     graph = decoding(checkpoint, server.latent("tiny", 64, seed=8), patched=DEFAULTS)
     _, told, _ = run_and_listen(server, graph)
     assert told[-1]["words"]["way"] == "whole (no convolution above the threshold)"
-    assert told[-1]["plain"] == 0
+    assert told[-1]["eager"] == 0
 
 
 def test_batch_is_one_run(server: Server, checkpoint: str) -> None:
@@ -96,7 +96,7 @@ def test_sampling(server: Server, checkpoint: str) -> None:
     )  # of 4 of 16 rows
     assert 0 < last["seconds"] < seconds
     assert last["peak"] > 0
-    assert last["plain"] > 1 << 20
+    assert last["eager"] > 1 << 20
     assert history["outputs"]["report"]["text"] == [f"Patch Conv: {last['line']}"]
 
 

@@ -27,7 +27,7 @@ def recorded(seconds: float, peak: int, timeline: list[tuple[float, int]]) -> Re
 
 
 def test_calls_add_up() -> None:
-    figures = Figures("VAE decoder", streamed=True, strips=7, plain=900 * MIB)
+    figures = Figures("VAE decoder", streamed=True, strips=7, eager=900 * MIB)
     figures.add(recorded(2.0, 300 * MIB, [(0.5, 100 * MIB), (1.5, 300 * MIB)]))
     figures.add(recorded(1.5, 200 * MIB, [(1.0, 200 * MIB)]))
     assert (figures.calls, figures.seconds, figures.peak) == (2, 3.5, 300 * MIB)
@@ -54,7 +54,7 @@ def test_long_timelines_keep_their_peak() -> None:
         (Figures("Model", strips=1), "Model whole (no convolution above the threshold)"),
         (Figures("U-Net", strips=3), "U-Net in up to 3 strips"),
         (Figures("VAE encoder", streamed=True), "VAE encoder streamed"),
-        (Figures("Model", strips=2, plain=3 << 30), "Model in up to 2 strips, plain: at least 3.00 GiB, counted"),
+        (Figures("Model", strips=2, eager=3 << 30), "Model in up to 2 strips, plain: at least 3.00 GiB, counted"),
         (Figures("Model", strips=2, peak=MIB, seconds=60), "Model in up to 2 strips, peak 1 MiB, 60.0 s"),
     ],
 )
@@ -87,7 +87,7 @@ def colors(image: Any) -> set[tuple[int, ...]]:
 def test_plot_has_the_curve_and_the_counted_level_where_they_belong() -> None:
     timeline = [(n / 10, (50 if n < 50 else 100) * MIB) for n in range(101)]
     figures = Figures(
-        "VAE decoder", strips=4, calls=1, seconds=10.0, peak=100 * MIB, plain=150 * MIB, timeline=timeline
+        "VAE decoder", strips=4, calls=1, seconds=10.0, peak=100 * MIB, eager=150 * MIB, timeline=timeline
     )
     image = draw([figures])
     assert image.size == (WIDTH, HEIGHT)

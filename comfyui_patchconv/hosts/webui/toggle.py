@@ -10,10 +10,11 @@ from torch import nn
 from ...conv.patch import convert_model, convolutions, restore_model
 from ...conv.tiling import Convolution
 from ...units import MILLION
+from ..attributes import FORGE_CASTS
 from ..figures import Figures, StripCount
 from ..halves import HALVES, half_of, part_of
 from .settings import Settings
-from .stand_ins import CASTS, CastingForward, Estimate, Half, StandIn, Tell, untouched
+from .stand_ins import CastingForward, Half, MemoryUsed, StandIn, Tell, untouched
 
 _METHODS = dict(zip(HALVES, ("decode", "encode")))
 
@@ -95,7 +96,7 @@ class Toggle:
     def _patch_estimates(self, holder: Any, stand_ins: list[StandIn]) -> None:
         for method in _METHODS.values():
             if callable(getattr(holder, f"memory_used_{method}", None)):
-                stand_ins.append(Estimate(self, holder, method))
+                stand_ins.append(MemoryUsed(self, holder, method))
 
     def _patch_convolutions(
         self, model: nn.Module, part: str, chosen: Callable[[str, Convolution], bool], stand_ins: list[StandIn]
@@ -104,5 +105,5 @@ class Toggle:
         splits, threshold = int(self.settings.splits), round(self.settings.threshold * MILLION)
         convert_model(model, splits, threshold=threshold, predicate=chosen, on_strip=note)
         for _, module in convolutions(model, predicate=chosen):
-            if hasattr(module, CASTS) and untouched(module, "forward"):
+            if hasattr(module, FORGE_CASTS) and untouched(module, "forward"):
                 stand_ins.append(CastingForward(self, module, "forward"))
