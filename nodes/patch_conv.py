@@ -20,6 +20,7 @@ from ..comfyui_patchconv.conv.strip_sizes import DEFAULT_THRESHOLD
 from ..comfyui_patchconv.hosts.estimates import Estimate, StreamEstimate, StripEstimate
 from ..comfyui_patchconv.hosts.halves import HALVES, half_of, part_of
 from ..comfyui_patchconv.hosts.modes import MODES
+from ..comfyui_patchconv.hosts.numbers import check_number
 from ..comfyui_patchconv.hosts.streamed import StreamedAtOnce, StreamedForward
 from ..comfyui_patchconv.units import GIB, MILLION
 from .host import MODEL_CATEGORY, VAE_CATEGORY, advanced, schema
@@ -91,6 +92,8 @@ class PatchConvVAE(io.ComfyNode):
         padding: str = "plain",
     ) -> io.NodeOutput:
         vae.throw_exception_if_invalid()
+        check_number("threshold", threshold, "millions of elements")
+        check_number("budget", budget, "GiB")
         patched = copy.copy(vae)
         patched.patcher = vae.patcher.clone()
         count = 0
@@ -132,6 +135,7 @@ class PatchConvModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, splits: int, threshold: float, padding: str = "plain") -> io.NodeOutput:
+        check_number("threshold", threshold, "millions of elements")
         patched = model.clone()
         strips = Strips()
         tiling = Tiling(splits, threshold=round(threshold * MILLION), on_strip=strips)
