@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Optional, Protocol
 
 import torch
@@ -14,12 +14,12 @@ from comfy_execution.utils import get_executing_context  # pyright: ignore[repor
 from torch import Tensor, nn
 
 from ..comfyui_patchconv.hosts.eager_needs import EagerNeeds
-from ..comfyui_patchconv.hosts.figures import Figures
+from ..comfyui_patchconv.hosts.figures import Figures, State
 from ..comfyui_patchconv.memory.recorder import Recorder
 from .front_end import Messenger
 
 EVENT = "patchconv.report"
-"""`node`: the id of a Patch Conv node. `prompt`: the run's. `running`: whether it goes on. The rest is of `Figures`."""
+"""`node`: the id of a Patch Conv node. `prompt`: the run's. The rest is of `Figures.as_json`."""
 
 _KEY = "patchconv"  # of our wrappers among those of a model
 _MEASURED = ("cpu", "cuda")  # device types whose memory `Recorder` reads
@@ -62,8 +62,38 @@ class Meter:
     def measuring(self, eager: Callable[[], int]) -> Iterator[None]:
         """One call, around which this is put. eager: bytes that it was counted to need without us, or 0; asked later.
 
-        A call that raises leaves the figures as they were last told.
+        A call that raises is told as stopped, whether by the user or by an error.
         """
+        self._begin()
+        recorder = None
+        if self.device.type in _MEASURED:
+            # The allocator's peak is the host's own: it is read and never set back, as it could not be put back after.
+            recorder = Recorder(self.device, _INTERVAL, own_peak=False, samples=_SAMPLES)
+        try:
+            with recorder or nullcontext():
+                self._recorder = recorder
+                yield
+        except BaseException:
+            self._tell(self._with(recorder), "stopped")
+            raise
+        finally:
+            self._recorder = None
+        self._before = self._with(recorder)
+        if self.streamed or self.counter.strips > 1:  # else it ran eagerly
+            self._before.eager = max(self._before.eager, eager())
+        self._tell(self._before, "done")
+
+    def look(self) -> None:
+        """After a strip: tell how far it is, now and then."""
+        now = time.monotonic()
+        if self._recorder is None or now < self._next:
+            return
+        self._next = now + _LIVE
+        self._recorder.update()
+        self._tell(self._with(self._recorder), "running")
+
+    def _begin(self) -> None:
+        """One more call, of a new run or of the one before."""
         where = get_executing_context()
         if self._fresh or where != self._where:
             self._fresh, self._where = False, where
@@ -71,40 +101,20 @@ class Meter:
             self._before = Figures(self.part, self.streamed)
             self.counter.start()
         self._next = time.monotonic() + _LIVE
-        if self.device.type not in _MEASURED:
-            yield
-            self._before.calls += 1
+
+    def _with(self, recorder: Optional[Recorder]) -> Figures:
+        """The run's figures with one more call, that of `recorder`."""
+        figures = replace(self._before, timeline=[*self._before.timeline])
+        if recorder is None:
+            figures.calls += 1
         else:
-            recorder = Recorder(self.device, _INTERVAL, samples=_SAMPLES)
-            try:
-                with recorder:
-                    self._recorder = recorder
-                    yield
-            finally:
-                self._recorder = None
-            self._before.add(recorder)
-        if self.streamed or self.counter.strips > 1:  # else it ran eagerly
-            self._before.eager = max(self._before.eager, eager())
-        self._tell(self._before, running=False)
+            figures.add(recorder)
+        return figures
 
-    def look(self) -> None:
-        """After a strip: tell how far it is, now and then."""
-        now = time.monotonic()
-        recorder = self._recorder
-        if recorder is None or now < self._next:
-            return
-        self._next = now + _LIVE
-        recorder.update()
-        figures = copy.copy(self._before)
-        figures.timeline = [*figures.timeline]
-        figures.add(recorder)
-        self._tell(figures, running=True)
-
-    def _tell(self, figures: Figures, running: bool) -> None:
-        figures.strips = self.counter.strips
+    def _tell(self, figures: Figures, state: State) -> None:
+        figures.strips, figures.state = self.counter.strips, state
         self.figures = figures
-        data = {"node": self.node, "prompt": self.prompt, "running": running, **figures.as_json()}
-        self._messenger.tell(data)
+        self._messenger.tell({"node": self.node, "prompt": self.prompt, **figures.as_json()})
 
 
 class Measured:

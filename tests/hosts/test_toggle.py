@@ -62,7 +62,7 @@ def test_on_and_off(vae: VAE, mode: str) -> None:
     assert torch.equal(vae.decode(z), decoded)
     for half in ("decoder", "encoder"):
         assert f"VAE {half} {'streamed' if mode == 'stream' else 'in up to 3 strips'}" in toggle.report()
-    assert "plain: at least" in toggle.report()
+    assert "without Patch Conv: " in toggle.report()
 
 
 def test_a_unet_runs_in_strips_in_either_mode(vae: VAE) -> None:
@@ -75,6 +75,15 @@ def test_a_unet_runs_in_strips_in_either_mode(vae: VAE) -> None:
     toggle.off()
     assert not methods(unet)
     assert toggle.report() == "Patch Conv: U-Net in up to 2 strips"
+
+
+def test_nothing_is_compared_that_ran_as_without_us(vae: VAE) -> None:
+    toggle = Toggle(Settings(threshold=16.0))
+    toggle.follow([vae], [])
+    vae.decode(torch.randn(1, 4, 24, 16))
+    toggle.off()
+    assert "VAE decoder whole" in toggle.report()
+    assert "without Patch Conv" not in toggle.report()
 
 
 def test_a_unet_without_convolutions() -> None:

@@ -51,7 +51,7 @@ export function spark(report) {
     return svg;
 }
 
-/** The large one, with axes, the peak and what eager was counted to need; `id` is unique in the page. */
+/** The large one, with axes, the peak and what the same work was counted to need without Patch Conv; `id` is unique in the page. */
 export function chart(report, id) {
     const most = highest(report);
     const [unit, name] = most >= GIB ? [GIB, "GiB"] : [MIB, "MiB"];

@@ -96,7 +96,8 @@ class Half(StandIn):
         with Recorder(self._device, own_peak=False) as recorded:  # the WebUI reads the allocator's peak itself
             result = run(*args, **kwargs)
         self.figures.add(recorded)
-        self.figures.eager = max(self.figures.eager, self._eager.of_call(self.name, args, kwargs, self._device))
+        if self.figures.streamed or self.figures.strips > 1:  # else it ran eagerly
+            self.figures.eager = max(self.figures.eager, self._eager.of_call(self.name, args, kwargs, self._device))
         return result
 
     def _tell(self, done: int, work: int) -> None:
