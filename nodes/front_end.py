@@ -1,4 +1,4 @@
-"""What the server tells the front end of our own accord, over the host's own channel."""
+"""Tells the front end things of our own, over the host's channel."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Messenger:
         self._pending: Optional[tuple[Any, str]] = None
 
     def tell(self, data: Any) -> None:
-        """`data`: what JSON can hold. Nothing happens without a server, or without a page that listens."""
+        """Tell `data`, which JSON can hold. Nothing happens without a server, or without a page that listens."""
         client = getattr(_server(), "client_id", None)
         if client is None:
             return
@@ -46,6 +46,6 @@ class Messenger:
 
 
 def _server() -> Any:
-    """The host's server; None where ComfyUI is used as a library."""
+    """Find the host's server; None where ComfyUI is used as a library."""
     module = sys.modules.get("server")
     return getattr(getattr(module, "PromptServer", None), "instance", None)

@@ -1,4 +1,4 @@
-"""What a decode, an encode or a sampling took: measured where it happens, and told to the front end."""
+"""Measures what a decode, an encode or a sampling takes, and tells the front end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LIVE = 1.0  # seconds between two states of a run that goes on
 
 
 class Counter(Protocol):
-    """What counts strips while they run."""
+    """Counts strips while they run."""
 
     strips: int
 
@@ -55,12 +55,12 @@ class Meter:
         return self  # a copied model reports to the same node
 
     def start(self) -> None:
-        """The next call begins a run."""
+        """Let the next call begin a run."""
         self._fresh = True
 
     @contextmanager
     def measuring(self, eager: Callable[[], int]) -> Iterator[None]:
-        """One call, around which this is put. eager: bytes that it was counted to need without us, or 0; asked later.
+        """Measure one call, around which this is put. eager: asked later for the bytes that it needs without us, or 0.
 
         A call that raises is told as stopped, whether by the user or by an error.
         """
@@ -84,7 +84,7 @@ class Meter:
         self._tell(self._before, "done")
 
     def look(self) -> None:
-        """After a strip: tell how far it is, now and then."""
+        """Tell how far it is, now and then; called after each strip."""
         now = time.monotonic()
         if self._recorder is None or now < self._next:
             return
@@ -93,7 +93,7 @@ class Meter:
         self._tell(self._with(self._recorder), "running")
 
     def _begin(self) -> None:
-        """One more call, of a new run or of the one before."""
+        """Begin one more call, of a new run or of the one before."""
         where = get_executing_context()
         if self._fresh or where != self._where:
             self._fresh, self._where = False, where
@@ -103,7 +103,7 @@ class Meter:
         self._next = time.monotonic() + _LIVE
 
     def _with(self, recorder: Optional[Recorder]) -> Figures:
-        """The run's figures with one more call, that of `recorder`."""
+        """Add one more call, that of `recorder`, to a copy of the run's figures."""
         figures = replace(self._before, timeline=[*self._before.timeline])
         if recorder is None:
             figures.calls += 1
@@ -138,14 +138,14 @@ class MeasuredSampling:
         self._call: Optional[list[Any]] = None
 
     def sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """The host's wrapper of a whole sampling."""
+        """Wrap a whole sampling, for the host."""
         self._call = None
         self.meter.start()
         with self.meter.measuring(self._eager):
             return executor(*args, **kwargs)
 
     def note(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """The host's wrapper of a call of the network: the first of a sampling stands for all."""
+        """Wrap a call of the network, for the host: the first of a sampling stands for all."""
         if self._call is None:
             # Not what other nodes pass on in dictionaries: that is not ours to run.
             self._call = [_without_values({} if isinstance(value, dict) else value) for value in args]
@@ -171,7 +171,7 @@ def measure_sampling(model: Any, meter: Meter) -> None:
 
 
 def meters_of(vae: Any = None, model: Any = None) -> list[Meter]:
-    """Those that Patch Conv nodes have put on a VAE and on a model."""
+    """Find the meters that Patch Conv nodes have put on a VAE and on a model."""
     found = [] if vae is None else [one for one in vae.patcher.object_patches.values() if isinstance(one, Measured)]
     sampling = [] if model is None else model.get_wrappers(WrappersMP.SAMPLER_SAMPLE, _KEY)
     return [one.meter for one in (*found, *(wrapper.__self__ for wrapper in sampling))]

@@ -1,4 +1,4 @@
-"""Patch Conv: the convolutions of a VAE or of a model in strips. Same pixels, less memory."""
+"""Patch Conv: runs the convolutions of a VAE or of a model in strips. Same pixels, less memory."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def _padding_input() -> Any:
 
 
 def _patch(patcher: Any, model: nn.Module, tiling: Tiling, padding: str, chosen: Callable[[str], bool]) -> int:
-    """Have the host put strips into the chosen convolutions of `model`; their number.
+    """Have the host put strips into the chosen convolutions of `model`; returns how many these are.
 
     Those with a kernel of 1 too: a backend copies their whole input and output as it does for larger kernels.
     """
@@ -198,7 +198,7 @@ def _patch(patcher: Any, model: nn.Module, tiling: Tiling, padding: str, chosen:
 
 
 def _patch_half(vae: Any, half: str, method: str, splits: int, threshold: int, padding: str, node: str) -> int:
-    """Strips, estimate and measurement of one half of `vae`, a copy made for it; the number of convolutions."""
+    """Put strips, an estimate and a meter on one half of `vae`, a copy made for it; returns how many convolutions."""
     progress = Progress()
     tiling = Tiling(splits, threshold=threshold, on_strip=progress)
     progress.convolutions = _patch(
@@ -216,7 +216,7 @@ def _patch_half(vae: Any, half: str, method: str, splits: int, threshold: int, p
 
 
 def _stream_half(vae: Any, half: str, method: str, budget: int, padding: str, node: str) -> int:
-    """Streaming, estimate and measurement of one half of `vae`, a copy made for it; the convolutions in that half."""
+    """Put streaming, an estimate and a meter on one half of `vae`, a copy; returns how many convolutions it has."""
     count = sum(half_of(name) == half for name, _ in convolutions(vae.first_stage_model, predicate=lambda *_: True))
     if count:
         if padding != "plain":  # whole: the strips are streaming's
@@ -246,12 +246,12 @@ def _meter(vae: Any, half: str, streamed: bool, progress: Progress | StreamProgr
 
 
 def _measure(vae: Any, method: str, meter: Meter, estimate: Estimate) -> None:
-    """Have the whole of `method` measured, be it in strips or streamed by now."""
+    """Have all of `method` measured, be it in strips or streamed by now."""
     vae.patcher.add_object_patch(method, Measured(vae.patcher.get_model_object(method), meter, estimate.eager))
 
 
 def _id(node: type[io.ComfyNode]) -> str:
-    """Of the node in the workflow; empty where it is called by hand."""
+    """Find the node's id in the workflow; empty where it is called by hand."""
     return str(getattr(node.hidden, "unique_id", None) or "")
 
 

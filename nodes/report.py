@@ -1,4 +1,4 @@
-"""Patch Conv Report: what runs behind Patch Conv nodes took, as text and as a picture."""
+"""Patch Conv Report: tells what runs behind Patch Conv nodes took, as text and as a picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory over time as a picture, drawn with Pillow: hosts have that and no plotting library."""
+"""Draws memory over time with Pillow: hosts have that and no plotting library."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LINE, _AREA, _EAGER = "#2563eb", "#dbe7fd", "#c2410c"
 
 
 def draw(parts: Sequence[Figures]) -> Image.Image:
-    """One chart for each part, RGB: memory while it ran, its peak, and as a dashed line what eager was counted to need.
+    """Draw one chart for each part, RGB: memory over time, its peak, and dashed what eager was counted to need.
 
     Without parts, a sentence that nothing was measured.
     """
@@ -117,7 +117,7 @@ class _Chart:
         pen.text((self.right, self.bottom + 40), "Time (s)", 14, _MUTED, "rm")
 
     def _level(self, size: float, words: str, color: str, anchor: str) -> None:
-        """A dashed line across, its words above it or below."""
+        """Draw a dashed line across, its words above it or below."""
         y = self.y(size)
         self.pen.dashed(y, self.left, self.right, color, 1.5)
         self.pen.text((self.right - 4, y - 4 if anchor == "rd" else y + 5), words, 14, color, anchor)

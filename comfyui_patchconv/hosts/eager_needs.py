@@ -1,4 +1,4 @@
-"""What calls need when they run eagerly, without us: counted, once for each shape."""
+"""Counts what calls need when they run eagerly, without us: once for each shape."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class EagerNeeds:
     def of(
         self, key: Any, run: Callable[[Any, Make], object], device: torch.device, dtype: Optional[torch.dtype] = None
     ) -> int:
-        """Bytes that `run(copy, make)` needs, by `peak_activations`. Raises what `run` raises."""
+        """Count the bytes that `run(copy, make)` needs, by `peak_activations`. Raises what `run` raises."""
         if key not in self._counted:
             try:
                 self._counted[key] = peak_activations(
@@ -55,7 +55,7 @@ class EagerNeeds:
     def of_call(
         self, name: str, args: Any, kwargs: Any, device: torch.device, dtype: Optional[torch.dtype] = None
     ) -> int:
-        """Bytes that the method `name` needs with these arguments; 0 where that cannot be counted."""
+        """Count the bytes that the method `name` needs with these arguments; 0 where that is impossible."""
 
         def run(copy: Any, make: Make) -> Any:
             return getattr(copy, name)(*made_like(args, make), **made_like(kwargs, make))

@@ -62,8 +62,8 @@ class Estimate(ABC):
         return min(self.host(shape, dtype), self._counted[key])
 
     def eager(self) -> int:
-        """Bytes of the feature maps that one sample of the input last asked about needs at once without us; 0 where
-        that cannot be counted."""
+        """Count the bytes that the maps of one sample, of the input last asked about, need at once without us; 0 where
+        that is impossible."""
         if self._asked is None:
             return 0
         sample, dtype = self._asked
@@ -73,11 +73,11 @@ class Estimate(ABC):
             return 0
 
     def _eager_needs(self, sample: tuple[int, ...], dtype: torch.dtype) -> int:
-        """The same of an input of shape `sample`. Raises what the VAE's code raises."""
+        """Count the same for an input of shape `sample`. Raises what the VAE's code raises."""
         return self._eager.of((sample, dtype), self._run(sample, dtype), self.device, dtype)
 
     def _run(self, sample: tuple[int, ...], dtype: torch.dtype) -> Callable[[Any, Make], object]:
-        """Has a copy decode or encode as the host does, into a tensor of the host's where the VAE writes to one."""
+        """Make a function that has a copy decode or encode as the host does, into the host's tensor if it takes one."""
 
         def run(copy: Any, make: Make) -> Any:
             options = {}
@@ -89,11 +89,11 @@ class Estimate(ABC):
 
     @abstractmethod
     def _count(self, sample: tuple[int, ...], dtype: torch.dtype) -> float:
-        """Bytes for an input of shape `sample`."""
+        """Count the bytes for an input of shape `sample`."""
 
 
 class StripEstimate(Estimate):
-    """Of a VAE whose convolutions run in strips: its activations, and the working set of a strip.
+    """Estimates a VAE whose convolutions run in strips: its activations, and the working set of a strip.
 
     splits, threshold: as of a `Tiling`.
     """
@@ -111,7 +111,7 @@ class StripEstimate(Estimate):
 
 
 class StreamEstimate(Estimate):
-    """Of a VAE that is streamed: what the schedules expect, and what lies beside them.
+    """Estimates a VAE that is streamed: the peaks of the schedules, and what is stored beside them.
 
     part: the method of the model that is streamed, as `"decoder.forward"`; or all of `method` at once where that takes
     less: of a video that comes to the part in chunks, whose last frames are kept for the next one. Empty for all of
@@ -135,7 +135,7 @@ class StreamEstimate(Estimate):
         return answer
 
     def at_once(self, input: Tensor) -> bool:
-        """Whether all of `method` takes less than the part's calls. It is counted if it was not yet."""
+        """Tell whether all of `method` takes less than the part's calls; count it if that was not done yet."""
         key = (tuple(input.shape)[1:], input.dtype)
         if key not in self._at_once:
             with suppress(Exception):  # the host's code is free to do what tensors without values cannot
@@ -146,7 +146,7 @@ class StreamEstimate(Estimate):
         expected = self._expect(self.part, sample, dtype)
         chosen, at_once = expected, False
         if self.part not in ("", self.method) and expected.calls != 1:
-            # None: the method goes through the part's inside itself. Several: in chunks.
+            # No call: the method runs what is inside the part by itself. Several: it decodes in chunks.
             with suppress(Exception):
                 chosen = self._expect("", sample, dtype)
                 at_once = chosen.peak < expected.peak or not expected.calls

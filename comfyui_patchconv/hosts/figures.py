@@ -20,7 +20,7 @@ _ENDINGS: dict[State, str] = {"done": "", "running": " so far", "stopped": ", st
 
 @dataclass
 class Figures:
-    """Of all calls of one part in a run.
+    """Adds up all calls of one part in a run.
 
     part: what ran (`"VAE decoder"`). streamed: whether whole, or else by convolution. strips: of all that was streamed,
     or the most that one convolution was cut into; 0 where they were not counted. calls, seconds: in all. peak: the
@@ -41,7 +41,7 @@ class Figures:
     state: State = "done"
 
     def add(self, recorded: Recorder) -> None:
-        """One more call."""
+        """Add one more call."""
         self.calls += 1
         self.peak = max(self.peak, recorded.peak)
         self.timeline += [(self.seconds + min(at, recorded.seconds), size) for at, size in recorded.timeline]
@@ -63,7 +63,7 @@ class Figures:
         return _ENDINGS[self.state]
 
     def words(self) -> dict[str, str]:
-        """How it ran, and its peak, what eager needs, and time, as far as they are known.
+        """Say how it ran, and its peak, what eager needs, and time, as far as they are known.
 
         eager: for a sentence or a chart. eager_short: the same for a small place; missing where it says nothing.
         """
@@ -86,7 +86,7 @@ class Figures:
         return words
 
     def line(self) -> str:
-        """The words as one line."""
+        """Join the words to one line."""
         words = self.words()
         if "peak" in words and "eager" in words:
             words["peak"] += f" ({words.pop('eager')})"
@@ -94,7 +94,7 @@ class Figures:
         return ", ".join([f"{self.part} {words['way']}", *rest]) + self.ending
 
     def as_json(self) -> dict[str, Any]:
-        """For a front end: the figures and the words. eager: 0 where there is nothing to draw."""
+        """Give a front end the figures and the words. eager: 0 where there is nothing to draw."""
         known = {name: getattr(self, name) for name in ("part", "strips", "seconds", "peak", "timeline", "state")}
         words = {"words": self.words(), "line": self.line(), "ending": self.ending}
         return known | {"eager": self.eager_at_least} | words
@@ -111,5 +111,5 @@ class StripCount:
 
 
 def strips_of(rows_done: int, rows: int) -> int:
-    """Into how many strips `rows` are cut when the first of them ends at `rows_done`; fewer than that later on."""
+    """Count the strips that `rows` are cut into, after the first, which ends at `rows_done`; fewer after later ones."""
     return -(-rows // max(rows_done, 1))

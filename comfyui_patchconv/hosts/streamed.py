@@ -1,4 +1,4 @@
-"""Streaming in a host: what runs instead of a VAE's decoder or encoder."""
+"""Runs instead of a VAE's decoder or encoder in a host, and streams it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StreamedForward:
         self._fresh = True
 
     def start(self) -> None:
-        """A decode or encode begins: it may take what is free now."""
+        """Begin a decode or encode: it may take what is free now."""
         self._fresh = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

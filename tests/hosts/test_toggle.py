@@ -1,4 +1,4 @@
-"""What the WebUI's toggle does to models: on for a run, and off without a trace."""
+"""The WebUI's toggle patches models for a run, and leaves no trace."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .vae import VAE, Half, Holder
 
 
 class ForgeConv2d(nn.Conv2d):
-    """As Forge's: past what is set on the module, unless weights are to be cast."""
+    """Calls what is set on the module only if it casts, as Forge's does."""
 
     parameters_manual_cast = False
 
@@ -47,7 +47,7 @@ def methods(model: nn.Module) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mode", ["patch", "stream"])
-def test_on_and_off(vae: VAE, mode: str) -> None:
+def test_the_result_is_the_same_on_and_nothing_is_left_off(vae: VAE, mode: str) -> None:
     z, pixels, before = torch.randn(1, 4, 24, 16), torch.randn(1, 3, 24, 16), methods(vae)
     decoded, encoded = vae.decode(z), vae.encode(pixels)
     toggle = Toggle(Settings(mode=mode, threshold=0.0, splits=3))
@@ -93,7 +93,7 @@ def test_a_unet_without_convolutions() -> None:
     assert toggle.report() == "Patch Conv: nothing that it was asked to patch has run"
 
 
-def test_convolutions_that_pass_by_what_is_set_on_them(vae: VAE) -> None:
+def test_forges_convolutions_are_made_to_cast_and_left_as_they_were(vae: VAE) -> None:
     for _, conv in list(vae.named_modules()):
         if isinstance(conv, nn.Conv2d):
             conv.__class__ = ForgeConv2d
@@ -140,7 +140,7 @@ def test_the_host_hears_what_a_decode_takes(vae: VAE, settings: Settings) -> Non
     assert kept.memory_used_decode(shape, torch.float32) == eager
 
 
-def test_another_model_takes_over(vae: VAE) -> None:
+def test_a_model_that_is_no_longer_followed_is_restored(vae: VAE) -> None:
     other = VAE()
     toggle = Toggle(Settings())
     toggle.follow([vae], [])
@@ -154,7 +154,7 @@ def test_another_model_takes_over(vae: VAE) -> None:
     assert not methods(other)
 
 
-def test_errors_are_as_they_were(vae: VAE) -> None:
+def test_errors_of_the_model_pass_through(vae: VAE) -> None:
     toggle = Toggle(Settings(mode="stream"))
     toggle.follow([vae], [])
     with pytest.raises(RuntimeError, match="channels"):

@@ -215,7 +215,7 @@ def test_a_plot_over_modes_and_splits(webui: WebUI, eager: Result) -> None:
 
 @pytest.mark.slow
 def test_memory(webui: WebUI) -> None:
-    """The decode is the peak of a eager run; what a streamed one takes it measures itself, from trimmed memory on."""
+    """The decode is the peak of an eager run; what a streamed one takes it measures itself, from trimmed memory on."""
     request: dict[str, Any] = {"width": 768, "height": 768, "steps": 1}
     webui.run(**request)
     _, eager = webui.peak_of(lambda: webui.run(**request))

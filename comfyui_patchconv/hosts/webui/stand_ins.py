@@ -1,4 +1,4 @@
-"""What stands in for methods for the length of a run, and is taken off again without a trace."""
+"""Stands in for methods for the length of a run, and leaves no trace."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ class StandIn:
 
 
 class CastingForward(StandIn):
-    """Makes a convolution of Forge's cast: Forge calls `_conv_forward`, where our strips are, only when it casts.
+    """Forge calls `_conv_forward`, which is ours, only when it casts: so this makes it cast.
 
-    It casts to the dtype and device that the weights have, so what it computes is the same.
+    It casts to the dtype and device that the weights have: the result is the same.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

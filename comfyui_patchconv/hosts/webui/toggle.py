@@ -1,4 +1,4 @@
-"""Patch Conv for the length of a run: put on models in place, and taken off as if it had never been there."""
+"""Puts Patch Conv on models for the length of a run, and takes it off as if it had never been there."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Toggle:
         return bool(self._models)
 
     def follow(self, vaes: Iterable[nn.Module], unets: Iterable[nn.Module], holders: Iterable[Any] = ()) -> None:
-        """Patch these models and no others: one that is not among them any more is as it was before.
+        """Patch these models and no others: restore those that are not among them any more.
 
         holders: of Forge and reForge, what holds a VAE and its estimates of the memory that it takes.
         """
@@ -68,12 +68,12 @@ class Toggle:
         self.follow([], [])
 
     def report(self) -> str:
-        """What was done, in one line, with figures where they were measured."""
+        """Say what was done, in one line, with figures where they were measured."""
         parts = [figures.line() for part, figures in self._figures.items() if figures.calls or part not in HALVES]
         return "Patch Conv: " + ("; ".join(parts) or "nothing that it was asked to patch has run")
 
     def _figures_of(self, part: str) -> Figures:
-        """Of all models that have such a part."""
+        """Find the figures of a part, which all models that have it share."""
         streamed = part in HALVES and self.settings.mode == "stream"
         words = f"VAE {part}" if part in HALVES else part
         return self._figures.setdefault(part, Figures(words, streamed))
