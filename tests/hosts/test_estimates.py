@@ -50,7 +50,7 @@ class Frame(nn.Module):
 def test_strips_need_their_maps_and_no_more_than_the_host_thinks() -> None:
     estimate = StripEstimate(Holder(VAE()), "decode", huge, splits=4, threshold=0)
     found = estimate(SHAPE, torch.float32)
-    assert 2 * MAP < estimate.eager() < found / MARGIN < 6 * MAP
+    assert 2 * MAP < estimate.eager() < found / MARGIN < 2 * estimate.eager()
     estimate.host = lambda shape, dtype: 5.0
     assert estimate(SHAPE, torch.float32) == 5.0
 
