@@ -1,4 +1,4 @@
-"""What the server tells the front end of our own accord, over the host's own channel."""
+"""Tells the front end things of our own, over the host's channel."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ class Messenger:
         self.event, self.interval = event, interval
         self._lock = threading.Lock()
         self._next = 0.0
-        self._waiting: Optional[tuple[Any, str]] = None
+        self._pending: Optional[tuple[Any, str]] = None
 
     def tell(self, data: Any) -> None:
-        """`data`: what JSON can hold. Nothing happens without a server, or without a page that listens."""
+        """Tell `data`, which JSON can hold. Nothing happens without a server, or without a page that listens."""
         client = getattr(_server(), "client_id", None)
         if client is None:
             return
         with self._lock:
-            waits, self._waiting = self._waiting is not None, (data, client)
+            pending, self._pending = self._pending is not None, (data, client)
             seconds = self._next - time.monotonic()
-            if seconds <= 0 and not waits:
+            if seconds <= 0 and not pending:
                 self._send()
-            elif not waits:
+            elif not pending:
                 timer = threading.Timer(seconds, self._send_late)
                 timer.daemon = True
                 timer.start()
@@ -40,12 +40,12 @@ class Messenger:
             self._send()
 
     def _send(self) -> None:
-        if self._waiting is not None:
-            _server().send_sync(self.event, *self._waiting)
-            self._next, self._waiting = time.monotonic() + self.interval, None
+        if self._pending is not None:
+            _server().send_sync(self.event, *self._pending)
+            self._next, self._pending = time.monotonic() + self.interval, None
 
 
 def _server() -> Any:
-    """The host's server; None where ComfyUI is used as a library."""
+    """Find the host's server; None where ComfyUI is used as a library."""
     module = sys.modules.get("server")
     return getattr(getattr(module, "PromptServer", None), "instance", None)

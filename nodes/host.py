@@ -1,4 +1,4 @@
-"""What differs between ComfyUI versions, in one place."""
+"""Levels what differs between ComfyUI versions."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ FILL_CATEGORY: str = host_nodes.ImagePadForOutpaint.CATEGORY
 
 
 def schema(**options: Any) -> Any:
-    """An `io.Schema`, less the options that this ComfyUI does not know yet (`search_aliases`)."""
+    """Make an `io.Schema`, less the options that this ComfyUI does not know yet (`search_aliases`)."""
     known = {field.name for field in fields(io.Schema)}
     return io.Schema(**{name: value for name, value in options.items() if name in known})
 
 
 def advanced(kind: Any, name: str, **options: Any) -> Any:
-    """An input of `kind` that the front end folds away under "advanced", where this ComfyUI can."""
+    """Make an input of `kind` that the front end folds away under "advanced", where this ComfyUI can."""
     if "advanced" in signature(kind.Input).parameters:
         options["advanced"] = True
     return kind.Input(name, **options)

@@ -1,11 +1,11 @@
-"""What a decode, an encode or a sampling took: measured where it happens, and told to the front end."""
+"""Measures what a decode, an encode or a sampling takes, and tells the front end."""
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Optional, Protocol
 
 import torch
@@ -13,15 +13,13 @@ from comfy.patcher_extension import WrappersMP  # pyright: ignore[reportMissingI
 from comfy_execution.utils import get_executing_context  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 
-from ..comfyui_patchconv.hosts.eager_needs import made_like, signature
-from ..comfyui_patchconv.hosts.figures import Figures
+from ..comfyui_patchconv.hosts.eager_needs import EagerNeeds
+from ..comfyui_patchconv.hosts.figures import Figures, State
 from ..comfyui_patchconv.memory.recorder import Recorder
-from ..comfyui_patchconv.streaming import peak_activations
 from .front_end import Messenger
-from .vae_memory import HOST_ATTRIBUTES
 
 EVENT = "patchconv.report"
-"""`node`: the id of a Patch Conv node. `prompt`: the run's. `running`: whether it goes on. The rest is of `Figures`."""
+"""`node`: the id of a Patch Conv node. `prompt`: the run's. The rest is of `Figures.as_json`."""
 
 _KEY = "patchconv"  # of our wrappers among those of a model
 _MEASURED = ("cpu", "cuda")  # device types whose memory `Recorder` reads
@@ -30,7 +28,7 @@ _LIVE = 1.0  # seconds between two states of a run that goes on
 
 
 class Counter(Protocol):
-    """What counts strips while they run."""
+    """Counts strips while they run."""
 
     strips: int
 
@@ -57,15 +55,45 @@ class Meter:
         return self  # a copied model reports to the same node
 
     def start(self) -> None:
-        """The next call begins a run."""
+        """Let the next call begin a run."""
         self._fresh = True
 
     @contextmanager
-    def measuring(self, plain: Callable[[], int]) -> Iterator[None]:
-        """One call, around which this is put. plain: bytes that it was counted to need without us, or 0; asked later.
+    def measuring(self, eager: Callable[[], int]) -> Iterator[None]:
+        """Measure one call, around which this is put. eager: asked later for the bytes that it needs without us, or 0.
 
-        A call that raises leaves the figures as they were last told.
+        A call that raises is told as stopped, whether by the user or by an error.
         """
+        self._begin()
+        recorder = None
+        if self.device.type in _MEASURED:
+            # The allocator's peak is the host's own: it is read and never set back, as it could not be put back after.
+            recorder = Recorder(self.device, _INTERVAL, own_peak=False, samples=_SAMPLES)
+        try:
+            with recorder or nullcontext():
+                self._recorder = recorder
+                yield
+        except BaseException:
+            self._tell(self._with(recorder), "stopped")
+            raise
+        finally:
+            self._recorder = None
+        self._before = self._with(recorder)
+        if self.streamed or self.counter.strips > 1:  # else it ran eagerly
+            self._before.eager = max(self._before.eager, eager())
+        self._tell(self._before, "done")
+
+    def look(self) -> None:
+        """Tell how far it is, now and then; called after each strip."""
+        now = time.monotonic()
+        if self._recorder is None or now < self._next:
+            return
+        self._next = now + _LIVE
+        self._recorder.update()
+        self._tell(self._with(self._recorder), "running")
+
+    def _begin(self) -> None:
+        """Begin one more call, of a new run or of the one before."""
         where = get_executing_context()
         if self._fresh or where != self._where:
             self._fresh, self._where = False, where
@@ -73,51 +101,31 @@ class Meter:
             self._before = Figures(self.part, self.streamed)
             self.counter.start()
         self._next = time.monotonic() + _LIVE
-        if self.device.type not in _MEASURED:
-            yield
-            self._before.calls += 1
+
+    def _with(self, recorder: Optional[Recorder]) -> Figures:
+        """Add one more call, that of `recorder`, to a copy of the run's figures."""
+        figures = replace(self._before, timeline=[*self._before.timeline])
+        if recorder is None:
+            figures.calls += 1
         else:
-            recorder = Recorder(self.device, _INTERVAL, samples=_SAMPLES)
-            try:
-                with recorder:
-                    self._recorder = recorder
-                    yield
-            finally:
-                self._recorder = None
-            self._before.add(recorder)
-        if self.streamed or self.counter.strips > 1:  # else it ran as plain does
-            self._before.plain = max(self._before.plain, plain())
-        self._tell(self._before, running=False)
+            figures.add(recorder)
+        return figures
 
-    def look(self) -> None:
-        """After a strip: tell how far it is, now and then."""
-        now = time.monotonic()
-        recorder = self._recorder
-        if recorder is None or now < self._next:
-            return
-        self._next = now + _LIVE
-        recorder.update()
-        figures = copy.copy(self._before)
-        figures.timeline = [*figures.timeline]
-        figures.add(recorder)
-        self._tell(figures, running=True)
-
-    def _tell(self, figures: Figures, running: bool) -> None:
-        figures.strips = self.counter.strips
+    def _tell(self, figures: Figures, state: State) -> None:
+        figures.strips, figures.state = self.counter.strips, state
         self.figures = figures
-        data = {"node": self.node, "prompt": self.prompt, "running": running, **figures.as_json()}
-        self._messenger.tell(data)
+        self._messenger.tell({"node": self.node, "prompt": self.prompt, **figures.as_json()})
 
 
 class Measured:
     """Stands in for a VAE's `decode` or `encode`, `forward`, and measures it."""
 
-    def __init__(self, forward: Callable[..., Any], meter: Meter, plain: Callable[[], int]) -> None:
-        self.forward, self.meter, self.plain = forward, meter, plain
+    def __init__(self, forward: Callable[..., Any], meter: Meter, eager: Callable[[], int]) -> None:
+        self.forward, self.meter, self.eager = forward, meter, eager
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         samples = args[0].shape[0] if args and isinstance(args[0], Tensor) else 1
-        with self.meter.measuring(lambda: samples * self.plain()):
+        with self.meter.measuring(lambda: samples * self.eager()):
             return self.forward(*args, **kwargs)
 
 
@@ -125,40 +133,29 @@ class MeasuredSampling:
     """Measures each sampling with a model, and counts what one call of its network would need without us."""
 
     def __init__(self, network: nn.Module, meter: Meter) -> None:
-        self.network, self.meter = network, meter
-        self._counted: dict[Any, int] = {}
+        self.meter = meter
+        self._eager_needs = EagerNeeds(network)
         self._call: Optional[list[Any]] = None
 
     def sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """The host's wrapper of a whole sampling."""
+        """Wrap a whole sampling, for the host."""
         self._call = None
         self.meter.start()
-        with self.meter.measuring(self._plain):
+        with self.meter.measuring(self._eager):
             return executor(*args, **kwargs)
 
     def note(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """The host's wrapper of a call of the network: the first of a sampling stands for all."""
+        """Wrap a call of the network, for the host: the first of a sampling stands for all."""
         if self._call is None:
             # Not what other nodes pass on in dictionaries: that is not ours to run.
             self._call = [_without_values({} if isinstance(value, dict) else value) for value in args]
         return executor(*args, **kwargs)
 
-    def _plain(self) -> int:
+    def _eager(self) -> int:
         if self._call is None:
             return 0
-        args, key = self._call, signature(self._call)
-        if key not in self._counted:
-            self._counted[key] = 0
-            device = self.meter.device
-            with suppress(Exception):  # the host's code is free to do what tensors without values cannot
-                self._counted[key] = peak_activations(
-                    self.network,
-                    lambda copy, make: copy(*made_like(args, make)),
-                    device=device,
-                    dtype=args[0].dtype,
-                    attributes=HOST_ATTRIBUTES,
-                )
-        return self._counted[key]
+        dtype = getattr(self._call[0], "dtype", None) if self._call else None
+        return self._eager_needs.of_call("__call__", self._call, {}, self.meter.device, dtype)
 
 
 def _without_values(value: Any) -> Any:
@@ -174,7 +171,7 @@ def measure_sampling(model: Any, meter: Meter) -> None:
 
 
 def meters_of(vae: Any = None, model: Any = None) -> list[Meter]:
-    """Those that Patch Conv nodes have put on a VAE and on a model."""
+    """Find the meters that Patch Conv nodes have put on a VAE and on a model."""
     found = [] if vae is None else [one for one in vae.patcher.object_patches.values() if isinstance(one, Measured)]
     sampling = [] if model is None else model.get_wrappers(WrappersMP.SAMPLER_SAMPLE, _KEY)
     return [one.meter for one in (*found, *(wrapper.__self__ for wrapper in sampling))]

@@ -1,4 +1,4 @@
-"""Partial Conv: encode an image with a hole, or fill the hole, without what lies in it."""
+"""Partial Conv: encodes an image with a hole, or fills the hole, without what lies in it."""
 
 from __future__ import annotations
 
@@ -97,15 +97,15 @@ class FillMaskedArea(io.ComfyNode):
 
 
 def _like(mask: Tensor, image: Tensor) -> Tensor:
-    """A mask `[H, W]` or `[N, H, W]` as `[N, H, W]` of the images `[N, H, W, C]`: resized and repeated as the host does
-    it for inpainting."""
+    """Fit a mask `[H, W]` or `[N, H, W]` to images `[N, H, W, C]`, as `[N, H, W]`: resized and repeated as the host
+    does for inpainting."""
     mask = mask.reshape(-1, 1, *mask.shape[-2:]).to(image.device, image.dtype)
     mask = F.interpolate(mask, size=image.shape[1:3], mode="bilinear")[:, 0]
     return mask[torch.arange(len(image), device=mask.device) % len(mask)]
 
 
 def _cropped(pixels: Tensor, mask: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
-    """The middle of both, of sides that the VAE can encode; as the host's VAE does it."""
+    """Crop both to the middle, to sides that the VAE can encode, as the host's VAE does."""
     for dim in (1, 2):
         size = pixels.shape[dim] // multiple * multiple
         start = pixels.shape[dim] % multiple // 2
@@ -114,14 +114,14 @@ def _cropped(pixels: Tensor, mask: Tensor, multiple: int) -> tuple[Tensor, Tenso
 
 
 def _grown(mask: Tensor, pixels: int) -> Tensor:
-    """A noise mask `[N, 1, H, W]`, wider than a mask `[N, H, W]` by `pixels`, shared out as the host does it."""
+    """Grow a mask `[N, H, W]` by `pixels` to a noise mask `[N, 1, H, W]`, to either side as the host does."""
     kernel = max(pixels, 1)
     return F.max_pool2d(mask[:, None], kernel, 1, kernel // 2)[..., : mask.shape[-2], : mask.shape[-1]]
 
 
 def _encoded(vae: Any, pixels: Tensor, valid: Tensor) -> Tensor:
-    """The latent of images `[N, H, W, C]` with a mask `[N, H, W]` each, 1 where valid. A video has one mask: what any
-    frame's covers."""
+    """Encode images `[N, H, W, C]` with a mask `[N, H, W]` each, 1 where valid. A video has one mask: what any frame's
+    covers."""
     if bool(valid.all()):
         return vae.encode(pixels)
     video = vae.latent_dim == 3 and not getattr(vae, "not_video", False)
@@ -133,7 +133,7 @@ def _encoded(vae: Any, pixels: Tensor, valid: Tensor) -> Tensor:
 
 
 def _with_holes(vae: Any, valid: Tensor) -> Any:
-    """A copy of `vae` that encodes an image of the size of `valid` without its holes."""
+    """Make a copy of `vae` that encodes an image of the size of `valid` without its holes."""
     patched = copy.copy(vae)
     patched.patcher = vae.patcher.clone()
     leave(patched, "encoder", "encode")

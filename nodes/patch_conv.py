@@ -1,13 +1,15 @@
-"""Patch Conv: the convolutions of a VAE or of a model in strips. Same pixels, less memory."""
+"""Patch Conv: runs the convolutions of a VAE or of a model in strips. Same pixels, less memory."""
 
 from __future__ import annotations
 
 import copy
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from comfy import model_management  # pyright: ignore[reportMissingImports]
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from torch import nn
 
@@ -15,14 +17,15 @@ from ..comfyui_patchconv import Tiling, convolutions
 from ..comfyui_patchconv.conv.forward import TiledForward, tiled_forward
 from ..comfyui_patchconv.conv.patch import PADDINGS
 from ..comfyui_patchconv.conv.strip_sizes import DEFAULT_THRESHOLD
+from ..comfyui_patchconv.hosts.estimates import Estimate, StreamEstimate, StripEstimate
 from ..comfyui_patchconv.hosts.halves import HALVES, half_of, part_of
 from ..comfyui_patchconv.hosts.modes import MODES
+from ..comfyui_patchconv.hosts.numbers import check_number
+from ..comfyui_patchconv.hosts.streamed import StreamedAtOnce, StreamedForward
 from ..comfyui_patchconv.units import GIB, MILLION
 from .host import MODEL_CATEGORY, VAE_CATEGORY, advanced, schema
 from .meter import Measured, Meter, measure_sampling
 from .progress import Progress, StreamProgress, Strips
-from .streamed_half import StreamedAtOnce, StreamedForward, StreamMemory
-from .vae_memory import Memory, StripMemory
 
 
 class PatchConvVAE(io.ComfyNode):
@@ -89,6 +92,8 @@ class PatchConvVAE(io.ComfyNode):
         padding: str = "plain",
     ) -> io.NodeOutput:
         vae.throw_exception_if_invalid()
+        check_number("threshold", threshold, "millions of elements")
+        check_number("budget", budget, "GiB")
         patched = copy.copy(vae)
         patched.patcher = vae.patcher.clone()
         count = 0
@@ -130,6 +135,7 @@ class PatchConvModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, splits: int, threshold: float, padding: str = "plain") -> io.NodeOutput:
+        check_number("threshold", threshold, "millions of elements")
         patched = model.clone()
         strips = Strips()
         tiling = Tiling(splits, threshold=round(threshold * MILLION), on_strip=strips)
@@ -180,7 +186,7 @@ def _padding_input() -> Any:
 
 
 def _patch(patcher: Any, model: nn.Module, tiling: Tiling, padding: str, chosen: Callable[[str], bool]) -> int:
-    """Have the host put strips into the chosen convolutions of `model`; their number.
+    """Have the host put strips into the chosen convolutions of `model`; returns how many these are.
 
     Those with a kernel of 1 too: a backend copies their whole input and output as it does for larger kernels.
     """
@@ -192,7 +198,7 @@ def _patch(patcher: Any, model: nn.Module, tiling: Tiling, padding: str, chosen:
 
 
 def _patch_half(vae: Any, half: str, method: str, splits: int, threshold: int, padding: str, node: str) -> int:
-    """Strips, estimate and measurement of one half of `vae`, a copy made for it; the number of convolutions."""
+    """Put strips, an estimate and a meter on one half of `vae`, a copy made for it; returns how many convolutions."""
     progress = Progress()
     tiling = Tiling(splits, threshold=threshold, on_strip=progress)
     progress.convolutions = _patch(
@@ -201,31 +207,35 @@ def _patch_half(vae: Any, half: str, method: str, splits: int, threshold: int, p
     if progress.convolutions:
         host = getattr(vae, f"memory_used_{method}")
         meter = _meter(vae, half, False, progress, node)
-        memory = StripMemory(vae, method, host, tiling, progress.start, meter.start)
-        setattr(vae, f"memory_used_{method}", memory)
-        _measure(vae, method, meter, memory)
+        estimate = StripEstimate(
+            vae, method, host, splits=splits, threshold=threshold, starts=(progress.start, meter.start)
+        )
+        setattr(vae, f"memory_used_{method}", estimate)
+        _measure(vae, method, meter, estimate)
     return progress.convolutions
 
 
 def _stream_half(vae: Any, half: str, method: str, budget: int, padding: str, node: str) -> int:
-    """Streaming, estimate and measurement of one half of `vae`, a copy made for it; the convolutions in that half."""
+    """Put streaming, an estimate and a meter on one half of `vae`, a copy; returns how many convolutions it has."""
     count = sum(half_of(name) == half for name, _ in convolutions(vae.first_stage_model, predicate=lambda *_: True))
     if count:
         if padding != "plain":  # whole: the strips are streaming's
             whole = Tiling(1, threshold=sys.maxsize)
             _patch(vae.patcher, vae.first_stage_model, whole, padding, lambda name: half_of(name) == half)
         key = part_of(vae.first_stage_model, half, method)
-        forward = vae.patcher.get_model_object(key)
         progress = StreamProgress()
-        streamed = StreamedForward(forward, torch.device(vae.device), budget, progress)
+        free = partial(model_management.get_free_memory, torch.device(vae.device))
+        streamed = StreamedForward(vae.patcher.get_model_object(key), budget, free, progress, progress.next_call)
         vae.patcher.add_object_patch(key, streamed)
         host = getattr(vae, f"memory_used_{method}")
         meter = _meter(vae, half, True, progress, node)
-        memory = StreamMemory(vae, method, host, key, streamed, meter.start)
-        setattr(vae, f"memory_used_{method}", memory)
+        starts = (progress.start, streamed.start, meter.start)
+        estimate = StreamEstimate(vae, method, host, budget=budget, part=key, on_work=progress.expect, starts=starts)
+        setattr(vae, f"memory_used_{method}", estimate)
         if key != method:
-            vae.patcher.add_object_patch(method, StreamedAtOnce(vae.patcher.get_model_object(method), streamed, memory))
-        _measure(vae, method, meter, memory)
+            at_once = StreamedAtOnce(vae.patcher.get_model_object(method), streamed, estimate)
+            vae.patcher.add_object_patch(method, at_once)
+        _measure(vae, method, meter, estimate)
     return count
 
 
@@ -235,20 +245,20 @@ def _meter(vae: Any, half: str, streamed: bool, progress: Progress | StreamProgr
     return meter
 
 
-def _measure(vae: Any, method: str, meter: Meter, memory: Memory) -> None:
-    """Have the whole of `method` measured, be it in strips or streamed by now."""
-    vae.patcher.add_object_patch(method, Measured(vae.patcher.get_model_object(method), meter, memory.plain))
+def _measure(vae: Any, method: str, meter: Meter, estimate: Estimate) -> None:
+    """Have all of `method` measured, be it in strips or streamed by now."""
+    vae.patcher.add_object_patch(method, Measured(vae.patcher.get_model_object(method), meter, estimate.eager))
 
 
 def _id(node: type[io.ComfyNode]) -> str:
-    """Of the node in the workflow; empty where it is called by hand."""
+    """Find the node's id in the workflow; empty where it is called by hand."""
     return str(getattr(node.hidden, "unique_id", None) or "")
 
 
 def leave(vae: Any, half: str, method: str) -> None:
     """Take off what a node of ours before this one has put on this half of `vae`, a copy: the last node counts."""
     estimate = getattr(vae, f"memory_used_{method}")
-    if not isinstance(estimate, (StripMemory, StreamMemory)):
+    if not isinstance(estimate, Estimate):
         return
     setattr(vae, f"memory_used_{method}", estimate.host)
     measured = vae.patcher.object_patches.get(method)

@@ -1,4 +1,4 @@
-"""Models of pixels in the host's patcher, and their sampling under the host's bar: what their families share."""
+"""Puts models of pixels into the host's patcher and samples under the host's bar: what their families share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXAMPLES = Path(__file__).parents[1] / "example_workflows" / "models"
 
 
 class PixelModel(nn.Module):
-    """Networks where the host and other nodes look for one; `family` says who can sample with them."""
+    """Holds networks where the host and other nodes look for one; `family` says who can sample with them."""
 
     def __init__(self, family: str, networks: Sequence[nn.Module], details: Any = None) -> None:
         super().__init__()
@@ -49,13 +49,13 @@ def add_folder(name: str, *suffixes: str) -> None:
 
 
 def patcher_of(model: PixelModel, dtype: str) -> Any:
-    """The host's MODEL. dtype: one of `DTYPES`."""
+    """Make the host's MODEL. dtype: one of `DTYPES`."""
     model = model.to(DTYPES[dtype]).requires_grad_(False)
     return ModelPatcher(model, model_management.get_torch_device(), model_management.unet_offload_device())
 
 
 def expect(model: Any, family: str) -> PixelModel:
-    """What a MODEL holds. Raises ValueError for one of another family."""
+    """Take out what a MODEL holds. Raises ValueError for one of another family."""
     held = model.model
     if not isinstance(held, PixelModel) or held.family != family:
         kind = held.family if isinstance(held, PixelModel) else type(held).__name__
@@ -64,19 +64,19 @@ def expect(model: Any, family: str) -> PixelModel:
 
 
 def ready(model: Any, memory: int) -> torch.device:
-    """Have the host load `model` and free `memory` bytes beside it; the device."""
+    """Have the host load `model` and free `memory` bytes beside it; returns the device."""
     model_management.load_models_gpu([model], memory_required=memory)
     return model.load_device
 
 
 def noise(seed: int, *shape: int) -> tuple[Tensor, torch.Generator]:
-    """The first noise, on the CPU as the host draws it, and where the noise of the steps comes from."""
+    """Draw the first noise, on the CPU as the host does, and return the generator of the steps' noise with it."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator), generator
 
 
 class SamplingBar:
-    """The host's bar and preview for each step, and its interrupt; an `on_step` for images in 0..1."""
+    """Moves the host's bar, shows its preview and heeds its interrupt; an `on_step` for images in 0..1."""
 
     def __init__(self, steps: int) -> None:
         self.bar = ProgressBar(steps)
@@ -91,7 +91,7 @@ class SamplingBar:
 
 
 def as_image(images: Tensor) -> Tensor:
-    """The host's IMAGE of `[N, 1 | 3 | 4, H, W]` in 0..1; grey becomes three equal channels."""
+    """Make the host's IMAGE of `[N, 1 | 3 | 4, H, W]` in 0..1; grey becomes three equal channels."""
     channels = 3 if images.shape[1] == 1 else images.shape[1]
     whole = images.expand(-1, channels, -1, -1).clamp(0, 1).movedim(1, -1)
     return whole.float().contiguous().to(model_management.intermediate_device())

@@ -1,4 +1,4 @@
-"""The host's interrupt and the host's progress bar, at the granularity of a strip."""
+"""Shows progress in the host's bar and stops at the host's interrupt, strip by strip."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Watch:
         self.start()
 
     def start(self) -> None:
-        """Something begins, whatever became of what was before."""
+        """Begin anew, whatever became of what was before."""
         self.strips = 0
 
     def then(self, call: Callable[[], None]) -> None:
@@ -37,7 +37,7 @@ class _Watch:
         self._then = call
 
     def _look(self) -> None:
-        """After a strip. Raises the host's InterruptProcessingException when the user asks to stop."""
+        """Look around after a strip. Raises the host's InterruptProcessingException when the user asks to stop."""
         throw_exception_if_processing_interrupted()
         if self._then is not None:
             self._then()
@@ -53,7 +53,7 @@ class _Watch:
 
 
 class Strips(_Watch):
-    """For a model under a sampler, which has a bar of its own; a `Tiling.on_strip`."""
+    """Watches a model under a sampler, which has a bar of its own; a `Tiling.on_strip`."""
 
     def __call__(self, module: nn.Module, rows_done: int, rows: int) -> None:
         self.strips = max(self.strips, strips_of(rows_done, rows))
@@ -61,7 +61,7 @@ class Strips(_Watch):
 
 
 class _Bar(_Watch):
-    """The host's bar: it appears after `delay` seconds, and moves every `interval` seconds at most."""
+    """Moves the host's bar: it appears after `delay` seconds, and moves every `interval` seconds at most."""
 
     def __init__(self, delay: float, interval: float) -> None:
         self.delay, self.interval = delay, interval
@@ -73,7 +73,7 @@ class _Bar(_Watch):
         self._bar: Optional[Any] = None
 
     def _is_due(self) -> bool:
-        """Whether to move it now. Raises as `_look` does."""
+        """Tell whether to move it now. Raises as `_look` does."""
         self._look()
         now = time.monotonic()
         if now < self._next:
@@ -121,11 +121,11 @@ class StreamProgress(_Bar):
         self._expected = self._before = self._done = 0
 
     def expect(self, work: int) -> None:
-        """This is the work of all calls until the next start, in the units of `__call__`; 0 where it is not known."""
+        """Expect this work of all calls until the next start, in the units of `__call__`; 0 where it is not known."""
         self._expected = work
 
     def next_call(self) -> None:
-        """Another call begins: a chunk of a video, or the next image of a batch."""
+        """Begin another call: a chunk of a video, or the next image of a batch."""
         self._before, self._done = self._before + self._done, 0
 
     def __call__(self, done: int, work: int) -> None:

@@ -1,4 +1,4 @@
-"""Patch Conv Report: what runs behind Patch Conv nodes took, as text and as a picture."""
+"""Patch Conv Report: tells what runs behind Patch Conv nodes took, as text and as a picture."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from ..comfyui_patchconv.hosts.figures import Figures
 from .host import VAE_CATEGORY, schema
 from .meter import Meter, meters_of
 
+_NOT_CONNECTED = (
+    "Patch Conv: nothing that is connected comes from a Patch Conv node that is on, so there is nothing to report. "
+    "Connect vae to Patch Conv (VAE), or model to Patch Conv (Model)."
+)
 _NOTHING = (
     "Patch Conv: nothing was measured. Nothing has run yet with what is connected: `after` takes the output of the "
     "VAE Decode, VAE Encode or sampler that uses it."
@@ -29,8 +33,8 @@ class PatchConvReport(io.ComfyNode):
             display_name="Patch Conv Report",
             category=VAE_CATEGORY,
             description=(
-                "What a decode, encode or sampling behind Patch Conv took: strips, peak memory, what plain was counted "
-                "to need, and time, as text and as a plot to save."
+                "What a decode, encode or sampling behind Patch Conv took: strips, peak memory, what it was "
+                "counted to need without Patch Conv, and time, as text and as a plot to save."
             ),
             search_aliases=["memory report", "vram report", "memory plot", "benchmark", "patchconv"],
             inputs=[
@@ -55,13 +59,8 @@ class PatchConvReport(io.ComfyNode):
     @classmethod
     def execute(cls, after: Any, vae: Any = None, model: Any = None) -> io.NodeOutput:
         meters = meters_of(vae, model)
-        if not meters:
-            raise ValueError(
-                "Nothing that is connected comes from a Patch Conv node: connect vae to Patch Conv (VAE), or model to "
-                "Patch Conv (Model)."
-            )
         runs = [(meter, meter.figures) for meter in meters if meter.figures is not None]
-        text = "\n".join(_line(*run) for run in runs) or _NOTHING
+        text = "\n".join(_line(*run) for run in runs) or (_NOTHING if meters else _NOT_CONNECTED)
         plot = np.asarray(draw([figures for _, figures in runs if figures.peak]), dtype=np.float32) / 255
         image = torch.from_numpy(plot)[None]
         shown = ui.PreviewImage(image, cls=cls).as_dict() | ui.PreviewText(text).as_dict()

@@ -39,7 +39,7 @@ _INFO = {
     "mode": "patch: each large convolution of the VAE in strips. stream: the whole VAE in strips, far less memory.",
     "splits": "For patch and the U-Net: strips per convolution, 0 for automatic.",
     "threshold": "For patch and the U-Net: convolutions with fewer input elements stay whole.",
-    "budget": "For stream, 0 for what is free. What does not fit goes to the computer's memory, on a CPU to a file.",
+    "budget": "For stream, 0 for what is free. What does not fit is kept in the computer's memory, on a CPU in a file.",
 }
 
 
@@ -128,7 +128,7 @@ def stop() -> None:
 
 
 def _follow(p: Any) -> None:
-    """Have the models of the moment patched as the run `p` asks; another run may have been inside it."""
+    """Patch the models of the moment as the run `p` asks; another run may have been inside it."""
     toggle: Optional[Toggle] = getattr(p, "patch_conv", None)
     if toggle is None:
         return
@@ -146,7 +146,7 @@ def _patch(toggle: Toggle, models: Sequence[Any]) -> None:
 
 
 def _parts(model: Any) -> tuple[Any, Any, Any]:
-    """VAE and U-Net of a model, and what holds the VAE: in Forge and reForge, which run what `forge_objects` has."""
+    """Find VAE and U-Net of a model, and what holds the VAE: Forge and reForge run what `forge_objects` has."""
     forge = getattr(model, "forge_objects", None)
     if forge is not None:
         return forge.vae.first_stage_model, forge.unet.model.diffusion_model, forge.vae
@@ -154,13 +154,13 @@ def _parts(model: Any) -> tuple[Any, Any, Any]:
 
 
 def _loaded(model: Any) -> None:
-    """A checkpoint or a VAE was loaded, which may happen in the middle of a run."""
+    """Patch a checkpoint or a VAE that was loaded, which may happen in the middle of a run."""
     if PatchConvScript.running is not None:
         _patch(PatchConvScript.running, [model, *getattr(sd_models.model_data, "loaded_sd_models", [])])
 
 
 def _stop_at_close(p: Any, toggle: Toggle) -> None:
-    """The host closes every run, one that ended in an error too, when all extensions are through with it."""
+    """Take everything off when the host closes the run, which it does after an error too."""
     close = p.close
 
     def stop_and_close() -> None:
@@ -176,7 +176,7 @@ def _tell(text: str) -> None:
 
 
 def _from_infotext(name: str) -> Callable[[dict[str, Any]], Any]:
-    """For the WebUI: what a control shows after parameters were pasted."""
+    """Tell the WebUI what a control shows after parameters were pasted."""
 
     def value(parameters: dict[str, Any]) -> Any:
         told = from_infotext(name, parameters)
@@ -200,7 +200,7 @@ def _add_settings() -> None:
 
 
 def _add_axes() -> None:
-    """Mode and splits for the X/Y/Z plot."""
+    """Add mode and splits to the X/Y/Z plot."""
     for data in scripts.scripts_data:
         if data.script_class.__module__ != "xyz_grid.py":
             continue

@@ -1,1 +1,1 @@
-"""What ComfyUI's nodes and the WebUI's script share: a VAE's halves, estimates, figures and charts. Imports no host."""
+"""What both hosts share: halves of a VAE, streaming, estimates, figures and charts. Imports no host."""

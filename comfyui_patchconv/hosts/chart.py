@@ -1,4 +1,4 @@
-"""Memory over time as a picture, drawn with Pillow: hosts have that and no plotting library."""
+"""Draws memory over time with Pillow: hosts have that and no plotting library."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _SCALE = 2  # drawn larger, so that lines are smooth
 _LEFT, _RIGHT, _TOP, _BOTTOM = 80, 32, 92, 64
 _TICKS = 5
 _INK, _MUTED, _GRID, _PAPER = "#1f2430", "#667085", "#e4e7ec", "#ffffff"
-_LINE, _AREA, _PLAIN = "#2563eb", "#dbe7fd", "#c2410c"
+_LINE, _AREA, _EAGER = "#2563eb", "#dbe7fd", "#c2410c"
 
 
 def draw(parts: Sequence[Figures]) -> Image.Image:
-    """One chart for each part, RGB: memory while it ran, its peak, and as a dashed line what plain was counted to need.
+    """Draw one chart for each part, RGB: memory over time, its peak, and dashed what eager was counted to need.
 
     Without parts, a sentence that nothing was measured.
     """
@@ -72,10 +72,10 @@ class _Pen:
 
 class _Chart:
     def __init__(self, sheet: Image.Image, down: float, figures: Figures) -> None:
-        self.pen, self.figures = _Pen(sheet, down), figures
-        self.unit, name = (GIB, "GiB") if max(figures.peak, figures.plain) >= GIB else (2**20, "MiB")
+        self.pen, self.figures, self.eager = _Pen(sheet, down), figures, figures.eager_at_least
+        self.unit, name = (GIB, "GiB") if max(figures.peak, self.eager) >= GIB else (2**20, "MiB")
         self.title = f"Memory ({name})"
-        most = max(figures.peak, figures.plain, *(size for _, size in figures.timeline), 1)
+        most = max(figures.peak, self.eager, *(size for _, size in figures.timeline), 1)
         self.step, self.count = steps(1.04 * most / self.unit)
         self.left, self.right, self.top, self.bottom = _LEFT, WIDTH - _RIGHT, _TOP, HEIGHT - _BOTTOM
 
@@ -89,16 +89,17 @@ class _Chart:
         figures, pen, words = self.figures, self.pen, self.figures.words()
         pen.text((14, 24), f"{figures.part} {words['way']}", 18, _INK, "lm")
         rest = [words[name] for name in ("peak", "time") if name in words]
-        pen.text((14, 48), ", ".join(rest), 15, _MUTED, "lm")
+        rest += [words["eager"]] if "eager" in words and not self.eager else []
+        pen.text((14, 48), ", ".join(rest) + figures.ending, 15, _MUTED, "lm")
         self._axes()
         line = [(self.x(at), self.y(size)) for at, size in [(0.0, 0), *figures.timeline] if at <= figures.seconds]
         if len(line) > 1:
             pen.area([(line[0][0], self.bottom), *line, (line[-1][0], self.bottom)], _AREA)
             pen.line(line, _LINE, 2)
         if figures.peak:
-            self._level(figures.peak, words["peak"], _LINE, "rd" if figures.peak >= figures.plain else "rt")
-        if figures.plain:
-            self._level(figures.plain, words["plain"], _PLAIN, "rt" if figures.peak >= figures.plain else "rd")
+            self._level(figures.peak, words["peak"], _LINE, "rd" if figures.peak >= self.eager else "rt")
+        if self.eager:
+            self._level(self.eager, words["eager"], _EAGER, "rt" if figures.peak >= self.eager else "rd")
         pen.line([(self.left, self.bottom), (self.right, self.bottom)], _INK, 1.5)
 
     def _axes(self) -> None:
@@ -117,7 +118,7 @@ class _Chart:
         pen.text((self.right, self.bottom + 40), "Time (s)", 14, _MUTED, "rm")
 
     def _level(self, size: float, words: str, color: str, anchor: str) -> None:
-        """A dashed line across, its words above it or below."""
+        """Draw a dashed line across, its words above it or below."""
         y = self.y(size)
         self.pen.dashed(y, self.left, self.right, color, 1.5)
         self.pen.text((self.right - 4, y - 4 if anchor == "rd" else y + 5), words, 14, color, anchor)

@@ -1,15 +1,16 @@
-"""What a call would take without us, counted."""
+"""Counts what calls need when they run eagerly, without us: once for each shape."""
 
 from __future__ import annotations
 
-from contextlib import suppress
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ..streaming import Make, peak_activations
+from .attributes import HOST_ATTRIBUTES
 
 
 def signature(values: Any) -> Any:
@@ -25,26 +26,45 @@ def made_like(values: Any, make: Make) -> Any:
     return tree_map(lambda value: make(value.shape, value.dtype) if isinstance(value, Tensor) else value, values)
 
 
-class PlainNeeds:
-    """Bytes that calls of a method of `owner` would need at once without us, beside its weights.
+class EagerNeeds:
+    """Counts the bytes that calls of `model` would need at once without us, beside its weights.
 
-    attributes: set on each module of the copy that is counted, as in `peak_activations`.
+    Each key is counted once; what the count raised is raised again.
     """
 
-    def __init__(self, owner: nn.Module, name: str, attributes: dict[str, Any]) -> None:
-        self.owner, self.name, self.attributes = owner, name, attributes
-        self._needs: dict[Any, int] = {}
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._counted: dict[Any, int | Exception] = {}
 
-    def of(self, args: Any, kwargs: Any, device: torch.device) -> int:
-        """Of the call with these arguments, counted once for each signature; 0 where that cannot be counted."""
-        key = signature((args, kwargs))
-        if key not in self._needs:
-            self._needs[key] = 0
-            with suppress(Exception):  # a host's code is free to do what tensors without values cannot
-                self._needs[key] = peak_activations(
-                    self.owner,
-                    lambda copy, make: getattr(copy, self.name)(*made_like(args, make), **made_like(kwargs, make)),
-                    device=device,
-                    attributes=self.attributes,
+    def of(
+        self, key: Any, run: Callable[[Any, Make], object], device: torch.device, dtype: Optional[torch.dtype] = None
+    ) -> int:
+        """Count the bytes that `run(copy, make)` needs, by `peak_activations`. Raises what `run` raises."""
+        if key not in self._counted:
+            try:
+                self._counted[key] = peak_activations(
+                    self.model, run, device=device, dtype=dtype, attributes=HOST_ATTRIBUTES
                 )
-        return self._needs[key]
+            except Exception as error:  # a host's code is free to do what tensors without values cannot
+                self._counted[key] = error.with_traceback(None)
+        counted = self._counted[key]
+        if isinstance(counted, Exception):
+            raise counted
+        return counted
+
+    def of_call(
+        self, name: str, args: Any, kwargs: Any, device: torch.device, dtype: Optional[torch.dtype] = None
+    ) -> int:
+        """Count the bytes that the method `name` needs with these arguments; 0 where that is impossible."""
+
+        def run(copy: Any, make: Make) -> Any:
+            return getattr(copy, name)(*made_like(args, make), **made_like(kwargs, make))
+
+        try:
+            return self.of((name, signature((args, kwargs))), run, device, dtype)
+        except Exception:
+            return 0
+
+    def learn(self, key: Any, counted: int) -> None:
+        """Keep what another count has found on its way, unless the key was counted already."""
+        self._counted.setdefault(key, counted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -14,15 +14,20 @@ _SAMPLES = 240
 """Of a timeline that is shown: about one for two pixels of a chart."""
 
 
+State = Literal["done", "running", "stopped"]
+_ENDINGS: dict[State, str] = {"done": "", "running": " so far", "stopped": ", stopped"}
+
+
 @dataclass
 class Figures:
-    """Of all calls of one part in a run.
+    """Adds up all calls of one part in a run.
 
     part: what ran (`"VAE decoder"`). streamed: whether whole, or else by convolution. strips: of all that was streamed,
     or the most that one convolution was cut into; 0 where they were not counted. calls, seconds: in all. peak: the
-    most bytes in use at once beyond those at the start; 0 where that was not measured. plain: bytes that plain's
-    feature maps were counted to need at once, without what its convolutions work in; 0 where that was not counted.
-    timeline: (seconds, bytes) while it ran.
+    most bytes in use at once beyond those at the start; 0 where that was not measured. eager: bytes of the feature
+    maps that the same work was counted to need at once without us, without what its convolutions work in; 0 where
+    that was not counted.
+    timeline: (seconds, bytes) while it ran. state: stopped is what was cancelled or ended in an error.
     """
 
     part: str
@@ -31,11 +36,12 @@ class Figures:
     calls: int = 0
     seconds: float = 0.0
     peak: int = 0
-    plain: int = 0
+    eager: int = 0
     timeline: list[tuple[float, int]] = field(default_factory=list)
+    state: State = "done"
 
     def add(self, recorded: Recorder) -> None:
-        """One more call."""
+        """Add one more call."""
         self.calls += 1
         self.peak = max(self.peak, recorded.peak)
         self.timeline += [(self.seconds + min(at, recorded.seconds), size) for at, size in recorded.timeline]
@@ -43,10 +49,26 @@ class Figures:
         while len(self.timeline) > _SAMPLES:
             self.timeline = thinned(self.timeline)
 
+    @property
+    def eager_at_least(self) -> int:
+        """Bytes that eager needs at least; 0 where that is not known, or says nothing because we took more.
+
+        What eager's convolutions work in is not counted, so a count below what was measured for us is no comparison.
+        """
+        return self.eager if self.eager >= self.peak else 0
+
+    @property
+    def ending(self) -> str:
+        """What the state adds to a sentence."""
+        return _ENDINGS[self.state]
+
     def words(self) -> dict[str, str]:
-        """How it ran, and its peak, plain's need and time as far as they are known."""
+        """Say how it ran, and its peak, what eager needs, and time, as far as they are known.
+
+        eager: for a sentence or a chart. eager_short: the same for a small place; missing where it says nothing.
+        """
         if self.streamed:
-            way = f"streamed in {self.strips} strips" if self.strips else "streamed"
+            way = "streamed" + (f" in {self.strips} {'strip' if self.strips == 1 else 'strips'}" if self.strips else "")
         elif self.strips > 1:
             way = f"in up to {self.strips} strips"
         else:
@@ -54,24 +76,28 @@ class Figures:
         words = {"way": way}
         if self.peak:
             words["peak"] = f"peak {size_of(self.peak)}"
-        if self.plain:
-            words["plain"] = f"plain: at least {size_of(self.plain)}, counted"
+        if self.eager:
+            words["eager"] = "without Patch Conv: not measured"
+        if self.eager_at_least:
+            words["eager"] = f"without Patch Conv: at least {size_of(self.eager)}, counted"
+            words["eager_short"] = f"≥ {size_of(self.eager)} without Patch Conv"
         if self.seconds:
             words["time"] = time_of(self.seconds)
         return words
 
     def line(self) -> str:
-        """The words as one line."""
+        """Join the words to one line."""
         words = self.words()
-        if "peak" in words and "plain" in words:
-            words["peak"] += f" ({words.pop('plain')})"
-        rest = [words[name] for name in ("peak", "plain", "time") if name in words]
-        return ", ".join([f"{self.part} {words['way']}", *rest])
+        if "peak" in words and "eager" in words:
+            words["peak"] += f" ({words.pop('eager')})"
+        rest = [words[name] for name in ("peak", "eager", "time") if name in words]
+        return ", ".join([f"{self.part} {words['way']}", *rest]) + self.ending
 
     def as_json(self) -> dict[str, Any]:
-        """For a front end: the figures and the words."""
-        known = {name: getattr(self, name) for name in ("part", "strips", "seconds", "peak", "plain", "timeline")}
-        return known | {"words": self.words(), "line": self.line()}
+        """Give a front end the figures and the words. eager: 0 where there is nothing to draw."""
+        known = {name: getattr(self, name) for name in ("part", "strips", "seconds", "peak", "timeline", "state")}
+        words = {"words": self.words(), "line": self.line(), "ending": self.ending}
+        return known | {"eager": self.eager_at_least} | words
 
 
 class StripCount:
@@ -85,5 +111,5 @@ class StripCount:
 
 
 def strips_of(rows_done: int, rows: int) -> int:
-    """Into how many strips `rows` are cut when the first of them ends at `rows_done`; fewer than that later on."""
+    """Count the strips that `rows` are cut into, after the first, which ends at `rows_done`; fewer after later ones."""
     return -(-rows // max(rows_done, 1))

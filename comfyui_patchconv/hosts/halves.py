@@ -1,4 +1,4 @@
-"""Which parts of a VAE are its decoder, and which its encoder, by the names that hosts give them."""
+"""Tells a VAE's decoder from its encoder by the names that hosts give their parts."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """Looks at ComfyUI from inside, in its own Python: `probe.py CHECKOUT QUESTION [ARGUMENTS]` prints one line of JSON.
 
 halves: per VAE family, the convolutions that decode or encode call and that `half_of` gives to the other half.
-streamed: largest difference, of the output's range, between a VAE's plain decode and its decodes in strips, of
+streamed: largest difference, of the output's range, between a VAE's eager decode and its decodes in strips, of
     convolutions and of the whole, while the host streams its weights in at every use.
-whole: per VAE family, decode and encode in stream mode: the largest difference to plain, of the output's range, and
+whole: per VAE family, decode and encode in stream mode: the largest difference to eager, of the output's range, and
     what was evaluated whole.
 holes: per VAE family, encoding an image with a hole: whether the latent depends on what is in it, and the largest
     difference of strips to whole, of the output's range.
-video METHOD WAY FILE: of a decode or an encode, plain or streamed, of nine frames by a VAE that has them in chunks: the
+video METHOD WAY FILE: of a decode or an encode, eager or streamed, of nine frames by a VAE that has them in chunks: the
     estimate in bytes, the peak measured, how the progress bar moved; what came of it goes to the file.
 memory CHECKPOINT SIZE: bytes for a decode: the host's estimate, ours, and the peaks measured.
 """
@@ -172,9 +172,9 @@ def streamed(pack: str) -> dict[str, float]:
         streaming += sum(getattr(module, "comfy_cast_weights", False) for module in vae.first_stage_model.modules())
         results.append(vae.first_stage_model.decode(latent.to(patcher.load_device, vae.vae_dtype)).float())
         patcher.unpatch_model(patcher.offload_device)
-    plain, *others = results
+    eager, *others = results
     return {
-        "difference": max(float((plain - other).abs().max() / (plain.max() - plain.min())) for other in others),
+        "difference": max(float((eager - other).abs().max() / (eager.max() - eager.min())) for other in others),
         "streaming": streaming,
     }
 
@@ -200,7 +200,7 @@ def whole(pack: str) -> dict[str, Any]:
             part = model.get_submodule(owner)
             calls: list[int] = []
             try:
-                plain = result_of(model, method, input)
+                eager = result_of(model, method, input)
                 with streaming.stream(
                     getattr(part, name), report=report, on_progress=lambda *_, calls=calls: calls.append(1)
                 ):
@@ -211,7 +211,7 @@ def whole(pack: str) -> dict[str, Any]:
                     ):
                         result = result_of(model, method, input)
                 assert calls, "nothing was streamed"
-                error = float((result - plain).abs().max() / (plain.max() - plain.min()))
+                error = float((result - eager).abs().max() / (eager.max() - eager.min()))
                 answer[f"{path} {method}"] = {"difference": error, "whole": report}
             except Exception as error:
                 answer[f"{path} {method}"] = f"{type(error).__name__}: {str(error)[:300]}"
@@ -279,7 +279,7 @@ def memory(pack: str, checkpoint: str, size: str) -> dict[str, int]:
     every = vaes(pack, load_vae(checkpoint=checkpoint), splits=0, threshold=16.0)
     latent = torch.randn(1, 4, int(size) // 8, int(size) // 8)
     answer = {}
-    for name, vae in zip(("plain", "patched", "streamed"), every):
+    for name, vae in zip(("eager", "patched", "streamed"), every):
         vae.decode(latent[..., :8, :8])
         answer[f"{name} estimate"] = int(vae.memory_used_decode(latent.shape, vae.vae_dtype))
         with recorder(vae.device) as recorded:
@@ -296,8 +296,8 @@ def video(pack: str, method: str, way: str, file: str) -> dict[str, Any]:
     moves: list[float] = []
     utils.set_progress_bar_global_hook(lambda value, total, *_, **__: moves.append(value / total))
     model = build("comfy.ldm.wan.vae.WanVAE", WAN | {"num_res_blocks": 2})
-    plain, _, streamed = vaes(pack, load_vae(model), splits=0, threshold=16.0)
-    vae = streamed if way == "streamed" else plain
+    eager, _, streamed = vaes(pack, load_vae(model), splits=0, threshold=16.0)
+    vae = streamed if way == "streamed" else eager
     generator = torch.Generator().manual_seed(0)
     if method == "decode":
         input = torch.randn(1, 16, 3, 48, 48, generator=generator)

@@ -30,7 +30,7 @@ def test_halves_of_all_families(checkout: Path) -> None:
 
 
 def test_stream_mode_of_all_families(checkout: Path) -> None:
-    """Every VAE that this ComfyUI can build, image and video, both ways: equal to plain, and really streamed."""
+    """Every VAE that this ComfyUI can build, image and video, both ways: equal to eager, and really streamed."""
     answer = probe(checkout, "whole")
     there = {family: found for family, found in answer.items() if "not in this ComfyUI" not in found}
     for family, found in there.items():
@@ -49,15 +49,15 @@ def test_weights_streamed_at_every_use(checkout: Path) -> None:
 @pytest.mark.parametrize("method", ["decode", "encode"])
 def test_video_in_chunks(checkout: Path, method: str, tmp_path: Path) -> None:
     """Wan's decoder gets a few frames at a time, and keeps frames for the next: all of it is streamed at once."""
-    files = [tmp_path / "plain.pt", tmp_path / "streamed.pt"]
-    plain, streamed = (probe(checkout, "video", method, file.stem, str(file)) for file in files)
-    print(*({key: one[key] for key in ("estimate", "measured")} for one in (plain, streamed)))
+    files = [tmp_path / "eager.pt", tmp_path / "streamed.pt"]
+    eager, streamed = (probe(checkout, "video", method, file.stem, str(file)) for file in files)
+    print(*({key: one[key] for key in ("estimate", "measured")} for one in (eager, streamed)))
     expected, result = (torch.load(file, weights_only=True) for file in files)
     assert_same(result, expected, 1e-5)
-    assert streamed["estimate"] < plain["estimate"] / 2
+    assert streamed["estimate"] < eager["estimate"] / 2
     copies = 2 * 9 * 384 * 384 * 3 * 4  # of the pixels, by the host itself
     assert streamed["measured"] <= streamed["estimate"] * 1.15 + copies
-    assert streamed["measured"] < plain["measured"] / 2
+    assert streamed["measured"] < eager["measured"] / 2
     assert streamed["moves"] == sorted(streamed["moves"])
 
 
@@ -70,6 +70,6 @@ def test_stated_memory(checkout: Path, checkpoint: str) -> None:
     answer = probe(checkout, "memory", str(checkout / "models" / "checkpoints" / checkpoint), "512")
     print(answer)
     assert answer["patched measured"] <= answer["patched estimate"] * 1.1
-    assert answer["patched estimate"] < answer["plain estimate"] / 2
+    assert answer["patched estimate"] < answer["eager estimate"] / 2
     assert answer["streamed measured"] <= answer["streamed estimate"] * 1.1
     assert answer["streamed estimate"] < answer["patched estimate"] / 1.5

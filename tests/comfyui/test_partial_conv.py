@@ -45,7 +45,7 @@ def encoding(name: str, image: str, mask: str, vae: list[Any] | None = None) -> 
     return {f"{name}_encode": encoder, name: node("SaveLatent", samples=[f"{name}_encode", 0], filename_prefix=name)}
 
 
-def plain_encoding(name: str, image: str) -> Graph:
+def eager_encoding(name: str, image: str) -> Graph:
     encoder = node("VAEEncode", pixels=[image, 0], vae=["load", 2])
     return {f"{name}_encode": encoder, name: node("SaveLatent", samples=[f"{name}_encode", 0], filename_prefix=name)}
 
@@ -71,7 +71,7 @@ def test_object_info_and_help(server: Server, kind: str) -> None:
 def test_the_latent_does_not_change_with_the_pixels_under_the_mask(server: Server, checkpoint: str) -> None:
     graph = loader(checkpoint) | images("one", "other") | masks("hole")
     for image in ("one", "other"):
-        graph |= encoding(f"{image}_ours", image, "hole") | plain_encoding(f"{image}_host", image)
+        graph |= encoding(f"{image}_ours", image, "hole") | eager_encoding(f"{image}_host", image)
     found = {name: read_latent(path) for name, path in server.run(graph).items()}
     assert torch.equal(found["one_ours"], found["other_ours"])
     change = float((found["one_host"] - found["other_host"]).abs().max())
@@ -82,7 +82,7 @@ def test_the_latent_does_not_change_with_the_pixels_under_the_mask(server: Serve
 
 def test_an_empty_mask_gives_what_vae_encode_gives(server: Server, checkpoint: str) -> None:
     graph = loader(checkpoint) | images("one") | masks("nothing")
-    found = server.run(graph | encoding("ours", "one", "nothing") | plain_encoding("host", "one"))
+    found = server.run(graph | encoding("ours", "one", "nothing") | eager_encoding("host", "one"))
     assert torch.equal(read_latent(found["ours"]), read_latent(found["host"]))
 
 
@@ -104,7 +104,7 @@ def test_batches_are_encoded_image_by_image(server: Server, checkpoint: str) -> 
 
 
 def test_inpainting(server: Server, checkpoint: str) -> None:
-    """Encode, sample the hole, decode: what is far from it stays as a plain encode and decode has it."""
+    """Encode, sample the hole, decode: what is far from it stays as an eager encode and decode has it."""
     graph = loader(checkpoint) | images("one") | masks("hole")
     graph["encode"] = node(ENCODE, pixels=["one", 0], vae=["load", 2], mask=["hole", 0], grow_mask_by=0)
     graph |= {
@@ -150,11 +150,11 @@ def test_partial_padding_in_both_modes(server: Server, checkpoint: str) -> None:
     latent = server.latent("padding", 128)
     found: dict[str, Path] = {}
     for name, settings in (("patch", ALWAYS), ("stream", STREAM)):
-        graph = decoding(checkpoint, latent, plain=True, patched=settings | {"padding": "partial"})
+        graph = decoding(checkpoint, latent, eager=True, patched=settings | {"padding": "partial"})
         result = server.run(graph)
-        found |= {name: result["patched"], "plain": result["plain"]}
+        found |= {name: result["patched"], "eager": result["eager"]}
     assert_same_image(found["patch"], found["stream"])
-    difference = np.abs(read_image(found["patch"]) - read_image(found["plain"]))
+    difference = np.abs(read_image(found["patch"]) - read_image(found["eager"]))
     assert difference.max() > 1
 
 

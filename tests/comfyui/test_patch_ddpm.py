@@ -134,16 +134,16 @@ def test_the_authors_file_as_it_is(server: Server) -> None:
 
 def test_patch_conv_between_them(server: Server) -> None:
     graph = loading() | {"patch": node(MODEL, model=["load", 0], **ALWAYS)}
-    graph |= sampling("plain") | sampling("patched", ["patch", 0]) | sampling("after", patches_at_once=5)
+    graph |= sampling("eager") | sampling("patched", ["patch", 0]) | sampling("after", patches_at_once=5)
     files = server.run(graph)
-    assert_same_image(files["plain"], files["patched"])
-    assert_same_image(files["plain"], files["after"])
+    assert_same_image(files["eager"], files["patched"])
+    assert_same_image(files["eager"], files["after"])
 
 
 def test_half_precision(server: Server) -> None:
     graph = loading() | {"bf16": node(LOADER, model_name=EXAMPLE, weight_dtype="bf16")}
-    found = pixels(server, graph | sampling("plain") | sampling("half", ["bf16", 0]))
-    assert 0 < np.abs(found["plain"] - found["half"]).mean() < 6
+    found = pixels(server, graph | sampling("eager") | sampling("half", ["bf16", 0]))
+    assert 0 < np.abs(found["eager"] - found["half"]).mean() < 6
 
 
 def test_progress_and_preview(server: Server) -> None:

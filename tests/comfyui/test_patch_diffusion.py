@@ -99,15 +99,15 @@ def test_a_batch(server: Server) -> None:
 
 def test_patch_conv_between_them(server: Server) -> None:
     graph = loading() | {"patch": node(MODEL, model=["load", 0], **ALWAYS)}
-    files = server.run(graph | sampling("plain") | sampling("patched", ["patch", 0]) | sampling("after", class_label=7))
-    assert_same_image(files["plain"], files["patched"])
-    assert np.array_equal(read_image(files["plain"]), read_image(files["after"]))
+    files = server.run(graph | sampling("eager") | sampling("patched", ["patch", 0]) | sampling("after", class_label=7))
+    assert_same_image(files["eager"], files["patched"])
+    assert np.array_equal(read_image(files["eager"]), read_image(files["after"]))
 
 
 def test_half_precision(server: Server) -> None:
     graph = loading() | {"load_half": node(LOADER, model_name=EXAMPLE, weight_dtype="bf16")}
-    found = pixels(server.run(graph | sampling("plain") | sampling("half", ["load_half", 0])))
-    assert 0 < np.abs(found["plain"] - found["half"]).mean() < 6
+    found = pixels(server.run(graph | sampling("eager") | sampling("half", ["load_half", 0])))
+    assert 0 < np.abs(found["eager"] - found["half"]).mean() < 6
 
 
 def test_classes(server: Server) -> None:

@@ -35,11 +35,11 @@ def decode(name: str, vae: list[Any], latent: list[Any]) -> Graph:
     }
 
 
-def decoding(checkpoint: str, latent: str, *, plain: bool = False, patched: Graph | None = None) -> Graph:
-    """Loader -> (Patch Conv ->) decode -> save as `plain` and `patched`, one or both."""
+def decoding(checkpoint: str, latent: str, *, eager: bool = False, patched: Graph | None = None) -> Graph:
+    """Loader -> (Patch Conv ->) decode -> save as `eager` and `patched`, one or both."""
     graph = loader(checkpoint) | {"latent": node("LoadLatent", latent=latent)}
-    if plain:
-        graph |= decode("plain", ["load", 2], ["latent", 0])
+    if eager:
+        graph |= decode("eager", ["load", 2], ["latent", 0])
     if patched is not None:
         graph["patch"] = node(VAE, vae=["load", 2], half="both", **patched)
         graph |= decode("patched", ["patch", 0], ["latent", 0])
@@ -102,43 +102,43 @@ def test_help_page(server: Server, kind: str) -> None:
 
 def test_two_branches(server: Server, checkpoint: str) -> None:
     latent = server.latent("branches", 192)
-    alone = server.run(decoding(checkpoint, latent, plain=True))
-    both = decoding(checkpoint, server.latent("again", 192), plain=True, patched=ALWAYS)
+    alone = server.run(decoding(checkpoint, latent, eager=True))
+    both = decoding(checkpoint, server.latent("again", 192), eager=True, patched=ALWAYS)
     images = server.run(both)
-    assert np.array_equal(read_image(alone["plain"]), read_image(images["plain"]))
-    assert_same_image(images["plain"], images["patched"])
+    assert np.array_equal(read_image(alone["eager"]), read_image(images["eager"]))
+    assert_same_image(images["eager"], images["patched"])
 
 
 def test_patching_twice_takes_the_last_settings(server: Server, checkpoint: str) -> None:
-    graph = decoding(checkpoint, server.latent("twice", 128), plain=True, patched=ALWAYS)
+    graph = decoding(checkpoint, server.latent("twice", 128), eager=True, patched=ALWAYS)
     graph["first"] = node(VAE, vae=["load", 2], half="decoder", splits=2, threshold=0.0)
     graph["patch"]["inputs"]["vae"] = ["first", 0]
     images = server.run(graph)
-    assert_same_image(images["plain"], images["patched"])
+    assert_same_image(images["eager"], images["patched"])
 
 
 def test_decode_in_less_memory(server: Server, checkpoint: str) -> None:
-    server.run(decoding(checkpoint, server.latent("warm", 64), plain=True))  # the weights are in memory from here on
+    server.run(decoding(checkpoint, server.latent("warm", 64), eager=True))  # the weights are in memory from here on
     latent = server.latent("small", 512)
-    plain, plain_peak = server.peak_of(lambda: server.run(decoding(checkpoint, latent, plain=True)))
+    eager, eager_peak = server.peak_of(lambda: server.run(decoding(checkpoint, latent, eager=True)))
     small = {"splits": 0, "threshold": 0.1}
     patched, peak = server.peak_of(lambda: server.run(decoding(checkpoint, latent, patched=small)))
-    print(f"512: plain {plain_peak / 2**20:.0f} MiB, patched {peak / 2**20:.0f} MiB")
-    assert_same_image(plain["plain"], patched["patched"])
-    assert peak < plain_peak
+    print(f"512: eager {eager_peak / 2**20:.0f} MiB, patched {peak / 2**20:.0f} MiB")
+    assert_same_image(eager["eager"], patched["patched"])
+    assert peak < eager_peak
 
 
 @pytest.mark.parametrize("budget", [0.0, 0.1], ids=["free memory", "0.1 GiB"])
 def test_stream(server: Server, checkpoint: str, budget: float) -> None:
-    server.run(decoding(checkpoint, server.latent("warm", 64), plain=True))
+    server.run(decoding(checkpoint, server.latent("warm", 64), eager=True))
     latent = server.latent("small", 512)
-    plain, plain_peak = server.peak_of(lambda: server.run(decoding(checkpoint, latent, plain=True)))
+    eager, eager_peak = server.peak_of(lambda: server.run(decoding(checkpoint, latent, eager=True)))
     graph = decoding(checkpoint, latent, patched=STREAM | {"budget": budget})
     with server.messages() as messages:
         streamed, peak = server.peak_of(lambda: server.run(graph))
-    print(f"512: plain {plain_peak / 2**20:.0f} MiB, streamed {peak / 2**20:.0f} MiB")
-    assert_same_image(plain["plain"], streamed["patched"])
-    assert peak < 0.7 * plain_peak
+    print(f"512: eager {eager_peak / 2**20:.0f} MiB, streamed {peak / 2**20:.0f} MiB")
+    assert_same_image(eager["eager"], streamed["patched"])
+    assert peak < 0.7 * eager_peak
     shown = [m["data"] for m in messages if m["type"] == "progress" and m["data"]["node"] == "patched_decode"]
     values = [entry["value"] / entry["max"] for entry in shown]
     assert len(values) > 5
@@ -147,25 +147,25 @@ def test_stream(server: Server, checkpoint: str, budget: float) -> None:
 
 @pytest.mark.parametrize(("first", "last"), [(STREAM, ALWAYS), (ALWAYS, STREAM), (STREAM, STREAM)])
 def test_the_last_mode_counts(server: Server, checkpoint: str, first: Graph, last: Graph) -> None:
-    graph = decoding(checkpoint, server.latent("modes", 128), plain=True, patched=last)
+    graph = decoding(checkpoint, server.latent("modes", 128), eager=True, patched=last)
     graph["first"] = node(VAE, vae=["load", 2], half="both", **first)
     graph["patch"]["inputs"]["vae"] = ["first", 0]
     graph |= decode("between", ["first", 0], ["latent", 0])
     images = server.run(graph)
-    assert_same_image(images["plain"], images["patched"])
-    assert_same_image(images["plain"], images["between"])
+    assert_same_image(images["eager"], images["patched"])
+    assert_same_image(images["eager"], images["between"])
 
 
 @pytest.mark.slow
 def test_decode_with_defaults(server: Server, checkpoint: str) -> None:
-    server.run(decoding(checkpoint, server.latent("warm", 64), plain=True))
+    server.run(decoding(checkpoint, server.latent("warm", 64), eager=True))
     latent = server.latent("large", 1024)
-    plain, plain_peak = server.peak_of(lambda: server.run(decoding(checkpoint, latent, plain=True)))
+    eager, eager_peak = server.peak_of(lambda: server.run(decoding(checkpoint, latent, eager=True)))
     with server.messages() as messages:
         patched, peak = server.peak_of(lambda: server.run(decoding(checkpoint, latent, patched=DEFAULTS)))
-    print(f"1024: plain {plain_peak / 2**20:.0f} MiB, patched {peak / 2**20:.0f} MiB")
-    assert_same_image(plain["plain"], patched["patched"])
-    assert peak < plain_peak
+    print(f"1024: eager {eager_peak / 2**20:.0f} MiB, patched {peak / 2**20:.0f} MiB")
+    assert_same_image(eager["eager"], patched["patched"])
+    assert peak < eager_peak
     shown = [m["data"] for m in messages if m["type"] == "progress" and m["data"]["node"] == "patched_decode"]
     values = [entry["value"] / entry["max"] for entry in shown]
     print(f"progress shown {len(values)} times, from {values[0]:.2f} to {values[-1]:.2f}")
@@ -198,8 +198,9 @@ def test_interrupt(server: Server, checkpoint: str, settings: Graph) -> None:
     print(f"stopped after {seconds:.2f} s")
     assert history["status"]["messages"][-1][0] == "execution_interrupted"
     assert seconds < 3
-    images = server.run(decoding(checkpoint, server.latent("next", 256, seed=4), plain=True, patched=settings))
-    assert_same_image(images["plain"], images["patched"])
+    assert [m["data"]["state"] for m in messages if m["type"] == "patchconv.report"][-1] == "stopped"
+    images = server.run(decoding(checkpoint, server.latent("next", 256, seed=4), eager=True, patched=settings))
+    assert_same_image(images["eager"], images["patched"])
 
 
 def test_encode(server: Server, checkpoint: str) -> None:
@@ -210,12 +211,12 @@ def test_encode(server: Server, checkpoint: str) -> None:
     graph = loader(checkpoint) | {"image": node("LoadImage", image="noise.png")}
     graph["patch"] = node(VAE, vae=["load", 2], half="encoder", **ALWAYS)
     graph["stream"] = node(VAE, vae=["load", 2], half="encoder", **STREAM)
-    for name, vae in (("plain", ["load", 2]), ("patched", ["patch", 0]), ("streamed", ["stream", 0])):
+    for name, vae in (("eager", ["load", 2]), ("patched", ["patch", 0]), ("streamed", ["stream", 0])):
         graph[f"{name}_encode"] = node("VAEEncode", pixels=["image", 0], vae=vae)
         graph[name] = node("SaveLatent", samples=[f"{name}_encode", 0], filename_prefix=name)
     latents = server.run(graph)
-    assert_same_latent(latents["plain"], latents["patched"])
-    assert_same_latent(latents["plain"], latents["streamed"])
+    assert_same_latent(latents["eager"], latents["patched"])
+    assert_same_latent(latents["eager"], latents["streamed"])
 
 
 def lora(path: Path) -> None:
@@ -235,7 +236,7 @@ def lora(path: Path) -> None:
 
 
 def test_lora(server: Server, checkpoint: str) -> None:
-    """The same on a patched model as on a plain one, before the node and behind it; and not nothing."""
+    """The same on a patched model as on a eager one, before the node and behind it; and not nothing."""
     lora(server.folder / "loras" / "random.safetensors")
     change: Graph = {"lora_name": "random.safetensors", "strength_model": 1.0}
     graph = loader(checkpoint) | {
@@ -244,28 +245,34 @@ def test_lora(server: Server, checkpoint: str) -> None:
         "patch": node(MODEL, model=["load", 0], **ALWAYS),
         "patch_lora": node("LoraLoaderModelOnly", model=["patch", 0], **change),
     }
-    for name, source in (("none", "load"), ("plain", "lora"), ("after", "lora_patch"), ("before", "patch_lora")):
+    for name, source in (("none", "load"), ("eager", "lora"), ("after", "lora_patch"), ("before", "patch_lora")):
         graph |= sampling(checkpoint, name, [source, 0])
     latents = server.run(graph)
-    assert_same_latent(latents["plain"], latents["after"])
-    assert_same_latent(latents["plain"], latents["before"])
-    assert not torch.allclose(read_latent(latents["none"]), read_latent(latents["plain"]), atol=1e-3)
+    assert_same_latent(latents["eager"], latents["after"])
+    assert_same_latent(latents["eager"], latents["before"])
+    assert not torch.allclose(read_latent(latents["none"]), read_latent(latents["eager"]), atol=1e-3)
 
 
 def test_weights_cast_at_every_use(server: Server, frugal_server: Server, checkpoint: str) -> None:
     """fp8 U-Net and bfloat16 VAE: in strips no farther from float32 than whole."""
     if not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this processor has no bfloat16: torch convolves in it 170 times as slowly as in float32")
-    graph = decoding(checkpoint, server.latent("cast", 192), plain=True)
-    exact = read_image(server.run(graph)["plain"])
-    graph = decoding(checkpoint, frugal_server.latent("cast", 192), plain=True, patched=ALWAYS)
+    graph = decoding(checkpoint, server.latent("cast", 192), eager=True)
+    exact = read_image(server.run(graph)["eager"])
+    graph = decoding(checkpoint, frugal_server.latent("cast", 192), eager=True, patched=ALWAYS)
     graph["model"] = node(MODEL, model=["load", 0], **ALWAYS)
     graph |= sampling(checkpoint, "whole", ["load", 0]) | sampling(checkpoint, "strips", ["model", 0])
     files = frugal_server.run(graph)
     assert_same_latent(files["whole"], files["strips"], tolerance=1e-5)
-    plain, patched = (float(np.square(read_image(files[name]) - exact).mean() ** 0.5) for name in ("plain", "patched"))
-    print(f"bfloat16, levels from float32: plain {plain:.3f}, patched {patched:.3f}")
-    assert 0 < patched <= plain * 1.05
+    eager, patched = (float(np.square(read_image(files[name]) - exact).mean() ** 0.5) for name in ("eager", "patched"))
+    print(f"bfloat16, levels from float32: eager {eager:.3f}, patched {patched:.3f}")
+    assert 0 < patched <= eager * 1.05
+
+
+@pytest.mark.parametrize("name", ["budget", "threshold"])
+def test_no_number(server: Server, checkpoint: str, name: str) -> None:
+    graph = decoding(checkpoint, server.latent("numbers", 64), patched=STREAM | {name: float("nan")})
+    assert f"{name} is nan: use a number of" in server.error(graph)
 
 
 def test_nothing_to_patch(server: Server, checkpoint: str) -> None:

@@ -27,15 +27,20 @@ def recorded(seconds: float, peak: int, timeline: list[tuple[float, int]]) -> Re
 
 
 def test_calls_add_up() -> None:
-    figures = Figures("VAE decoder", streamed=True, strips=7, plain=900 * MIB)
+    figures = Figures("VAE decoder", streamed=True, strips=7, eager=900 * MIB)
     figures.add(recorded(2.0, 300 * MIB, [(0.5, 100 * MIB), (1.5, 300 * MIB)]))
     figures.add(recorded(1.5, 200 * MIB, [(1.0, 200 * MIB)]))
     assert (figures.calls, figures.seconds, figures.peak) == (2, 3.5, 300 * MIB)
     assert figures.timeline == [(0.5, 100 * MIB), (1.5, 300 * MIB), (3.0, 200 * MIB)]
-    assert figures.line() == "VAE decoder streamed in 7 strips, peak 300 MiB (plain: at least 900 MiB, counted), 3.5 s"
+    assert (
+        figures.line()
+        == "VAE decoder streamed in 7 strips, peak 300 MiB (without Patch Conv: at least 900 MiB, counted), 3.5 s"
+    )
     told = figures.as_json()
     assert told["line"] == figures.line()
     assert told["words"]["peak"] == "peak 300 MiB"
+    assert told["words"]["eager_short"] == "≥ 900 MiB without Patch Conv"
+    assert (told["state"], told["ending"], told["eager"]) == ("done", "", 900 * MIB)
     assert told["timeline"] == figures.timeline
 
 
@@ -54,12 +59,35 @@ def test_long_timelines_keep_their_peak() -> None:
         (Figures("Model", strips=1), "Model whole (no convolution above the threshold)"),
         (Figures("U-Net", strips=3), "U-Net in up to 3 strips"),
         (Figures("VAE encoder", streamed=True), "VAE encoder streamed"),
-        (Figures("Model", strips=2, plain=3 << 30), "Model in up to 2 strips, plain: at least 3.00 GiB, counted"),
+        (Figures("VAE encoder", streamed=True, strips=1), "VAE encoder streamed in 1 strip"),
+        (Figures("Model", state="stopped"), "Model whole (no convolution above the threshold), stopped"),
+        (Figures("Model", strips=2, seconds=3.0, state="running"), "Model in up to 2 strips, 3.0 s so far"),
+        (
+            Figures("Model", strips=2, eager=3 << 30),
+            "Model in up to 2 strips, without Patch Conv: at least 3.00 GiB, counted",
+        ),
         (Figures("Model", strips=2, peak=MIB, seconds=60), "Model in up to 2 strips, peak 1 MiB, 60.0 s"),
     ],
 )
 def test_only_what_is_known_is_said(figures: Figures, line: str) -> None:
     assert figures.line() == line
+
+
+def test_a_count_of_eager_below_what_we_took_is_no_comparison() -> None:
+    timeline = [(n / 10, 150 * MIB) for n in range(100)]
+    figures = Figures(
+        "Model", strips=2, seconds=10.0, peak=150 * MIB, eager=100 * MIB, timeline=timeline, state="stopped"
+    )
+    assert figures.line() == (
+        "Model in up to 2 strips, peak 150 MiB (without Patch Conv: not measured), 10.0 s, stopped"
+    )
+    told = figures.as_json()
+    assert told["eager"] == 0
+    assert "eager_short" not in told["words"]
+    assert (told["state"], told["ending"]) == ("stopped", ", stopped")
+    assert ORANGE not in colors(draw([figures]))
+    figures.eager = 200 * MIB
+    assert ORANGE in colors(draw([figures]))
 
 
 def test_units() -> None:
@@ -87,7 +115,7 @@ def colors(image: Any) -> set[tuple[int, ...]]:
 def test_plot_has_the_curve_and_the_counted_level_where_they_belong() -> None:
     timeline = [(n / 10, (50 if n < 50 else 100) * MIB) for n in range(101)]
     figures = Figures(
-        "VAE decoder", strips=4, calls=1, seconds=10.0, peak=100 * MIB, plain=150 * MIB, timeline=timeline
+        "VAE decoder", strips=4, calls=1, seconds=10.0, peak=100 * MIB, eager=150 * MIB, timeline=timeline
     )
     image = draw([figures])
     assert image.size == (WIDTH, HEIGHT)
@@ -99,8 +127,8 @@ def test_plot_has_the_curve_and_the_counted_level_where_they_belong() -> None:
     low, high = rows(BLUE, 200), rows(BLUE, 800)
     zero = int(rows((31, 36, 48), 500).max())  # the axis
     assert (zero - low.max()) / (zero - high.min()) == pytest.approx(0.5, abs=0.03)
-    plain = np.flatnonzero((np.abs(pixels - ORANGE).max(axis=-1) < 40).sum(axis=1) > WIDTH / 3)
-    assert (zero - plain.mean()) / (zero - high.min()) == pytest.approx(1.5, abs=0.03)
+    eager = np.flatnonzero((np.abs(pixels - ORANGE).max(axis=-1) < 40).sum(axis=1) > WIDTH / 3)
+    assert (zero - eager.mean()) / (zero - high.min()) == pytest.approx(1.5, abs=0.03)
     assert ORANGE not in colors(draw([Figures("VAE decoder", seconds=10.0, peak=100 * MIB, timeline=timeline)]))
 
 

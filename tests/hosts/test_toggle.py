@@ -1,4 +1,4 @@
-"""What the WebUI's toggle does to models: on for a run, and off without a trace."""
+"""The WebUI's toggle patches models for a run, and leaves no trace."""
 
 from __future__ import annotations
 
@@ -10,41 +10,16 @@ import pytest
 import torch
 from conv_helpers import assert_same
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from comfyui_patchconv.conv.forward import TiledForward
 from comfyui_patchconv.hosts.webui.toggle import Settings, Toggle
 from comfyui_patchconv.memory import usage as memory
 
-
-class Half(nn.Module):
-    def __init__(self, channels: tuple[int, int]) -> None:
-        super().__init__()
-        self.conv_in = nn.Conv2d(channels[0], 8, 3, padding=1)
-        self.norm = nn.GroupNorm(2, 8)
-        self.conv_out = nn.Conv2d(8, channels[1], 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv_out(F.silu(self.norm(self.conv_in(x))))
-
-
-class VAE(nn.Module):
-    """The parts that a latent diffusion VAE has."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder, self.decoder = Half((3, 4)), Half((4, 3))
-        self.post_quant_conv = nn.Conv2d(4, 4, 1)
-
-    def decode(self, z: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(z))
-
-    def encode(self, x: Tensor) -> Tensor:
-        return self.encoder(x)
+from .vae import VAE, Half, Holder
 
 
 class ForgeConv2d(nn.Conv2d):
-    """As Forge's: past what is set on the module, unless weights are to be cast."""
+    """Calls what is set on the module only if it casts, as Forge's does."""
 
     parameters_manual_cast = False
 
@@ -53,15 +28,6 @@ class ForgeConv2d(nn.Conv2d):
             weight, bias = (None if tensor is None else tensor.to(x) for tensor in (self.weight, self.bias))
             return self._conv_forward(x, weight, bias)  # pyright: ignore[reportArgumentType]
         return super()._conv_forward(x, self.weight, self.bias)
-
-
-class Holder:
-    """As what holds a VAE in Forge and reForge."""
-
-    def __init__(self, vae: VAE) -> None:
-        self.first_stage_model, self.device = vae, torch.device("cpu")
-        self.memory_used_decode = lambda shape, dtype: 10_000 * shape[2] * shape[3] * dtype.itemsize
-        self.memory_used_encode = lambda shape, dtype: shape[2] * shape[3] * dtype.itemsize
 
 
 @pytest.fixture
@@ -81,7 +47,7 @@ def methods(model: nn.Module) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mode", ["patch", "stream"])
-def test_on_and_off(vae: VAE, mode: str) -> None:
+def test_the_result_is_the_same_on_and_nothing_is_left_off(vae: VAE, mode: str) -> None:
     z, pixels, before = torch.randn(1, 4, 24, 16), torch.randn(1, 3, 24, 16), methods(vae)
     decoded, encoded = vae.decode(z), vae.encode(pixels)
     toggle = Toggle(Settings(mode=mode, threshold=0.0, splits=3))
@@ -96,7 +62,7 @@ def test_on_and_off(vae: VAE, mode: str) -> None:
     assert torch.equal(vae.decode(z), decoded)
     for half in ("decoder", "encoder"):
         assert f"VAE {half} {'streamed' if mode == 'stream' else 'in up to 3 strips'}" in toggle.report()
-    assert "plain: at least" in toggle.report()
+    assert "without Patch Conv: " in toggle.report()
 
 
 def test_a_unet_runs_in_strips_in_either_mode(vae: VAE) -> None:
@@ -111,6 +77,15 @@ def test_a_unet_runs_in_strips_in_either_mode(vae: VAE) -> None:
     assert toggle.report() == "Patch Conv: U-Net in up to 2 strips"
 
 
+def test_nothing_is_compared_that_ran_as_without_us(vae: VAE) -> None:
+    toggle = Toggle(Settings(threshold=16.0))
+    toggle.follow([vae], [])
+    vae.decode(torch.randn(1, 4, 24, 16))
+    toggle.off()
+    assert "VAE decoder whole" in toggle.report()
+    assert "without Patch Conv" not in toggle.report()
+
+
 def test_a_unet_without_convolutions() -> None:
     """A transformer."""
     toggle = Toggle(Settings(vae=False, unet=True))
@@ -118,7 +93,7 @@ def test_a_unet_without_convolutions() -> None:
     assert toggle.report() == "Patch Conv: nothing that it was asked to patch has run"
 
 
-def test_convolutions_that_pass_by_what_is_set_on_them(vae: VAE) -> None:
+def test_forges_convolutions_are_made_to_cast_and_left_as_they_were(vae: VAE) -> None:
     for _, conv in list(vae.named_modules()):
         if isinstance(conv, nn.Conv2d):
             conv.__class__ = ForgeConv2d
@@ -145,15 +120,15 @@ def test_convolutions_that_pass_by_what_is_set_on_them(vae: VAE) -> None:
 def test_the_host_hears_what_a_decode_takes(vae: VAE, settings: Settings) -> None:
     holder = Holder(vae)
     before, shape = dict(holder.__dict__), (2, 4, 256, 256)
-    plain = holder.memory_used_decode(shape, torch.float32)
+    eager = holder.memory_used_decode(shape, torch.float32)
     toggle = Toggle(settings)
     toggle.follow([vae], [], [holder])
     estimate = holder.memory_used_decode(shape, torch.float32)
     maps = 2 * 8 * 256 * 256 * 4  # of one sample: the norm's input and output
-    assert (maps if settings.mode == "patch" else 0) < estimate < plain / 20
+    assert (maps if settings.mode == "patch" else 0) < estimate < eager / 20
     assert holder.memory_used_decode((1, *shape[1:]), torch.float32) == estimate
     assert holder.memory_used_decode(shape, torch.float64) > estimate  # half precision is widened by some processors
-    assert holder.memory_used_decode((2, 5, 256, 256), torch.float32) == plain  # cannot be counted, so the host's own
+    assert holder.memory_used_decode((2, 5, 256, 256), torch.float32) == eager  # cannot be counted, so the host's own
     assert holder.memory_used_encode((1, 3, 8, 8), torch.float32) == 8 * 8 * 4  # never above the host's own
     copied = copy.copy(holder)
     toggle.follow([vae], [], [copied])
@@ -162,10 +137,10 @@ def test_the_host_hears_what_a_decode_takes(vae: VAE, settings: Settings) -> Non
     kept = copy.copy(copied)
     toggle.off()
     assert copied.__dict__ == before
-    assert kept.memory_used_decode(shape, torch.float32) == plain
+    assert kept.memory_used_decode(shape, torch.float32) == eager
 
 
-def test_another_model_takes_over(vae: VAE) -> None:
+def test_a_model_that_is_no_longer_followed_is_restored(vae: VAE) -> None:
     other = VAE()
     toggle = Toggle(Settings())
     toggle.follow([vae], [])
@@ -179,7 +154,7 @@ def test_another_model_takes_over(vae: VAE) -> None:
     assert not methods(other)
 
 
-def test_errors_are_as_they_were(vae: VAE) -> None:
+def test_errors_of_the_model_pass_through(vae: VAE) -> None:
     toggle = Toggle(Settings(mode="stream"))
     toggle.follow([vae], [])
     with pytest.raises(RuntimeError, match="channels"):

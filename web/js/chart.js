@@ -24,7 +24,7 @@ function samplesOf(report) {
 }
 
 function highest(report) {
-    return Math.max(report.peak, report.plain, ...report.timeline.map(([, size]) => size), 1);
+    return Math.max(report.peak, report.eager, ...report.timeline.map(([, size]) => size), 1);
 }
 
 /** Points and areas of a report between the given edges; `top` is the value, in bytes, of the upper one. */
@@ -47,11 +47,11 @@ export function spark(report) {
     const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, class: "patchconv-spark", "aria-hidden": "true" });
     svg.append(draw("polygon", { points: area, class: "patchconv-area" }));
     svg.append(draw("polyline", { points: line, class: "patchconv-line" }));
-    if (report.plain) svg.append(level(y(report.plain), 0, width, "plain"));
+    if (report.eager) svg.append(level(y(report.eager), 0, width, "eager"));
     return svg;
 }
 
-/** The large one, with axes, the peak and what plain was counted to need; `id` is unique in the page. */
+/** The large one, with axes, the peak and what the same work was counted to need without Patch Conv; `id` is unique in the page. */
 export function chart(report, id) {
     const most = highest(report);
     const [unit, name] = most >= GIB ? [GIB, "GiB"] : [MIB, "MiB"];
@@ -83,10 +83,10 @@ export function chart(report, id) {
 
     svg.append(draw("polygon", { points: area, class: "patchconv-area" }));
     svg.append(draw("polyline", { points: line, class: "patchconv-line" }));
-    for (const kind of ["plain", "peak"]) {
+    for (const kind of ["eager", "peak"]) {
         if (!report[kind]) continue;
         const height = y(report[kind]);
-        const above = report[kind] >= Math.max(report.plain, report.peak);
+        const above = report[kind] >= Math.max(report.eager, report.peak);
         svg.append(level(height, LEFT, right, kind));
         write(report.words[kind], right - 4, above ? height - 6 : height + 15, "end", `patchconv-${kind}`);
     }

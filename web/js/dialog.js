@@ -42,14 +42,14 @@ export function followCharts(key, reports) {
 function fill(reports) {
     shown.content.replaceChildren(
         ...reports.map((report, number) => {
-            const caption = make("figcaption", { textContent: report.line + (report.running ? " so far" : "") });
+            const caption = make("figcaption", { textContent: report.line });
             if (!report.peak) return make("figure", {}, caption, make("p", { textContent: "Memory was not measured." }));
             return make("figure", {}, caption, chart(report, `patchconv-chart-${number}`));
         }),
         make("p", {
             textContent:
-                "Memory is what was in use at once beyond the start of the run. What plain needs is counted from its " +
-                "feature maps, without what its convolutions work in.",
+                "Memory is what was in use at once beyond the start of the run. What the same work needs without " +
+                "Patch Conv is counted from its feature maps, without what its convolutions work in.",
         }),
     );
 }

@@ -77,12 +77,12 @@ function add(node, height, width) {
 }
 
 function row(element, node, key, report) {
-    const { way, peak, plain, time } = report.words;
+    const { way, peak, eager_short: eager, time } = report.words;
     const first = [peak, time].filter(Boolean).join(", ") || way;
     const lines = [
-        first + (report.running ? " so far" : ""),
+        first + report.ending,
         `${report.part.replace("VAE ", "")} ${way}`,
-        plain?.replace(": at least", " ≥") ?? "",
+        eager ?? "",
     ];
     const words = make("div", { className: "patchconv-words" });
     words.append(...lines.filter(Boolean).map((line) => make("span", { textContent: line })));

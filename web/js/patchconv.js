@@ -47,7 +47,12 @@ function displayAll() {
     }
 }
 
-/** Keep which workflow a prompt comes from: another may be open by the time that it runs. */
+/**
+ * Keep which workflow a prompt comes from: another may be open by the time that it runs.
+ *
+ * The front end has no hook for this: its events tell of a prompt that was queued without its id or its workflow. So we
+ * wrap `queuePrompt`, which an extension cannot take off again, and pass on all that goes in and out as it is.
+ */
 function followQueue() {
     const queue = api.queuePrompt;
     api.queuePrompt = async function (...args) {

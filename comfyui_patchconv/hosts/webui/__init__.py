@@ -1,1 +1,1 @@
-"""Patch Conv for the length of one of the WebUI's runs: settings, and what is put on its models meanwhile."""
+"""Patches models for the length of one of the WebUI's runs: its settings, and what stands in for methods meanwhile."""

@@ -1,4 +1,4 @@
-"""The toggle's settings as arguments of a script, and as words in the parameters of an image."""
+"""Reads the toggle's settings from a script's arguments and an image's parameters, and writes them there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NUMBERS = ("splits", "threshold", "budget")
 def settings_of(
     args: Sequence[Any], changes: Mapping[str, Any], defaults: Mapping[str, Any] = DEFAULTS
 ) -> Optional[Settings]:
-    """The settings that arguments ask for; None where they ask for nothing.
+    """Read the settings that arguments ask for; None where they ask for nothing.
 
     args: values in the order of `NAMES`, or first of all a dictionary, of which `defaults` fill in what is left out.
     changes: values by name that count before those. Raises ValueError for an unknown name or a wrong value.
@@ -37,7 +37,7 @@ def settings_of(
 
 
 def to_infotext(settings: Settings) -> dict[str, Any]:
-    """What is written into the parameters of an image: mode and parts, and numbers that are not the default."""
+    """Name what an image's parameters say: mode and parts, and numbers that are not the default."""
     parts = " + ".join(label for name, label in _PARTS.items() if getattr(settings, name))
     numbers = {name: getattr(settings, name) for name in _NUMBERS}
     changed = {f"{TITLE} {name}": value for name, value in numbers.items() if value != DEFAULTS[name]}
@@ -45,12 +45,12 @@ def to_infotext(settings: Settings) -> dict[str, Any]:
 
 
 def infotext_names() -> list[str]:
-    """Every name that `to_infotext` may write."""
+    """List every name that `to_infotext` may write."""
     return [TITLE, f"{TITLE} parts", *(f"{TITLE} {name}" for name in _NUMBERS)]
 
 
 def from_infotext(name: str, parameters: Mapping[str, str]) -> Any:
-    """The value of the argument `name` that the parameters of an image tell.
+    """Read the value of the argument `name` from the parameters of an image.
 
     None for an image that was made without Patch Conv: it looks the same with it, so whoever has it on may keep it.
     """

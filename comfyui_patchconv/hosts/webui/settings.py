@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ...conv.strip_sizes import DEFAULT_THRESHOLD
 from ...units import MILLION
 from ..modes import MODES
+from ..numbers import check_number
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,4 @@ class Settings:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: use True or False.")
         for name, unit in (("splits", "strips"), ("threshold", "millions of elements"), ("budget", "GiB")):
-            value = getattr(self, name)
-            wrong = isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf")
-            if wrong or (name == "splits" and value != int(value)):
-                raise ValueError(f"{name} is {value!r}: use a number of {unit}, or 0.")
+            check_number(name, getattr(self, name), unit, whole=name == "splits")

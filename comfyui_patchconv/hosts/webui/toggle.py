@@ -1,4 +1,4 @@
-"""Patch Conv for the length of a run: put on models in place, and taken off as if it had never been there."""
+"""Puts Patch Conv on models for the length of a run, and takes it off as if it had never been there."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import nn
 from ...conv.patch import convert_model, convolutions, restore_model
 from ...conv.tiling import Convolution
 from ...units import MILLION
+from ..attributes import FORGE_CASTS
 from ..figures import Figures, StripCount
 from ..halves import HALVES, half_of, part_of
 from .settings import Settings
-from .stand_ins import CASTS, CastingForward, Estimate, Half, StandIn, Tell, untouched
+from .stand_ins import CastingForward, Half, MemoryUsed, StandIn, Tell, untouched
 
 _METHODS = dict(zip(HALVES, ("decode", "encode")))
 
@@ -38,7 +39,7 @@ class Toggle:
         return bool(self._models)
 
     def follow(self, vaes: Iterable[nn.Module], unets: Iterable[nn.Module], holders: Iterable[Any] = ()) -> None:
-        """Patch these models and no others: one that is not among them any more is as it was before.
+        """Patch these models and no others: restore those that are not among them any more.
 
         holders: of Forge and reForge, what holds a VAE and its estimates of the memory that it takes.
         """
@@ -67,12 +68,12 @@ class Toggle:
         self.follow([], [])
 
     def report(self) -> str:
-        """What was done, in one line, with figures where they were measured."""
+        """Say what was done, in one line, with figures where they were measured."""
         parts = [figures.line() for part, figures in self._figures.items() if figures.calls or part not in HALVES]
         return "Patch Conv: " + ("; ".join(parts) or "nothing that it was asked to patch has run")
 
     def _figures_of(self, part: str) -> Figures:
-        """Of all models that have such a part."""
+        """Find the figures of a part, which all models that have it share."""
         streamed = part in HALVES and self.settings.mode == "stream"
         words = f"VAE {part}" if part in HALVES else part
         return self._figures.setdefault(part, Figures(words, streamed))
@@ -95,7 +96,7 @@ class Toggle:
     def _patch_estimates(self, holder: Any, stand_ins: list[StandIn]) -> None:
         for method in _METHODS.values():
             if callable(getattr(holder, f"memory_used_{method}", None)):
-                stand_ins.append(Estimate(self, holder, method))
+                stand_ins.append(MemoryUsed(self, holder, method))
 
     def _patch_convolutions(
         self, model: nn.Module, part: str, chosen: Callable[[str, Convolution], bool], stand_ins: list[StandIn]
@@ -104,5 +105,5 @@ class Toggle:
         splits, threshold = int(self.settings.splits), round(self.settings.threshold * MILLION)
         convert_model(model, splits, threshold=threshold, predicate=chosen, on_strip=note)
         for _, module in convolutions(model, predicate=chosen):
-            if hasattr(module, CASTS) and untouched(module, "forward"):
+            if hasattr(module, FORGE_CASTS) and untouched(module, "forward"):
                 stand_ins.append(CastingForward(self, module, "forward"))

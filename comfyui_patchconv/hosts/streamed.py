@@ -1,0 +1,58 @@
+"""Runs instead of a VAE's decoder or encoder in a host, and streams it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Optional
+
+from torch import Tensor
+
+from ..streaming import OnProgress, Streamed, joins
+from .estimates import OF_FREE, StreamEstimate
+
+
+class StreamedForward:
+    """Stands in for `forward`, the decoder's or encoder's, or `decode` or `encode` where a VAE has no such part.
+
+    budget: bytes, or 0 for the most of what is free when a decode or encode begins. free: asked for the bytes that are.
+    on_progress: see `OnProgress`. on_call: called when one more call is about to be streamed.
+    """
+
+    def __init__(
+        self, forward: Callable[..., Any], budget: int, free: Callable[[], int],
+        on_progress: Optional[OnProgress] = None, on_call: Optional[Callable[[], None]] = None,
+    ) -> None:  # fmt: skip
+        self.forward, self.budget, self.free = forward, budget, free
+        self.on_progress, self.on_call = on_progress, on_call
+        self._streamed = Streamed(on_progress=on_progress)
+        self._fresh = True
+
+    def start(self) -> None:
+        """Begin a decode or encode: it may take what is free now."""
+        self._fresh = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if joins(args, kwargs):
+            return self.forward(*args, **kwargs)
+        if self._fresh:
+            self._fresh = False
+            self._streamed.budget = self.budget or int(OF_FREE * self.free()) or 1
+        if self.on_call is not None:
+            self.on_call()
+        return self._streamed.call(self.forward, args, kwargs)
+
+
+class StreamedAtOnce(StreamedForward):
+    """Stands in for `decode` or `encode` of a VAE of which `part` is streamed: streams all of it where `estimate` says
+    that this takes less."""
+
+    def __init__(self, forward: Callable[..., Any], part: StreamedForward, estimate: StreamEstimate) -> None:
+        super().__init__(forward, part.budget, part.free, part.on_progress, part.on_call)
+        self.estimate = estimate
+        estimate.starts = (*estimate.starts, self.start)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)  # no buffer to write into, no options
+        if not alone or not self.estimate.at_once(args[0]):
+            return self.forward(*args, **kwargs)
+        return super().__call__(*args)

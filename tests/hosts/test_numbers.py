@@ -1,0 +1,26 @@
+"""Numbers that users give."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from comfyui_patchconv.hosts.numbers import check_number
+
+
+@pytest.mark.parametrize("value", [0, 3, 2.5])
+def test_numbers_pass(value: float) -> None:
+    check_number("budget", value, "GiB")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1, True, "2", None])
+def test_anything_else_is_refused_in_a_sentence(value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^budget is {value!r}: use a number of GiB, or 0\.$"):
+        check_number("budget", value, "GiB")
+
+
+def test_whole_numbers() -> None:
+    check_number("splits", 2.0, "strips", whole=True)
+    with pytest.raises(ValueError, match=r"splits is 1\.5"):
+        check_number("splits", 1.5, "strips", whole=True)

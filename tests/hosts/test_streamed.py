@@ -1,0 +1,71 @@
+"""What runs instead of a decoder in a host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conv_helpers import assert_same
+from torch import Tensor
+
+from comfyui_patchconv.hosts.estimates import OF_FREE, StreamEstimate
+from comfyui_patchconv.hosts.streamed import StreamedAtOnce, StreamedForward
+
+from .vae import VAE, Holder
+
+
+@pytest.fixture
+def vae() -> VAE:
+    torch.manual_seed(0)
+    return VAE().requires_grad_(False)
+
+
+def test_what_is_free_is_asked_when_a_decode_begins(vae: VAE) -> None:
+    asked: list[int] = []
+    calls: list[int] = []
+    streamed = StreamedForward(
+        vae.decoder.forward, 0, lambda: asked.append(1) or 1000 * len(asked), on_call=lambda: calls.append(1)
+    )
+    z = torch.randn(1, 4, 24, 16)
+    for _ in range(2):
+        assert_same(streamed(z), vae.decoder(z), 1e-6)
+    assert (len(asked), len(calls), streamed._streamed.budget) == (1, 2, int(OF_FREE * 1000))
+    streamed.start()
+    streamed(z)
+    assert (len(asked), streamed._streamed.budget) == (2, int(OF_FREE * 2000))
+
+
+def test_a_budget_is_kept_and_nothing_free_is_no_lack_of_one(vae: VAE) -> None:
+    z = torch.randn(1, 4, 8, 8)
+    for budget, free, expected in ((500, 10**9, 500), (0, 0, 1)):
+        streamed = StreamedForward(vae.decoder.forward, budget, lambda free=free: free)
+        streamed(z)
+        assert streamed._streamed.budget == expected
+
+
+class AtOnce(StreamEstimate):
+    answer = True
+
+    def at_once(self, input: Tensor) -> bool:
+        return self.answer
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_all_of_a_decode_at_once_where_the_estimate_says_so(vae: VAE, at_once: bool) -> None:
+    """And one question of the host begins both, the decode and its part."""
+    z, expected = torch.randn(1, 4, 24, 16), vae.decode(torch.zeros(1, 4, 8, 8))
+    expected = vae.decode(z)
+    calls: list[Any] = []
+    part = StreamedForward(vae.decoder.forward, 10**6, lambda: 0, on_call=lambda: calls.append(1))
+    estimate = AtOnce(Holder(vae), "decode", lambda *_: 1.0, budget=0, part="decoder.forward", starts=[part.start])
+    estimate.answer = at_once
+    vae.decoder.forward = part
+    whole = StreamedAtOnce(vae.decode, part, estimate)
+    assert_same(whole(z), expected, 1e-6)
+    assert len(calls) == 1
+    assert (whole._fresh, part._fresh) == ((False, True) if at_once else (True, False))
+    estimate(tuple(z.shape), z.dtype)
+    assert whole._fresh
+    assert part._fresh
+    assert_same(whole(z, **{}), expected, 1e-6)
