@@ -130,11 +130,12 @@ class Call:
         if self.tuning.always:
             return schedule
         eager = eager_schedule(roots, keep, held)
-        fits = self.budget is None or eager.peak <= self.budget
-        if fits and (eager.peak <= schedule.peak or eager.seconds * _SLOWER < schedule.seconds):
-            slack = allocator_bytes(device.type)
-            return replace(eager, peak=eager.peak + (slack if eager.peak > slack else 0))
-        return schedule
+        slack = allocator_bytes(device.type)
+        if self.budget is None or eager.peak <= self.budget:
+            better = eager.peak <= schedule.peak or eager.seconds * _SLOWER < schedule.seconds
+        else:  # neither may fit: eager where it is sure to take less, and more than nothing
+            better = slack < eager.peak <= schedule.peak - slack
+        return replace(eager, peak=eager.peak + (slack if eager.peak > slack else 0)) if better else schedule
 
     def _progress(self, work: int) -> None:
         self.streamed = True

@@ -22,6 +22,7 @@ from model_zoo import CASES, draw_weights, image, kl, wan
 from network_helpers import random_network, run_network
 from torch import Tensor, nn
 
+from comfyui_patchconv.memory.sizes import allocator_bytes
 from comfyui_patchconv.streaming import Streamed, Tuning, call, expect, peak_activations, stream, streamed
 from comfyui_patchconv.streaming.call import Call
 from comfyui_patchconv.streaming.graph.node import Node
@@ -220,6 +221,14 @@ def test_a_second_call_plans_nothing() -> None:
     assert kept
     assert dict(runner._schedules) == kept
     assert torch.equal(first, second)
+
+
+def test_eager_runs_where_no_plan_takes_less_whatever_the_budget() -> None:
+    """One map of 64 MiB, made of another at once: strips would only add theirs."""
+    slack = allocator_bytes("cpu")
+    for budget in (None, 1 << 20, 1 << 30):
+        peak = expect(nn.SiLU(), lambda copy, make: copy(make((1, 64, 512, 512))), device=CPU, budget=budget).peak
+        assert 64 << 20 <= peak <= (64 << 20) + slack
 
 
 class TestSmallCalls:

@@ -142,7 +142,7 @@ class _Memory:
         self._within, self._between = self._within + size, self._between + size
         if self._within >= workspace // _LOOKS:  # a strip of a video has a thousand steps
             self._within = 0
-            self._hand_back(workspace)
+            self._hand_back(workspace - workspace // _LOOKS)  # until the next look it may grow by that much
 
     def applied(self, size: int) -> None:
         """An operator was applied whole, its result has so many bytes, and what it was made of is freed."""

@@ -37,7 +37,7 @@ from .arguments import (
 from .lazy import Cell, LazyTensor, View, recorder_of
 from .memory import Held, Memory, is_ordinary
 from .schema import Operator, draws, gives_back, operator_of
-from .shapes import SIMPLE, Spec, specs_of
+from .shapes import SIMPLE, Spec, load, specs_of
 
 _SMALL = 1 << 16
 """Bytes of results below which what is stored already is computed at once."""
@@ -65,6 +65,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, evaluate: Evaluate, report: dict[str, int], phantom: bool = False, small: int = _SMALL) -> None:
         super().__init__()
+        load()
         self.report, self.phantom, self.memory = report, phantom, Memory()
         self.inference, self.gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         self._small = small

@@ -5,7 +5,11 @@ Asked of the operator itself, on tensors without values, and remembered.
 
 from __future__ import annotations
 
+import gc
+import importlib
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -36,6 +40,18 @@ class Spec(NamedTuple):
         reach = 1 + sum((side - 1) * stride for side, stride in zip(self.shape, strides)) if 0 not in self.shape else 0
         memory = torch.zeros(self.offset + reach, dtype=self.dtype, device=device)
         return memory.as_strided(self.shape, strides, self.offset)
+
+
+def load() -> None:
+    """Has torch load what it answers with for tensors without values, which it would do at the first such question.
+
+    That takes a second, and leaves a circle of frames behind (`torch.fx.wrap`): those of the program, with its maps, if
+    it is asked from there.
+    """
+    if "torch._dynamo" not in sys.modules:
+        with suppress(ImportError):
+            importlib.import_module("torch._dynamo")
+        gc.collect()
 
 
 _MOST = 1 << 14
