@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,8 +16,12 @@ from torch import Tensor, nn
 
 from ..comfyui_patchconv.hosts.eager_needs import EagerNeeds
 from ..comfyui_patchconv.hosts.figures import Figures, State
+from ..comfyui_patchconv.hosts.modes import Way
 from ..comfyui_patchconv.memory.recorder import Recorder
+from ..comfyui_patchconv.units import size_of
 from .front_end import Messenger
+
+_log = logging.getLogger(__name__)
 
 EVENT = "patchconv.report"
 """`node`: the id of a Patch Conv node. `prompt`: the run's. The rest is of `Figures.as_json`."""
@@ -57,6 +62,17 @@ class Meter:
     def start(self) -> None:
         """Let the next call begin a run."""
         self._fresh = True
+
+    def chosen(self, way: Way, why: str) -> None:
+        """Note how the call that is measured runs, and why; called again where that changes in the midst of it."""
+        self.streamed = way == "stream"
+        self.counter.strips = 0
+        self._before.streamed, self._before.why = self.streamed, why
+
+    def missed(self, expected: int) -> None:
+        """Note that a budget could not be kept, and what was expected instead."""
+        self._before.missed = f"the budget could not be kept: {size_of(expected)} were expected"
+        _log.warning("Patch Conv: %s: %s.", self.part, self._before.missed)
 
     @contextmanager
     def measuring(self, eager: Callable[[], int]) -> Iterator[None]:

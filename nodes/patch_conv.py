@@ -6,7 +6,7 @@ import copy
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from comfy import model_management  # pyright: ignore[reportMissingImports]
@@ -15,9 +15,10 @@ from torch import nn
 
 from ..comfyui_patchconv import Tiling, convolutions
 from ..comfyui_patchconv.conv.forward import TiledForward, tiled_forward
-from ..comfyui_patchconv.conv.patch import PADDINGS
+from ..comfyui_patchconv.conv.patch import PADDINGS, patched
 from ..comfyui_patchconv.conv.strip_sizes import DEFAULT_THRESHOLD
-from ..comfyui_patchconv.hosts.estimates import Estimate, StreamEstimate, StripEstimate
+from ..comfyui_patchconv.hosts.auto import AutoForward
+from ..comfyui_patchconv.hosts.estimates import AutoEstimate, Estimate, StreamEstimate, StripEstimate
 from ..comfyui_patchconv.hosts.halves import HALVES, half_of, part_of
 from ..comfyui_patchconv.hosts.modes import MODES
 from ..comfyui_patchconv.hosts.numbers import check_number
@@ -25,7 +26,7 @@ from ..comfyui_patchconv.hosts.streamed import StreamedAtOnce, StreamedForward
 from ..comfyui_patchconv.units import GIB, MILLION
 from .host import MODEL_CATEGORY, VAE_CATEGORY, advanced, schema
 from .meter import Measured, Meter, measure_sampling
-from .progress import Progress, StreamProgress, Strips
+from .progress import AnyProgress, Progress, StreamProgress, Strips
 
 
 class PatchConvVAE(io.ComfyNode):
@@ -56,11 +57,12 @@ class PatchConvVAE(io.ComfyNode):
                 io.Combo.Input(
                     "mode",
                     options=[*MODES],
-                    default="patch",
+                    default="auto",
                     optional=True,
-                    tooltip="patch: each large convolution in strips, splits and threshold apply. stream: the whole "
-                    "decoder or encoder in strips, everything between its convolutions too: far less memory, the "
-                    "strips are chosen for you.",
+                    tooltip="auto: as without this node where that fits, patch where that is enough, stream where it "
+                    "is not; decided at each decode by what is free. patch: each large convolution in strips, splits "
+                    "and threshold apply. stream: the whole decoder or encoder in strips, everything between its "
+                    "convolutions too: far less memory, the strips are chosen for you.",
                 ),
                 io.Float.Input(
                     "budget",
@@ -70,9 +72,9 @@ class PatchConvVAE(io.ComfyNode):
                     max=1024.0,
                     step=0.1,
                     optional=True,
-                    tooltip="For stream: memory of the device to stay within, beside the VAE's weights. What does not "
-                    "fit is kept in the computer's memory, or in a file when the VAE runs on the CPU. 0 takes what is "
-                    "free.",
+                    tooltip="For auto and stream: memory of the device to stay within, beside the VAE's weights. What "
+                    "does not fit is kept in the computer's memory, or in a file when the VAE runs on the CPU. 0 takes "
+                    "what is free.",
                 ),
                 _padding_input(),
             ],
@@ -94,20 +96,22 @@ class PatchConvVAE(io.ComfyNode):
         vae.throw_exception_if_invalid()
         check_number("threshold", threshold, "millions of elements")
         check_number("budget", budget, "GiB")
-        patched = copy.copy(vae)
-        patched.patcher = vae.patcher.clone()
+        copied = copy.copy(vae)
+        copied.patcher = vae.patcher.clone()
         count = 0
         for name, method in zip(HALVES, ("decode", "encode")):
             if half not in (name, "both"):
                 continue
-            leave(patched, name, method)
-            if mode == "stream":
-                count += _stream_half(patched, name, method, round(budget * GIB), padding, _id(cls))
+            leave(copied, name, method)
+            elements, size = round(threshold * MILLION), round(budget * GIB)
+            if mode == "patch":
+                count += _patch_half(copied, name, method, splits, elements, padding, _id(cls))
             else:
-                count += _patch_half(patched, name, method, splits, round(threshold * MILLION), padding, _id(cls))
+                strips = Tiling(splits, threshold=elements) if mode == "auto" else None
+                count += _stream_half(copied, name, method, size, padding, _id(cls), strips)
         if not count:
             raise ValueError(_nothing_found("VAE", type(vae.first_stage_model).__name__, half))
-        return io.NodeOutput(patched)
+        return io.NodeOutput(copied)
 
 
 class PatchConvModel(io.ComfyNode):
@@ -136,15 +140,15 @@ class PatchConvModel(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, splits: int, threshold: float, padding: str = "plain") -> io.NodeOutput:
         check_number("threshold", threshold, "millions of elements")
-        patched = model.clone()
+        copied = model.clone()
         strips = Strips()
         tiling = Tiling(splits, threshold=round(threshold * MILLION), on_strip=strips)
-        if not _patch(patched, model.model, tiling, padding, lambda name: True):
+        if not _patch(copied, model.model, tiling, padding, lambda name: True):
             raise ValueError(_nothing_found("model", type(model.model).__name__))
         meter = Meter(_id(cls), "Model", False, torch.device(model.load_device), strips)
         strips.then(meter.look)
-        measure_sampling(patched, meter)
-        return io.NodeOutput(patched)
+        measure_sampling(copied, meter)
+        return io.NodeOutput(copied)
 
 
 def _splits_input() -> Any:
@@ -215,28 +219,54 @@ def _patch_half(vae: Any, half: str, method: str, splits: int, threshold: int, p
     return progress.convolutions
 
 
-def _stream_half(vae: Any, half: str, method: str, budget: int, padding: str, node: str) -> int:
-    """Put streaming, an estimate and a meter on one half of `vae`, a copy; returns how many convolutions it has."""
-    count = sum(half_of(name) == half for name, _ in convolutions(vae.first_stage_model, predicate=lambda *_: True))
-    if count:
-        if padding != "plain":  # whole: the strips are streaming's
-            whole = Tiling(1, threshold=sys.maxsize)
-            _patch(vae.patcher, vae.first_stage_model, whole, padding, lambda name: half_of(name) == half)
-        key = part_of(vae.first_stage_model, half, method)
-        progress = StreamProgress()
-        free = partial(model_management.get_free_memory, torch.device(vae.device))
-        streamed = StreamedForward(vae.patcher.get_model_object(key), budget, free, progress, progress.next_call)
-        vae.patcher.add_object_patch(key, streamed)
-        host = getattr(vae, f"memory_used_{method}")
-        meter = _meter(vae, half, True, progress, node)
-        starts = (progress.start, streamed.start, meter.start)
-        estimate = StreamEstimate(vae, method, host, budget=budget, part=key, on_work=progress.expect, starts=starts)
-        setattr(vae, f"memory_used_{method}", estimate)
-        if key != method:
-            at_once = StreamedAtOnce(vae.patcher.get_model_object(method), streamed, estimate)
-            vae.patcher.add_object_patch(method, at_once)
-        _measure(vae, method, meter, estimate)
+def _stream_half(
+    vae: Any, half: str, method: str, budget: int, padding: str, node: str, strips: Optional[Tiling] = None
+) -> int:
+    """Put streaming, an estimate and a meter on one half of `vae`, a copy; returns how many convolutions it has.
+
+    strips: of convolutions, where it may run in them or eagerly too, whatever fits; None to have it always streamed.
+    """
+    model, patcher, device = vae.first_stage_model, vae.patcher, torch.device(vae.device)
+    count = sum(half_of(name) == half for name, _ in convolutions(model, predicate=lambda *_: True))
+    if not count:
+        return 0
+    if padding != "plain":  # whole: the strips are streaming's
+        whole = Tiling(1, threshold=sys.maxsize)
+        _patch(patcher, model, whole, padding, lambda name: half_of(name) == half)
+    key = part_of(model, half, method)
+    progress = AnyProgress() if strips is not None else StreamProgress()
+    meter = _meter(vae, half, strips is None, progress, node)
+    free = partial(model_management.get_free_memory, device)
+    part = StreamedForward(patcher.get_model_object(key), budget, free, progress, progress.next_call, meter.missed)
+    patcher.add_object_patch(key, part)
+    host = getattr(vae, f"memory_used_{method}")
+    starts = (progress.start, part.start, meter.start)
+    options: Any = dict(budget=budget, part=key, on_work=progress.expect, starts=starts)
+    if strips is None:
+        estimate = StreamEstimate(vae, method, host, **options)
+    else:
+        total = partial(model_management.get_total_memory, device)
+        counts = dict(splits=strips.splits, threshold=strips.threshold)
+        estimate = AutoEstimate(vae, method, host, total=total, **counts, **options)
+    setattr(vae, f"memory_used_{method}", estimate)
+    streamed = (part,)
+    if key != method:
+        streamed = (part, StreamedAtOnce(patcher.get_model_object(method), part, estimate))
+        patcher.add_object_patch(method, streamed[-1])
+    if strips is not None and isinstance(progress, AnyProgress) and isinstance(estimate, AutoEstimate):
+        in_strips = partial(_in_strips, model, half, strips, padding, progress)
+        below = patcher.get_model_object(method)
+        patcher.add_object_patch(method, AutoForward(below, streamed, estimate, free, budget, in_strips, meter.chosen))
+    _measure(vae, method, meter, estimate)
     return count
+
+
+def _in_strips(model: nn.Module, half: str, strips: Tiling, padding: str, progress: AnyProgress) -> Any:
+    """Make a context in which the convolutions of one half of `model` run in strips."""
+    return patched(
+        model, strips.splits, threshold=strips.threshold, padding=padding, on_strip=progress.on_strip,
+        predicate=lambda name, _: half_of(name) == half,
+    )  # fmt: skip
 
 
 def _meter(vae: Any, half: str, streamed: bool, progress: Progress | StreamProgress, node: str) -> Meter:
@@ -265,12 +295,22 @@ def leave(vae: Any, half: str, method: str) -> None:
     if isinstance(measured, Measured):
         vae.patcher.add_object_patch(method, measured.forward)
     for key, patch in list(vae.patcher.object_patches.items()):
-        if isinstance(patch, StreamedForward) and key in (method, part_of(vae.first_stage_model, half, method)):
-            vae.patcher.add_object_patch(key, patch.forward)
+        if isinstance(patch, (StreamedForward, AutoForward)) and key in (
+            method,
+            part_of(vae.first_stage_model, half, method),
+        ):
+            vae.patcher.add_object_patch(key, _below(patch))
         elif isinstance(patch, TiledForward) and half_of(key.rpartition(".")[0]) == half:
             del vae.patcher.object_patches[key]
             if patch.inner is not None:
                 vae.patcher.add_object_patch(key, patch.inner)
+
+
+def _below(patch: Any) -> Any:
+    """Find the method below all stand-ins of ours."""
+    while isinstance(patch, (StreamedForward, AutoForward)):
+        patch = patch.forward
+    return patch
 
 
 def _nothing_found(kind: str, name: str, half: str = "both") -> str:

@@ -134,3 +134,12 @@ class StreamProgress(_Bar):
         if self._is_due() and work:
             done, work = (self._before + done, self._expected) if self._expected else (done, work)
             self._move(min(done * _STEPS // work, _STEPS), _STEPS)
+
+
+class AnyProgress(StreamProgress):
+    """Shows how far a decode or encode is that may be streamed or run its convolutions in strips."""
+
+    def on_strip(self, module: nn.Module, rows_done: int, rows: int) -> None:
+        """See `Tiling.on_strip`: counts the strips of the convolution that is cut into most. It has no bar."""
+        self.strips = max(self.strips, strips_of(rows_done, rows))
+        self._look()

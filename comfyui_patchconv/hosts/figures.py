@@ -27,7 +27,8 @@ class Figures:
     most bytes in use at once beyond those at the start; 0 where that was not measured. eager: bytes of the feature
     maps that the same work was counted to need at once without us, without what its convolutions work in; 0 where
     that was not counted.
-    timeline: (seconds, bytes) while it ran. state: stopped is what was cancelled or ended in an error.
+    timeline: (seconds, bytes) while it ran. state: stopped is what was cancelled or ended in an error. why: what spoke
+    for the way that it ran, where that was chosen by itself. missed: how a budget was not kept.
     """
 
     part: str
@@ -39,6 +40,8 @@ class Figures:
     eager: int = 0
     timeline: list[tuple[float, int]] = field(default_factory=list)
     state: State = "done"
+    why: str = ""
+    missed: str = ""
 
     def add(self, recorded: Recorder) -> None:
         """Add one more call."""
@@ -71,8 +74,12 @@ class Figures:
             way = "streamed" + (f" in {self.strips} {'strip' if self.strips == 1 else 'strips'}" if self.strips else "")
         elif self.strips > 1:
             way = f"in up to {self.strips} strips"
+        elif self.why:
+            way = "eager"
         else:
             way = "whole (no convolution above the threshold)"
+        if self.why:
+            way = f"auto: {way} ({self.why})"
         words = {"way": way}
         if self.peak:
             words["peak"] = f"peak {size_of(self.peak)}"
@@ -83,6 +90,8 @@ class Figures:
             words["eager_short"] = f"≥ {size_of(self.eager)} without Patch Conv"
         if self.seconds:
             words["time"] = time_of(self.seconds)
+        if self.missed:
+            words["missed"] = self.missed
         return words
 
     def line(self) -> str:
@@ -90,7 +99,7 @@ class Figures:
         words = self.words()
         if "peak" in words and "eager" in words:
             words["peak"] += f" ({words.pop('eager')})"
-        rest = [words[name] for name in ("peak", "eager", "time") if name in words]
+        rest = [words[name] for name in ("peak", "eager", "time", "missed") if name in words]
         return ", ".join([f"{self.part} {words['way']}", *rest]) + self.ending
 
     def as_json(self) -> dict[str, Any]:

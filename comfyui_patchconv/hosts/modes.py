@@ -1,4 +1,9 @@
-"""The ways in which a VAE can run."""
+"""How a VAE can run."""
 
-MODES = ("patch", "stream")
-"""What users choose between: each large convolution in strips, or all of a decoder or encoder."""
+from typing import Literal
+
+MODES = ("auto", "patch", "stream")
+"""What users choose between: the way that fits, each large convolution in strips, or all of a decoder or encoder."""
+
+Way = Literal["eager", "patch", "stream"]
+"""How a call runs."""

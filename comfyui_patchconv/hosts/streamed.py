@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Optional
 
 from torch import Tensor
@@ -15,15 +16,19 @@ class StreamedForward:
     """Stands in for `forward`, the decoder's or encoder's, or `decode` or `encode` where a VAE has no such part.
 
     budget: bytes, or 0 for the most of what is free when a decode or encode begins. free: asked for the bytes that are.
-    on_progress: see `OnProgress`. on_call: called when one more call is about to be streamed.
+    on_progress: see `OnProgress`. on_call: called when one more call is about to be streamed. on_miss: called with the
+    bytes that a call was expected to take, where these are more than the budget. on: whether it streams at all.
     """
+
+    on = True
 
     def __init__(
         self, forward: Callable[..., Any], budget: int, free: Callable[[], int],
         on_progress: Optional[OnProgress] = None, on_call: Optional[Callable[[], None]] = None,
+        on_miss: Optional[Callable[[int], None]] = None,
     ) -> None:  # fmt: skip
         self.forward, self.budget, self.free = forward, budget, free
-        self.on_progress, self.on_call = on_progress, on_call
+        self.on_progress, self.on_call, self.on_miss = on_progress, on_call, on_miss
         self._streamed = Streamed(on_progress=on_progress)
         self._fresh = True
 
@@ -32,14 +37,27 @@ class StreamedForward:
         self._fresh = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if joins(args, kwargs):
+        if not self.on or joins(args, kwargs):
             return self.forward(*args, **kwargs)
         if self._fresh:
             self._fresh = False
             self._streamed.budget = self.budget or int(OF_FREE * self.free()) or 1
         if self.on_call is not None:
             self.on_call()
-        return self._streamed.call(self.forward, args, kwargs)
+        result = self._streamed.call(self.forward, args, kwargs)
+        last = self._streamed.last
+        if self.budget and self.on_miss is not None and last is not None and last.peak > self.budget:
+            self.on_miss(last.peak)
+        return result
+
+    @contextmanager
+    def switched_on(self) -> Iterator[None]:
+        """Stream within the block, and only there."""
+        self.on = True
+        try:
+            yield
+        finally:
+            self.on = False
 
 
 class StreamedAtOnce(StreamedForward):
@@ -47,11 +65,13 @@ class StreamedAtOnce(StreamedForward):
     that this takes less."""
 
     def __init__(self, forward: Callable[..., Any], part: StreamedForward, estimate: StreamEstimate) -> None:
-        super().__init__(forward, part.budget, part.free, part.on_progress, part.on_call)
+        super().__init__(forward, part.budget, part.free, part.on_progress, part.on_call, part.on_miss)
         self.estimate = estimate
         estimate.starts = (*estimate.starts, self.start)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.on:
+            return self.forward(*args, **kwargs)
         alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)  # no buffer to write into, no options
         if not alone or not self.estimate.at_once(args[0]):
             return self.forward(*args, **kwargs)

@@ -1,0 +1,98 @@
+"""Chooses how a decode or encode runs: eagerly where that fits, in strips where that is enough, else streamed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, NamedTuple, Optional
+
+from torch import Tensor
+
+from ..memory.allocator import release
+from ..memory.errors import is_out_of_memory
+from ..streaming import joins
+from ..units import size_of
+from .estimates import OF_FREE, AutoEstimate
+from .modes import Way
+from .streamed import StreamedForward
+
+_log = logging.getLogger(__name__)
+
+OnChoice = Callable[[Way, str], None]
+"""Called with the way that a call will run, and why."""
+
+
+class Choice(NamedTuple):
+    """way: how a call runs. why: what speaks for it, in a few words."""
+
+    way: Way
+    why: str
+
+
+class AutoForward:
+    """Stands in for a VAE's `decode` or `encode`, and chooses at each call by what it needs and what is free.
+
+    Where memory runs out all the same, the call begins anew, streamed; a call of the same shape is streamed from then
+    on.
+
+    forward: the method with its stand-ins. streamed: those among them that stream, when they are switched on. estimate:
+    says what eager and strips need. free: asked for the bytes that are. budget: bytes to stay within; 0 for the most of
+    what is free. in_strips: makes a context in which large convolutions run in strips. on_choice: see `OnChoice`.
+    """
+
+    def __init__(
+        self, forward: Callable[..., Any], streamed: tuple[StreamedForward, ...], estimate: AutoEstimate,
+        free: Callable[[], int], budget: int, in_strips: Callable[[], AbstractContextManager[Any]],
+        on_choice: Optional[OnChoice] = None,
+    ) -> None:  # fmt: skip
+        self.forward, self.streamed, self.estimate = forward, streamed, estimate
+        self.free, self.budget, self.in_strips, self.on_choice = free, budget, in_strips, on_choice
+        self._exceeded: set[Any] = set()
+        for one in streamed:
+            one.on = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not args or not isinstance(args[0], Tensor) or joins(args, kwargs):
+            return self.forward(*args, **kwargs)
+        input = args[0]
+        way, why = self.choose(input)
+        self._tell(way, why)
+        if way != "stream":
+            try:
+                with self.in_strips() if way == "patch" else nullcontext():
+                    return self.forward(*args, **kwargs)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Here, where nothing holds what the call had any more.
+            release(input.device)
+            self._exceeded.add((tuple(input.shape), input.dtype))
+            self._tell("stream", f"memory ran out {'in strips' if way == 'patch' else 'eagerly'}")
+        with ExitStack() as stack:
+            for one in self.streamed:
+                stack.enter_context(one.switched_on())
+            return self.forward(*args, **kwargs)
+
+    def choose(self, input: Tensor) -> Choice:
+        """Say how a call with `input` `[N, …]` is to run now."""
+        if (tuple(input.shape), input.dtype) in self._exceeded:
+            return Choice("stream", "memory ran out before")
+        samples, free = input.shape[0], self.free()
+        limit = self.budget or int(OF_FREE * free)
+        needs = self.estimate.needs(input)
+        room = f"{size_of(self.budget)} are allowed" if self.budget else f"{size_of(free)} are free"
+        why = f"eager needs {size_of(samples * needs.eager)}, {room}"
+        if samples * needs.eager <= limit:
+            return Choice("eager", why)
+        if samples * needs.patch <= limit:
+            return Choice("patch", f"{why}; strips need {size_of(samples * needs.patch)}")
+        return Choice("stream", why)
+
+    def _tell(self, way: Way, why: str) -> None:
+        _log.info("Patch Conv: auto: %s (%s).", _WORDS[way], why)
+        if self.on_choice is not None:
+            self.on_choice(way, why)
+
+
+_WORDS: dict[Way, str] = {"eager": "eager", "patch": "in strips", "stream": "streamed"}

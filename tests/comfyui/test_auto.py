@@ -1,0 +1,60 @@
+"""`mode: auto` in a running ComfyUI: as without the node where that fits, else streamed, and never in tiles."""
+
+from __future__ import annotations
+
+import re
+import resource
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from .conftest import Graph, Server, read_image
+from .test_server import DEFAULTS, assert_same_image, decoding
+
+AUTO: Graph = DEFAULTS | {"mode": "auto"}
+
+
+def report(messages: list[Any]) -> dict[str, Any]:
+    """What the node is told last."""
+    return [message["data"] for message in messages if message["type"] == "patchconv.report"][-1]
+
+
+def test_with_room_it_runs_as_without_the_node(server: Server, checkpoint: str) -> None:
+    latent = server.latent("room", 192)
+    with server.messages() as messages:
+        images = server.run(decoding(checkpoint, latent, eager=True, patched=AUTO))
+    assert np.array_equal(read_image(images["eager"]), read_image(images["patched"]))
+    assert re.match(r"auto: eager \(eager needs .* are free\)", report(messages)["words"]["way"])
+
+
+def test_a_budget_that_eager_exceeds_has_it_streamed(server: Server, checkpoint: str) -> None:
+    latent = server.latent("tight", 512)
+    server.run(decoding(checkpoint, server.latent("warm", 64), eager=True))
+    with server.messages() as messages:
+        images = server.run(decoding(checkpoint, latent, eager=True, patched=AUTO | {"budget": 0.5}))
+    assert_same_image(images["eager"], images["patched"])
+    way = report(messages)["words"]["way"]
+    assert re.match(r"auto: streamed in \d+ strips \(eager needs .*, 512 MiB are allowed\)", way)
+
+
+def size_of(pid: int) -> int:
+    return int(re.search(r"VmSize:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) << 10  # type: ignore[index]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's limits of a process's memory")
+def test_where_memory_runs_out_streaming_takes_over_without_tiles(server: Server, checkpoint: str) -> None:
+    latent = server.latent("out", 640)
+    images = server.run(decoding(checkpoint, latent, eager=True))
+    pid = server._process.pid
+    limit = size_of(pid) + (1000 << 20)  # eager takes 1.6 GB, streaming half of that
+    resource.prlimit(pid, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    try:
+        with server.messages() as messages:
+            streamed = server.run(decoding(checkpoint, server.latent("again", 640), patched=AUTO))
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert_same_image(images["eager"], streamed["patched"])
+    assert "memory ran out eagerly" in report(messages)["words"]["way"]
+    assert "tiled" not in server.log().rpartition("memory ran out eagerly")[2]
