@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from ..comfyui_patchconv.hosts.modes import MODES
 from ..comfyui_patchconv.hosts.numbers import check_number
 from ..comfyui_patchconv.hosts.streamed import StreamedAtOnce, StreamedForward
 from ..comfyui_patchconv.units import GIB, MILLION
-from .host import MODEL_CATEGORY, VAE_CATEGORY, advanced, schema
+from .host import MODEL_CATEGORY, VAE_CATEGORY, advanced, follow_clones, schema
 from .meter import Measured, Meter, measure_sampling
 from .progress import Progress, StreamProgress, Strips
 
@@ -107,6 +106,7 @@ class PatchConvVAE(io.ComfyNode):
                 count += _patch_half(patched, name, method, splits, round(threshold * MILLION), padding, _id(cls))
         if not count:
             raise ValueError(_nothing_found("VAE", type(vae.first_stage_model).__name__, half))
+        follow_clones(patched.patcher)
         return io.NodeOutput(patched)
 
 
@@ -141,6 +141,7 @@ class PatchConvModel(io.ComfyNode):
         tiling = Tiling(splits, threshold=round(threshold * MILLION), on_strip=strips)
         if not _patch(patched, model.model, tiling, padding, lambda name: True):
             raise ValueError(_nothing_found("model", type(model.model).__name__))
+        follow_clones(patched)
         meter = Meter(_id(cls), "Model", False, torch.device(model.load_device), strips)
         strips.then(meter.look)
         measure_sampling(patched, meter)
@@ -224,7 +225,7 @@ def _stream_half(vae: Any, half: str, method: str, budget: int, padding: str, no
             _patch(vae.patcher, vae.first_stage_model, whole, padding, lambda name: half_of(name) == half)
         key = part_of(vae.first_stage_model, half, method)
         progress = StreamProgress()
-        free = partial(model_management.get_free_memory, torch.device(vae.device))
+        free = model_management.get_free_memory
         streamed = StreamedForward(vae.patcher.get_model_object(key), budget, free, progress, progress.next_call)
         vae.patcher.add_object_patch(key, streamed)
         host = getattr(vae, f"memory_used_{method}")

@@ -5,38 +5,39 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Optional
 
+import torch
 from torch import Tensor
 
 from ..streaming import OnProgress, Streamed, joins
+from .clones import StandIn
 from .estimates import OF_FREE, StreamEstimate
 
 
-class StreamedForward:
+class StreamedForward(StandIn):
     """Stands in for `forward`, the decoder's or encoder's, or `decode` or `encode` where a VAE has no such part.
 
-    budget: bytes, or 0 for the most of what is free when a decode or encode begins. free: asked for the bytes that are.
+    budget: bytes, or 0 for the most of what is free when a decode or encode begins. free: asked for the bytes that are
+    free on a device.
     on_progress: see `OnProgress`. on_call: called when one more call is about to be streamed.
     """
 
     def __init__(
-        self, forward: Callable[..., Any], budget: int, free: Callable[[], int],
+        self, forward: Callable[..., Any], budget: int, free: Callable[[torch.device], int],
         on_progress: Optional[OnProgress] = None, on_call: Optional[Callable[[], None]] = None,
     ) -> None:  # fmt: skip
         self.forward, self.budget, self.free = forward, budget, free
         self.on_progress, self.on_call = on_progress, on_call
         self._streamed = Streamed(on_progress=on_progress)
-        self._fresh = True
 
     def start(self) -> None:
-        """Begin a decode or encode: it may take what is free now."""
-        self._fresh = True
+        """Begin a decode or encode, here or on a clone for another device: it may take what is free now."""
+        self._streamed.budget = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if joins(args, kwargs):
             return self.forward(*args, **kwargs)
-        if self._fresh:
-            self._fresh = False
-            self._streamed.budget = self.budget or int(OF_FREE * self.free()) or 1
+        if self._streamed.budget is None:
+            self._streamed.budget = self.budget or int(OF_FREE * self.free(_device_of(args, kwargs))) or 1
         if self.on_call is not None:
             self.on_call()
         return self._streamed.call(self.forward, args, kwargs)
@@ -56,3 +57,8 @@ class StreamedAtOnce(StreamedForward):
         if not alone or not self.estimate.at_once(args[0]):
             return self.forward(*args, **kwargs)
         return super().__call__(*args)
+
+
+def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    """The device that a call computes on."""
+    return next((one.device for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), torch.device("cpu"))
