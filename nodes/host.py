@@ -7,7 +7,10 @@ from importlib import import_module
 from inspect import signature
 from typing import Any
 
+from comfy.patcher_extension import CallbacksMP  # pyright: ignore[reportMissingImports]
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
+
+from ..comfyui_patchconv.hosts.clones import follow
 
 host_nodes: Any = import_module("nodes")  # ComfyUI's module of this name; ours is a part of a package
 
@@ -41,3 +44,9 @@ def advanced(kind: Any, name: str, **options: Any) -> Any:
     if "advanced" in signature(kind.Input).parameters:
         options["advanced"] = True
     return kind.Input(name, **options)
+
+
+def follow_clones(patcher: Any) -> None:
+    """Have the host bind the patches of `patcher` anew in its clones that have a model of their own."""
+    patcher.remove_callbacks_with_key(CallbacksMP.ON_CLONE, "patchconv")
+    patcher.add_callback_with_key(CallbacksMP.ON_CLONE, "patchconv", follow)

@@ -14,6 +14,7 @@ from comfy.patcher_extension import WrappersMP  # pyright: ignore[reportMissingI
 from comfy_execution.utils import get_executing_context  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 
+from ..comfyui_patchconv.hosts.clones import StandIn
 from ..comfyui_patchconv.hosts.eager_needs import EagerNeeds
 from ..comfyui_patchconv.hosts.figures import Figures, State
 from ..comfyui_patchconv.hosts.modes import Way
@@ -133,14 +134,16 @@ class Meter:
         self._messenger.tell({"node": self.node, "prompt": self.prompt, **figures.as_json()})
 
 
-class Measured:
+class Measured(StandIn):
     """Stands in for a VAE's `decode` or `encode`, `forward`, and measures it."""
 
     def __init__(self, forward: Callable[..., Any], meter: Meter, eager: Callable[[], int]) -> None:
         self.forward, self.meter, self.eager = forward, meter, eager
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        samples = args[0].shape[0] if args and isinstance(args[0], Tensor) else 1
+        samples = 1
+        if args and isinstance(args[0], Tensor):
+            samples, self.meter.device = args[0].shape[0], args[0].device  # a clone may be on another one
         with self.meter.measuring(lambda: samples * self.eager()):
             return self.forward(*args, **kwargs)
 

@@ -20,11 +20,11 @@ from ..comfyui_patchconv.conv.strip_sizes import DEFAULT_THRESHOLD
 from ..comfyui_patchconv.hosts.auto import AutoForward
 from ..comfyui_patchconv.hosts.estimates import AutoEstimate, Estimate, StreamEstimate, StripEstimate
 from ..comfyui_patchconv.hosts.halves import HALVES, half_of, part_of
-from ..comfyui_patchconv.hosts.modes import MODES
+from ..comfyui_patchconv.hosts.modes import AUTO_MODES
 from ..comfyui_patchconv.hosts.numbers import check_number
-from ..comfyui_patchconv.hosts.streamed import StreamedAtOnce, StreamedForward
+from ..comfyui_patchconv.hosts.streamed import StreamedAtOnce, StreamedForward, Switch
 from ..comfyui_patchconv.units import GIB, MILLION
-from .host import MODEL_CATEGORY, VAE_CATEGORY, advanced, schema
+from .host import MODEL_CATEGORY, VAE_CATEGORY, advanced, follow_clones, schema
 from .meter import Measured, Meter, measure_sampling
 from .progress import AnyProgress, Progress, StreamProgress, Strips
 
@@ -56,7 +56,7 @@ class PatchConvVAE(io.ComfyNode):
                 # Behind the others and optional: workflows saved without them go on loading.
                 io.Combo.Input(
                     "mode",
-                    options=[*MODES],
+                    options=[*AUTO_MODES],
                     default="auto",
                     optional=True,
                     tooltip="auto: as without this node where that fits, patch where that is enough, stream where it "
@@ -111,6 +111,7 @@ class PatchConvVAE(io.ComfyNode):
                 count += _stream_half(copied, name, method, size, padding, _id(cls), strips)
         if not count:
             raise ValueError(_nothing_found("VAE", type(vae.first_stage_model).__name__, half))
+        follow_clones(copied.patcher)
         return io.NodeOutput(copied)
 
 
@@ -145,6 +146,7 @@ class PatchConvModel(io.ComfyNode):
         tiling = Tiling(splits, threshold=round(threshold * MILLION), on_strip=strips)
         if not _patch(copied, model.model, tiling, padding, lambda name: True):
             raise ValueError(_nothing_found("model", type(model.model).__name__))
+        follow_clones(copied)
         meter = Meter(_id(cls), "Model", False, torch.device(model.load_device), strips)
         strips.then(meter.look)
         measure_sampling(copied, meter)
@@ -236,8 +238,9 @@ def _stream_half(
     key = part_of(model, half, method)
     progress = AnyProgress() if strips is not None else StreamProgress()
     meter = _meter(vae, half, strips is None, progress, node)
-    free = partial(model_management.get_free_memory, device)
-    part = StreamedForward(patcher.get_model_object(key), budget, free, progress, progress.next_call, meter.missed)
+    free, switch = model_management.get_free_memory, Switch(strips is None)
+    notes = (progress, progress.next_call, meter.missed)
+    part = StreamedForward(patcher.get_model_object(key), budget, free, *notes, switch)
     patcher.add_object_patch(key, part)
     host = getattr(vae, f"memory_used_{method}")
     starts = (progress.start, part.start, meter.start)
@@ -249,19 +252,17 @@ def _stream_half(
         counts = dict(splits=strips.splits, threshold=strips.threshold)
         estimate = AutoEstimate(vae, method, host, total=total, **counts, **options)
     setattr(vae, f"memory_used_{method}", estimate)
-    streamed = (part,)
     if key != method:
-        streamed = (part, StreamedAtOnce(patcher.get_model_object(method), part, estimate))
-        patcher.add_object_patch(method, streamed[-1])
-    if strips is not None and isinstance(progress, AnyProgress) and isinstance(estimate, AutoEstimate):
-        in_strips = partial(_in_strips, model, half, strips, padding, progress)
+        patcher.add_object_patch(method, StreamedAtOnce(patcher.get_model_object(method), part, estimate))
+    if isinstance(estimate, AutoEstimate):
+        in_strips = partial(_in_strips, half, strips, padding, progress)
         below = patcher.get_model_object(method)
-        patcher.add_object_patch(method, AutoForward(below, streamed, estimate, free, budget, in_strips, meter.chosen))
+        patcher.add_object_patch(method, AutoForward(below, switch, estimate, free, budget, in_strips, meter.chosen))
     _measure(vae, method, meter, estimate)
     return count
 
 
-def _in_strips(model: nn.Module, half: str, strips: Tiling, padding: str, progress: AnyProgress) -> Any:
+def _in_strips(half: str, strips: Tiling, padding: str, progress: AnyProgress, model: nn.Module) -> Any:
     """Make a context in which the convolutions of one half of `model` run in strips."""
     return patched(
         model, strips.splits, threshold=strips.threshold, padding=padding, on_strip=progress.on_strip,

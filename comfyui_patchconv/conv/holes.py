@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Optional, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from .blocks import block, put
 from .fill import around
 from .forward import TiledForward
 from .partial import WHEN_LARGE
@@ -227,20 +228,14 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
 }
 
 
-@contextmanager
-def _attending(model: nn.Module, holes: Holes) -> Iterator[None]:
+def _attending(model: nn.Module, holes: Holes) -> AbstractContextManager[None]:
     """Give the attention of `model` valid positions only, as a row of pixels: it does not see where they are."""
-    before: list[tuple[nn.Module, Any]] = []
-    try:
-        for module in _attention(model):
-            before.append((module, module.__dict__.get("forward")))
-            module.__dict__["forward"] = _Attended(module.forward, holes)
-        yield
-    finally:
-        for module, forward in before:
-            module.__dict__.pop("forward")
-            if forward is not None:
-                module.__dict__["forward"] = forward
+
+    def change() -> None:
+        for module in list(_attention(model)):
+            put(module, "forward", _Attended(module.forward, holes))
+
+    return block(model, "forward", change)
 
 
 def _attention(module: nn.Module) -> Iterator[nn.Module]:
@@ -260,8 +255,8 @@ class _Attended:
         self.forward, self.holes = forward, holes
 
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        mask = self.holes.mask_of(input)
-        if mask is None:
+        mask = self.holes.mask_of(input) if self.holes in _get_current_function_mode_stack() else None
+        if mask is None:  # as in the calls of other threads
             return self.forward(input, *args, **kwargs)
         kept = mask.flatten().nonzero().flatten()
         if not len(kept):

@@ -9,6 +9,7 @@ from typing import Any, Optional, TypeVar
 
 from torch import nn
 
+from .blocks import block, put, state
 from .forward import TiledForward, tiled_forward
 from .partial import PartialPadding
 from .strip_sizes import DEFAULT_THRESHOLD, MAX_ELEMENTS
@@ -69,22 +70,27 @@ def convert_model(
 def restore_model(model: Model) -> Model:
     """Undo `convert_model` in place: every method is again what it was, another extension's included."""
     for module in model.modules():
-        _put(module, _state(module).inner if isinstance(_state(module), TiledForward) else _state(module))
+        found = state(module, _ATTRIBUTE)
+        if isinstance(found, TiledForward):
+            put(module, _ATTRIBUTE, found.inner)
     return model
 
 
 @contextmanager
 def patched(model: Model, *args: Any, **kwargs: Any) -> Iterator[Model]:
-    """`convert_model(model, *args, **kwargs)` for the length of a `with` block; then all is as it was before it."""
-    with _put_back(model):
-        yield convert_model(model, *args, **kwargs)
+    """`convert_model(model, *args, **kwargs)` for the length of a `with` block; then all is as it was before it.
+
+    Blocks may overlap, in threads or generators, and end in any order: the last that began decides.
+    """
+    with block(model, _ATTRIBUTE, lambda: convert_model(model, *args, **kwargs)):
+        yield model
 
 
 @contextmanager
-def unpatched(model: nn.Module) -> Iterator[nn.Module]:
-    """`restore_model(model)` for the length of a `with` block; then all is as it was before it."""
-    with _put_back(model):
-        yield restore_model(model)
+def unpatched(model: Model) -> Iterator[Model]:
+    """`restore_model(model)` for the length of a `with` block; then all is as it was before it. See `patched`."""
+    with block(model, _ATTRIBUTE, lambda: restore_model(model), all_of_them=True):
+        yield model
 
 
 def convolutions(
@@ -108,24 +114,3 @@ def convolutions(
             continue
         if predicate(name, module) if predicate is not None else max(module.kernel_size) > 1:
             yield name, module
-
-
-@contextmanager
-def _put_back(model: nn.Module) -> Iterator[None]:
-    before = {module: _state(module) for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, state in before.items():
-            _put(module, state)
-
-
-def _state(module: nn.Module) -> Any:
-    return module.__dict__.get(_ATTRIBUTE)
-
-
-def _put(module: nn.Module, state: Any) -> None:
-    if state is None:
-        module.__dict__.pop(_ATTRIBUTE, None)
-    else:
-        module.__dict__[_ATTRIBUTE] = state

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Optional
 
+import torch
 from torch import Tensor
 
 from ..memory.allocator import release
 from ..memory.errors import is_out_of_memory
 from ..streaming import joins
 from ..units import size_of
+from .clones import StandIn
 from .estimates import OF_FREE, AutoEstimate
 from .modes import Way
-from .streamed import StreamedForward
+from .streamed import Switch
 
 _log = logging.getLogger(__name__)
 
@@ -30,27 +32,24 @@ class Choice(NamedTuple):
     why: str
 
 
-class AutoForward:
+class AutoForward(StandIn):
     """Stands in for a VAE's `decode` or `encode`, and chooses at each call by what it needs and what is free.
 
     Where memory runs out all the same, the call begins anew, streamed; a call of the same shape is streamed from then
     on.
 
-    forward: the method with its stand-ins. streamed: those among them that stream, when they are switched on. estimate:
-    says what eager and strips need. free: asked for the bytes that are. budget: bytes to stay within; 0 for the most of
-    what is free. in_strips: makes a context in which large convolutions run in strips. on_choice: see `OnChoice`.
+    forward: the method, with stand-ins that stream while `switch` is on. estimate: says what eager and strips need.
+    free: asked for the bytes that are free on a device. budget: bytes to stay within; 0 for the most of what is free.
+    in_strips: makes a context in which large convolutions of a model run in strips. on_choice: see `OnChoice`.
     """
 
     def __init__(
-        self, forward: Callable[..., Any], streamed: tuple[StreamedForward, ...], estimate: AutoEstimate,
-        free: Callable[[], int], budget: int, in_strips: Callable[[], AbstractContextManager[Any]],
-        on_choice: Optional[OnChoice] = None,
+        self, forward: Callable[..., Any], switch: Switch, estimate: AutoEstimate, free: Callable[[torch.device], int],
+        budget: int, in_strips: Callable[[Any], AbstractContextManager[Any]], on_choice: Optional[OnChoice] = None,
     ) -> None:  # fmt: skip
-        self.forward, self.streamed, self.estimate = forward, streamed, estimate
+        self.forward, self.switch, self.estimate = forward, switch, estimate
         self.free, self.budget, self.in_strips, self.on_choice = free, budget, in_strips, on_choice
         self._exceeded: set[Any] = set()
-        for one in streamed:
-            one.on = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not args or not isinstance(args[0], Tensor) or joins(args, kwargs):
@@ -60,7 +59,7 @@ class AutoForward:
         self._tell(way, why)
         if way != "stream":
             try:
-                with self.in_strips() if way == "patch" else nullcontext():
+                with self.in_strips(_owner(self.forward)) if way == "patch" else nullcontext():
                     return self.forward(*args, **kwargs)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -69,16 +68,14 @@ class AutoForward:
             release(input.device)
             self._exceeded.add((tuple(input.shape), input.dtype))
             self._tell("stream", f"memory ran out {'in strips' if way == 'patch' else 'eagerly'}")
-        with ExitStack() as stack:
-            for one in self.streamed:
-                stack.enter_context(one.switched_on())
+        with self.switch.set_to(True):
             return self.forward(*args, **kwargs)
 
     def choose(self, input: Tensor) -> Choice:
         """Say how a call with `input` `[N, …]` is to run now."""
         if (tuple(input.shape), input.dtype) in self._exceeded:
             return Choice("stream", "memory ran out before")
-        samples, free = input.shape[0], self.free()
+        samples, free = input.shape[0], self.free(input.device)
         limit = self.budget or int(OF_FREE * free)
         needs = self.estimate.needs(input)
         room = f"{size_of(self.budget)} are allowed" if self.budget else f"{size_of(free)} are free"
@@ -96,3 +93,10 @@ class AutoForward:
 
 
 _WORDS: dict[Way, str] = {"eager": "eager", "patch": "in strips", "stream": "streamed"}
+
+
+def _owner(forward: Any) -> Any:
+    """The model whose method stands below all stand-ins."""
+    while isinstance(forward, StandIn):
+        forward = forward.forward
+    return forward.__self__

@@ -2,8 +2,11 @@
 
 from typing import Literal
 
-MODES = ("auto", "patch", "stream")
-"""What users choose between: the way that fits, each large convolution in strips, or all of a decoder or encoder."""
+MODES = ("patch", "stream")
+"""What users choose between: each large convolution in strips, or all of a decoder or encoder."""
+
+AUTO_MODES = ("auto", *MODES)
+"""The same where the way that fits can be chosen by itself."""
 
 Way = Literal["eager", "patch", "stream"]
 """How a call runs."""

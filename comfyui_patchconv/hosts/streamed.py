@@ -6,42 +6,58 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
 
+import torch
 from torch import Tensor
 
 from ..streaming import OnProgress, Streamed, joins
+from .clones import StandIn
 from .estimates import OF_FREE, StreamEstimate
 
 
-class StreamedForward:
+class Switch:
+    """Says whether stand-ins that share it do anything."""
+
+    def __init__(self, on: bool) -> None:
+        self.on = on
+
+    @contextmanager
+    def set_to(self, on: bool) -> Iterator[None]:
+        """Set it within the block."""
+        before, self.on = self.on, on
+        try:
+            yield
+        finally:
+            self.on = before
+
+
+class StreamedForward(StandIn):
     """Stands in for `forward`, the decoder's or encoder's, or `decode` or `encode` where a VAE has no such part.
 
-    budget: bytes, or 0 for the most of what is free when a decode or encode begins. free: asked for the bytes that are.
-    on_progress: see `OnProgress`. on_call: called when one more call is about to be streamed. on_miss: called with the
-    bytes that a call was expected to take, where these are more than the budget. on: whether it streams at all.
+    budget: bytes, or 0 for the most of what is free when a decode or encode begins. free: asked for the bytes that are
+    free on a device. on_progress: see `OnProgress`. on_call: called when one more call is about to be streamed.
+    on_miss: called with the bytes that a call was expected to take, where these are more than the budget. switch: while
+    it is off nothing is streamed.
     """
 
-    on = True
-
     def __init__(
-        self, forward: Callable[..., Any], budget: int, free: Callable[[], int],
+        self, forward: Callable[..., Any], budget: int, free: Callable[[torch.device], int],
         on_progress: Optional[OnProgress] = None, on_call: Optional[Callable[[], None]] = None,
-        on_miss: Optional[Callable[[int], None]] = None,
+        on_miss: Optional[Callable[[int], None]] = None, switch: Optional[Switch] = None,
     ) -> None:  # fmt: skip
         self.forward, self.budget, self.free = forward, budget, free
         self.on_progress, self.on_call, self.on_miss = on_progress, on_call, on_miss
+        self.switch = switch or Switch(True)
         self._streamed = Streamed(on_progress=on_progress)
-        self._fresh = True
 
     def start(self) -> None:
-        """Begin a decode or encode: it may take what is free now."""
-        self._fresh = True
+        """Begin a decode or encode, here or on a clone for another device: it may take what is free now."""
+        self._streamed.budget = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.on or joins(args, kwargs):
+        if not self.switch.on or joins(args, kwargs):
             return self.forward(*args, **kwargs)
-        if self._fresh:
-            self._fresh = False
-            self._streamed.budget = self.budget or int(OF_FREE * self.free()) or 1
+        if self._streamed.budget is None:
+            self._streamed.budget = self.budget or int(OF_FREE * self.free(_device_of(args, kwargs))) or 1
         if self.on_call is not None:
             self.on_call()
         result = self._streamed.call(self.forward, args, kwargs)
@@ -50,29 +66,25 @@ class StreamedForward:
             self.on_miss(last.peak)
         return result
 
-    @contextmanager
-    def switched_on(self) -> Iterator[None]:
-        """Stream within the block, and only there."""
-        self.on = True
-        try:
-            yield
-        finally:
-            self.on = False
-
 
 class StreamedAtOnce(StreamedForward):
     """Stands in for `decode` or `encode` of a VAE of which `part` is streamed: streams all of it where `estimate` says
     that this takes less."""
 
     def __init__(self, forward: Callable[..., Any], part: StreamedForward, estimate: StreamEstimate) -> None:
-        super().__init__(forward, part.budget, part.free, part.on_progress, part.on_call, part.on_miss)
+        super().__init__(forward, part.budget, part.free, part.on_progress, part.on_call, part.on_miss, part.switch)
         self.estimate = estimate
         estimate.starts = (*estimate.starts, self.start)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.on:
+        if not self.switch.on:
             return self.forward(*args, **kwargs)
         alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)  # no buffer to write into, no options
         if not alone or not self.estimate.at_once(args[0]):
             return self.forward(*args, **kwargs)
         return super().__call__(*args)
+
+
+def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    """The device that a call computes on."""
+    return next((one.device for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), torch.device("cpu"))

@@ -3,6 +3,8 @@
 halves: per VAE family, the convolutions that decode or encode call and that `half_of` gives to the other half.
 streamed: largest difference, of the output's range, between a VAE's eager decode and its decodes in strips, of
     convolutions and of the whole, while the host streams its weights in at every use.
+cloned: the most that a decode by the host's clone for another device is off, eager and patched either way, and one by
+    what it was cloned from; the weights of the two differ.
 whole: per VAE family, decode and encode in stream mode: the largest difference to eager, of the output's range, and
     what was evaluated whole.
 holes: per VAE family, encoding an image with a hole: whether the latent depends on what is in it, and the largest
@@ -15,6 +17,7 @@ memory CHECKPOINT SIZE: bytes for a decode: the host's estimate, ours, and the p
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib
 import json
 import sys
@@ -180,6 +183,32 @@ def streamed(pack: str) -> dict[str, float]:
 
 
 @torch.inference_mode()
+def cloned(pack: str) -> dict[str, float]:
+    model = build(FAMILIES[0][0], {"ddconfig": KL | {"ch": 128, "num_res_blocks": 2}, "embed_dim": 4})
+    latent = torch.randn(1, 4, 16, 12, generator=torch.Generator().manual_seed(0))
+    other, answer = load_other(model), {}
+    expected, first = other.decode(latent), load_vae(model).decode(latent)
+    for way, vae in zip(("eager", "patch", "stream"), vaes(pack, load_vae(model), splits=3, threshold=0.0)):
+        if not hasattr(vae.patcher, "deepclone_multigpu"):
+            break  # an older host
+        vae.decode(latent)
+        vae.patcher.cached_patcher_init = (lambda: load_other(model).patcher, ())
+        clone = copy.copy(vae)
+        clone.patcher = vae.patcher.deepclone_multigpu(new_load_device=vae.patcher.load_device)
+        clone.first_stage_model = clone.patcher.model
+        pairs = [(clone.decode(latent), expected), (vae.decode(latent), first), (clone.decode(latent), expected)]
+        answer[way] = max(float((result - wanted).abs().max()) for result, wanted in pairs)
+    return answer
+
+
+def load_other(model: torch.nn.Module) -> Any:
+    """A VAE like that of `load_vae`, of other weights."""
+    vae = load_vae(model)
+    draw(vae.first_stage_model)
+    return vae
+
+
+@torch.inference_mode()
 def whole(pack: str) -> dict[str, Any]:
     streaming = importlib.import_module(f"{pack}.comfyui_patchconv.streaming")
     part_of = importlib.import_module(f"{pack}.comfyui_patchconv.hosts.halves").part_of
@@ -318,6 +347,7 @@ if __name__ == "__main__":
     path, question, *arguments = sys.argv[1:]
     package = start_host(path)
     questions = {
-        "halves": halves, "streamed": streamed, "whole": whole, "holes": holes, "video": video, "memory": memory,
+        "halves": halves, "streamed": streamed, "cloned": cloned, "whole": whole, "holes": holes, "video": video,
+        "memory": memory,
     }  # fmt: skip
     print(json.dumps(questions[question](package, *arguments)))

@@ -46,6 +46,11 @@ def test_weights_streamed_at_every_use(checkout: Path) -> None:
     assert answer["difference"] <= 1e-5
 
 
+def test_a_clone_for_another_device_has_weights_of_its_own(checkout: Path) -> None:
+    answer = probe(checkout, "cloned")
+    assert all(difference <= 1e-5 for difference in answer.values()), answer
+
+
 @pytest.mark.parametrize("method", ["decode", "encode"])
 def test_video_in_chunks(checkout: Path, method: str, tmp_path: Path) -> None:
     """Wan's decoder gets a few frames at a time, and keeps frames for the next: all of it is streamed at once."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -177,6 +179,42 @@ def test_what_convert_model_has_put_on_is_taken_off_and_put_back() -> None:
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_calls_of_other_threads_meanwhile_see_all_and_leave_nothing() -> None:
+    """The one that began first ends first; and one without holes runs amid them."""
+    torch.manual_seed(0)
+    model, pixels = SelfAttention(), image(4, 6, 5)
+    masks = [torch.ones(6, 5), torch.ones(6, 5)]
+    masks[0][2:4, 1:3], masks[1][:2] = 0, 0
+    eager, expected = model(pixels), [with_holes(model, model, pixels, mask) for mask in masks]
+    began, ended = threading.Event(), threading.Event()
+    found: list[Tensor] = []
+
+    def first() -> None:
+        def run(held: Tensor) -> Tensor:
+            assert began.wait(10)
+            return model(held)
+
+        found.append(with_holes(model, run, pixels, masks[0]))
+        ended.set()
+
+    def second(held: Tensor) -> Tensor:
+        began.set()
+        assert ended.wait(10)
+        return model(held)
+
+    one = threading.Thread(target=first)
+    one.start()
+    while "forward" not in model.__dict__:
+        time.sleep(0.01)
+    assert_same(model(pixels), eager)
+    found.append(with_holes(model, second, pixels, masks[1]))
+    one.join()
+    assert "forward" not in model.__dict__
+    for result, wanted in zip(found, expected, strict=True):
+        assert torch.equal(result, wanted)
+
+
 def test_an_error_leaves_the_model_as_it_was() -> None:
     model, pixels = draw_weights(kl(4)), image(3, 36, 32)
     states = [unchanged(module) for module in model.modules()]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import itertools
 import pickle
+import threading
 from contextlib import suppress
 from typing import Any
 
@@ -21,6 +24,7 @@ from comfyui_patchconv import (
     patched,
     restore_model,
 )
+from comfyui_patchconv.conv.patch import unpatched
 
 
 class Small(nn.Module):
@@ -144,6 +148,126 @@ def test_patched_with_a_bad_setting_changes_nothing(settings: dict[str, Any]) ->
     model = Small()
     with pytest.raises(ValueError), patched(model, **settings):
         pytest.fail("the block is not entered")
+    assert patched_names(model) == []
+
+
+# Blocks that overlap in time
+
+BLOCKS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "all": (patched, {"splits": 2}),
+    "again": (patched, {"splits": 3}),
+    "encoder": (patched, {"splits": 5, "names": "encoder.*"}),
+    "length": (patched, {"splits": 6, "names": "length"}),
+    "none": (unpatched, {}),
+}
+
+
+def splits_of(model: nn.Module) -> dict[str, int]:
+    """Strips of each convolution that runs in strips, by its name."""
+    return {name: hook(model.get_submodule(name)).tiling.splits for name in patched_names(model)}
+
+
+def of_blocks(names: list[str]) -> dict[str, int]:
+    """What `splits_of` a model is within these blocks: for each convolution the last one that is about it decides."""
+    found = {"length": 9}  # converted before
+    for name in names:
+        block, settings = BLOCKS[name]
+        if block is unpatched:
+            found.clear()
+            continue
+        chosen = convolutions(Small(), names=settings.get("names"))
+        found.update({name: settings["splits"] for name, _ in chosen})
+    return found
+
+
+@pytest.mark.parametrize("entered", list(itertools.permutations(BLOCKS, 3)), ids="-".join)
+def test_blocks_that_overlap_end_in_any_order(entered: tuple[str, ...]) -> None:
+    model = convert_model(Small(), 9, names="length")
+    before = hook(model.length)
+    for order in itertools.permutations(entered):
+        blocks = {name: BLOCKS[name][0](model, **BLOCKS[name][1]) for name in entered}
+        inside: list[str] = []
+        for name in entered:
+            blocks[name].__enter__()
+            inside.append(name)
+            assert splits_of(model) == of_blocks(inside)
+        for name in order:
+            blocks[name].__exit__(None, None, None)
+            inside.remove(name)
+            assert splits_of(model) == of_blocks(inside)
+        assert hook(model.length) is before
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_another_extensions_method_is_what_overlapping_blocks_leave(order: tuple[int, ...]) -> None:
+    conv = make_seamless(nn.Conv2d(3, 4, 3, padding=1), "circular", "circular")
+    theirs, expected = conv._conv_forward, run(conv)
+    blocks = [patched(conv, 3, threshold=0), unpatched(conv), patched(conv, 2, threshold=0)]
+    for one in blocks:
+        one.__enter__()
+    for index in order:
+        blocks[index].__exit__(None, None, None)
+        assert_same(run(conv), expected)
+    assert conv._conv_forward is theirs
+
+
+def test_blocks_of_a_model_and_of_a_part_of_it_overlap() -> None:
+    model = Small()
+    whole, part = patched(model, 3), patched(model.encoder, 2)
+    whole.__enter__()
+    part.__enter__()
+    whole.__exit__(None, None, None)
+    assert splits_of(model) == {"encoder.0": 2, "encoder.2": 2}
+    part.__exit__(None, None, None)
+    assert patched_names(model) == []
+
+
+def test_a_block_that_fails_amid_others_takes_nothing_from_them() -> None:
+    model = Small()
+    with patched(model, 3):
+        with pytest.raises(ValueError), patched(model, names="nothing"):
+            pytest.fail("the block is not entered")
+        assert set(splits_of(model).values()) == {3}
+    assert patched_names(model) == []
+
+
+def test_a_generator_that_is_dropped_amid_its_block_leaves_nothing() -> None:
+    model = Small()
+
+    def images() -> Any:
+        with patched(model, 3):
+            yield run(model)
+            yield run(model)
+
+    first, second = images(), images()
+    next(first), next(second)
+    first.close()
+    assert patched_names(model) == KERNELS
+    del second
+    gc.collect()
+    assert patched_names(model) == []
+
+
+def test_threads_that_share_a_model_each_have_their_blocks() -> None:
+    model = Small()
+    expected = run(model)
+    failures: list[BaseException] = []
+
+    def work(splits: int) -> None:
+        try:
+            for _ in range(10):
+                with patched(model, splits, threshold=0):
+                    assert_same(run(model), expected)
+                    assert patched_names(model) == KERNELS
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(splits,)) for splits in (2, 3, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
     assert patched_names(model) == []
 
 

@@ -16,7 +16,7 @@ from comfyui_patchconv.hosts.auto import AutoForward
 from comfyui_patchconv.hosts.eager_needs import EagerNeeds
 from comfyui_patchconv.hosts.estimates import MARGIN, OF_FREE, AutoEstimate, Needs
 from comfyui_patchconv.hosts.figures import Figures
-from comfyui_patchconv.hosts.streamed import StreamedForward
+from comfyui_patchconv.hosts.streamed import StreamedForward, Switch
 
 from .vae import VAE, Holder
 
@@ -32,18 +32,19 @@ class Decoding:
         self.free, self.fails = free, fails
         self.ran: list[tuple[str, str]] = []
         self.strips = 0
-        self.part = StreamedForward(self.vae.decoder.forward, budget, lambda: self.free)
+        self.switch = Switch(False)
+        self.part = StreamedForward(self.vae.decoder.forward, budget, lambda _: self.free, switch=self.switch)
         self.vae.decoder.forward = self.part
         self.estimate = AutoEstimate(
             Holder(self.vae), "decode", lambda shape, dtype: 1e15, total=lambda: 10**12, splits=64, threshold=0,
             budget=budget, part="decoder.forward",
         )  # fmt: skip
         self.auto = AutoForward(
-            self.decode, (self.part,), self.estimate, lambda: self.free, budget, self.in_strips, self.note
+            self.decode, self.switch, self.estimate, lambda _: self.free, budget, self.in_strips, self.note
         )
 
     def decode(self, z: Tensor) -> Tensor:
-        if self.fails and not self.part.on:
+        if self.fails and not self.switch.on:
             self.fails -= 1
             raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
         return self.vae.decode(z)
@@ -52,7 +53,9 @@ class Decoding:
         self.ran.append((way, why))
 
     @contextmanager
-    def in_strips(self) -> Iterator[Any]:
+    def in_strips(self, owner: Any) -> Iterator[Any]:
+        assert owner is self
+
         def count(module: Any, done: int, rows: int) -> None:
             self.strips += 1
 
@@ -82,7 +85,7 @@ def test_the_least_change_that_fits(way: str, budgeted: bool) -> None:
     assert ("are allowed" if budgeted else "are free") in why
     assert bool(decoding.strips) == (way == "patch")
     assert (decoding.part._streamed.calls == 1) == (way == "stream")
-    assert not decoding.part.on
+    assert not decoding.switch.on
 
 
 def test_a_batch_needs_as_much_for_each_sample() -> None:
@@ -143,7 +146,7 @@ def test_a_budget_that_could_not_be_kept_is_told(budget: int, missed: bool) -> N
     told: list[int] = []
     vae: VAE = Decoding(0).vae
     forward: Optional[Any] = vae.decoder.forward
-    part = StreamedForward(type(vae.decoder).forward.__get__(vae.decoder), budget, lambda: 0, on_miss=told.append)
+    part = StreamedForward(type(vae.decoder).forward.__get__(vae.decoder), budget, lambda _: 0, on_miss=told.append)
     assert forward is not None
     part(torch.randn(1, 4, 256, 256))
     assert bool(told) == missed

@@ -25,7 +25,7 @@ def test_what_is_free_is_asked_when_a_decode_begins(vae: VAE) -> None:
     asked: list[int] = []
     calls: list[int] = []
     streamed = StreamedForward(
-        vae.decoder.forward, 0, lambda: asked.append(1) or 1000 * len(asked), on_call=lambda: calls.append(1)
+        vae.decoder.forward, 0, lambda _: asked.append(1) or 1000 * len(asked), on_call=lambda: calls.append(1)
     )
     z = torch.randn(1, 4, 24, 16)
     for _ in range(2):
@@ -39,7 +39,7 @@ def test_what_is_free_is_asked_when_a_decode_begins(vae: VAE) -> None:
 def test_a_budget_is_kept_and_nothing_free_is_no_lack_of_one(vae: VAE) -> None:
     z = torch.randn(1, 4, 8, 8)
     for budget, free, expected in ((500, 10**9, 500), (0, 0, 1)):
-        streamed = StreamedForward(vae.decoder.forward, budget, lambda free=free: free)
+        streamed = StreamedForward(vae.decoder.forward, budget, lambda _, free=free: free)
         streamed(z)
         assert streamed._streamed.budget == expected
 
@@ -57,15 +57,15 @@ def test_all_of_a_decode_at_once_where_the_estimate_says_so(vae: VAE, at_once: b
     z, expected = torch.randn(1, 4, 24, 16), vae.decode(torch.zeros(1, 4, 8, 8))
     expected = vae.decode(z)
     calls: list[Any] = []
-    part = StreamedForward(vae.decoder.forward, 10**6, lambda: 0, on_call=lambda: calls.append(1))
+    part = StreamedForward(vae.decoder.forward, 10**6, lambda _: 0, on_call=lambda: calls.append(1))
     estimate = AtOnce(Holder(vae), "decode", lambda *_: 1.0, budget=0, part="decoder.forward", starts=[part.start])
     estimate.answer = at_once
     vae.decoder.forward = part
     whole = StreamedAtOnce(vae.decode, part, estimate)
     assert_same(whole(z), expected, 1e-6)
     assert len(calls) == 1
-    assert (whole._fresh, part._fresh) == ((False, True) if at_once else (True, False))
+    budgets = [one._streamed.budget for one in (whole, part)]
+    assert budgets == ([10**6, None] if at_once else [None, 10**6])
     estimate(tuple(z.shape), z.dtype)
-    assert whole._fresh
-    assert part._fresh
+    assert [one._streamed.budget for one in (whole, part)] == [None, None]
     assert_same(whole(z, **{}), expected, 1e-6)

@@ -83,7 +83,7 @@ class Half(StandIn):
         self.half, self.figures = half, figures
         self._device = torch.device("cpu")
         budget = round(toggle.settings.budget * GIB)
-        self._streamed = StreamedForward(self.original, budget, lambda: free(self._device), self._tell)
+        self._streamed = StreamedForward(self.original, budget, free, self._tell)
         self._eager = EagerNeeds(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

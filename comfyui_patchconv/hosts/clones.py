@@ -1,0 +1,78 @@
+"""A host's clone of a patched model for another device: what stands in for methods of the one is bound to the other."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from ..conv.forward import TiledForward, tiled_forward
+
+
+class StandIn:
+    """Stands in for a method of a model. forward: the method, or what stood in for it before."""
+
+    forward: Callable[..., Any]
+
+
+def follow(old: Any, new: Any) -> None:
+    """Bind the object patches of `new` to its own model, where that is not the model of `old`; a host's `ON_CLONE`.
+
+    Hosts load a model anew for another device, and copy to it the patches of a model that it was cloned from. What a
+    model has for itself is not ours to carry over: ours then stands in for what the other has in its place.
+
+    old, new: ComfyUI's `ModelPatcher`, or what is like it.
+    """
+    if new.model is old.model:
+        return
+    moved = dict(_pairs(old.model, new.model))
+    for key, patch in list(new.object_patches.items()):
+        before = old.object_patches_backup.get(key, _attribute(old.model, key))
+        new.object_patches[key] = _bound(patch, moved, before, _attribute(new.model, key))
+
+
+def _pairs(old: nn.Module, new: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """Modules of the two that have the same name."""
+    there = dict(new.named_modules())
+    return [(module, there[name]) for name, module in old.named_modules() if name in there]
+
+
+def _attribute(model: nn.Module, key: str) -> Any:
+    """What a model has at a dotted name; None where it has nothing."""
+    found: Any = model
+    for name in key.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+def _bound(patch: Any, moved: Mapping[nn.Module, nn.Module], before: Any, after: Any) -> Any:
+    """What `patch` is on the new model; itself where it has nothing of the old one.
+
+    before, after: what the old and the new model have without patches.
+    """
+    if _is_same(patch, before):
+        return after
+    if isinstance(patch, TiledForward):
+        module: Any = moved.get(patch.module, patch.module)
+        if patch.inner is None:
+            return type(patch)(module, patch.tiling)
+        return tiled_forward(module, _bound(patch.inner, moved, before, after), patch.tiling, type(patch))
+    if isinstance(patch, StandIn):
+        bound = copy.copy(patch)
+        bound.forward = _bound(patch.forward, moved, before, after)
+        return bound
+    if isinstance(patch, MethodType) and isinstance(patch.__self__, nn.Module):
+        return MethodType(patch.__func__, moved.get(patch.__self__, patch.__self__))
+    if isinstance(patch, partial):
+        args = [moved.get(value, value) if isinstance(value, nn.Module) else value for value in patch.args]
+        return partial(_bound(patch.func, moved, before, after), *args, **patch.keywords)
+    return patch
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether both are the same object, or the same method of the same object."""
+    return one is other or (isinstance(one, MethodType) and one == other)
