@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..conv.strip_sizes import DEFAULT_THRESHOLD
-from ..files.images import save_image
+from ..files.images import save_image, save_picture
 from ..files.latents import load_latent
 from ..files.tensors import existing
 from ..files.vae import load_vae, random_vae
+from ..files.whole import check_no_input
 from ..memory.errors import is_out_of_memory
 from ..memory.recorder import Recorder
 from .arguments import DTYPES
-from .options import add_strips, default_device
-from .vae import EAGER, MB, Strips, check_channels, decode, scale
+from .options import add_strips, add_trust, default_device
+from .vae import EAGER, MB, Strips, channels, check_channels, decode, scale
 
 NAMES = {EAGER: "eager", "patch": "Patch Conv", "stream": "streaming"}
 _COLOURS = {EAGER: "#9a9a9a", "patch": "#1668c7", "stream": "#1a7f37"}
@@ -39,8 +40,14 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--vae", type=Path, help="VAE or checkpoint (default: Stable Diffusion's VAE, random weights)")
     parser.add_argument("--latent", type=Path, help="ComfyUI's .latent or a safetensors tensor (default: synthetic)")
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder to write to (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo"),
+        help="folder of image.png and memory.png, which are replaced once new ones are whole (default: %(default)s)",
+    )
     add_strips(parser)
+    add_trust(parser)
     parser.set_defaults(run=_run)
 
 
@@ -49,7 +56,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.latent is None and not 64 <= args.size <= 16384:
         raise ValueError(f"--size is {args.size}: use 64 to 16384 pixels.")
     where = str(args.device or default_device())
-    run(Settings(args.vae, args.latent, args.size, args.splits, args.threshold, where, args.dtype), args.out)
+    settings = Settings(args.vae, args.latent, args.size, args.splits, args.threshold, where, args.dtype, args.trust)
+    run(settings, args.out)
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,8 @@ class Settings:
     """What to decode and how.
 
     vae: file, or None for Stable Diffusion's VAE with random weights. latent: file, or None for a synthetic one whose
-    image has sides of `size` pixels. splits, threshold: see `Tiling`. device, dtype: as torch names them.
+    image has sides of `size` pixels. splits, threshold: see `Tiling`. device, dtype: as torch names them. trust: see
+    `load_vae`.
     """
 
     vae: Optional[Path] = None
@@ -67,6 +76,7 @@ class Settings:
     threshold: int = DEFAULT_THRESHOLD
     device: str = "cpu"
     dtype: str = "float32"
+    trust: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,8 +102,10 @@ def run(settings: Settings, out: Path) -> dict[str, Optional[Result]]:
     import PIL  # noqa: F401  before the work, not after it, if it is missing
 
     _check_folder(out)
-    for path in filter(None, (settings.vae, settings.latent)):
-        existing(path)
+    read = [existing(path) for path in (settings.vae, settings.latent) if path]
+    image, memory = out / "image.png", out / "memory.png"
+    for path in (image, memory):
+        check_no_input(path, read)
     results: dict[str, Optional[Result]] = {}
     for mode, name in NAMES.items():
         print(f"Decoding, {name} …", flush=True)
@@ -103,9 +115,9 @@ def run(settings: Settings, out: Path) -> dict[str, Optional[Result]]:
         raise MemoryError("in every mode")
     print(f"\n{table(results)}\n\n{difference(results)}")
     out.mkdir(parents=True, exist_ok=True)
-    save_image(out / "image.png", done[-1].image)
-    plot(results, settings, out / "memory.png")
-    print(f"\nWritten: {out / 'image.png'} (the image), {out / 'memory.png'} (memory over time)")
+    save_image(image, done[-1].image)
+    plot(results, settings, memory)
+    print(f"\nWritten: {image} (the image), {memory} (memory over time)")
     return results
 
 
@@ -150,7 +162,7 @@ def plot(results: dict[str, Optional[Result]], settings: Settings, path: Path) -
         series.append(Series(label, colour, points, result.peak / MB))
     image = next(result.image for result in results.values() if result is not None)
     title = f"Decoding {image.shape[2]}x{image.shape[1]} pixels in {settings.dtype} on {settings.device}"
-    lines(title, series, "Time (s)", "Memory in use beyond the weights (MB)").save(path)
+    save_picture(path, lines(title, series, "Time (s)", "Memory in use beyond the weights (MB)"))
 
 
 def synthetic_latent(channels: int, height: int, width: int, seed: int = 0) -> Tensor:
@@ -212,13 +224,13 @@ def _send(sender: Connection, settings: Settings, mode: str) -> None:
 @torch.inference_mode()
 def _measure(settings: Settings, mode: str) -> Result:
     dtype = DTYPES[settings.dtype]
-    vae = load_vae(settings.vae, dtype) if settings.vae else random_vae(dtype=dtype)
+    vae = load_vae(settings.vae, dtype, trust=settings.trust) if settings.vae else random_vae(dtype=dtype)
     if settings.latent is not None:
         latent = load_latent(settings.latent)[:1]
         check_channels(vae, latent, settings.latent)
     else:
         side = settings.size // scale(vae)
-        latent = synthetic_latent(vae.config["latent_channels"], side, side)
+        latent = synthetic_latent(channels(vae), side, side)
     nn.Module.to(vae, settings.device)
     decode(vae, latent[:, :, :8, :8], Strips(EAGER))  # what libraries set up once is not the decode's
     with Recorder(settings.device, _INTERVAL) as recorder:

@@ -1,4 +1,4 @@
-"""`patchconv encode`: an image to a latent."""
+"""`patchconv encode`: images to latents."""
 
 from __future__ import annotations
 
@@ -8,31 +8,53 @@ from typing import Any
 
 from ..files.images import load_image
 from ..files.latents import save_latent
+from ..files.tensors import existing
 from ..files.vae import load_vae
 from ..memory.recorder import Recorder
 from .arguments import DTYPES
-from .options import add_mode, add_strips, check_output, default_device, say, strips_of
+from .failures import each
+from .options import add_mode, add_strips, add_trust, default_device, say, strips_of
+from .outputs import Outputs, add_out
 from .vae import encode, scale
 
 
 def add(commands: Any) -> None:
     """Add the command to `commands`, an argparse parser's subparsers."""
-    parser = commands.add_parser("encode", help="an image to a latent", description=_run.__doc__)
+    parser = commands.add_parser("encode", help="images to latents", description=_run.__doc__)
     parser.add_argument("--vae", type=Path, required=True, help="VAE or checkpoint, LDM or diffusers layout")
-    parser.add_argument("--image", type=Path, required=True, help="PNG, JPEG, WebP …")
-    parser.add_argument("--out", type=Path, required=True, help=".latent to write, which ComfyUI's LoadLatent reads")
+    parser.add_argument(
+        "--image",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="PNG, JPEG, WebP …; one that fails does not end the others",
+    )
+    add_out(parser, ".latent to write, which ComfyUI's LoadLatent reads")
     add_strips(parser)
     add_mode(parser)
+    add_trust(parser)
     parser.set_defaults(run=_run)
 
 
-def _run(args: argparse.Namespace) -> None:
-    """Encode an image to ComfyUI's .latent: what VAEEncode and SaveLatent would make, in less memory."""
+def _run(args: argparse.Namespace) -> int:
+    """Encode images to ComfyUI's .latent: what VAEEncode and SaveLatent would make, in less memory."""
     strips = strips_of(args)
-    check_output(args.out, ".latent", ".safetensors")
-    vae = load_vae(args.vae, DTYPES[args.dtype], args.device or default_device())
-    image = load_image(args.image, multiple=scale(vae))
-    with Recorder(vae.device) as recorder:
-        latent = encode(vae, image, strips)
-    save_latent(args.out, latent)
-    say(f"{args.out}: {list(latent.shape)}", recorder)
+    outputs = Outputs(args.out, args.image, [args.vae], ".latent", ".safetensors", overwrite=args.overwrite)
+    if len(args.image) == 1:
+        existing(args.image[0])
+    vae = load_vae(args.vae, DTYPES[args.dtype], args.device or default_device(), args.trust)
+
+    def one(path: Path) -> None:
+        (name,) = outputs.of(path)
+        if name is None:
+            return
+        image = load_image(path, multiple=scale(vae))
+        with Recorder(vae.device) as recorder:
+            latent = encode(vae, image, strips)
+        if not latent.isfinite().all():
+            raise ValueError(f"{name} is not written, the latent holds NaN or infinity: use float32 or bfloat16.")
+        save_latent(name, latent)
+        say(f"{name}: {list(latent.shape)}", recorder)
+
+    return each(args.image, one)

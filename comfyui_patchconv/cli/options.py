@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 
@@ -41,6 +40,15 @@ def add_mode(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add the option of what reads files of `torch.save`."""
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="read .ckpt, .pt, .pth and .bin files on torch below 2.6 too, where code in one could run",
+    )
+
+
 def strips_of(args: argparse.Namespace) -> Strips:
     """The options as `Strips`. Raises ValueError for a budget that the mode does not take."""
     if args.budget is not None and args.mode != "stream":
@@ -53,16 +61,6 @@ def strips_of(args: argparse.Namespace) -> Strips:
 def say(what: str, recorder: Recorder) -> None:
     """Print what was made, and what that took."""
     print(f"{what}, {recorder.seconds:.1f} s, peak {recorder.peak / MB:.0f} MB beyond the weights")
-
-
-def check_output(path: Path, *suffixes: str) -> None:
-    """Raises ValueError unless `path` can be the name of a new file that ends in one of `suffixes`."""
-    if path.suffix.lower() not in suffixes:
-        raise ValueError(f"--out is {path}: its name must end in {' or '.join(suffixes)}.")
-    if not path.parent.is_dir():
-        raise ValueError(f"--out is {path} and the folder {path.parent} does not exist: create it first.")
-    if path.is_dir():
-        raise ValueError(f"--out is {path}, which is a folder: give the name of a file.")
 
 
 def default_device() -> torch.device:

@@ -14,12 +14,15 @@ from torch import distributed
 
 from ..files.images import save_image
 from ..files.tensors import existing
+from ..files.whole import check_no_input
 from ..pixel_models.patch_ddpm.checkpoints import import_torch, load, save
 from ..pixel_models.patch_ddpm.config import Config, DiffusionConfig
 from ..pixel_models.patch_ddpm.diffusion import SAMPLERS, sample
 from ..pixel_models.patch_ddpm.model import PatchDenoiser
 from ..pixel_models.training.images import derived_seed
 from .arguments import DTYPES, device, natural, seed
+from .options import add_trust
+from .outputs import check_output
 
 
 def add(commands: Any) -> None:
@@ -35,7 +38,12 @@ def add(commands: Any) -> None:
 
 def _add_sample(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
-    parser.add_argument("--out-dir", type=Path, required=True, help="folder for sample-00000000.png and so on")
+    parser.add_argument(
+        "--out-dir",
+        type=Path,
+        required=True,
+        help="folder for sample-00000000.png and so on; each replaces what is there once it is whole",
+    )
     parser.add_argument("--n-samples", type=natural, default=16, help="images (default: %(default)s)")
     parser.add_argument("--batch-size", type=natural, default=64, help="images at once (default: %(default)s)")
     parser.add_argument("--steps", type=natural, help="default: as many as the model was trained with")
@@ -54,18 +62,25 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--restart-step", type=natural, help="step to go on from; 1 to begin anew (default: the last that was saved)"
     )
+    add_trust(parser)
     parser.set_defaults(run=_train)
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
-    parser.add_argument("--out", type=Path, required=True, help=".safetensors file to write")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help=".safetensors file to write, which replaces what is there once it is whole",
+    )
     parser.set_defaults(run=_import)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", type=Path, required=True, help="model-*.pt of a training, or a .safetensors file")
     parser.add_argument("--config", type=Path, help="JSON of the training, for a file that does not hold it")
+    add_trust(parser)
 
 
 def _config(path: Path) -> Config:
@@ -78,7 +93,7 @@ def _config(path: Path) -> Config:
 def _model(args: argparse.Namespace) -> tuple[PatchDenoiser, DiffusionConfig]:
     path = existing(args.ckpt)
     config = _config(args.config) if args.config else None
-    return load(path, config) if path.suffix.lower() == ".safetensors" else import_torch(path, config)
+    return load(path, config) if path.suffix.lower() == ".safetensors" else import_torch(path, config, trust=args.trust)
 
 
 def _sample(args: argparse.Namespace) -> None:
@@ -139,11 +154,13 @@ def _train(args: argparse.Namespace) -> None:
     accelerate launch -m comfyui_patchconv.cli patch-ddpm train …"""
     from ..pixel_models.patch_ddpm.train import train
 
-    train(_config(args.config), args.restart_step)
+    train(_config(args.config), args.restart_step, args.trust)
 
 
 def _import(args: argparse.Namespace) -> None:
     """Write a checkpoint of the authors' trainer as one of ours, with its configuration: what the nodes load."""
+    check_output(args.out, ".safetensors")
+    check_no_input(args.out, (args.ckpt, args.config))
     model, diffusion = _model(args)
     save(model, diffusion, args.out)
     weights = sum(weight.numel() for weight in model.parameters()) / 1e6

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from ..files.images import grid, levels, save_image
 from ..files.tensors import existing
+from ..files.whole import check_no_input, write_whole
 from ..pixel_models.patch_diffusion.checkpoints import is_foreign, load_all, save
 from ..pixel_models.patch_diffusion.config import PUBLISHED
 from ..pixel_models.patch_diffusion.diffusion import sample, spaced
 from ..pixel_models.patch_diffusion.loss import WEIGHTS
 from ..pixel_models.patch_diffusion.model import PatchUNet
 from .arguments import device, natural, number, seed
+from .options import add_trust
+from .outputs import check_output
 
 NAMES = {**PUBLISHED, **{name.replace("lsun", "church"): PUBLISHED[name] for name in PUBLISHED if "lsun" in name}}
 """The authors call a data set by either name."""
@@ -52,7 +55,9 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         "dataset", metavar="DATASET", help=f"a .safetensors file, or with --model_path one of {', '.join(NAMES)}"
     )
     parser.add_argument("num_images", type=natural, metavar="NUM_IMAGES")
-    parser.add_argument("save_path", type=Path, metavar="SAVE_PATH")
+    parser.add_argument(
+        "save_path", type=Path, metavar="SAVE_PATH", help="each file replaces what is there once it is whole"
+    )
     parser.add_argument("--batch_size", type=natural, default=16, help="images at once (default: %(default)s)")
     parser.add_argument(
         "--timesteps",
@@ -74,6 +79,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ddim", action="store_true", help="without fresh noise in each step")
     _add_model_path(parser)
     _add_model(parser)
+    add_trust(parser)
     parser.set_defaults(run=_sample)
 
 
@@ -106,14 +112,21 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no_mirror", action="store_true", help="never mirror an image")
     parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
     _add_model(parser)
+    add_trust(parser)
     parser.set_defaults(run=_train)
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", choices=NAMES, metavar="DATASET", help=", ".join(NAMES))
-    parser.add_argument("out", type=Path, metavar="OUT", help=".safetensors file to write")
+    parser.add_argument(
+        "out",
+        type=Path,
+        metavar="OUT",
+        help=".safetensors file to write, which replaces what is there once it is whole",
+    )
     _add_model_path(parser, required=True)
     _add_model(parser)
+    add_trust(parser)
     parser.set_defaults(run=_import)
 
 
@@ -183,6 +196,7 @@ def _sample(args: argparse.Namespace) -> None:
     if not args.num_images or not args.batch_size:
         raise ValueError("there is no image to sample: use a NUM_IMAGES and a --batch_size of 1 or more.")
     out = _output(args.save_path, args.action)
+    check_no_input(out, [Path(args.dataset), *map(Path, args.model_path or ())], "SAVE_PATH")
     steps = SECTIONS if args.modified_stride else args.timesteps
     spaced(steps)
     models = [model.to(args.device, _POLICIES[args.policy]) for model in _models(args)]
@@ -206,7 +220,7 @@ def _sample(args: argparse.Namespace) -> None:
 
         pixels, labels = zip(*((levels(images), labels) for images, labels in batches))
         arrays = [torch.cat(pixels).numpy()] + ([torch.cat(labels).numpy()] if classes else [])
-        np.savez(out, *arrays)
+        write_whole(out, lambda file: np.savez(file, *arrays))
 
 
 def _output(path: Path, action: str) -> Path:
@@ -240,7 +254,7 @@ def _load(args: argparse.Namespace, name: str) -> list[PatchUNet]:
     paths, changes = [existing(path) for path in args.model_path], _changes(args)
     if changes and not any(map(is_foreign, paths)):
         raise ValueError(f"{paths[0]} says what model it is: leave out the model's options.")
-    return load_all(paths, replace(NAMES[name], **changes))
+    return load_all(paths, replace(NAMES[name], **changes), args.trust)
 
 
 def _batches(
@@ -308,13 +322,13 @@ def _train(args: argparse.Namespace) -> None:
     classes = f", classes {', '.join(images.classes)}" if images.classes else ""
     accelerator.print(f"{len(images)} images{classes}")
     shown = 0 if config.snr_splits else args.samples
-    train(images, args.out, config, options, loss, accelerator, shown)
+    train(images, args.out, config, options, loss, accelerator, shown, args.trust)
 
 
 def _import(args: argparse.Namespace) -> None:
     """Write the authors' files as one of ours, with its configuration inside: what the ComfyUI nodes load."""
+    check_output(args.out, ".safetensors", option="OUT")
+    check_no_input(args.out, map(Path, args.model_path), "OUT")
     models = _load(args, args.config)
-    if args.out.suffix.lower() != ".safetensors" or not args.out.parent.is_dir():
-        raise ValueError(f"OUT is {args.out}: give a .safetensors file in a folder that exists.")
     save(models, args.out)
     print(f"{args.out}: {len(models)} x {sum(weight.numel() for weight in models[0].parameters()) / 1e6:.1f} M weights")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..conv.patch import patched
 from ..conv.strip_sizes import DEFAULT_THRESHOLD
 from ..conv.tiling import OnStrip
+from ..files.packing import SIDE, packing_of
 from ..hosts.modes import MODES
 from ..streaming import stream
 
@@ -42,27 +43,38 @@ class Strips:
 
 def decode(vae: AutoencoderKL, latent: Tensor, strips: Strips = Strips()) -> Tensor:
     """The images `[B, 3, H, W]` of `latent` `[B, C, h, w]`, on the VAE's device."""
+    packing, latent = packing_of(vae), latent.to(vae.device)
+    if packing is not None:
+        latent = packing.unpack(latent)
     with _in_strips(vae.decoder, strips):
-        return vae.decode(cast(Any, latent.to(vae.device, vae.dtype)), return_dict=False)[0]
+        return vae.decode(cast(Any, latent.to(vae.dtype)), return_dict=False)[0]
 
 
 def encode(vae: AutoencoderKL, image: Tensor, strips: Strips = Strips()) -> Tensor:
     """The latent `[B, C, h, w]` of `image` `[B, 3, H, W]`: the mean of its distribution, as ComfyUI has it."""
+    packing = packing_of(vae)
     with _in_strips(vae.encoder, strips):
-        return vae.encode(image.to(vae.device, vae.dtype), return_dict=False)[0].mode()
+        latent = vae.encode(image.to(vae.device, vae.dtype), return_dict=False)[0].mode()
+    return latent if packing is None else packing.pack(latent)
 
 
 def scale(vae: AutoencoderKL) -> int:
     """Pixels to a latent's pixel, on either side."""
-    return 2 ** (len(vae.config["block_out_channels"]) - 1)
+    return 2 ** (len(vae.config["block_out_channels"]) - 1) * (1 if packing_of(vae) is None else SIDE)
+
+
+def channels(vae: AutoencoderKL) -> int:
+    """Channels of the latents that `vae` decodes."""
+    packing = packing_of(vae)
+    return vae.config["latent_channels"] if packing is None else packing.channels
 
 
 def check_channels(vae: AutoencoderKL, latent: Tensor, path: Optional[Path] = None) -> None:
     """Raises ValueError unless `vae` decodes latents of `latent`'s channels."""
-    channels = vae.config["latent_channels"]
-    if latent.shape[1] != channels:
+    wanted = channels(vae)
+    if latent.shape[1] != wanted:
         raise ValueError(
-            f"{path or 'the latent'} has {latent.shape[1]} channels and the VAE decodes {channels}: give the VAE of "
+            f"{path or 'the latent'} has {latent.shape[1]} channels and the VAE decodes {wanted}: give the VAE of "
             "the model that made it."
         )
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ..memory.errors import is_out_of_memory
-from .tensors import existing, short
+from .tensors import existing
+from .whole import write_whole
+from .words import short
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -86,15 +88,20 @@ def load_image(path: str | os.PathLike[str], multiple: int = 8) -> Tensor:
 
 
 def save_image(path: str | os.PathLike[str], image: Tensor) -> None:
-    """Write `image` `[1 | 3 | 4, H, W]` from -1 to 1 to `path`; what lies outside is clipped.
+    """Write `image` `[1 | 3 | 4, H, W]` from -1 to 1 to `path`, a PNG; what lies outside is clipped.
 
-    Raises ValueError if it holds NaN, which would be a black image.
+    Raises ValueError if it holds NaN, which would be a black image, and OSError if it cannot be written.
     """
     from PIL import Image
 
     if image.isnan().any():
         raise ValueError(f"{path} is not written, the image holds NaN: use float32 or bfloat16, float16 is too narrow.")
-    Image.fromarray(levels(image).numpy()).save(path)
+    save_picture(path, Image.fromarray(levels(image).numpy()))
+
+
+def save_picture(path: str | os.PathLike[str], picture: Image.Image) -> None:
+    """Write `picture` to `path` as a PNG, whole or not at all. Raises OSError if it cannot be written."""
+    write_whole(path, lambda file: picture.save(file, "PNG"))
 
 
 def levels(images: Tensor) -> Tensor:

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
-from .tensors import FLOATS, listed, read_header, short
+from .tensors import FLOATS, read_header, save_tensors
+from .words import listed, shape_of, short
 
 SCALE = 0.18215
 """What ComfyUI divides latents by that were saved before its files had `latent_format_version_0`."""
@@ -36,10 +36,12 @@ def load_latent(path: str | os.PathLike[str]) -> Tensor:
     name = (known or names)[0]
     dtype, shape = header[name]
     if dtype not in FLOATS:
-        raise ValueError(f"{path}: {short(name)} is of type {dtype}: a latent is of float32, float16 or bfloat16.")
+        raise ValueError(
+            f"{path}: {short(name)} is of type {short(dtype, 20)}: a latent is of float32, float16 or bfloat16."
+        )
     if len(shape) not in (3, 4) or 0 in shape:
         raise ValueError(
-            f"{path}: {short(name)} has the shape {list(shape)}: a latent image is [batch, channels, height, width]."
+            f"{path}: {short(name)} has the shape {shape_of(shape)}: a latent is [batch, channels, height, width]."
         )
     with safe_open(path, "pt") as file:
         latent = file.get_tensor(name).to(torch.float32)
@@ -51,11 +53,8 @@ def load_latent(path: str | os.PathLike[str]) -> Tensor:
 
 
 def save_latent(path: str | os.PathLike[str], latent: Tensor) -> None:
-    """Write `latent` `[N, C, H, W]` as ComfyUI's `.latent`, which its LoadLatent reads, in float32."""
-    tensors = {"latent_tensor": latent.float().cpu().contiguous(), "latent_format_version_0": torch.tensor([])}
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        raise OSError(
-            f"{path} cannot be written ({short(str(error))}): is there space, and may you write there?"
-        ) from None
+    """Write `latent` `[N, C, H, W]` as ComfyUI's `.latent`, for its LoadLatent, in float32, whole or not at all.
+
+    Raises OSError where that cannot be.
+    """
+    save_tensors(path, {"latent_tensor": latent.float(), "latent_format_version_0": torch.tensor([])})

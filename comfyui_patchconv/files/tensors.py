@@ -1,12 +1,13 @@
-"""Tensors in files of safetensors and of `torch.save`: what is in them, checked before any is read."""
+"""Tensors in files of safetensors and of `torch.save`: checked before any is read, written whole or not at all."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Optional
 from zipfile import is_zipfile
 
 import torch
@@ -14,12 +15,30 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..memory.errors import is_out_of_memory
+from .whole import write_whole
+from .words import short
 
 Header = dict[str, tuple[str, tuple[int, ...]]]
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
+_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What safetensors calls torch's types."""
+
 _MAX_HEADER = 100_000_000  # as safetensors itself has it
+
+_MAX_DIMENSIONS = 64  # more, and torch's operators raise whatever they like
 
 _PICKLES = {".bin", ".ckpt", ".pt", ".pth"}
 
@@ -50,8 +69,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     for name, (_, _, start, stop) in tensors.items():
         if not start <= stop <= size - 8 - length:
             raise ValueError(
-                f"{path} is cut short or damaged: {short(name)} is said to lie at bytes {start} to {stop} of "
-                f"{size - 8 - length}; download or export it again."
+                f"{path} is cut short or damaged: {short(name)} is said to lie at bytes {short(start, 20)} to "
+                f"{short(stop, 20)} of {size - 8 - length}; download or export it again."
             )
     try:
         with safe_open(path, "pt"):  # its own checks: overlaps, gaps, sizes that do not match shapes
@@ -64,7 +83,11 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 def _entry(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
     start, stop = entry["data_offsets"]
     numbers = (*entry["shape"], start, stop)
-    if not isinstance(entry["dtype"], str) or any(type(number) is not int or number < 0 for number in numbers):
+    if (
+        not isinstance(entry["dtype"], str)
+        or len(entry["shape"]) > _MAX_DIMENSIONS
+        or any(type(number) is not int or number < 0 for number in numbers)
+    ):
         raise TypeError
     return entry["dtype"], tuple(entry["shape"]), start, stop
 
@@ -79,31 +102,44 @@ def existing(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def opened(path: Path) -> tuple[Header, Callable[[str], Tensor]]:
-    """Type and shape of each tensor in a checkpoint, and the function that reads one."""
+def opened(path: Path, trust: bool = False) -> tuple[Header, Callable[[str], Tensor]]:
+    """Type and shape of each tensor in a checkpoint, and the function that reads one. trust: see `unpickled`."""
     if path.suffix.lower() not in _PICKLES:
         return read_header(path), safe_open(path, "pt").get_tensor
-    content = unpickled(existing(path), mmap=True)
+    content = unpickled(existing(path), mmap=True, trust=trust)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     pairs = content.items() if isinstance(content, dict) else ()
-    tensors = {str(name): value for name, value in pairs if isinstance(value, Tensor) and _is_dense(value)}
-    kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    header = {name: (kinds.get(value.dtype, str(value.dtype)), tuple(value.shape)) for name, value in tensors.items()}
+    tensors = {str(name): value for name, value in pairs if isinstance(value, Tensor) and _is_usable(value)}
+    header = {name: (_CODES.get(value.dtype, str(value.dtype)), tuple(value.shape)) for name, value in tensors.items()}
     return header, tensors.__getitem__
 
 
-def unpickled(path: str | os.PathLike[str], mmap: bool = False) -> Any:
+def unpickled(path: str | os.PathLike[str], mmap: bool = False, trust: bool = False) -> Any:
     """What a file of `torch.save` holds, on the CPU, if that is tensors, numbers, names and containers of them alone.
 
-    mmap: leave on the disk what is not used, where the file's form allows that.
-    Raises OSError for a file that cannot be opened, and ValueError for one that is something else.
+    mmap: leave on the disk what is not used.
+    trust: read it on a torch that code hidden in it could get past, too. It is read as weights alone all the same.
+
+    Raises OSError for a file that cannot be opened, and ValueError for one that is something else, for one in the form
+    of torch before 1.6, and, unless trusted, for any on torch before 2.6.
     """
-    with open(path, "rb"):
-        pass
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start != b"PK\3\4" or not is_zipfile(path):  # torch goes by the start, a zip file by its end
+        raise ValueError(
+            f"{path} is not in the form that torch.save writes since torch 1.6, which alone is read safely: save its "
+            "tensors as a .safetensors file."
+        )
+    if not trust and not _loads_safely():
+        raise ValueError(
+            f"{path} can run code on torch {torch.__version__} (CVE-2025-32434): on torch 2.6 or newer load it with "
+            "torch.load(weights_only=True), save the tensors with safetensors.torch.save_file and use that file, or "
+            "give the command line --trust if you know who made it."
+        )
     try:
         # A string: torch 2.1 maps no other paths.
-        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap and is_zipfile(path))
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged or hostile pickle raises anything
         if is_out_of_memory(error):
             raise
@@ -112,17 +148,36 @@ def unpickled(path: str | os.PathLike[str], mmap: bool = False) -> Any:
         ) from None
 
 
-def _is_dense(value: Tensor) -> bool:
-    return value.layout is torch.strided and value.device.type == "cpu"
+def _loads_safely() -> bool:
+    """Whether `torch.load(weights_only=True)` keeps code in a file from running, as far as is known: from 2.6 on."""
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (2, 6)
 
 
-def listed(names: Iterable[str], most: int = 3) -> str:
-    """The first `most` of these names in one line, and how many more there are."""
-    names = [short(name) for name in names]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more if names else "no tensors"
+def save_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Optional[dict[str, str]] = None
+) -> None:
+    """Write `tensors` as a safetensors file, whole or not at all, one after another: none is copied on the CPU that is
+    contiguous. Raises OSError where that cannot be."""
+
+    def write(file: BinaryIO) -> None:
+        order = sorted(tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0]))
+        header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+        start = 0
+        for name, value in order:
+            stop = start + value.numel() * value.element_size()
+            header[name] = {"dtype": _CODES[value.dtype], "shape": list(value.shape), "data_offsets": [start, stop]}
+            start = stop
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, value in order:
+            held = value.detach().cpu().contiguous()
+            memory = ctypes.c_char * (held.numel() * held.element_size())
+            file.write(memory.from_address(held.data_ptr()) if held.numel() else b"")
+
+    write_whole(path, write)
 
 
-def short(name: str) -> str:
-    """`name`, which a stranger may have written, fit for one line."""
-    return ascii(name)[1:-1][:80]
+def _is_usable(value: Tensor) -> bool:
+    return value.layout is torch.strided and value.device.type == "cpu" and value.dim() <= _MAX_DIMENSIONS

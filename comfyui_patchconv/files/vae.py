@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .tensors import FLOATS, Header, listed, opened, short
+from .packing import SIDE, Packing
+from .tensors import FLOATS, Header, opened
+from .words import listed, shape_of, short
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -23,7 +25,17 @@ State = dict[str, Tensor]
 
 _PREFIXES = ("", "first_stage_model.", "vae.")
 
-_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+_QUANT, _POST_QUANT, _NORM = "quant_conv.", "post_quant_conv.", "bn."
+
+_PARTS = ("encoder.", "decoder.", _QUANT, _POST_QUANT, _NORM)
+
+_INSIDE = {"encoder.quant_conv.": _QUANT, "decoder.post_quant_conv.": _POST_QUANT}
+"""Where the authors of Flux.2 have convolutions that others have beside encoder and decoder."""
+
+_OF_TRAINING = ("loss.", "model_ema.")
+"""What LDM's trainings leave beside a VAE, and no decode uses."""
+
+_MEAN, _VARIANCE = "bn.running_mean", "bn.running_var"
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -54,27 +66,38 @@ def random_vae(seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would set those of the GPUs too
         vae = AutoencoderKL(**_config((128, 256, 512, 512), layers=2, latent=4))
-    return _ready(vae, dtype, device)
+    nn.Module.to(vae, device=device, dtype=dtype)  # diffusers' own `to` warns of every cast
+    return vae.requires_grad_(False).eval()
 
 
 def load_vae(
-    path: str | os.PathLike[str], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    path: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    trust: bool = False,
 ) -> AutoencoderKL:
     """The image VAE in the file `path`, ready for inference. Only its own tensors are read.
 
     path: a VAE, or a whole checkpoint that has one, in LDM layout (`decoder.mid.attn_1…`: ComfyUI, Automatic1111) or
         diffusers layout (`decoder.mid_block.attentions.0…`), with any number of latent channels. safetensors, or a
-        pickle (.ckpt, .pt, .pth, .bin) as far as `torch.load(weights_only=True)` reads it.
+        pickle (.ckpt, .pt, .pth, .bin) as far as `torch.load(weights_only=True)` reads it. Flux.2's has a
+        `packing_of`.
+    trust: a pickle; see `tensors.unpickled`.
 
-    Raises FileNotFoundError, or ValueError if the file is damaged or has no such VAE.
+    Raises FileNotFoundError, or ValueError if the file is damaged, has no such VAE, or has tensors that none has.
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     path = Path(path)
-    header, read = opened(path)
-    shapes, prefix = _vae_shapes(path, header)
+    header, read = opened(path, trust)
+    names = _vae_names(path, header)
+    shapes = {name: header[held][1] for name, held in names.items()}
     layout, config = _detect(path, shapes)
-    state = {name: read(prefix + name).to(device, dtype) for name in shapes}
+    state = {
+        name: _cast(path, held, read(held), torch.float32 if name.startswith(_NORM) else dtype).to(device)
+        for name, held in names.items()
+    }
+    mean, variance = state.pop(_MEAN, None), state.pop(_VARIANCE, None)
     if layout == "ldm":
         state = _from_ldm(state, len(config["block_out_channels"]))
     state = _today(state)
@@ -82,11 +105,15 @@ def load_vae(
         vae = AutoencoderKL(**config)
     _check_state(path, state, vae)
     vae.load_state_dict(state, assign=True)
-    return _ready(vae, dtype, device)
+    if mean is not None and variance is not None:
+        if variance.min() < 0:
+            raise ValueError(f"{path}: {names[_VARIANCE]} has negative values: it is damaged, download it again.")
+        vae.add_module("packing", Packing(mean, variance))
+    return vae.requires_grad_(False).eval()
 
 
-def _vae_shapes(path: Path, header: Header) -> tuple[Shapes, str]:
-    """Shapes of the VAE's tensors by their names without prefix, and the prefix."""
+def _vae_names(path: Path, header: Header) -> dict[str, str]:
+    """The names of the VAE's tensors in the file, by their names in a VAE's own."""
     for prefix in _PREFIXES:
         if f"{prefix}decoder.conv_in.weight" in header and f"{prefix}encoder.conv_in.weight" in header:
             break
@@ -95,14 +122,35 @@ def _vae_shapes(path: Path, header: Header) -> tuple[Shapes, str]:
             f"{path} has no VAE with an encoder and a decoder (first of its tensors: {listed(header)}): give a VAE "
             "file, or a checkpoint that has one built in."
         )
-    shapes: Shapes = {}
-    for name, (dtype, shape) in header.items():
-        if not name.startswith(tuple(prefix + part for part in _PARTS)):
+    own = {name[len(prefix) :]: name for name in header if name.startswith(prefix)}
+    unknown = [held for name, held in own.items() if not name.startswith((*_PARTS, *_OF_TRAINING))]
+    if unknown:
+        raise ValueError(
+            f"{path} has tensors beside its VAE's that may change what it makes ({listed(unknown)}): give a file "
+            "without them, or the VAE of a model that is known here."
+        )
+    names: dict[str, str] = {}
+    for name, held in own.items():
+        dtype, _ = header[held]
+        if name.startswith(_OF_TRAINING) or name == "bn.num_batches_tracked":
             continue
         if dtype not in FLOATS:
-            raise ValueError(f"{path}: {short(name)} is of type {dtype}: float32, float16 or bfloat16 can be used.")
-        shapes[name[len(prefix) :]] = shape
-    return shapes, prefix
+            raise ValueError(
+                f"{path}: {short(held)} is of type {short(dtype, 20)}: float32, float16 or bfloat16 can be used."
+            )
+        inside = next((part for part in _INSIDE if name.startswith(part)), "")
+        names[_INSIDE.get(inside, "") + name[len(inside) :]] = held
+    return names
+
+
+def _cast(path: Path, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` in `dtype`. Raises ValueError where it holds NaN or infinity, which would be those of every picture."""
+    cast = value.to(dtype)
+    if not cast.isfinite().all():
+        if value.isfinite().all():
+            raise ValueError(f"{path}: {short(name)} has values that {dtype} cannot hold: use float32 or bfloat16.")
+        raise ValueError(f"{path}: {short(name)} holds NaN or infinity: it is damaged, download or export it again.")
+    return cast
 
 
 def _detect(path: Path, shapes: Shapes) -> tuple[str, dict[str, Any]]:
@@ -120,17 +168,38 @@ def _detect(path: Path, shapes: Shapes) -> tuple[str, dict[str, Any]]:
         odd += [name for name, channels in ((first, shapes[first][1]), (last, shapes[last][0])) if channels != 3]
     if odd:
         raise ValueError(
-            f"{path} has a VAE of another kind ({odd[0]} has the shape {list(shapes.get(odd[0], ()))}): one for "
-            f"RGB images, with channels in multiples of {_GROUPS}, is needed."
+            f"{path} has a VAE of another kind ({short(odd[0], 60)} has the shape {shape_of(shapes.get(odd[0], ()))}): "
+            f"one for RGB images, with channels in multiples of {_GROUPS}, is needed."
         )
+    latent = shapes[inner][1]
+    quant, post_quant = (f"{part}weight" in shapes for part in (_QUANT, _POST_QUANT))
+    if quant != post_quant:
+        there, missing = (_QUANT, _POST_QUANT) if quant else (_POST_QUANT, _QUANT)
+        raise ValueError(
+            f"{path} has {there}weight and no {missing}weight, which belong together: it is incomplete, download or "
+            "export it again."
+        )
+    _check_norm(path, shapes, latent)
     return layout, _config(
         [shapes[name][0] for name in levels],
         layers,
-        latent=shapes[inner][1],
-        use_quant_conv="quant_conv.weight" in shapes,
-        use_post_quant_conv="post_quant_conv.weight" in shapes,
+        latent=latent,
+        use_quant_conv=quant,
+        use_post_quant_conv=post_quant,
         mid_block_add_attention=attention in shapes,
     )
+
+
+def _check_norm(path: Path, shapes: Shapes, latent: int) -> None:
+    """Raises ValueError for a batch norm of the latent that is not Flux.2's, which packs 2x2 pixels into one."""
+    found = {name: shape for name, shape in shapes.items() if name.startswith(_NORM)}
+    wanted = dict.fromkeys((_MEAN, _VARIANCE), (latent * SIDE**2,))
+    if found and found != wanted:
+        held = ", ".join(f"{short(name, 40)} {shape_of(shape)}" for name, shape in list(found.items())[:2])
+        raise ValueError(
+            f"{path} normalises its latent in another way than Flux.2's VAE (it has {held}): {_MEAN} and {_VARIANCE} "
+            f"of {latent * SIDE**2} channels each can be used."
+        )
 
 
 def _config(widths: Sequence[int], layers: int, latent: int, **rest: Any) -> dict[str, Any]:
@@ -177,11 +246,6 @@ def _check_state(path: Path, state: State, vae: AutoencoderKL) -> None:
     for name, value in expected.items():
         if state[name].shape != value.shape:
             raise ValueError(
-                f"{path}: {name} has the shape {list(state[name].shape)} where {list(value.shape)} is needed: it is a "
-                "VAE of another kind."
+                f"{path}: {name} has the shape {shape_of(state[name].shape)} where {list(value.shape)} is needed: it "
+                "is a VAE of another kind."
             )
-
-
-def _ready(vae: AutoencoderKL, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKL:
-    nn.Module.to(vae, device=device, dtype=dtype)  # diffusers' own `to` warns of every cast
-    return vae.requires_grad_(False).eval()

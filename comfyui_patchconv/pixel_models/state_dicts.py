@@ -10,38 +10,41 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..files.tensors import read_header
+from ..files.words import shape_of, short
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def read(path: str | Path, key: str, kind: str) -> tuple[dict[str, Tensor], str]:
     """The tensors of a safetensors file, and the configuration that its metadata hold at `key`.
 
-    Raises ValueError for another file. kind: what models these are, for its sentence.
+    Raises FileNotFoundError, or ValueError for another file. kind: what models these are, for its sentence.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from None
-    if key not in metadata:
-        raise ValueError(f"{path} has no {kind} configuration: import the authors' checkpoints first.")
-    return tensors, metadata[key]
+    names = read_header(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if key not in metadata:
+            raise ValueError(f"{path} has no {kind} configuration: import the authors' checkpoints first.")
+        return {name: file.get_tensor(name) for name in names}, metadata[key]
 
 
 def with_state(build: Callable[[], Model], state: Mapping[str, Tensor], path: str | Path) -> Model:
-    """What `build` makes, with these weights, for inference. Raises ValueError if any is missing, of another shape or
-    one too many, before memory is taken. path: of the file, for its sentence."""
+    """What `build` makes, with these weights, for inference. Raises ValueError if any is missing, of another shape,
+    one too many, or holds NaN or infinity, before memory is taken. path: of the file, for its sentence."""
     with torch.device("meta"):
         wanted = build().state_dict()
     wrong = [name for name, value in wanted.items() if name not in state or state[name].shape != value.shape]
     wrong += [name for name in state if name not in wanted]
     if wrong:
         raise ValueError(
-            f"{path} is not a model of this configuration: {wrong[0]} is "
-            f"{tuple(state[wrong[0]].shape) if wrong[0] in state else 'missing'} there, and "
-            f"{tuple(wanted[wrong[0]].shape) if wrong[0] in wanted else 'nothing'} in the configuration."
+            f"{path} is not a model of this configuration: {short(wrong[0])} is "
+            f"{shape_of(state[wrong[0]].shape) if wrong[0] in state else 'missing'} there, and "
+            f"{shape_of(wanted[wrong[0]].shape) if wrong[0] in wanted else 'nothing'} in the configuration."
         )
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{path}: {short(name)} holds NaN or infinity: take an earlier checkpoint, or train anew.")
     model = build()
     model.load_state_dict(state)
     return model.eval()

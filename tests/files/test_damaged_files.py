@@ -19,6 +19,7 @@ from vae_helpers import assert_one_sentence, ldm_state, small_vae, write
 
 from comfyui_patchconv.files.images import load_image
 from comfyui_patchconv.files.latents import load_latent
+from comfyui_patchconv.files.tensors import unpickled
 from comfyui_patchconv.files.vae import load_vae
 
 
@@ -60,6 +61,7 @@ DAMAGED = {
     "a gap": with_header({"a": tensor(0, 4), "b": tensor(8, 12)}, b"0" * 12),
     "data that no tensor has": with_header({"a": tensor()}, b"0" * 64),
     "a shape that is not its size": with_header({"a": tensor(0, 4, [3])}, b"0000"),
+    "a shape without end": with_header({"a": tensor(0, 4, [1] * 1000)}, b"0000"),
     "a negative shape": with_header({"a": tensor(0, 4, [-1, -1])}, b"0000"),
     "a shape that is no list": with_header({"a": tensor(0, 4, 1)}, b"0000"),
     "an unknown type": with_header({"a\n\x1b[2J": tensor(dtype="F3\n2")}, b"0000"),
@@ -143,15 +145,45 @@ class Attack:
         return Path.touch, (self.mark,)
 
 
+@pytest.mark.parametrize("trust", [False, True])
 @pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_pickle_cannot_run_code(tmp_path: Path, save: Callable[[Any, Path], Any]) -> None:
+def test_a_pickle_cannot_run_code(tmp_path: Path, save: Callable[[Any, Path], Any], trust: bool) -> None:
     path, mark = tmp_path / "x.ckpt", tmp_path / "mark"
     save({"decoder.conv_in.weight": torch.zeros(1), "attack": Attack(mark)}, path)
-    with pytest.raises(ValueError, match="safely") as caught:
-        load_vae(path)
+    with pytest.raises(ValueError, match="safe") as caught:
+        load_vae(path, trust=trust)
     assert_one_sentence(caught.value, path)
     assert not mark.exists()
+
+
+def test_the_old_form_of_torch_save_is_refused_whatever_its_end_says(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    torch.save({"decoder.conv_in.weight": torch.zeros(1)}, path, _use_new_zipfile_serialization=False)
+    for end in (b"", b"PK\x05\x06" + bytes(18)):  # a zip file says at its end that it is one
+        path.write_bytes(path.read_bytes() + end)
+        with pytest.raises(ValueError, match=r"since torch 1.6") as caught:
+            load_vae(path, trust=True)
+        assert_one_sentence(caught.value, path)
+
+
+@pytest.mark.parametrize(
+    ("version", "safe"),
+    [("2.1.2+cu121", False), ("2.5.1", False), ("2.6.0+cpu", True), ("2.10.0a0+git12", True), ("3.0.0", True)],
+)
+def test_pickles_are_for_a_torch_that_reads_them_safely(
+    tmp_path: Path, version: str, safe: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.ckpt"
+    torch.save({"a": torch.ones(2)}, path)
+    monkeypatch.setattr(torch, "__version__", version)
+    assert unpickled(path, trust=True)["a"].tolist() == [1, 1]
+    if safe:
+        assert unpickled(path)["a"].tolist() == [1, 1]
+        return
+    for load in (unpickled, load_vae):
+        with pytest.raises(ValueError, match=r"CVE-2025-32434.*safetensors.*--trust") as caught:
+            load(path)
+        assert_one_sentence(caught.value, path)
 
 
 PICKLES: dict[str, bytes] = {

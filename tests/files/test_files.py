@@ -73,8 +73,8 @@ def test_only_the_vae_of_a_checkpoint_is_read(tmp_path: Path, monkeypatch: pytes
     path = write(tmp_path / "sd.safetensors", {**state, **others})
     opened = vae_file.opened
 
-    def watched(path: Path) -> Any:
-        header, get = opened(path)
+    def watched(path: Path, trust: bool) -> Any:
+        header, get = opened(path, trust)
         return header, lambda name: read.append(name) or get(name)
 
     monkeypatch.setattr(vae_file, "opened", watched)
@@ -82,14 +82,13 @@ def test_only_the_vae_of_a_checkpoint_is_read(tmp_path: Path, monkeypatch: pytes
     assert set(read) == set(state)
 
 
-@pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_pickled_checkpoint_is_read(tmp_path: Path, legacy: bool, nested: bool) -> None:
+def test_a_pickled_checkpoint_is_read(tmp_path: Path, nested: bool) -> None:
     vae = small_vae()
     state = {f"first_stage_model.{name}": value for name, value in ldm_state(vae).items()}
     content = {"state_dict": state, "epoch": 3} if nested else state
-    torch.save(content, tmp_path / "sd.ckpt", _use_new_zipfile_serialization=not legacy)
-    assert_same_vae(load_vae(tmp_path / "sd.ckpt"), vae)
+    torch.save(content, tmp_path / "sd.ckpt")
+    assert_same_vae(load_vae(tmp_path / "sd.ckpt", trust=True), vae)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

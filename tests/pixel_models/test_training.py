@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from training_helpers import words, write_images
 
 from comfyui_patchconv.pixel_models.training.images import Batches, ImageFolder, derived_seed
-from comfyui_patchconv.pixel_models.training.loop import Options, Training, add_losses, begin, read_losses, write_whole
+from comfyui_patchconv.pixel_models.training.loop import Options, Training, add_losses, begin, read_losses
 
 OPTIONS = Options(steps=7, batch=2, accumulate=2, learning_rate=0.01, warm_up=3, ema_every=1, every=3)
 
@@ -252,19 +252,6 @@ def test_wrong_options_are_refused(wrong: dict[str, Any], words: str) -> None:
 
 
 # Files
-
-
-def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    write_whole(path, lambda beside: beside.write_text("first"))
-
-    def broken(beside: Path) -> None:
-        beside.write_text("half")
-        raise KilledError
-
-    with pytest.raises(KilledError):
-        write_whole(path, broken)
-    assert path.read_text() == "first"
 
 
 def test_losses_go_on_from_a_checkpoint(tmp_path: Path) -> None:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ...files.tensors import unpickled
+from ...files.tensors import save_tensors, unpickled
 from ..state_dicts import read, with_state
 from .config import Config, DiffusionConfig, ModelConfig
 from .diffusion import schedule_buffers
@@ -24,9 +23,8 @@ _METADATA = "patch_ddpm"
 
 
 def save(model: PatchDenoiser, diffusion: DiffusionConfig, path: str | Path) -> None:
-    """One safetensors file with the configuration, without the trainer's."""
-    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_file(tensors, path, {_METADATA: Config(model.config, diffusion).to_json()})
+    """One safetensors file with the configuration, without the trainer's: whole, or what was there stays."""
+    save_tensors(path, model.state_dict(), {_METADATA: Config(model.config, diffusion).to_json()})
 
 
 def load(path: str | Path, config: Optional[Config] = None) -> tuple[PatchDenoiser, DiffusionConfig]:
@@ -40,17 +38,17 @@ def load(path: str | Path, config: Optional[Config] = None) -> tuple[PatchDenois
 
 
 def import_torch(
-    path: str | Path, config: Optional[Config] = None, entry: str = "ema"
+    path: str | Path, config: Optional[Config] = None, entry: str = "ema", trust: bool = False
 ) -> tuple[PatchDenoiser, DiffusionConfig]:
     """The model of a `model-*.pt` of the authors' trainer or of ours, and what it was trained for.
 
     config: of the training; None takes the one in our files. The authors' files have none: then it is read from the
         shapes what they tell, with the published defaults for the rest: image_size, resnet_block_groups, loss_type and
-        objective. entry: `ema`, the averaged weights, or `model`.
+        objective. entry: `ema`, the averaged weights, or `model`. trust: see `unpickled`.
 
     Raises ValueError for another file, and for one of another configuration.
     """
-    file = opened(path)
+    file = opened(path, trust=trust)
     held = _entry(file, path, entry)
     state = without_prefix(held)
     if "betas" not in held or not state:
@@ -63,12 +61,13 @@ def import_torch(
     return with_state(partial(PatchDenoiser, config.model), state, path), config.diffusion
 
 
-def opened(path: str | Path, mmap: bool = True) -> dict[str, Any]:
+def opened(path: str | Path, mmap: bool = True, trust: bool = False) -> dict[str, Any]:
     """What a `model-*.pt` holds: tensors, numbers and names alone. Raises ValueError for another file.
 
-    mmap: leave on the disk what is not used; training's entries are three times the weights' size.
+    mmap: leave on the disk what is not used; training's entries are three times the weights' size. trust: see
+        `unpickled`.
     """
-    file = unpickled(path, mmap)
+    file = unpickled(path, mmap, trust)
     if not isinstance(file, dict):
         raise ValueError(f"{path} is no checkpoint of a training: it holds a {type(file).__name__}.")
     return file

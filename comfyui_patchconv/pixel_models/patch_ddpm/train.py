@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ...files.images import grid, levels, save_image
+from ...files.whole import copy_whole, write_whole
 from ...memory.errors import first_line
 from ..training.images import ImageFolder
-from ..training.loop import Options, Training, add_losses, begin, write_whole
+from ..training.loop import Options, Training, add_losses, begin
 from .checkpoints import PREFIX, opened, save, without_prefix
 from .config import Config, TrainerConfig
 from .diffusion import Loss, sample, schedule_buffers
@@ -27,14 +27,15 @@ if TYPE_CHECKING:
 _SHOWN, _PREVIEW_STEPS = 16, 50
 
 
-def train(config: Config, restart: Optional[int] = None) -> None:
+def train(config: Config, restart: Optional[int] = None, trust: bool = False) -> None:
     """Train a model, or go on with the training that `trainer.log_dir` holds.
 
     Writes, at every `save_and_sample_every` steps and at the end, `checkpoints/model-{step}.pt` and `model-last.pt`,
     which both this and the authors' trainer go on from, `checkpoints/model-last.safetensors`, which is what is sampled
     from, `samples/{step}.png` and `loss.csv`.
 
-    restart: the step to go on from; 1 to begin anew; None for the last one that there is.
+    restart: the step to go on from; 1 to begin anew; None for the last one that there is. trust: that
+        checkpoint; see `unpickled`.
 
     Raises ValueError without `config.trainer`, for a step without a checkpoint, for one of another configuration, and
     for wandb that is wanted but not installed.
@@ -50,7 +51,7 @@ def train(config: Config, restart: Optional[int] = None) -> None:
     torch.manual_seed(trainer.seed)
     training = Training(PatchDenoiser(config.model), _options(trainer, accelerator.num_processes), accelerator)
     if start is not None:
-        _go_on(training, start, config)
+        _go_on(training, start, config, trust)
         accelerator.print(f"{start}: going on from step {training.step}")
     if accelerator.is_main_process:
         _forget_later(folder, start)
@@ -100,8 +101,8 @@ def _options(trainer: TrainerConfig, processes: int) -> Options:
     )
 
 
-def _go_on(training: Training[PatchDenoiser], path: Path, config: Config) -> None:
-    state = opened(path, mmap=False)
+def _go_on(training: Training[PatchDenoiser], path: Path, config: Config, trust: bool) -> None:
+    state = opened(path, mmap=False, trust=trust)
     other = f"{path} is a training of another configuration: {{}}. Give another log_dir, or begin anew with step 1."
     difference = Config.from_json(state["config"]).difference(config) if "config" in state else None
     if difference is not None:
@@ -121,7 +122,7 @@ def _forget_later(folder: Path, start: Optional[Path]) -> None:
         for path in (last, folder.parent / "loss.csv"):
             path.unlink(missing_ok=True)
     elif start != last:
-        write_whole(last, lambda path: shutil.copyfile(start, path))
+        copy_whole(start, last)
 
 
 def _keep(
@@ -140,14 +141,14 @@ def _keep(
     state["config"] = Config(config.model, config.diffusion).to_json()
     numbered = folder / f"model-{training.step}.pt"
     add_losses(folder.parent / "loss.csv", losses)
-    write_whole(numbered, lambda path: torch.save(state, path))
-    write_whole(folder / "model-last.safetensors", lambda path: save(training.ema, config.diffusion, path))
+    write_whole(numbered, lambda file: torch.save(state, file))
+    save(training.ema, config.diffusion, folder / "model-last.safetensors")
     pictures = grid(_samples(training.ema, config))
     save_image(folder.parent / "samples" / f"{training.step:08}.png", pictures)
     for tracker in trackers:
         tracker.log_images({"sample": [levels(pictures).numpy()]}, step=training.step)
     # last: a training that is killed before writes the others again
-    write_whole(folder / "model-last.pt", lambda path: shutil.copyfile(numbered, path))
+    copy_whole(numbered, folder / "model-last.pt")
 
 
 def _samples(model: PatchDenoiser, config: Config) -> Tensor:

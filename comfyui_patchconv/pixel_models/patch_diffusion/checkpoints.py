@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ...files.tensors import unpickled
+from ...files.tensors import save_tensors, unpickled
 from ..state_dicts import read, with_state
 from .config import Config
 from .model import PatchUNet
@@ -20,13 +19,14 @@ _METADATA = "patch_diffusion"
 
 
 def save(models: list[PatchUNet], path: str | Path) -> None:
-    """One safetensors file with the configuration: of one model, or of several, for less noise first."""
+    """One safetensors file with the configuration: of one model, or of several, for less noise first.
+
+    Written whole, or what was there stays.
+    """
     tensors = {
-        f"{number}.{name}": value.contiguous()
-        for number, model in enumerate(models)
-        for name, value in model.state_dict().items()
+        f"{number}.{name}": value for number, model in enumerate(models) for name, value in model.state_dict().items()
     }
-    save_file(tensors, path, {_METADATA: models[0].config.to_json()})
+    save_tensors(path, tensors, {_METADATA: models[0].config.to_json()})
 
 
 def load(path: str | Path) -> list[PatchUNet]:
@@ -45,8 +45,8 @@ def is_foreign(path: str | Path) -> bool:
     return Path(path).suffix.lower() in (".pt", ".h5")
 
 
-def load_all(paths: Sequence[str | Path], config: Optional[Config] = None) -> list[PatchUNet]:
-    """The models of several files, for less noise first: ours, or the authors' of `config`.
+def load_all(paths: Sequence[str | Path], config: Optional[Config] = None, trust: bool = False) -> list[PatchUNet]:
+    """The models of several files, for less noise first: ours, or the authors' of `config`. trust: see `unpickled`.
 
     Raises ValueError for files of different configurations.
     """
@@ -58,19 +58,19 @@ def load_all(paths: Sequence[str | Path], config: Optional[Config] = None) -> li
             raise ValueError(f"{path} does not say what model it is: name its configuration.")
         else:
             keras = Path(path).suffix.lower() == ".h5"
-            models.append(import_keras(path, config) if keras else import_torch(path, config))
+            models.append(import_keras(path, config) if keras else import_torch(path, config, trust))
         if models[-1].config != models[0].config:
             raise ValueError(f"{path} is a model of another configuration than {paths[0]}: give models of one.")
     return models
 
 
-def import_torch(path: str | Path, config: Config) -> PatchUNet:
+def import_torch(path: str | Path, config: Config, trust: bool = False) -> PatchUNet:
     """The model of a bare state dict, as the PyTorch port writes it.
 
     config: has to be that of the model; `norm_eps` 1e-3 gives what the weights were trained for, 1e-5 what the port
-    computes. Raises ValueError for weights of another model.
+    computes. trust: see `unpickled`. Raises ValueError for weights of another model.
     """
-    state = unpickled(path)
+    state = unpickled(path, trust=trust)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict of tensors alone.")
     return with_state(partial(PatchUNet, config), state, path)

@@ -9,8 +9,9 @@ import torch
 
 from ...files.images import grid, save_image
 from ...files.tensors import unpickled
+from ...files.whole import write_whole
 from ..training.images import ImageFolder
-from ..training.loop import Options, Training, add_losses, write_whole
+from ..training.loop import Options, Training, add_losses
 from .checkpoints import save
 from .config import Config
 from .diffusion import sample
@@ -34,10 +35,12 @@ def train(
     loss: Loss,
     accelerator: Accelerator,
     shown: int,
+    trust: bool = False,
 ) -> None:
     """Train a model, or go on with the training that `folder` holds, which is made where it is missing.
 
-    shown: pictures to sample at every checkpoint, as `samples-{step}.png`.
+    shown: pictures to sample at every checkpoint, as `samples-{step}.png`. trust: what is there to go on from, see
+        `unpickled`.
 
     Raises ValueError for a folder with the training of another configuration.
     """
@@ -45,7 +48,7 @@ def train(
     training = Training(PatchUNet(config), options, accelerator)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / STATE).exists():
-        held = unpickled(folder / STATE)
+        held = unpickled(folder / STATE, trust=trust)
         if not isinstance(held, dict) or Config.from_json(held.get("config", "{}")) != config:
             raise ValueError(f"{folder} holds the training of another configuration: give another folder, or empty it.")
         training.load_state(held)
@@ -53,9 +56,9 @@ def train(
 
     def keep(losses: list[tuple[int, float]]) -> None:
         state = {**training.state(), "config": config.to_json()}
-        write_whole(folder / MODEL, lambda path: save([training.ema], path))
+        save([training.ema], folder / MODEL)
         add_losses(folder / LOSSES, losses)
-        write_whole(folder / STATE, lambda path: torch.save(state, path))
+        write_whole(folder / STATE, lambda file: torch.save(state, file))
         if shown:
             save_image(folder / f"samples-{training.step:08}.png", grid(_samples(training.ema, shown)))
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 import csv
+import io
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ...files.whole import write_whole
 from .images import Batches, ImageFolder, derived_seed
 
 if TYPE_CHECKING:
@@ -217,22 +218,13 @@ def begin(mixed_precision: str = "no", tracker: Optional[str] = None) -> Acceler
     return Accelerator(mixed_precision=mixed_precision, log_with=tracker)
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` write a file that takes the place of `path` only when it is whole."""
-    beside = path.with_name(f".{path.name}.part")
-    write(beside)
-    os.replace(beside, path)
-
-
 def add_losses(path: Path, losses: list[tuple[int, float]]) -> None:
     """Go on with a table of steps and losses; what it holds from the first of these steps on gives way."""
     rows = [row for row in read_losses(path) if row[0] < losses[0][0]] + losses
 
-    def write(beside: Path) -> None:
-        with beside.open("w", newline="") as file:
-            csv.writer(file).writerows([("step", "loss"), *rows])
-
-    write_whole(path, write)
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([("step", "loss"), *rows])
+    write_whole(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def read_losses(path: Path) -> list[tuple[int, float]]:

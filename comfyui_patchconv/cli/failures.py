@@ -1,0 +1,71 @@
+"""What went wrong, as a sentence and an exit code; and work on several inputs, of which one may fail."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Optional
+
+from ..memory.errors import first_line, is_out_of_memory
+
+WRONG_INPUT, OUT_OF_MEMORY, INTERRUPTED = 2, 3, 130
+"""Exit codes; 0 is success."""
+
+_EXTRAS = {
+    **dict.fromkeys(("diffusers", "numpy", "PIL"), "demo"),
+    **dict.fromkeys(("accelerate", "tqdm"), "train"),
+    "h5py": "keras",
+}
+"""Which extra brings what may not be installed."""
+
+_LESS_MEMORY = "try --mode stream with a --budget, --dtype bfloat16, or --device cpu."
+
+
+def failure(error: BaseException) -> Optional[tuple[str, int]]:
+    """The sentence and the exit code for `error`; None for one that is a mistake of this program."""
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped.", INTERRUPTED
+    if isinstance(error, ModuleNotFoundError):
+        extra = _EXTRAS.get(error.name or "")
+        found = f"{error.name} is not installed: run pip install 'patchconv[{extra}]'."
+        return None if extra is None else (found, WRONG_INPUT)
+    if is_out_of_memory(error):
+        return f"out of memory ({first_line(error)}): {_LESS_MEMORY}", OUT_OF_MEMORY
+    if isinstance(error, (ValueError, OSError)):
+        return _sentence(error), WRONG_INPUT
+    return None
+
+
+def tell(sentence: str) -> None:
+    """Print what went wrong."""
+    print(f"patchconv: {sentence}", file=sys.stderr)
+
+
+def each(inputs: Sequence[Path], work: Callable[[Path], None]) -> int:
+    """Do `work` for each of several inputs, and return the exit code; one that fails does not end the others.
+
+    Raises what `work` raises for a single input.
+    """
+    if len(inputs) == 1:
+        work(inputs[0])
+        return 0
+    codes: list[int] = []
+    for path in inputs:
+        try:
+            work(path)
+        except Exception as error:
+            found = failure(error)
+            if found is None:
+                raise
+            tell(found[0])
+            codes.append(found[1])
+    if codes:
+        tell(f"{len(codes)} of {len(inputs)} failed.")
+    return max(codes, default=0)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+    return str(error)

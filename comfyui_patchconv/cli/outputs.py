@@ -1,0 +1,98 @@
+"""Which files a command writes, checked before there is any work: one rule for what is there already.
+
+`--out FILE` is replaced once the new file is whole; in `--out FOLDER` what is there is skipped, unless `--overwrite`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+from ..files.whole import check_no_input
+
+RULE = (
+    "A FILE that is there is replaced once the new one is whole; in a FOLDER what is there is skipped, unless "
+    "--overwrite."
+)
+
+
+def add_out(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the options of a command that takes several inputs."""
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE|FOLDER", help=f"{what}; with several inputs a folder. {RULE}"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there in a FOLDER")
+
+
+class Outputs:
+    """Where the results of `inputs` go: to the file `out` for one, into the folder `out` for several.
+
+    out: may be a folder that is there for one input, too; for several it is made where it is missing.
+    others: files that are read beside the inputs. suffixes: of the files, the first one of those in a folder.
+
+    Raises ValueError for an `out` that cannot be one, for two inputs whose results would have one name, and for an
+    output that is a file to be read.
+    """
+
+    def __init__(
+        self, out: Path, inputs: Sequence[Path], others: Sequence[Path], *suffixes: str, overwrite: bool = False
+    ) -> None:
+        self.out, self.read, self.suffix, self.overwrite = out, (*inputs, *others), suffixes[0], overwrite
+        self.folder = len(inputs) > 1 or (out.is_dir() and out.suffix.lower() not in suffixes)
+        self.written: dict[Path, Path] = {}
+        if not self.folder:
+            check_output(out, *suffixes)
+        else:
+            check_folder(out)
+            names: dict[str, Path] = {}
+            for path in inputs:
+                other = names.setdefault(path.stem, path)
+                if other is not path:
+                    raise ValueError(
+                        f"{other} and {path} would both be {path.stem}{self.suffix}: rename one, or give them apart."
+                    )
+        for path in inputs:
+            check_no_input(self._name(path), self.read)
+
+    def of(self, path: Path, count: int = 1) -> list[Optional[Path]]:
+        """The files for the results of the input `path`, numbered if there are several; None for what is skipped.
+
+        Raises ValueError where that would replace an input, or the results of another one.
+        """
+        name = self._name(path)
+        names = [name] if count == 1 else [name.with_stem(f"{name.stem}-{one:04}") for one in range(1, count + 1)]
+        for each in names:
+            check_no_input(each, self.read)
+            other = self.written.setdefault(each, path)
+            if other is not path:
+                raise ValueError(f"{each} has been written for {other} and {path} would replace it: give them apart.")
+        if not self.folder:
+            return list(names)
+        self.out.mkdir(exist_ok=True)
+        kept = [each for each in names if each.exists() and not self.overwrite]
+        for each in kept:
+            print(f"{each}: there already, skipped")
+        return [None if each in kept else each for each in names]
+
+    def _name(self, path: Path) -> Path:
+        return self.out / f"{path.stem}{self.suffix}" if self.folder else self.out
+
+
+def check_output(path: Path, *suffixes: str, option: str = "--out") -> None:
+    """Raises ValueError unless `path` can be the name of a new file that ends in one of `suffixes`."""
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{option} is {path}: its name must end in {' or '.join(suffixes)}.")
+    if not path.parent.is_dir():
+        raise ValueError(f"{option} is {path} and the folder {path.parent} does not exist: create it first.")
+    if path.is_dir():
+        raise ValueError(f"{option} is {path}, which is a folder: give the name of a file.")
+
+
+def check_folder(path: Path) -> None:
+    """Raises ValueError unless `path` is a folder, or can be the name of a new one."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--out is {path}, which is a file, and there are several inputs: give a folder.")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out is {path} and the folder {path.parent} does not exist: create it first.")
