@@ -26,7 +26,7 @@ from ..comfyui_patchconv.hosts.streamed import StreamedAtOnce, StreamedForward, 
 from ..comfyui_patchconv.units import GIB, MILLION
 from .host import MODEL_CATEGORY, VAE_CATEGORY, advanced, follow_clones, schema
 from .meter import Measured, Meter, measure_sampling
-from .progress import AnyProgress, Progress, StreamProgress, Strips
+from .progress import AnyProgress, Progress, Strips
 
 
 class PatchConvVAE(io.ComfyNode):
@@ -236,7 +236,7 @@ def _stream_half(
         whole = Tiling(1, threshold=sys.maxsize)
         _patch(patcher, model, whole, padding, lambda name: half_of(name) == half)
     key = part_of(model, half, method)
-    progress = AnyProgress() if strips is not None else StreamProgress()
+    progress = AnyProgress()
     meter = _meter(vae, half, strips is None, progress, node)
     free, switch = model_management.get_free_memory, Switch(strips is None)
     notes = (progress, progress.next_call, meter.missed)
@@ -254,7 +254,7 @@ def _stream_half(
     setattr(vae, f"memory_used_{method}", estimate)
     if key != method:
         patcher.add_object_patch(method, StreamedAtOnce(patcher.get_model_object(method), part, estimate))
-    if isinstance(estimate, AutoEstimate):
+    if strips is not None and isinstance(estimate, AutoEstimate):
         in_strips = partial(_in_strips, half, strips, padding, progress)
         below = patcher.get_model_object(method)
         patcher.add_object_patch(method, AutoForward(below, switch, estimate, free, budget, in_strips, meter.chosen))
@@ -270,7 +270,7 @@ def _in_strips(half: str, strips: Tiling, padding: str, progress: AnyProgress, m
     )  # fmt: skip
 
 
-def _meter(vae: Any, half: str, streamed: bool, progress: Progress | StreamProgress, node: str) -> Meter:
+def _meter(vae: Any, half: str, streamed: bool, progress: Progress | AnyProgress, node: str) -> Meter:
     meter = Meter(node, f"VAE {half}", streamed, torch.device(vae.device), progress)
     progress.then(meter.look)
     return meter

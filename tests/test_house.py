@@ -145,7 +145,7 @@ def test_the_webui_finds_one_script() -> None:
     (script,) = (PACK / "scripts").rglob("*.py")
     foreign = {name.split(".")[0] for name in imports(script)} - sys.stdlib_module_names
     assert foreign == {"gradio", "modules", CORE}
-    assert not [name for name in ("javascript", "localizations", "style.css") if (PACK / name).exists()]
+    assert not [name for name in ("javascript", "localizations") if (PACK / name).exists()]
 
 
 def test_contributing_finds_things_where_they_are() -> None:
