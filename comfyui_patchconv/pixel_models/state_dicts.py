@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..files.tensors import read_header
-from ..files.words import shape_of, short
+from ..files.words import short
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,8 +39,8 @@ def with_state(build: Callable[[], Model], state: Mapping[str, Tensor], path: st
     if wrong:
         raise ValueError(
             f"{path} is not a model of this configuration: {short(wrong[0])} is "
-            f"{shape_of(state[wrong[0]].shape) if wrong[0] in state else 'missing'} there, and "
-            f"{shape_of(wanted[wrong[0]].shape) if wrong[0] in wanted else 'nothing'} in the configuration."
+            f"{short(tuple(state[wrong[0]].shape), 40) if wrong[0] in state else 'missing'} there, and "
+            f"{short(tuple(wanted[wrong[0]].shape), 40) if wrong[0] in wanted else 'nothing'} in the configuration."
         )
     for name, value in state.items():
         if not value.isfinite().all():

@@ -231,8 +231,8 @@ def test_the_tensorflow_versions_file(tmp_path: Path) -> None:
 
 def test_wrong_imports(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for out, weights, says in (
-        (tmp_path / "out.pt", model, "give a .safetensors file in a folder that exists"),
-        (tmp_path / "missing" / "out.safetensors", model, "give a .safetensors file in a folder that exists"),
+        (tmp_path / "out.pt", model, "must end in .safetensors"),
+        (tmp_path / "missing" / "out.safetensors", model, "does not exist"),
         (tmp_path / "out.safetensors", tmp_path / "none.h5", "none.h5 does not exist"),
     ):
         run("import", "ffhq", out, "--model_path", weights, code=2)
