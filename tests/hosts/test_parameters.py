@@ -13,6 +13,7 @@ from comfyui_patchconv.hosts.webui.parameters import (
     DEFAULTS,
     NAMES,
     from_infotext,
+    heeded,
     infotext_names,
     settings_of,
     to_infotext,
@@ -49,10 +50,23 @@ def test_arguments() -> None:
     assert settings_of([named], {}) == settings
     assert settings_of([named], {"mode": "patch"}) == Settings("patch", splits=3, threshold=1.0, budget=2.0)
     assert settings_of([{"enabled": True}], {}, DEFAULTS | {"mode": "stream"}) == Settings("stream")
+    assert settings_of([{"enabled": 1, "mode": "STREAM", "vae": "false", "unet": 1.0}], {}) == Settings(
+        "stream", vae=False, unet=True
+    )
+    assert settings_of([True, "patch", True, False, 3, 1.0, 2.0, None], {}) == Settings("patch", True, False, 3, 1.0, 2)
+    assert settings_of([True, "patch", True, False, 3, 1.0, 2.0, ""], {}) == Settings("patch", True, False, 3, 1.0, 2)
 
 
 @pytest.mark.parametrize(
-    "args", [[], [False, "patch"], [{}], [{"enabled": True, "vae": False}], [{"enabled": False, "unet": True}]]
+    "args",
+    [
+        [],
+        [False, "patch"],
+        [{}],
+        [{"enabled": False, "unet": True}],
+        [{"enabled": 0}],
+        [{"enabled": "False", "mode": "tile"}],  # what is off is not looked at
+    ],
 )
 def test_nothing_asked_for(args: list[Any]) -> None:
     assert settings_of(args, {}) is None
@@ -62,11 +76,65 @@ def test_nothing_asked_for(args: list[Any]) -> None:
     ("named", "message"),
     [
         ({"tiles": 3}, "there is no argument 'tiles': use enabled, mode, vae, unet, splits, threshold, budget."),
-        ({"enabled": 1}, "enabled is 1: use True or False."),
+        ({"enabled": 2}, "enabled is 2: use True or False."),
+        ({"vae": "perhaps"}, "vae is 'perhaps': use True or False."),
+        ({"vae": False}, "neither VAE nor U-Net is chosen, so nothing will be patched."),
+        ({"splits": 1e9}, "splits is 1000000000.0: use at most 4096 strips."),
+        ({"splits": None}, "splits is None: use a number of strips, or 0."),
         ({"mode": "tile"}, "mode is 'tile': use 'patch' or 'stream'."),
     ],
 )
 def test_wrong_arguments(named: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
-        settings_of([named], {})
+        settings_of([{"enabled": True, **named}], {})
     assert str(error.value) == message
+
+
+def test_an_eighth_argument() -> None:
+    with pytest.raises(ValueError, match=r"^there are more than 7 arguments: use enabled, mode, vae, "):
+        settings_of([True, "patch", True, False, 3, 1.0, 2.0, 8], {})
+
+
+@pytest.mark.parametrize("mode", ["banana", "", "patch + stream", None])
+def test_a_mode_that_does_not_exist_is_ignored(mode: Any) -> None:
+    comments: list[str] = []
+    parameters = {"Patch Conv": mode, "Patch Conv splits": "3"}
+    assert {from_infotext(name, parameters, comments.append) for name in NAMES} == {None}
+    assert comments == [f"Patch Conv in these parameters is ignored: mode is {mode!r}: use 'patch' or 'stream'."]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("splits", "many", "splits is 'many': use a number of strips, or 0. The default is taken."),
+        ("splits", "2.5", "splits is 2.5: use a number of strips, or 0. The default is taken."),
+        ("splits", "1e9", "splits is 1000000000.0: use at most 4096 strips. The default is taken."),
+        ("budget", "-3", "budget is -3.0: use a number of GiB, or 0. The default is taken."),
+        ("threshold", "nan", "threshold is nan: use a number of millions of elements, or 0. The default is taken."),
+        ("parts", "wheels", "parts is 'wheels': use VAE or U-Net. The default is taken."),
+    ],
+)
+def test_values_that_cannot_be_become_the_default(name: str, text: str, said: str) -> None:
+    comments: list[str] = []
+    parameters = {"Patch Conv": "Stream", "Patch Conv parts": "VAE", f"Patch Conv {name}": text}
+    read = [from_infotext(each, parameters, comments.append) for each in NAMES]
+    assert read == [True, "stream", *(DEFAULTS[each] for each in NAMES[2:])]
+    assert comments == [f"Patch Conv in these parameters: {said}"]
+    assert settings_of(read, {}) == Settings("stream")
+
+
+@given(st.dictionaries(st.sampled_from(infotext_names()), st.text() | st.floats().map(str)))
+def test_any_parameters_can_be_pasted(parameters: dict[str, str]) -> None:
+    read = [from_infotext(name, parameters) for name in NAMES]
+    if None in read:
+        assert set(read) == {None}
+    else:
+        settings_of(read, {})
+
+
+def test_what_counts() -> None:
+    assert heeded("patch", vae=True, unet=False) == {"splits", "threshold"}
+    assert heeded("stream", vae=True, unet=False) == {"budget"}
+    assert heeded("stream", vae=True, unet=True) == {"splits", "threshold", "budget"}
+    assert heeded("stream", vae=False, unet=True) == {"splits", "threshold"}
+    assert heeded("patch", vae=False, unet=False) == set()

@@ -226,6 +226,7 @@ def test_the_host_hears_how_far_a_decode_is(vae: VAE) -> None:
         ({"splits": 1.5}, "splits is 1.5: use a number of strips, or 0."),
         ({"threshold": -1}, "threshold is -1: use a number of millions of elements, or 0."),
         ({"budget": float("nan")}, "budget is nan: use a number of GiB, or 0."),
+        ({"budget": 1e6}, "budget is 1000000.0: use at most 1024 GiB."),
         ({"budget": "2"}, "budget is '2': use a number of GiB, or 0."),
     ],
 )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
-from .settings import Settings
+from .settings import Settings, check_mode, check_setting
 
 TITLE = "Patch Conv"
 NAMES = ("enabled", "mode", "vae", "unet", "splits", "threshold", "budget")
@@ -14,26 +14,54 @@ NAMES = ("enabled", "mode", "vae", "unet", "splits", "threshold", "budget")
 DEFAULTS: dict[str, Any] = {"enabled": False, **{name: getattr(Settings, name) for name in NAMES[1:]}}
 _PARTS = {"vae": "VAE", "unet": "U-Net"}
 _NUMBERS = ("splits", "threshold", "budget")
+_HEEDED = {"patch": ("splits", "threshold"), "stream": ("budget",)}
+"""The numbers that count for a VAE, by mode."""
+
+_SWITCHES = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 def settings_of(
     args: Sequence[Any], changes: Mapping[str, Any], defaults: Mapping[str, Any] = DEFAULTS
 ) -> Optional[Settings]:
-    """Read the settings that arguments ask for; None where they ask for nothing.
+    """Read the settings that arguments ask for; None where they do not ask for Patch Conv.
 
     args: values in the order of `NAMES`, or first of all a dictionary, of which `defaults` fill in what is left out.
-    changes: values by name that count before those. Raises ValueError for an unknown name or a wrong value.
+        What comes behind them has to be empty.
+    changes: values by name that count before those. Raises ValueError for an unknown name or a wrong value, and where
+        nothing is to be patched.
     """
+    if any(value not in (None, "") for value in args[len(NAMES) :]):
+        raise ValueError(f"there are more than {len(NAMES)} arguments: use {', '.join(NAMES)}.")
     named = {**defaults, **args[0]} if args and isinstance(args[0], Mapping) else dict(zip(NAMES, args))
     values: dict[str, Any] = {**named, **changes}
     unknown = [name for name in values if name not in NAMES]
     if unknown:
         raise ValueError(f"there is no argument {unknown[0]!r}: use {', '.join(NAMES)}.")
-    enabled = values.pop("enabled", False)
-    if not isinstance(enabled, bool):
-        raise ValueError(f"enabled is {enabled!r}: use True or False.")
-    settings = Settings(**values)
-    return settings if enabled and (settings.vae or settings.unet) else None
+    if not _switch("enabled", values.pop("enabled", False)):
+        return None
+    switches = {name: _switch(name, values[name]) for name in _PARTS if name in values}
+    settings = Settings(**{**values, **switches, "mode": _mode(values.get("mode", DEFAULTS["mode"]))})
+    if not (settings.vae or settings.unet):
+        raise ValueError("neither VAE nor U-Net is chosen, so nothing will be patched.")
+    return settings
+
+
+def _switch(name: str, value: object) -> bool:
+    """Read on or off; JSON and plots have it in more than one form."""
+    meant = _SWITCHES.get(str(value).strip().lower())
+    if meant is None:
+        raise ValueError(f"{name} is {value!r}: use True or False.")
+    return meant
+
+
+def _mode(value: Any) -> Any:
+    return value.strip().lower() if isinstance(value, str) else value
+
+
+def heeded(mode: str, vae: bool, unet: bool) -> set[str]:
+    """Name the numbers that count when these parts run in this mode."""
+    names = set(_HEEDED.get(mode, ())) if vae else set()
+    return names | set(_HEEDED["patch"]) if unet else names
 
 
 def to_infotext(settings: Settings) -> dict[str, Any]:
@@ -49,15 +77,50 @@ def infotext_names() -> list[str]:
     return [TITLE, f"{TITLE} parts", *(f"{TITLE} {name}" for name in _NUMBERS)]
 
 
-def from_infotext(name: str, parameters: Mapping[str, str]) -> Any:
-    """Read the value of the argument `name` from the parameters of an image.
+def from_infotext(name: str, parameters: Mapping[str, Any], comment: Callable[[str], None] = lambda text: None) -> Any:
+    """Read the value of the argument `name` from the parameters of an image, which may come from anywhere.
 
-    None for an image that was made without Patch Conv: it looks the same with it, so whoever has it on may keep it.
+    None for an image that was made without Patch Conv: it looks the same with it, so whoever has it on may keep it. The
+    same for a mode that does not exist; of any other value that cannot be, the default is taken.
+
+    comment: gets a sentence where the value of this argument was not taken as it is.
     """
     if TITLE not in parameters:
         return None
-    if name in _PARTS:
-        return _PARTS[name] in parameters.get(f"{TITLE} parts", "").split(" + ")
-    if name in _NUMBERS:
-        return type(DEFAULTS[name])(float(parameters.get(f"{TITLE} {name}", DEFAULTS[name])))
-    return True if name == "enabled" else parameters[TITLE]
+    mode = _mode(parameters[TITLE])
+    try:
+        check_mode(mode)
+    except ValueError as error:
+        if name == "mode":
+            comment(f"{TITLE} in these parameters is ignored: {error}")
+        return None
+    if name == "enabled":
+        return True
+    if name == "mode":
+        return mode
+    try:
+        return _part(name, parameters) if name in _PARTS else _number(name, parameters)
+    except ValueError as error:
+        if name != "unet":  # "vae" has said it of both
+            comment(f"{TITLE} in these parameters: {error} The default is taken.")
+        return DEFAULTS[name]
+
+
+def _part(name: str, parameters: Mapping[str, Any]) -> bool:
+    """Whether a part is among those that are named. Raises ValueError where none of them exists."""
+    text = str(parameters.get(f"{TITLE} parts", _PARTS["vae"]))
+    parts = [part.strip().lower() for part in text.split("+")]
+    if not any(label.lower() in parts for label in _PARTS.values()):
+        raise ValueError(f"parts is {text!r}: use {' or '.join(_PARTS.values())}.")
+    return _PARTS[name].lower() in parts
+
+
+def _number(name: str, parameters: Mapping[str, Any]) -> Any:
+    """Read a number. Raises ValueError for what is none, or cannot be this one."""
+    text = parameters.get(f"{TITLE} {name}", DEFAULTS[name])
+    try:
+        value: Any = float(text)
+    except (TypeError, ValueError):
+        value = text
+    check_setting(name, value)
+    return type(DEFAULTS[name])(value)

@@ -9,6 +9,9 @@ from ...units import MILLION
 from ..modes import MODES
 from ..numbers import check_number
 
+_NUMBERS = {"splits": ("strips", 4096), "threshold": ("millions of elements", 100_000), "budget": ("GiB", 1024)}
+"""Of each number its unit, and the most that it may be."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -32,10 +35,23 @@ class Settings:
     budget: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"mode is {self.mode!r}: use {' or '.join(map(repr, MODES))}.")
+        check_mode(self.mode)
         for name in ("vae", "unet"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: use True or False.")
-        for name, unit in (("splits", "strips"), ("threshold", "millions of elements"), ("budget", "GiB")):
-            check_number(name, getattr(self, name), unit, whole=name == "splits")
+        for name in _NUMBERS:
+            check_setting(name, getattr(self, name))
+
+
+def check_mode(mode: object) -> None:
+    """Raise ValueError, in a sentence, for what is no mode."""
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}: use {' or '.join(map(repr, MODES))}.")
+
+
+def check_setting(name: str, value: object) -> None:
+    """Raise ValueError, in a sentence, for what the number `name` cannot be."""
+    unit, most = _NUMBERS[name]
+    check_number(name, value, unit, whole=name == "splits")
+    if value > most:  # type: ignore[operator]
+        raise ValueError(f"{name} is {value!r}: use at most {most} {unit}.")
