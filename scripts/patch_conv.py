@@ -6,15 +6,23 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Optional
 
 import gradio as gr  # pyright: ignore[reportMissingImports]
-from modules import script_callbacks, scripts, sd_models, shared  # pyright: ignore[reportMissingImports]
+from modules import (  # pyright: ignore[reportMissingImports]
+    script_callbacks,
+    scripts,
+    sd_models,
+    sd_samplers_common,
+    shared,
+)
 from modules.ui_components import InputAccordion  # pyright: ignore[reportMissingImports]
 
 from comfyui_patchconv.hosts.modes import MODES
+from comfyui_patchconv.hosts.webui.host import Host
 from comfyui_patchconv.hosts.webui.parameters import (
     DEFAULTS,
     NAMES,
     TITLE,
     from_infotext,
+    heeded,
     infotext_names,
     settings_of,
     to_infotext,
@@ -27,7 +35,7 @@ _LABELS = {
     "vae": "VAE",
     "unet": "U-Net",
     "splits": "Splits",
-    "threshold": "Threshold (millions)",
+    "threshold": "Threshold (millions of elements)",
     "budget": "Memory budget (GiB)",
 }
 _LIMITS: dict[str, dict[str, float]] = {
@@ -36,16 +44,26 @@ _LIMITS: dict[str, dict[str, float]] = {
     "budget": {"minimum": 0, "maximum": 64, "step": 0.1},
 }
 _INFO = {
-    "mode": "patch: each large convolution of the VAE in strips. stream: the whole VAE in strips, far less memory.",
+    "enabled": "Ticked when the page is loaded, under txt2img and img2img.",
+    "mode": "patch: each large convolution of the VAE in strips, about as fast as without. stream: the whole VAE in "
+    "strips, by far the least memory; choose it where the VAE runs out of memory or its picture comes out in tiles.",
+    "vae": "Decodes and encodes in strips.",
+    "unet": "Its convolutions in strips, as in patch: for sizes at which one does not fit.",
     "splits": "For patch and the U-Net: strips per convolution, 0 for automatic.",
     "threshold": "For patch and the U-Net: convolutions with fewer input elements stay whole.",
     "budget": "For stream, 0 for what is free. What does not fit is kept in the computer's memory, on a CPU in a file.",
 }
+_NOTHING = "Neither VAE nor U-Net is ticked: nothing will be patched."
+_REPORT = f"{TITLE} report"
+"""The name in an answer's `info`, among `extra_generation_params`, which pictures do not have."""
 
 
 class PatchConvScript(scripts.Script):
     running: ClassVar[Optional[Toggle]] = None
     """What is patched now: the WebUI has one run at a time, on one model."""
+
+    cells: ClassVar[Optional[list[str]]] = None
+    """What was said of the cells of an X/Y/Z plot that is being made."""
 
     def title(self) -> str:
         return TITLE
@@ -60,39 +78,42 @@ class PatchConvScript(scripts.Script):
             with gr.Row():
                 for name in ("vae", "unet"):
                     controls[name] = self._control(gr.Checkbox, name)
+            nothing = gr.Markdown(_NOTHING, visible=False, elem_id=self.elem_id("nothing"))
             with gr.Row():
                 for name in ("splits", "threshold"):
                     controls[name] = self._control(gr.Slider, name, **_LIMITS[name])
             controls["budget"] = self._control(gr.Slider, "budget", **_LIMITS["budget"])
+        # The WebUI drops arguments for which there is no control: this one is for those that are too many.
+        surplus = gr.Textbox(value="", visible=False, label="", elem_id=self.elem_id("surplus"))
+        surplus.do_not_save_to_config = True
         for name, control in controls.items():
-            # What was chosen under Settings rules; otherwise the WebUI remembers this control like any other.
-            control.do_not_save_to_config = _default(name) != DEFAULTS[name]
+            _remember(control, _default(name) == DEFAULTS[name])
+        _show_what_counts(controls, nothing)
         self.infotext_fields = [(controls[name], _from_infotext(name)) for name in NAMES]
         self.paste_field_names = infotext_names()
-        return [controls[name] for name in NAMES]
+        return [*(controls[name] for name in NAMES), surplus]
 
     def _control(self, kind: Callable[..., Any], name: str, **options: Any) -> Any:
-        return kind(
-            value=_default(name), label=_LABELS[name], info=_INFO.get(name), elem_id=self.elem_id(name), **options
-        )
+        info = None if kind is gr.Checkbox else _INFO[name]  # it would stand above the box
+        return kind(value=_default(name), label=_LABELS[name], info=info, elem_id=self.elem_id(name), **options)
 
     def before_process(self, p: Any, *args: Any) -> None:
         stop()  # what a run that ended in an error may have left
 
     def process(self, p: Any, *args: Any) -> None:
-        p.patch_conv = None
+        p.patch_conv, p.patch_conv_cell = None, shared.state.job
+        p.patch_conv_off = ""
         for name in infotext_names():  # a plot's runs share what is written
             p.extra_generation_params.pop(name, None)
         try:
             defaults = {name: _default(name) for name in NAMES}
             settings = settings_of(args, getattr(p, "patch_conv_axes", {}), defaults)
         except ValueError as error:
-            p.comment(f"{TITLE} is off: {error}")
-            print(f"{TITLE} is off: {error}")
+            p.patch_conv_off = f"{TITLE} is off: {error}"
             return
         if settings is None:
             return
-        p.patch_conv = Toggle(settings, tell=_tell)
+        p.patch_conv = Toggle(settings, Host(shared.state, _cheap, sd_samplers_common))
         p.extra_generation_params.update(to_infotext(settings))
         _stop_at_close(p, p.patch_conv)
         _follow(p)
@@ -111,12 +132,22 @@ class PatchConvScript(scripts.Script):
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
         toggle: Optional[Toggle] = getattr(p, "patch_conv", None)
-        if toggle is None:
+        if toggle is not None:
+            stop()
+        report = toggle.report() if toggle is not None else getattr(p, "patch_conv_off", "")
+        if not report:
             return
-        stop()
-        report = toggle.report()
         print(report)
-        processed.comments += f"{report}\n"
+        if PatchConvScript.cells is None:
+            _add_report(processed, report)
+        else:
+            PatchConvScript.cells.append(f"{p.patch_conv_cell}: {report}")
+
+
+def _add_report(processed: Any, report: str) -> None:
+    """Show a report under the pictures and in the API's answer, and leave it out of the pictures' parameters."""
+    processed.comments += f"{report}\n"
+    processed.extra_generation_params = {**processed.extra_generation_params, _REPORT: report}
 
 
 def stop() -> None:
@@ -124,7 +155,6 @@ def stop() -> None:
     toggle, PatchConvScript.running = PatchConvScript.running, None
     if toggle is not None:
         toggle.off()
-        shared.state.textinfo = None
 
 
 def _follow(p: Any) -> None:
@@ -140,9 +170,10 @@ def _follow(p: Any) -> None:
 
 
 def _patch(toggle: Toggle, models: Sequence[Any]) -> None:
-    parts = [_parts(model) for model in models if model is not None]
+    models = [model for model in models if model is not None]
+    parts = [_parts(model) for model in models]
     holders = [holder for _, _, holder in parts if holder is not None]
-    toggle.follow([vae for vae, _, _ in parts], [unet for _, unet, _ in parts], holders)
+    toggle.follow([vae for vae, _, _ in parts], [unet for _, unet, _ in parts], holders, models)
 
 
 def _parts(model: Any) -> tuple[Any, Any, Any]:
@@ -171,18 +202,47 @@ def _stop_at_close(p: Any, toggle: Toggle) -> None:
     p.close = stop_and_close
 
 
-def _tell(text: str) -> None:
-    shared.state.textinfo = text
+def _cheap(latents: Any) -> Any:
+    """Make a picture of latents without a model, as the WebUI's preview "Approx cheap" does."""
+    return sd_samplers_common.samples_to_images_tensor(
+        latents, sd_samplers_common.approximation_indexes["Approx cheap"]
+    )
+
+
+def _remember(control: Any, remembered: bool) -> None:
+    """Have the WebUI remember a control like any other; or not, for what was chosen under Settings to rule."""
+    for component in (control, getattr(control, "accordion", None)):
+        if component is not None:
+            component.do_not_save_to_config = not remembered
+
+
+def _show_what_counts(controls: dict[str, Any], nothing: Any) -> None:
+    """Have numbers that do not count look inactive, and say where nothing will be patched."""
+    numbers = [*_LIMITS]
+
+    def updates(mode: str, vae: bool, unet: bool) -> list[Any]:
+        counting = heeded(mode, vae, unet)
+        return [*(gr.update(interactive=name in counting) for name in numbers), gr.update(visible=not (vae or unet))]
+
+    inputs = [controls[name] for name in ("mode", "vae", "unet")]
+    outputs = [*(controls[name] for name in numbers), nothing]
+    for name in ("enabled", "mode", "vae", "unet"):
+        controls[name].change(updates, inputs=inputs, outputs=outputs, show_progress=False, queue=False)
 
 
 def _from_infotext(name: str) -> Callable[[dict[str, Any]], Any]:
     """Tell the WebUI what a control shows after parameters were pasted."""
 
     def value(parameters: dict[str, Any]) -> Any:
-        told = from_infotext(name, parameters)
+        told = from_infotext(name, parameters, _comment)
         return gr.update() if told is None else told
 
     return value
+
+
+def _comment(text: str) -> None:
+    print(text)
+    gr.Warning(text)
 
 
 def _default(name: str) -> Any:
@@ -194,13 +254,13 @@ def _add_settings() -> None:
     kinds = {"mode": (gr.Radio, {"choices": [*MODES]}), **{name: (gr.Slider, _LIMITS[name]) for name in _LIMITS}}
     for name in NAMES:
         kind, options = kinds.get(name, (None, None))
-        label = "On from the start" if name == "enabled" else _LABELS[name]
-        option = shared.OptionInfo(DEFAULTS[name], label, kind, options, section=section).needs_reload_ui()
-        shared.opts.add_option(f"patch_conv_{name}", option)
+        label = "on from the start" if name == "enabled" else _LABELS[name]
+        option = shared.OptionInfo(DEFAULTS[name], f"{TITLE}: {label}", kind, options, section=section)
+        shared.opts.add_option(f"patch_conv_{name}", option.info(_INFO[name]).needs_reload_ui())
 
 
-def _add_axes() -> None:
-    """Add mode and splits to the X/Y/Z plot."""
+def _extend_plots() -> None:
+    """Add mode and splits to the X/Y/Z plot, and have it say what came of each cell."""
     for data in scripts.scripts_data:
         if data.script_class.__module__ != "xyz_grid.py":
             continue
@@ -209,6 +269,23 @@ def _add_axes() -> None:
             grid.AxisOption(f"[{TITLE}] Mode", str, _apply_mode, choices=lambda: ["off", *MODES]),
             grid.AxisOption(f"[{TITLE}] Splits", int, _apply_splits),
         ]
+        grid.draw_xyz_grid = _with_reports(grid.draw_xyz_grid)
+
+
+def _with_reports(draw: Callable[..., Any]) -> Callable[..., Any]:
+    """Draw a plot, which shows of the first cell what is to be read under it, with the reports of all cells."""
+
+    def drawn(*args: Any, **kwargs: Any) -> Any:
+        PatchConvScript.cells = cells = []
+        try:
+            processed = draw(*args, **kwargs)
+        finally:
+            PatchConvScript.cells = None
+        if cells:
+            _add_report(processed, "\n".join(cells))
+        return processed
+
+    return drawn
 
 
 def _apply_mode(p: Any, value: str, values: Any) -> None:
@@ -225,6 +302,6 @@ def _set_axes(p: Any, **values: Any) -> None:
 
 
 script_callbacks.on_ui_settings(_add_settings)
-script_callbacks.on_before_ui(_add_axes)
+script_callbacks.on_before_ui(_extend_plots)
 script_callbacks.on_model_loaded(_loaded)
 script_callbacks.on_script_unloaded(stop)

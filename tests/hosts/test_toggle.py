@@ -16,6 +16,7 @@ from comfyui_patchconv.hosts.webui.toggle import Settings, Toggle
 from comfyui_patchconv.memory import usage as memory
 
 from .vae import VAE, Half, Holder
+from .webui_state import Model, host_of, state_of_a_run
 
 
 class ForgeConv2d(nn.Conv2d):
@@ -175,6 +176,25 @@ def test_a_stand_in_of_another_extension_is_left_alone(vae: VAE) -> None:
     assert torch.equal(vae.decode(z), expected)
     toggle.off()
     assert methods(vae) == before
+    assert toggle.report() == "Patch Conv: VAE decoder left to another extension"
+    toggle = Toggle(Settings(splits=3, threshold=0.0))
+    toggle.follow([vae], [])
+    assert_same(vae.decode(z), expected, 1e-6)
+    toggle.off()
+    assert toggle.report() == ("Patch Conv: VAE decoder left to another extension, its convolutions in up to 3 strips")
+
+
+def test_a_decoder_that_another_extension_takes_later(vae: VAE) -> None:
+    toggle = Toggle(Settings(mode="stream"))
+    toggle.follow([vae], [])
+    ours = vae.decoder.forward
+    vae.decoder.forward = lambda x: x[:, :3]
+    vae.decode(torch.randn(1, 4, 8, 8))
+    toggle.follow([vae], [])  # as before each decode
+    vae.decoder.forward = ours
+    toggle.off()
+    assert not methods(vae)
+    assert toggle.report() == "Patch Conv: VAE decoder left to another extension"
 
 
 def test_a_stand_in_that_comes_later_and_puts_back_what_it_found(vae: VAE) -> None:
@@ -211,11 +231,17 @@ def test_what_others_still_hold_of_ours_is_idle(vae: VAE) -> None:
 
 
 def test_the_host_hears_how_far_a_decode_is(vae: VAE) -> None:
-    told: list[str] = []
-    toggle = Toggle(Settings(mode="stream", budget=0.001), tell=told.append)
+    state = state_of_a_run()
+    told: list[tuple[str, int]] = []
+    host, _ = host_of(state, Model(vae))
+    toggle = Toggle(Settings(mode="stream", budget=0.001), host)
     toggle.follow([vae], [])
+    check = toggle.stops.check
+    toggle.stops.check = lambda: (told.append((state.textinfo, state.sampling_steps)), check())[1]
     vae.decode(torch.randn(1, 4, 64, 64))
-    assert told[-1] == "VAE decoder in strips: 100%"
+    assert told[0] == (None, 20)
+    assert told[-1] == ("VAE decoder in strips", 1000)
+    assert (state.textinfo, state.sampling_step, state.sampling_steps) == (None, 20, 20)
 
 
 @pytest.mark.parametrize(

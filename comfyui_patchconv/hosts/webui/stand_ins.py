@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Optional, Protocol
 
 import torch
@@ -11,22 +12,24 @@ from torch.utils._pytree import tree_flatten
 
 from ...memory.recorder import Recorder
 from ...memory.usage import free
+from ...streaming import OnProgress
 from ...units import GIB, MILLION
 from ..attributes import FORGE_CASTS
 from ..eager_needs import EagerNeeds
 from ..estimates import Estimate, StreamEstimate, StripEstimate
 from ..figures import Figures
 from ..streamed import StreamedForward
+from .host import Host
 from .settings import Settings
-
-Tell = Callable[[str], None]
+from .stopping import Stopped, Stops
 
 
 class Switch(Protocol):
     """What stand-ins belong to: while it is off they do nothing of their own."""
 
     settings: Settings
-    tell: Optional[Tell]
+    host: Optional[Host]
+    stops: Stops
 
     @property
     def on(self) -> bool: ...
@@ -76,33 +79,100 @@ class CastingForward(StandIn):
 
 
 class Half(StandIn):
-    """Measures a decoder or encoder, and streams it if that was asked for."""
+    """Measures a decoder or encoder, and streams it if that was asked for. Live previews are not measured."""
 
     def __init__(self, toggle: Switch, half: str, module: nn.Module, name: str, figures: Figures) -> None:
         super().__init__(toggle, module, name)
         self.half, self.figures = half, figures
         self._device = torch.device("cpu")
-        budget = round(toggle.settings.budget * GIB)
-        self._streamed = StreamedForward(self.original, budget, free, self._tell)
+        self._streamed = self._streamed_with(self._on_progress)
+        self._previewed = self._streamed_with(lambda done, work: toggle.stops.check())
+        self._show: Optional[Callable[[float], None]] = None
         self._eager = EagerNeeds(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         maps = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
         if not self.toggle.on or not maps:
             return self.original(*args, **kwargs)
+        self.toggle.stops.check()
         self._device = maps[0].device
-        self._streamed.start()
-        run = self.original if self.toggle.settings.mode == "patch" else self._streamed
-        with Recorder(self._device, own_peak=False) as recorded:  # the WebUI reads the allocator's peak itself
-            result = run(*args, **kwargs)
-        self.figures.add(recorded)
+        if self.toggle.stops.previewing:
+            return self._way(self._previewed)(*args, **kwargs)
+        with self._shown(), self._measured():
+            result = self._way(self._streamed)(*args, **kwargs)
         if self.figures.streamed or self.figures.strips > 1:  # else it ran eagerly
             self.figures.eager = max(self.figures.eager, self._eager.of_call(self.name, args, kwargs, self._device))
         return result
 
-    def _tell(self, done: int, work: int) -> None:
-        if self.toggle.tell is not None and work:
-            self.toggle.tell(f"VAE {self.half} in strips: {min(100 * done // work, 100)}%")
+    @property
+    def covered(self) -> bool:
+        """Whether another extension has put something in the place of this."""
+        return not isinstance(self.owner.__dict__.get(self.name), StandIn)
+
+    def _streamed_with(self, on_progress: OnProgress) -> StreamedForward:
+        budget = round(self.toggle.settings.budget * GIB)
+        return StreamedForward(self.original, budget, free, on_progress)
+
+    def _way(self, streamed: StreamedForward) -> Callable[..., Any]:
+        streamed.start()
+        return self.original if self.toggle.settings.mode == "patch" else streamed
+
+    @contextmanager
+    def _shown(self) -> Iterator[None]:
+        """Have the host show how far it is."""
+        if self.toggle.host is None:
+            yield
+            return
+        with self.toggle.host.shown(f"VAE {self.half} in strips") as self._show:
+            yield
+
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
+        recorder = Recorder(self._device, own_peak=False)  # the WebUI reads the allocator's peak itself
+        try:
+            with recorder:
+                yield
+        finally:
+            self.figures.add(recorder)
+
+    def _on_progress(self, done: int, work: int) -> None:
+        self.toggle.stops.check()
+        if self._show is not None and work:
+            self._show(min(done / work, 1.0))
+
+
+class Stoppable(StandIn):
+    """Stands in for the method of a host that decodes or encodes, and catches what stops that.
+
+    instead: makes what goes on in the place of the result, of the same arguments.
+    """
+
+    def __init__(
+        self, toggle: Switch, half: str, owner: Any, name: str, figures: Figures, instead: Callable[..., Any]
+    ) -> None:
+        super().__init__(toggle, owner, name)
+        self.half, self.figures, self.instead = half, figures, instead
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.toggle.on:
+            return self.original(*args, **kwargs)
+        try:
+            with self.toggle.stops.caught(self.half):
+                return self.original(*args, **kwargs)
+        except Stopped:
+            if not self.toggle.stops.previewing:
+                self.figures.state = "stopped"
+            return self.instead(*args, **kwargs)
+
+
+class Preview(StandIn):
+    """Stands in for the function of a host that makes a live preview: one that is not told how to decode."""
+
+    def __call__(self, sample: Any, approximation: Any = None) -> Any:
+        if approximation is not None:
+            return self.original(sample, approximation)
+        with self.toggle.stops.preview():
+            return self.original(sample)
 
 
 class MemoryUsed(StandIn):

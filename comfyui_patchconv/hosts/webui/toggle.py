@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from torch import nn
@@ -13,10 +14,22 @@ from ...units import MILLION
 from ..attributes import FORGE_CASTS
 from ..figures import Figures, StripCount
 from ..halves import HALVES, half_of, part_of
+from .host import Host, no_latents
+from .parameters import TITLE
 from .settings import Settings
-from .stand_ins import CastingForward, Half, MemoryUsed, StandIn, Tell, untouched
+from .stand_ins import CastingForward, Half, MemoryUsed, Preview, StandIn, Stoppable, untouched
+from .stopping import Stops
 
 _METHODS = dict(zip(HALVES, ("decode", "encode")))
+
+
+@dataclass
+class _Followed:
+    """Something that is patched: what stands in for its methods, and whether its convolutions run in strips."""
+
+    model: Any
+    stand_ins: list[StandIn] = field(default_factory=list)
+    converted: bool = False
 
 
 class Toggle:
@@ -24,41 +37,51 @@ class Toggle:
 
     Another extension's stand-in for a decoder or encoder is left alone, and goes on working.
 
-    tell: gets a few words now and then on how far a streamed decode or encode is.
+    host: shows how far a streamed decode or encode is, and is asked whether to stop one; None for neither.
     """
 
-    def __init__(self, settings: Settings, tell: Optional[Tell] = None) -> None:
-        self.settings, self.tell = settings, tell
+    def __init__(self, settings: Settings, host: Optional[Host] = None) -> None:
+        self.settings, self.host = settings, host
+        self.stops = Stops(host.stop_asked if host is not None else lambda half: False)
         self._figures: dict[str, Figures] = {}
-        self._models: list[tuple[Any, list[StandIn]]] = []
+        self._followed: list[_Followed] = []
         self._covered: list[StandIn] = []
+        self._left: set[str] = set()
 
     @property
     def on(self) -> bool:
         """Whether anything is patched."""
-        return bool(self._models)
+        return bool(self._followed)
 
-    def follow(self, vaes: Iterable[nn.Module], unets: Iterable[nn.Module], holders: Iterable[Any] = ()) -> None:
+    def follow(
+        self, vaes: Iterable[nn.Module], unets: Iterable[nn.Module], holders: Iterable[Any] = (),
+        models: Iterable[Any] = (),
+    ) -> None:  # fmt: skip
         """Patch these models and no others: restore those that are not among them any more.
 
         holders: of Forge and reForge, what holds a VAE and its estimates of the memory that it takes.
+        models: what the host has a latent decoded and a picture encoded by.
         """
-        wanted: list[tuple[Any, Callable[..., None]]] = []
+        wanted: list[tuple[Any, Callable[[_Followed], None]]] = []
         if self.settings.vae:
             wanted += [*((vae, self._patch_vae) for vae in vaes), *((one, self._patch_estimates) for one in holders)]
+            wanted += [(model, self._patch_host) for model in models if self.host is not None]
         if self.settings.unet:
             wanted += [(unet, self._patch_unet) for unet in unets]
-        for entry in list(self._models):
-            if not any(entry[0] is model for model, _ in wanted):
-                self._models.remove(entry)
-                if isinstance(entry[0], nn.Module):
-                    restore_model(entry[0])
-                self._covered += entry[1]
+        if wanted and self.settings.vae and self.host is not None:
+            wanted.append((self.host.previews, self._patch_previews))
+        self._note_covered()
+        for followed in list(self._followed):
+            if not any(followed.model is model for model, _ in wanted):
+                self._followed.remove(followed)
+                if followed.converted:
+                    restore_model(followed.model)
+                self._covered += followed.stand_ins
         self._covered = [stand_in for stand_in in self._covered if not stand_in.leave()]
         for model, patch in wanted:
-            if not any(entry[0] is model for entry in self._models):
-                self._models.append((model, []))
-                patch(*self._models[-1])
+            if not any(followed.model is model for followed in self._followed):
+                self._followed.append(_Followed(model))
+                patch(self._followed[-1])
 
     def off(self) -> None:
         """Put everything back. A stand-in that somebody else holds does nothing of its own then.
@@ -70,7 +93,21 @@ class Toggle:
     def report(self) -> str:
         """Say what was done, in one line, with figures where they were measured."""
         parts = [figures.line() for part, figures in self._figures.items() if figures.calls or part not in HALVES]
-        return "Patch Conv: " + ("; ".join(parts) or "nothing that it was asked to patch has run")
+        parts += [self._left_line(half) for half in HALVES if half in self._left and not self._figures_of(half).calls]
+        if any(figures.state == "stopped" for figures in self._figures.values()):
+            parts.append("of what was stopped there is only a rough picture")
+        return f"{TITLE}: " + ("; ".join(parts) or "nothing that it was asked to patch has run")
+
+    def _left_line(self, half: str) -> str:
+        strips = self._figures_of(half).strips
+        how = f", its convolutions in up to {strips} strips" if strips > 1 else ""
+        return f"VAE {half} left to another extension{how}"
+
+    def _note_covered(self) -> None:
+        """Note the halves for which something of another extension stands in by now."""
+        for followed in self._followed:
+            halves = [stand_in for stand_in in followed.stand_ins if isinstance(stand_in, Half)]
+            self._left.update(stand_in.half for stand_in in halves if stand_in.covered)
 
     def _figures_of(self, part: str) -> Figures:
         """Find the figures of a part, which all models that have it share."""
@@ -78,32 +115,61 @@ class Toggle:
         words = f"VAE {part}" if part in HALVES else part
         return self._figures.setdefault(part, Figures(words, streamed))
 
-    def _patch_vae(self, model: nn.Module, stand_ins: list[StandIn]) -> None:
+    def _patch_vae(self, followed: _Followed) -> None:
+        model = followed.model
         for half, method in _METHODS.items():
             if not any(half_of(name) == half for name, _ in convolutions(model, predicate=lambda *_: True)):
                 continue
             if self.settings.mode == "patch":
-                self._patch_convolutions(model, half, lambda name, _, half=half: half_of(name) == half, stand_ins)
+                self._patch_convolutions(followed, half, lambda name, _, half=half: half_of(name) == half)
             owner, _, name = part_of(model, half, method).rpartition(".")
             module = model.get_submodule(owner)
             if untouched(module, name) or name != "forward":
-                stand_ins.append(Half(self, half, module, name, self._figures_of(half)))
+                followed.stand_ins.append(Half(self, half, module, name, self._figures_of(half)))
+            else:
+                self._left.add(half)
 
-    def _patch_unet(self, model: nn.Module, stand_ins: list[StandIn]) -> None:
-        if any(convolutions(model, predicate=lambda *_: True)):  # a transformer may have none
-            self._patch_convolutions(model, "U-Net", lambda *_: True, stand_ins)
+    def _patch_unet(self, followed: _Followed) -> None:
+        if any(convolutions(followed.model, predicate=lambda *_: True)):  # a transformer may have none
+            self._patch_convolutions(followed, "U-Net", lambda *_: True)
 
-    def _patch_estimates(self, holder: Any, stand_ins: list[StandIn]) -> None:
+    def _patch_estimates(self, followed: _Followed) -> None:
         for method in _METHODS.values():
-            if callable(getattr(holder, f"memory_used_{method}", None)):
-                stand_ins.append(MemoryUsed(self, holder, method))
+            if callable(getattr(followed.model, f"memory_used_{method}", None)):
+                followed.stand_ins.append(MemoryUsed(self, followed.model, method))
 
-    def _patch_convolutions(
-        self, model: nn.Module, part: str, chosen: Callable[[str, Convolution], bool], stand_ins: list[StandIn]
-    ) -> None:
-        note = StripCount(self._figures_of(part))
+    def _patch_host(self, followed: _Followed) -> None:
+        """Catch what stops a decode or encode where the host asks for one."""
+        assert self.host is not None
+        model = followed.model
+        instead = {"decoder": self.host.rough_picture, "encoder": lambda pixels: no_latents(model, pixels)}
+        for half, method in _METHODS.items():
+            if callable(getattr(model, f"{method}_first_stage", None)):
+                name, figures = f"{method}_first_stage", self._figures_of(half)
+                followed.stand_ins.append(Stoppable(self, half, model, name, figures, instead[half]))
+
+    def _patch_previews(self, followed: _Followed) -> None:
+        if callable(getattr(followed.model, "single_sample_to_image", None)):
+            followed.stand_ins.append(Preview(self, followed.model, "single_sample_to_image"))
+
+    def _patch_convolutions(self, followed: _Followed, part: str, chosen: Callable[[str, Convolution], bool]) -> None:
+        model, note = followed.model, _Strips(self._figures_of(part), self.stops)
         splits, threshold = int(self.settings.splits), round(self.settings.threshold * MILLION)
         convert_model(model, splits, threshold=threshold, predicate=chosen, on_strip=note)
+        followed.converted = True
         for _, module in convolutions(model, predicate=chosen):
             if hasattr(module, FORGE_CASTS) and untouched(module, "forward"):
-                stand_ins.append(CastingForward(self, module, "forward"))
+                followed.stand_ins.append(CastingForward(self, module, "forward"))
+
+
+class _Strips(StripCount):
+    """Counts strips, except those of live previews, and stops after one where that is asked; a `Tiling.on_strip`."""
+
+    def __init__(self, figures: Figures, stops: Stops) -> None:
+        super().__init__(figures)
+        self._stops = stops
+
+    def __call__(self, module: nn.Module, rows_done: int, rows: int) -> None:
+        self._stops.check()
+        if not self._stops.previewing:
+            super().__call__(module, rows_done, rows)

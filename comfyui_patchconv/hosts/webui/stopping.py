@@ -1,0 +1,66 @@
+"""Ends a decode or encode within a strip when the user asks the WebUI to stop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from ..halves import HALVES
+
+Asked = Callable[[str], bool]
+"""Whether the user wants a half, `"decoder"` or `"encoder"`, to stop."""
+
+
+class Stopped(BaseException):
+    """Ends a decode or encode that was asked to. As the host's own, no error that anyone should handle."""
+
+
+class Stops:
+    """Decides whether a decode or encode ends because the user asked for it.
+
+    What was asked before it began has ended the sampling, and the WebUI shows how far that came: such a decode runs to
+    its end. It ends at once, though, where the one before it, of the same batch, was stopped. Previews always end.
+    """
+
+    def __init__(self, asked: Asked) -> None:
+        self._asked = asked
+        self._stopped = False
+        self._here = threading.local()
+
+    @property
+    def previewing(self) -> bool:
+        """Whether this thread makes a live preview."""
+        return getattr(self._here, "previewing", False)
+
+    @contextmanager
+    def preview(self) -> Iterator[None]:
+        """Make a live preview, in this thread."""
+        self._here.previewing = True
+        try:
+            yield
+        finally:
+            self._here.previewing = False
+
+    @contextmanager
+    def caught(self, half: str) -> Iterator[None]:
+        """Let `check` raise, in this thread: whoever calls this goes on without the result."""
+        asked = self._asked(half)
+        if not asked and not self.previewing:
+            self._stopped = False
+        self._here.half, self._here.asked_before = half, asked
+        try:
+            yield
+        finally:
+            del self._here.half
+
+    def check(self) -> None:
+        """Raise Stopped if the work of this thread is to end, and may."""
+        half = getattr(self._here, "half", None)
+        if half not in HALVES or not self._asked(half):
+            return
+        if self.previewing:
+            raise Stopped
+        if self._stopped or not self._here.asked_before:
+            self._stopped = True
+            raise Stopped

@@ -1,0 +1,75 @@
+"""What the WebUI shows of a decode, and is asked by it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from comfyui_patchconv.hosts.webui.host import Host, no_latents
+
+from .vae import VAE
+from .webui_state import Model, cheap, state_of_a_run
+
+
+def shown(state: Any, now: float) -> tuple[float, float]:
+    """The percentage and the time that is left, as the WebUI reckons them (modules/progress.py)."""
+    progress = state.job_no / state.job_count + state.sampling_step / state.sampling_steps / state.job_count
+    passed = now - state.time_start
+    return 100 * progress, passed / progress - passed
+
+
+@pytest.mark.parametrize(("jobs", "done"), [(1, 0), (2, 1), (3, 1)])
+def test_one_percentage_and_a_time_that_falls(jobs: int, done: int) -> None:
+    """Of a decode of 40 seconds."""
+    state, now = state_of_a_run(jobs, done), [10.0]
+    before = dict(vars(state))
+    left: list[float] = []
+    percents: list[float] = []
+    with Host(state, cheap, None, lambda: now[0]).shown("VAE decoder in strips") as show:
+        show(0.0)
+        assert vars(state) == before
+        for second in range(1, 40):
+            now[0] = 10.0 + second
+            show(second / 40)
+            percent, eta = shown(state, now[0])
+            percents.append(percent)
+            left.append(eta)
+            assert state.textinfo == "VAE decoder in strips"
+            assert isinstance(state.sampling_step, int)
+            assert state.sampling_step - state.current_image_sampling_step <= 0  # no live preview is due
+    assert percents == pytest.approx([100 * (done + second / 40) / jobs for second in range(1, 40)])
+    jobs_left = (jobs - done - 1) * 50 / (done + 1)
+    assert left == pytest.approx([second + jobs_left for second in range(39, 0, -1)])
+    assert vars(state) == before
+
+
+def test_before_the_jobs_are_counted_the_words_have_the_percentage() -> None:
+    """A picture that is encoded for img2img."""
+    state, now = state_of_a_run(jobs=-1), [10.0]
+    with Host(state, cheap, None, lambda: now[0]).shown("VAE encoder in strips") as show:
+        show(0.25)
+        assert state.textinfo == "VAE encoder in strips: 25%"
+        assert state.sampling_steps == 20
+    assert state.textinfo is None
+
+
+def test_whether_to_stop() -> None:
+    state = state_of_a_run()
+    host = Host(state, cheap, None)
+    assert not host.stop_asked("decoder")
+    state.skipped = True
+    assert host.stop_asked("decoder")
+    assert not host.stop_asked("encoder")
+    state.interrupted = True
+    assert host.stop_asked("encoder")
+
+
+def test_what_is_shown_instead() -> None:
+    latents = torch.randn(2, 4, 3, 5).half()
+    picture = Host(state_of_a_run(), cheap, None).rough_picture(latents)
+    assert picture.shape == (2, 3, 24, 40)
+    assert picture.dtype == torch.float16
+    assert torch.equal(picture[:, :, ::8, ::8], latents[:, :3] + 7)
+    assert no_latents(Model(VAE()), torch.ones(2, 3, 64, 32)).shape == (2, 4, 8, 4)
