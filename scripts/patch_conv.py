@@ -54,6 +54,7 @@ _INFO = {
     "budget": "For stream, 0 for what is free. What does not fit is kept in the computer's memory, on a CPU in a file.",
 }
 _NOTHING = "Neither VAE nor U-Net is ticked: nothing will be patched."
+_IGNORED = "Not used with what is chosen above."
 _REPORT = f"{TITLE} report"
 """The name in an answer's `info`, among `extra_generation_params`, which pictures do not have."""
 
@@ -222,7 +223,11 @@ def _show_what_counts(controls: dict[str, Any], nothing: Any) -> None:
 
     def updates(mode: str, vae: bool, unet: bool) -> list[Any]:
         counting = heeded(mode, vae, unet)
-        return [*(gr.update(interactive=name in counting) for name in numbers), gr.update(visible=not (vae or unet))]
+        shown = [
+            gr.update(interactive=name in counting, info=_INFO[name] if name in counting else _IGNORED)
+            for name in numbers
+        ]
+        return [*shown, gr.update(visible=not (vae or unet))]
 
     inputs = [controls[name] for name in ("mode", "vae", "unet")]
     outputs = [*(controls[name] for name in numbers), nothing]

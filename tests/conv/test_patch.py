@@ -240,7 +240,8 @@ def test_a_generator_that_is_dropped_amid_its_block_leaves_nothing() -> None:
             yield run(model)
 
     first, second = images(), images()
-    next(first), next(second)
+    for one in (first, second):
+        next(one)
     first.close()
     assert patched_names(model) == KERNELS
     del second

@@ -45,6 +45,17 @@ def test_one_percentage_and_a_time_that_falls(jobs: int, done: int) -> None:
     assert vars(state) == before
 
 
+def test_the_time_does_not_grow_in_a_slow_stretch() -> None:
+    state, now = state_of_a_run(), [10.0]
+    left: list[float] = []
+    with Host(state, cheap, None, lambda: now[0]).shown("VAE decoder in strips") as show:
+        for seconds, share in ((1, 0.1), (10, 0.2), (11, 0.5), (12, 0.75), (13, 1.0)):
+            now[0] = 10.0 + seconds
+            show(share)
+            left.append(round(shown(state, now[0])[1], 6))
+    assert left == [9, 9, 9, 4, 0]
+
+
 def test_before_the_jobs_are_counted_the_words_have_the_percentage() -> None:
     """A picture that is encoded for img2img."""
     state, now = state_of_a_run(jobs=-1), [10.0]

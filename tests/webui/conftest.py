@@ -74,10 +74,12 @@ FORGE = REFORGE._replace(name="Forge", plot=A1111.plot, hires={"hr_additional_mo
 
 
 class Result(NamedTuple):
-    """What a run returned: pictures `[H, W, 3]`, the parameters written to the first, and what the log has of it."""
+    """What a run returned: pictures `[H, W, 3]`, the parameters written to the first, and the report in the answer; and
+    what the log has of it."""
 
     images: list[np.ndarray]
     infotext: str
+    report: str
     log: str
 
 
@@ -127,7 +129,9 @@ class WebUI(HostProcess):
         before = len(self.log())
         answer = self.get(f"/sdapi/v1/{kind}", asked, seconds=600)
         images = [np.asarray(open_image(data)) for data in answer["images"]]
-        return Result(images, json.loads(answer["info"])["infotexts"][0], self.log()[before:])
+        info = json.loads(answer["info"])
+        report = info["extra_generation_params"].get("Patch Conv report", "")
+        return Result(images, info["infotexts"][0], report, self.log()[before:])
 
 
 def open_image(data: str) -> Any:

@@ -63,9 +63,11 @@ def test_reports_what_was_done(webui: WebUI) -> None:
         r"^Patch Conv: VAE decoder streamed, peak [\d.]+ .iB "
         r"\(without Patch Conv: (at least [\d.]+ .iB, counted|not measured)\), [\d.]+ s; "
         r"U-Net in up to 3 strips$",
-        streamed.log,
-        re.MULTILINE,
+        streamed.report,
     )
+    assert f"{streamed.report}\n" in streamed.log
+    assert "Patch Conv report" not in streamed.infotext
+    assert webui.run().report == ""
     assert "VAE decoder in up to 3 strips" in webui.run(patch_conv=PATCH).log
 
 
@@ -152,7 +154,7 @@ def test_controls_are_remembered(webui: WebUI) -> None:
         if webui.host is not FORGE:  # it remembers the state of no accordion
             assert config[f"{path}/Patch Conv/value"] is False
         assert config[f"{path}/Mode/value"] == "patch"
-        assert config[f"{path}/Threshold (millions)/value"] == 16.0
+        assert config[f"{path}/Threshold (millions of elements)/value"] == 16.0
 
 
 def test_arguments_in_order(webui: WebUI, eager: Result) -> None:
@@ -162,17 +164,48 @@ def test_arguments_in_order(webui: WebUI, eager: Result) -> None:
     assert "U-Net" not in result.log
 
 
+def test_arguments_mean_what_they_say(webui: WebUI) -> None:
+    report = webui.run(patch_conv=[{"enabled": 1, "mode": "STREAM", "unet": "false"}]).report
+    assert report.startswith("Patch Conv: VAE decoder streamed")
+    assert "U-Net" not in report
+
+
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("args", "message"),
     [
-        ({"mode": "tile"}, "Patch Conv is off: mode is 'tile': use 'patch' or 'stream'."),
-        ({"tiles": 3}, "Patch Conv is off: there is no argument 'tiles': use enabled, mode,"),
+        ([{"enabled": True, "mode": "tile"}], "mode is 'tile': use 'patch' or 'stream'."),
+        ([{"enabled": True, "tiles": 3}], "there is no argument 'tiles': use enabled, mode,"),
+        ([{"enabled": True, "splits": 1e9}], "splits is 1000000000.0: use at most 4096 strips."),
+        ([{"enabled": True, "vae": False}], "neither VAE nor U-Net is chosen, so nothing will be patched."),
+        ([True, "patch", True, False, 0, 16.0, 0.0, 8], "there are more than 7 arguments: use enabled, mode,"),
     ],
 )
-def test_wrong_arguments(webui: WebUI, eager: Result, settings: dict[str, Any], message: str) -> None:
-    result = webui.run(patch_conv=settings)
-    assert message in result.log
+def test_wrong_arguments(webui: WebUI, eager: Result, args: list[Any], message: str) -> None:
+    result = webui.run(patch_conv=args)
+    assert result.report.startswith(f"Patch Conv is off: {message}")
+    assert result.report in result.log
     assert np.array_equal(result.images[0], eager.images[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "report", "comments"),
+    [
+        ("Patch Conv: banana", "", ["is ignored: mode is 'banana': use 'patch' or 'stream'."]),
+        (
+            "Patch Conv: stream, Patch Conv splits: many, Patch Conv budget: -3",
+            "Patch Conv: VAE decoder streamed",
+            ["splits is 'many': use a number of strips, or 0.", "budget is -3.0: use a number of GiB, or 0."],
+        ),
+    ],
+)
+def test_parameters_from_elsewhere(webui: WebUI, words: str, report: str, comments: list[str]) -> None:
+    if webui.host is FORGE:
+        pytest.skip("Forge's API fails at any infotext, one without Patch Conv too")
+    result = webui.run(infotext=f"a cat\nSteps: 2, Sampler: Euler, CFG scale: 1, Seed: 1, Size: 128x128, {words}")
+    assert result.report.startswith(report)
+    assert bool(result.report) == bool(report)
+    for comment in comments:
+        assert comment in result.log
 
 
 def test_an_error_leaves_nothing(webui: WebUI, eager: Result) -> None:
@@ -199,6 +232,53 @@ def test_interrupt_leaves_nothing(webui: WebUI, eager: Result) -> None:
     assert webui.get("/probe/now") == before
 
 
+@pytest.mark.parametrize(("button", "pictures"), [("interrupt", 1), ("skip", 2)])
+@MODES
+def test_a_decode_is_stopped_by(webui: WebUI, settings: dict[str, Any], button: str, pictures: int) -> None:
+    """The first of two batches: the WebUI shows what it has of it, and goes on as after any other."""
+    before = webui.get("/probe/now")
+    results: list[Result] = []
+    request: dict[str, Any] = {"width": 192, "height": 192, "steps": 1, "n_iter": 2}
+    asked = {**settings, "unet": False, "splits": 8, "budget": 0.05}
+    thread = threading.Thread(target=lambda: results.append(webui.run(**request, patch_conv=asked)))
+    webui.get("/probe/watch")
+    thread.start()
+    end = time.monotonic() + 300
+    while not webui.get("/probe/decodes")["begun"]:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    webui.get(f"/sdapi/v1/{button}", {})
+    thread.join()
+    assert len(results[0].images) == pictures + (pictures > 1)  # a grid of the two
+    assert results[0].report.endswith(", stopped; of what was stopped there is only a rough picture")
+    rough = results[0].images[-pictures]
+    assert np.array_equal(rough, rough[::8, ::8].repeat(8, 0).repeat(8, 1))
+    whole = results[0].images[-1]
+    assert (pictures == 1) == np.array_equal(whole, whole[::8, ::8].repeat(8, 0).repeat(8, 1))
+    assert webui.get("/probe/now") == before
+    assert webui.get("/sdapi/v1/progress?skip_current_image=true")["textinfo"] is None
+
+
+def test_live_previews_are_not_counted(webui: WebUI, eager: Result) -> None:
+    """Those that are decoded in full."""
+    previews = {"live_previews_enable": True, "show_progress_type": "Full", "show_progress_every_n_steps": 1}
+    before = {name: webui.get("/sdapi/v1/options")[name] for name in previews}
+    webui.get("/sdapi/v1/options", previews)
+    try:
+        results: list[Result] = []
+        thread = threading.Thread(target=lambda: results.append(webui.run(patch_conv=STREAM, steps=8)))
+        thread.start()
+        seen = False
+        while thread.is_alive():
+            seen = bool(webui.get("/sdapi/v1/progress", seconds=300)["current_image"]) or seen
+            time.sleep(0.1)
+        assert seen
+        assert webui.get("/probe/decodes")["counted"] == 1
+        check_same(results[0], webui.run(steps=8))
+    finally:
+        webui.get("/sdapi/v1/options", before)
+
+
 def test_a_plot_over_modes_and_splits(webui: WebUI, eager: Result) -> None:
     axes = webui.get("/probe/axes")
     mode, splits = axes.index("[Patch Conv] Mode"), axes.index("[Patch Conv] Splits")
@@ -209,8 +289,10 @@ def test_a_plot_over_modes_and_splits(webui: WebUI, eager: Result) -> None:
     assert len(singles) == 6
     for single in singles:
         assert_same_picture(single, eager.images[0])
-    for words in ("decoder in up to 2 strips", "decoder in up to 3 strips", "decoder streamed"):
-        assert words in result.log
+    cells = [line.partition(", peak")[0] for line in result.report.splitlines()]
+    ran = ("in up to 2 strips", "streamed", "in up to 3 strips", "streamed")
+    assert cells == [f"{n} out of 6: Patch Conv: VAE decoder {how}" for n, how in zip((2, 3, 5, 6), ran)]
+    assert "1 out of 6" not in webui.run(patch_conv=PATCH).report
 
 
 @pytest.mark.slow

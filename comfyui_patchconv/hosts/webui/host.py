@@ -44,13 +44,15 @@ class Host:
         Yields what is to be called with the share that is done, 0 to 1.
         """
         before = {name: getattr(self._state, name) for name in _SHOWN}
-        start = self._clock()
+        start, left = self._clock(), float("inf")
 
         def show(share: float) -> None:
+            nonlocal left
             if share <= 0:
                 return
             now = self._clock()
-            self._show(words, share, now - before["time_start"], (now - start) * (1 - share) / share)
+            left = min(left, (now - start) * (1 - share) / share)  # a slow stretch does not make it grow
+            self._show(words, share, now - before["time_start"], left)
 
         try:
             yield show

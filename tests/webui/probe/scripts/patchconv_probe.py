@@ -10,6 +10,8 @@ from modules import processing, script_callbacks, scripts, shared  # pyright: ig
 
 _during: dict[str, str] = {}
 _estimates: dict[str, float] = {}
+_decodes: dict[str, Any] = {"counted": 0, "begun": False}
+"""How many the last run's report has, and whether one has begun since that was to be watched."""
 
 
 def _methods() -> dict[str, str]:
@@ -52,6 +54,22 @@ def _fail_once() -> bool:
     return True
 
 
+def _watch_decode() -> bool:
+    """Note when the next decode has begun, where the host is to be asked to stop it."""
+    forge = getattr(shared.sd_model, "forge_objects", None)
+    vae = shared.sd_model.first_stage_model if forge is None else forge.vae.first_stage_model
+    decode = vae.decode
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        del vae.decode
+        _decodes["begun"] = True
+        return decode(*args, **kwargs)
+
+    vae.decode = noting
+    _decodes["begun"] = False
+    return True
+
+
 def _seed() -> bool:
     """Before a run: encoding draws from torch's own generator, which a run leaves as it may."""
     torch.manual_seed(1)
@@ -74,6 +92,8 @@ class ProbeScript(scripts.Script):
         _during.clear()
         _during.update(_methods())
         _estimates["during"] = _estimate().get("now", 0.0)
+        toggle = getattr(p, "patch_conv", None)
+        _decodes["counted"] = 0 if toggle is None else toggle._figures["decoder"].calls
 
 
 def _routes(demo: Any, app: Any) -> None:
@@ -83,6 +103,8 @@ def _routes(demo: Any, app: Any) -> None:
     app.get("/probe/fail")(_fail_once)
     app.get("/probe/seed")(_seed)
     app.get("/probe/axes")(_axes)
+    app.get("/probe/decodes")(lambda: _decodes)
+    app.get("/probe/watch")(_watch_decode)
 
 
 script_callbacks.on_app_started(_routes)
