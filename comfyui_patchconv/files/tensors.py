@@ -128,8 +128,8 @@ def unpickled(path: str | os.PathLike[str], mmap: bool = False, trust: bool = Fa
         start = file.read(4)
     if start != b"PK\3\4" or not is_zipfile(path):  # torch goes by the start, a zip file by its end
         raise ValueError(
-            f"{path} is not in the form that torch.save writes since torch 1.6, which alone is read safely: save its "
-            "tensors as a .safetensors file."
+            f"{path} is damaged, or not in the form of torch.save since torch 1.6, which alone is read safely: save "
+            "its tensors as a .safetensors file."
         )
     if not trust and not _loads_safely():
         raise ValueError(

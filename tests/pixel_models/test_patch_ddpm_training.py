@@ -172,7 +172,7 @@ def test_the_authors_checkpoint_is_sampled_and_imported(tmp_path: Path, capsys: 
         ("sample --ckpt MODEL --out-dir OUT --seed many", "'many' is not a whole number"),
         ("sample --ckpt MODEL --out-dir OUT --device xpu7", "'xpu7' cannot be used here"),
         ("sample --ckpt MODEL --config AUTHORS --out-dir OUT", "another configuration than the one given: model.dim, "),
-        ("sample --ckpt AUTHORS --out-dir OUT", "cannot be read safely, as weights alone"),
+        ("sample --ckpt AUTHORS --out-dir OUT", "since torch 1.6, which alone is read safely"),
         ("import --ckpt MODEL --config none.json --out OUT", "none.json does not exist"),
         ("train", "the following arguments are required: --config"),
         ("train --config MODEL", "is no text: give the configuration's JSON file"),
@@ -327,7 +327,7 @@ def test_a_training_of_another_configuration_is_refused(
     assert "another configuration: Error(s) in loading state_dict" in capsys.readouterr().err
     (tmp_path / "log" / "checkpoints" / "model-last.pt").write_bytes(b"damaged")
     run("train", "--config", written(), code=2)
-    assert "model-last.pt cannot be read safely, as weights alone" in capsys.readouterr().err
+    assert "model-last.pt is damaged, or not in the form of torch.save" in capsys.readouterr().err
 
 
 def test_a_training_that_cannot_be_is_refused(
