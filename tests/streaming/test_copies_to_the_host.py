@@ -74,7 +74,7 @@ class LateArrival:
 
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> Late:
-    """The copies of all strips that a schedule has lie elsewhere."""
+    """The copies of all strips that a schedule has are offloaded."""
     copies = Late()
     monkeypatch.setattr(stored, "buffer_for", lambda device, size, dim: HostBuffer(copies, dim))
     return copies
@@ -171,7 +171,7 @@ def test_where_the_device_has_no_room_a_strip_comes_later(late: Late, monkeypatc
 
 @pytest.mark.parametrize("share", [0, 2])
 def test_a_decoder_reads_nothing_too_early(late: Late, share: int) -> None:
-    """share: of its peak without a budget, that it may take; 0 for all maps elsewhere."""
+    """share: of its peak without a budget, that it may take; 0 to have all maps offloaded."""
     model: Any = draw_weights(kl(4))
     latent = image(4, 33, 16)
     free = expect(model, lambda copy, make: copy.decode(make(latent.shape)), device=latent.device, tuning=SMALL).peak

@@ -88,9 +88,9 @@ class TestCopies:
     def test_a_converted_model_counts_as_it_was(self) -> None:
         model, calls = Block(16), []
         run = lambda copy, make: copy(make((1, 16, 64, 64)))  # noqa: E731
-        plain = peak_activations(model, run, device=CPU)
+        eager = peak_activations(model, run, device=CPU)
         convert_model(model, threshold=0, on_strip=lambda module, done, rows: calls.append(done))
-        assert peak_activations(model, run, device=CPU) == plain
+        assert peak_activations(model, run, device=CPU) == eager
         assert not calls
         model(torch.randn(1, 16, 8, 8))
         assert calls

@@ -45,7 +45,7 @@ def called(function: Any, *args: Any, budget: Optional[int] = None, tuning: Tuni
 
 
 def schedules_of(recomputed_from: Optional[int]) -> Any:
-    """In the place of `choose`: no choice, but what is computed anew wherever it is read is given."""
+    """In the place of `choose`: no choice, but what is recomputed wherever it is read is given."""
 
     def plan(
         roots: Sequence[Node], keep: Sequence[Node], tuning: Tuning, budget: Optional[int], held: int, room: Any

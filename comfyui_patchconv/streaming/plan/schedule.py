@@ -109,9 +109,9 @@ class Schedule:
     """What is done, and what that takes.
 
     peak: bytes of the device expected at once, beyond arguments and weights. stored: of these, of maps. offloaded:
-    bytes of maps that lie elsewhere. offloaded_at_once: of these, at one time. work: bytes of maps computed in all.
-    seconds: reckoned, for comparison alone. recomputable: sizes of maps that could be recomputed wherever they are
-    read.
+    bytes of maps that do not lie on the device. offloaded_at_once: of these, at one time. work: bytes of maps computed
+    in all. seconds: reckoned, for comparison alone. recomputable: sizes of maps that could be recomputed wherever they
+    are read.
     """
 
     steps: list[Union[Pass, Apply]] = field(default_factory=list)
