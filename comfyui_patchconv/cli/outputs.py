@@ -81,7 +81,7 @@ class Outputs:
 
 
 def check_output(path: Path, *suffixes: str, option: str = "--out") -> None:
-    """Raises ValueError unless `path` can be the name of a new file that ends in one of `suffixes`, if there are any."""
+    """Raises ValueError unless `path` can be the name of a new file that ends in one of `suffixes`, if given."""
     if suffixes and path.suffix.lower() not in suffixes:
         raise ValueError(f"{option} is {path}: its name must end in {' or '.join(suffixes)}.")
     if not path.parent.is_dir():
