@@ -10,6 +10,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from .transforms import is_batched, transformed
+
 
 class OwnWaysError(Exception):
     """The forward that was to run in strips does more than its module's settings say: it is to run whole."""
@@ -30,11 +32,12 @@ class Differentiable(torch.autograd.Function):
         (grad,) = grads
         call, tensors = ctx.call, ctx.saved_tensors
         needed = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():  # a second derivative is wanted: differentiate the whole convolution
+        again = torch.is_grad_enabled()  # a second derivative is wanted
+        if again or transformed() or is_batched(grad):  # differentiate the whole convolution
             wanted = [tensor for tensor, need in zip(tensors, needed) if need]
-            with ctx.autocast():
+            with torch.enable_grad(), ctx.autocast():
                 output = call.whole(*tensors)
-            found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
+            found = iter(torch.autograd.grad(output, wanted, grad, create_graph=again))
             return (None, None, *(next(found) if need else None for need in needed))
         input, weight, bias = tensors
         # Sums over strips: in float32 at least, so that halves do not lose what a whole convolution keeps.
@@ -64,11 +67,6 @@ class Differentiable(torch.autograd.Function):
         for _ in call.each_strip(work, input, rows, ctx.strip_rows):
             pass
         return (None, None, *(None if s is None else s.to(t.dtype) for s, t in zip(sums, tensors)))
-
-
-def transformed() -> bool:
-    """Whether `torch.func` or forward-mode differentiation is at work, which `Differentiable` has no rules for."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _same_autocast(device_type: str) -> Callable[[], AbstractContextManager[Any]]:

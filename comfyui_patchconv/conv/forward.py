@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from ..memory.allocator import keep_freed_blocks, release
 from ..memory.errors import is_out_of_memory
 from . import onednn
-from .backward import Differentiable, OwnWaysError, transformed
+from .backward import Differentiable, OwnWaysError
 from .geometry import Axis, Window, equal_strips
 from .strip_sizes import legal_rows, strip_rows
 from .tiling import Convolution, Tiling, padding_of
+from .transforms import is_traced, transformed
 
 _CHANNELS_LAST = (torch.channels_last, torch.channels_last_3d)
 
@@ -51,7 +52,7 @@ class TiledForward:
         """Whether a call runs whole, without more ado: a small input, one that is streamed, or one that is traced."""
         if type(self).call is not TiledForward.call:
             return False  # it computes something else than the module's own forward
-        if getattr(input, "is_deferred", False) or torch._C._get_tracing_state() is not None or _is_exporting():
+        if is_traced(input) or getattr(input, "is_deferred", False):
             return True
         shape, sides = input.shape, len(self.module.kernel_size)
         elements = 1
@@ -70,11 +71,6 @@ class TiledForward:
 def _most_outputs(module: Convolution) -> int:
     """How many times as many channels a convolution has behind it as before it, at most."""
     return -(-module.out_channels // module.in_channels)
-
-
-def _is_exporting() -> bool:
-    compiler: Any = getattr(torch, "compiler", None)
-    return any(getattr(compiler, name)() for name in ("is_exporting", "is_compiling") if hasattr(compiler, name))
 
 
 def tiled_forward(
@@ -116,12 +112,15 @@ class Call:
         )
         self._args, self._kwargs = args, kwargs
         self._strip_module, self._uneven = _without_row_padding(module, pads, self.dim)
+        self._pads = any(edge for pad in pads for edge in pad)
+        self._format, self._by_onednn = torch.contiguous_format, True
 
     def run(self, input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
         """The convolution, in strips where that is possible and worth it, differentiable."""
-        rows = self.strip_rows(input, weight)
+        rows = None if transformed() or is_traced(input) else self.strip_rows(input, weight)
+        self._format, self._by_onednn = self._padded_format(input), not onednn.is_small(input)
         grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
-        if rows is None or transformed():
+        if rows is None:
             output = self.whole(input, weight, bias)
             self.report(1, 1)
             return output
@@ -240,7 +239,7 @@ class Call:
         """Output rows `[first, last)` from the input rows of their window."""
         count = last - first
         if self.opaque:
-            with onednn.in_strips(piece):
+            with onednn.in_strips(piece, self._by_onednn):
                 result = self.whole(piece, weight, bias)
             self._check(result, self.axis.output_size(piece.shape[self.dim]))
             return result.narrow(self.dim, window.skip, count)
@@ -249,8 +248,9 @@ class Call:
         pads[-2 * self.dim - 1] += window.after
         if any(pads):
             piece = F.pad(piece, pads)
+        piece = _in_format(piece, self._format, len(self.module.kernel_size))
         forward = type(self.module)._conv_forward  # type: ignore[attr-defined]
-        with onednn.in_strips(piece):
+        with onednn.in_strips(piece, self._by_onednn):
             result = forward(self._strip_module, piece, weight, bias, *self._args, **self._kwargs)
         self._check(result, count)
         return result
@@ -293,14 +293,30 @@ class Call:
 
     def _allocate(self, result: Tensor, rows: int, input: Tensor, weight: Tensor) -> Tensor:
         """Room for the whole output, in the shape, type and memory format of one strip's `result`."""
+        sides = len(self.module.kernel_size)
+        batched = result.dim() == sides + 2
+        result = _as_image(result, sides)
+        if not batched:  # whose batch has a stride of its own
+            result = result.as_strided(result.shape, (result.numel(), *result.stride()[1:]))
         format = _memory_format(result)
         if result.shape[1:].numel() == 1:  # one pixel has the strides of either format
-            format = max(_memory_format(input), _memory_format(weight), key=_CHANNELS_LAST.__contains__)
+            format = max(self._format, _memory_format(weight), key=_CHANNELS_LAST.__contains__)
         shape = list(result.shape)
         shape[self.dim] = rows
-        if len(shape) == len(self.module.kernel_size) + 2:
+        if batched:
             shape[0] = input.shape[0]
-        return torch.empty(shape, dtype=result.dtype, device=result.device, memory_format=format)
+        output = torch.empty(shape, dtype=result.dtype, device=result.device, memory_format=format)
+        output = output.squeeze(2) if sides == 1 else output
+        return output if batched else output.squeeze(0)
+
+    def _padded_format(self, input: Tensor) -> torch.memory_format:
+        """The memory format in which a whole convolution of `input` gets it, behind the padding."""
+        sides = len(self.module.kernel_size)
+        if input.dim() not in (sides + 1, sides + 2):
+            return torch.contiguous_format
+        if (self.mode == "circular" and self._pads) or (sides == 1 and not input.is_contiguous()):
+            return torch.contiguous_format  # as padding makes it, and as torch wants what has one side
+        return _memory_format(_as_image(input, sides))
 
     def report(self, done: int, total: int) -> None:
         if self.tiling.on_strip is not None:
@@ -348,6 +364,22 @@ def _memory_format(tensor: Tensor) -> torch.memory_format:
             return torch.contiguous_format
         least = stride * size
     return _CHANNELS_LAST[tensor.dim() - 4]
+
+
+def _as_image(tensor: Tensor, sides: int) -> Tensor:
+    """A map `[C, ...]` as a batch of one, and one of a single side as an image of one row: as backends see them."""
+    tensor = tensor if tensor.dim() == sides + 2 else tensor.unsqueeze(0)
+    return tensor.unsqueeze(2) if sides == 1 else tensor
+
+
+def _in_format(piece: Tensor, format: torch.memory_format, sides: int) -> Tensor:
+    """A strip's input with channels first or last as the whole input has them: gathered rows and zeros lose that."""
+    image = _as_image(piece, sides)
+    if _memory_format(image) is format:
+        return piece
+    copied = torch.empty(image.shape, dtype=image.dtype, device=image.device, memory_format=format).copy_(image)
+    copied = copied.squeeze(2) if sides == 1 else copied
+    return copied if piece.dim() == sides + 2 else copied.squeeze(0)
 
 
 def _without_row_padding(

@@ -28,11 +28,16 @@ def conv3d(
 
     96 channels, 4 frames, 40x256: 0.021 s instead of 0.127 s, without 27 copies of the input.
     """
-    small = input.dim() == 5 and 0 < torch.Size(input.shape[:4]).numel() <= _SMALL and groups == 1
+    small = is_small(input) and input.numel() > 0 and groups == 1
     given = all(isinstance(value, (tuple, list)) for value in (stride, padding, dilation))  # as modules give them
-    if not (small and given and applies(input)) or input.shape[4] == 0:
+    if not (small and given and applies(input)):
         return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
     return torch.mkldnn_convolution(input, weight, bias, padding, stride, dilation, groups)
+
+
+def is_small(input: Tensor) -> bool:
+    """Whether torch leaves a video to the kernel that copies."""
+    return input.dim() == 5 and torch.Size(input.shape[:4]).numel() <= _SMALL
 
 
 def applies(input: Tensor) -> bool:
@@ -56,6 +61,6 @@ class _Conv3d(TorchFunctionMode):
         return (conv3d if func is F.conv3d else func)(*args, **(kwargs or {}))
 
 
-def in_strips(input: Tensor) -> AbstractContextManager[object]:
-    """Within the block `F.conv3d`, whoever calls it, is the one above, where `input` is such a video."""
-    return _Conv3d() if input.dim() == 5 and applies(input) else nullcontext()
+def in_strips(input: Tensor, of_large: bool = True) -> AbstractContextManager[object]:
+    """Within the block `F.conv3d`, whoever calls it, is the one above, for such an `input` that is of a large video."""
+    return _Conv3d() if of_large and input.dim() == 5 and applies(input) else nullcontext()

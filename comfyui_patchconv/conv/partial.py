@@ -116,7 +116,7 @@ class _PartialCall(Call):
 
         def whole(input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
             held = input if mask is None else input * mask.to(input.dtype)
-            return self._scaled(unscaled(held, weight, None), 0, ratio.shape[self.dim], bias)
+            return self._scaled(unscaled(held, weight, None), bias, self._ratio, self._valid)
 
         self.whole = whole
 
@@ -125,7 +125,8 @@ class _PartialCall(Call):
     ) -> Tensor:
         if self._mask is not None:
             piece = piece * self.read(self._mask, window).to(piece.dtype)
-        return self._scaled(super().strip(piece, window, first, last, weight, None), first, last, bias)
+        ratio, valid = (one.narrow(self.dim, first, last - first) for one in (self._ratio, self._valid))
+        return self._scaled(super().strip(piece, window, first, last, weight, None), bias, ratio, valid)
 
     def of_samples(self, start: int, count: int) -> Call:
         part = copy.copy(self)
@@ -139,20 +140,19 @@ class _PartialCall(Call):
     def _batched(self, *args: Any) -> None:
         return None  # each strip has a ratio of its own
 
-    def _scaled(self, result: Tensor, first: int, last: int, bias: Optional[Tensor]) -> Tensor:
-        """Rows `[first, last)` of the partial convolution, in place of those of the convolution of x · m."""
+    def _scaled(self, result: Tensor, bias: Optional[Tensor], ratio: Tensor, valid: Tensor) -> Tensor:
+        """Rows of the partial convolution, in place of those of the convolution of x · m. ratio, valid: of these."""
         if bias is not None:
             bias = bias.view(-1, *[1] * (-self._channel - 1))
             if self._legacy:
                 result.add_(bias).sub_(bias)
-        self._each_group(result, self._ratio, first, last)
+        self._each_group(result, ratio)
         if bias is not None:
             result.add_(bias)
-            self._each_group(result, self._valid, first, last)
+            self._each_group(result, valid)
         return result
 
-    def _each_group(self, result: Tensor, factor: Tensor, first: int, last: int) -> None:
-        factor = factor.narrow(self.dim, first, last - first)
+    def _each_group(self, result: Tensor, factor: Tensor) -> None:
         groups = factor.shape[self._channel]
         if groups > 1:
             result.unflatten(self._channel, (groups, -1)).mul_(factor.unsqueeze(self._channel))

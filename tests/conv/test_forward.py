@@ -115,6 +115,44 @@ def test_memory_format_is_that_of_eager(
             assert_same(actual, expected, 1e-5)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("batch", [0, 1, 2])
+@pytest.mark.parametrize("last", ["input", "weight"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_memory_format_is_that_of_eager_whatever_is_padded_and_grouped(
+    kind: Kind, mode: str, last: str, batch: int, autocast: bool
+) -> None:
+    """Single maps too, which torch batches itself; and rows that padding gathers at the border."""
+    channels_last = torch.channels_last if kind is nn.Conv2d else torch.channels_last_3d
+    for groups, dilation, outputs, padding in [
+        (1, 1, 6, 1),
+        (2, 1, 8, "same"),
+        (4, 2, 4, 2),
+        (1, 2, 1, 2),
+        (1, 1, 6, 0),
+    ]:
+        size = (9, 5) if kind is nn.Conv2d else (3, 9, 5)
+        module: Any = kind(4, outputs, 3, 1, padding, dilation, groups, padding_mode=mode)
+        input = torch.randn(max(batch, 1), 4, *size)
+        if last == "input":
+            input = input.contiguous(memory_format=channels_last)
+        else:
+            module = module.to(memory_format=channels_last)
+        input = input if batch else input[0]
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, autocast):
+                expected = attempt(module, input)
+                for splits in (2, 9):
+                    actual = attempt(tile(module, splits), input)
+                    module.__dict__.pop("_conv_forward")
+                    if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):
+                        assert actual == expected
+                        continue
+                    assert actual.stride() == expected.stride(), (groups, dilation, outputs, padding, splits, grad)
+                    assert_same(actual, expected, 2e-2 if autocast else 1e-5)
+
+
 def test_an_input_that_is_itself_a_view_gives_the_same() -> None:
     module, _ = square(nn.Conv2d)
     input = torch.randn(2, 12, 4, 20).transpose(1, 2)[:, :, ::2, 3:]

@@ -27,7 +27,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from comfyui_patchconv import TiledForward, patched, restore_model
+from comfyui_patchconv import TiledForward, convert_model, patched, restore_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same")
 
@@ -231,3 +231,63 @@ def test_the_hook_is_told_the_weights_of_the_call() -> None:
     assert isinstance(found, TiledForward)
     assert_same(found(input, weight, bias), expected, 1e-5)
     assert_same(found(input, weight, None), nn.functional.conv2d(input, weight, padding=1), 1e-5)
+
+
+class Reparametrised(nn.Module):
+    """As SPAN's blocks: branches that train, and one convolution that each call in evaluation makes of them anew."""
+
+    def __init__(self, channels: int = 4) -> None:
+        super().__init__()
+        self.skip = nn.Conv2d(channels, channels, 1)
+        self.branch = nn.Sequential(
+            nn.Conv2d(channels, 2 * channels, 1), nn.Conv2d(2 * channels, 2 * channels, 3),
+            nn.Conv2d(2 * channels, channels, 1),
+        )  # fmt: skip
+        self.eval_conv = nn.Conv2d(channels, channels, 3, padding=1).requires_grad_(False)
+
+    def update(self) -> None:
+        weights: Any = [one.weight for one in self.branch]
+        first, middle, last = weights
+        joined = nn.functional.conv2d(first.flip(2, 3).permute(1, 0, 2, 3), middle, padding=2).flip(2, 3)
+        joined = nn.functional.conv2d(joined, last).flip(2, 3).permute(1, 0, 2, 3)
+        self.eval_conv.weight.data = joined + nn.functional.pad(self.skip.weight, [1] * 4)
+        self.eval_conv.bias.data = self.branch[2].bias + self.skip.bias  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.branch(nn.functional.pad(x, [1] * 4)) + self.skip(x)
+        self.update()
+        return self.eval_conv(x)
+
+
+class Standardised(nn.Conv2d):
+    """Weights computed in each call, and given to the method."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("build", [Reparametrised, lambda: Standardised(4, 4, 3, padding=1)])
+def test_weights_that_are_made_anew_in_each_call_give_eagers_result_and_gradients(build: Any, training: bool) -> None:
+    """Two calls before one backward, with other weights in between."""
+
+    def run(splits: int) -> list[Any]:
+        torch.manual_seed(0)
+        block = build().train(training)
+        model = nn.Sequential(block, nn.SiLU(), block)
+        image = torch.randn(2, 4, 15, 12, requires_grad=True)
+        if splits:
+            convert_model(model, splits, threshold=0, predicate=lambda *_: True)
+        first = model(image)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.data = parameter * 1.5
+        second = model(image)
+        leaves = [image, *(one for one in model.parameters() if one.requires_grad)]
+        return [first, second, *torch.autograd.grad((first + 2 * second).square().sum(), leaves, allow_unused=True)]
+
+    for ours, eager in zip(run(3), run(0), strict=True):
+        assert (ours is None) == (eager is None)
+        if eager is not None:
+            assert_same(ours, eager, 1e-5)

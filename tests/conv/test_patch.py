@@ -240,8 +240,9 @@ def test_a_generator_that_is_dropped_amid_its_block_leaves_nothing() -> None:
             yield run(model)
 
     first, second = images(), images()
-    for one in (first, second):
-        next(one)
+    for images_of in (first, second):
+        next(images_of)
+    del images_of
     first.close()
     assert patched_names(model) == KERNELS
     del second

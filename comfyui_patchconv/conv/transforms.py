@@ -1,0 +1,34 @@
+"""Whether a call is not only computed: where something records it or maps it, it runs whole, as eager would."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_traced(input: Any) -> bool:
+    """Whether a call is recorded to be run with other inputs too, of which strips would keep the sizes of this one:
+    by `torch.jit.trace`, `torch.export`, `torch.compile`, `make_fx` or `torch.fx`."""
+    compiler: Any = getattr(torch, "compiler", None)
+    if any(getattr(compiler, name)() for name in ("is_exporting", "is_compiling") if hasattr(compiler, name)):
+        return True  # asked first: dynamo knows the answer
+    if not isinstance(input, Tensor) or torch._C._get_tracing_state() is not None:
+        return True
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        return True
+    return not all(isinstance(side, int) for side in input.shape)
+
+
+def transformed() -> bool:
+    """Whether `torch.func`, `torch.vmap` or forward-mode differentiation is at work, which a function of ours has no
+    rules for."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def is_batched(grad: Tensor) -> bool:
+    """Whether a gradient stands for many at once, as `torch.autograd.grad(..., is_grads_batched=True)` makes it."""
+    functorch: Any = getattr(torch._C, "_functorch", None)
+    ask = getattr(functorch, "is_legacy_batchedtensor", None)
+    return ask is not None and ask(grad)
