@@ -127,5 +127,6 @@ def test_what_is_recorded_while_patched_takes_other_sizes(name: str, gradients: 
 @pytest.mark.filterwarnings("ignore")
 def test_borders_that_are_scaled_are_recorded_too() -> None:
     with torch.no_grad(), patched(network(), 3, threshold=0, padding="partial") as model:
-        assert_same(torch.jit.trace(model, IMAGE)(OTHER), model(OTHER), 1e-5)
+        traced: Any = torch.jit.trace(model, IMAGE)
+        assert_same(traced(OTHER), model(OTHER), 1e-5)
         assert_same(exported(model)(OTHER), model(OTHER), 1e-5)
