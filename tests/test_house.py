@@ -36,7 +36,13 @@ ARROWS: dict[str, set[str]] = {
 }
 """The rooms that each room of the core may import from."""
 
-PUBLIC = {"__init__": {"conv"}, "fill": {"conv"}, "holes": {"conv"}, "__main__": {"cli"}}
+PUBLIC = {
+    "__init__": {"conv"},
+    "__main__": {"cli"},
+    "fill": {"conv"},
+    "holes": {"conv"},
+    "planner": {"conv", "memory", "units"},
+}
 """The same of the modules that only give names to users."""
 
 STREAMING: dict[str, set[str]] = {

@@ -24,8 +24,10 @@ NAMES = {
         "restore_model",
     ],
     "comfyui_patchconv.cli": ["main"],
+    "comfyui_patchconv.files": ["load_image", "load_latent", "load_vae", "random_vae", "save_image", "save_latent"],
     "comfyui_patchconv.fill": ["fill"],
     "comfyui_patchconv.holes": ["with_holes"],
+    "comfyui_patchconv.planner": ["strip_rows", "working_set"],
     "comfyui_patchconv.streaming": ["stream"],
 }
 
