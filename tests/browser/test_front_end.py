@@ -160,7 +160,7 @@ def queue(front: Front) -> None:
 @pytest.fixture(scope="module")
 def ran(front: Front, server: Server, checkpoint: str) -> tuple[Graph, dict[str, Any]]:
     """A workflow that has run, by the button: it, and the node as it would have been saved before."""
-    graph = decoding(checkpoint, server.latent("browser", 64), patched=ALWAYS)
+    graph = decoding(checkpoint, server.latent("browser", 64), patched=ALWAYS | {"mode": "patch"})
     graph["report"] = node("PatchConv_Report", after=["patched_decode", 0], vae=["patch", 0])
     names = {name: str(number) for number, name in enumerate(graph, 1)}
     numbered: Graph = {}
