@@ -20,7 +20,7 @@ from ..comfyui_patchconv.conv.strip_sizes import DEFAULT_THRESHOLD
 from ..comfyui_patchconv.hosts.auto import AutoForward
 from ..comfyui_patchconv.hosts.estimates import AutoEstimate, Estimate, StreamEstimate, StripEstimate
 from ..comfyui_patchconv.hosts.halves import HALVES, half_of, part_of
-from ..comfyui_patchconv.hosts.modes import AUTO_MODES
+from ..comfyui_patchconv.hosts.modes import MODES
 from ..comfyui_patchconv.hosts.numbers import check_number
 from ..comfyui_patchconv.hosts.streamed import StreamedAtOnce, StreamedForward, Switch
 from ..comfyui_patchconv.units import GIB, MILLION
@@ -56,7 +56,7 @@ class PatchConvVAE(io.ComfyNode):
                 # Behind the others and optional: workflows saved without them go on loading.
                 io.Combo.Input(
                     "mode",
-                    options=[*AUTO_MODES],
+                    options=[*MODES],
                     default="auto",
                     optional=True,
                     tooltip="auto: as without this node where that fits, patch where that is enough, stream where it "
@@ -256,8 +256,8 @@ def _stream_half(
         patcher.add_object_patch(method, StreamedAtOnce(patcher.get_model_object(method), part, estimate))
     if strips is not None and isinstance(estimate, AutoEstimate):
         in_strips = partial(_in_strips, half, strips, padding, progress)
-        below = patcher.get_model_object(method)
-        patcher.add_object_patch(method, AutoForward(below, switch, estimate, free, budget, in_strips, meter.chosen))
+        below, on = patcher.get_model_object(method), partial(switch.set_to, True)
+        patcher.add_object_patch(method, AutoForward(below, on, estimate.needs, free, budget, in_strips, meter.chosen))
     _measure(vae, method, meter, estimate)
     return count
 
