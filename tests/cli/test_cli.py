@@ -155,7 +155,8 @@ def test_what_fits_is_measured_by_what_is_free_without_a_budget(
         monkeypatch.setattr(cli_vae, "free", lambda device, free=free: free)
         run(*arguments("encode", vae=vae, image=image, out=tmp_path / f"{way}.latent"))
         assert capsys.readouterr().out.startswith(f"auto: {way} (eager needs ")
-    assert torch.allclose(*(load_latent(tmp_path / f"{way}.latent") for way in ("eager", "streamed")), atol=1e-5)
+    first, second = (load_latent(tmp_path / f"{way}.latent") for way in ("eager", "streamed"))
+    assert torch.allclose(first, second, atol=1e-5)
 
 
 def test_streaming_takes_over_where_memory_runs_out_all_the_same(

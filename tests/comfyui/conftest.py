@@ -130,6 +130,12 @@ class Server(HostProcess):
         for line in listener.stdout:
             received.append(json.loads(line))
 
+    def set(self, **settings: Any) -> None:
+        """Settings of the front end, as it keeps them."""
+        folder = self.folder / "user" / "default"
+        folder.mkdir(exist_ok=True)
+        (folder / "comfy.settings.json").write_text(json.dumps(settings))
+
     def latent(self, name: str, size: int, seed: int = 0) -> str:
         """A random SD latent for an image of `size` pixels, where LoadLatent finds it; its name."""
         file = f"{name}.latent"

@@ -95,6 +95,14 @@ app.registerExtension({
                 displayAll();
             },
         },
+        {
+            id: "PatchConv.InsteadOfTiles", // read by nodes/instead_of_tiles.py
+            category: ["Patch Conv", "Memory", "InsteadOfTiles"],
+            name: "Stream instead of tiling when a VAE runs out of memory",
+            tooltip: "A decode or encode that would go on in tiles begins anew, streamed: the same pixels, no seams.",
+            type: "boolean",
+            defaultValue: false,
+        },
     ],
     setup() {
         shows = app.extensionManager.setting.get(SETTING) ?? true;
