@@ -32,8 +32,8 @@ _under_way: ContextVar[Optional[Any]] = ContextVar("under_way", default=None)
 """The VAE that decodes or encodes all at once here."""
 
 
-class _Tiles(Exception):
-    """Memory ran out, and the host turns to tiles."""
+class _MemoryRanOutError(Exception):
+    """The host turns to tiles."""
 
 
 def install() -> None:
@@ -67,7 +67,7 @@ def _around(method: str, half: str, original: Callable[..., Any]) -> Callable[..
         token = _under_way.set(vae)
         try:
             return original(vae, *args, **kwargs)
-        except _Tiles:
+        except _MemoryRanOutError:
             pass
         finally:
             _under_way.reset(token)
@@ -75,17 +75,17 @@ def _around(method: str, half: str, original: Callable[..., Any]) -> Callable[..
         _log.info("Patch Conv: %s is streamed instead of tiled.", method)
         return original(_streamed(vae, method, half), *args, **kwargs)
 
-    around.patchconv = True  # pyright: ignore[reportFunctionMemberAccess]
+    around.__dict__["patchconv"] = True
     return around
 
 
 def _tiles(half: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    """One of the host's methods that work in tiles. Raises _Tiles where nobody asked for them."""
+    """One of the host's methods that work in tiles. Raises _MemoryRanOutError where nobody asked for them."""
 
     @functools.wraps(original)
     def tiles(vae: Any, *args: Any, **kwargs: Any) -> Any:
         if _under_way.get() is vae and wanted() and _can_stream(vae, half):
-            raise _Tiles
+            raise _MemoryRanOutError
         return original(vae, *args, **kwargs)
 
     return tiles

@@ -3,6 +3,7 @@
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { followCharts } from "./dialog.js";
+import { followMode } from "./ignored.js";
 import { hide, show } from "./node_report.js";
 
 const EVENT = "patchconv.report";
@@ -116,5 +117,6 @@ app.registerExtension({
         api.addEventListener(EVENT, onReport);
         api.addEventListener("executed", onExecuted);
     },
+    nodeCreated: followMode,
     afterConfigureGraph: displayAll,
 });
