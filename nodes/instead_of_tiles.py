@@ -1,4 +1,4 @@
-"""Streams a decode or encode that the host would do in tiles because memory ran out, where a setting asks for that."""
+"""Streams a decode or encode that would go on in tiles, or end, because memory ran out, where a setting asks for that."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ..comfyui_patchconv.conv.patch import PADDINGS
 from ..comfyui_patchconv.hosts.auto import AutoForward
 from ..comfyui_patchconv.hosts.halves import HALVES
 from ..comfyui_patchconv.hosts.streamed import StreamedForward
+from ..comfyui_patchconv.memory.errors import is_out_of_memory
 from .patch_conv import convolutions_of, leave, stream_half
 
 SETTING = "PatchConv.InsteadOfTiles"
@@ -67,8 +68,10 @@ def _around(method: str, half: str, original: Callable[..., Any]) -> Callable[..
         token = _under_way.set(vae)
         try:
             return original(vae, *args, **kwargs)
-        except _MemoryRanOutError:
-            pass
+        except Exception as error:
+            # Of memory that ran out on a CPU, where many hosts turn to no tiles.
+            if not isinstance(error, _MemoryRanOutError) and not (is_out_of_memory(error) and _may_stream(vae, half)):
+                raise
         finally:
             _under_way.reset(token)
         # Here, where nothing holds what the call had any more. Should this run out of memory too, tiles it is.
@@ -84,16 +87,18 @@ def _tiles(half: str, original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def tiles(vae: Any, *args: Any, **kwargs: Any) -> Any:
-        if _under_way.get() is vae and wanted() and _can_stream(vae, half):
+        if _under_way.get() is vae and _may_stream(vae, half):
             raise _MemoryRanOutError
         return original(vae, *args, **kwargs)
 
     return tiles
 
 
-def _can_stream(vae: Any, half: str) -> bool:
-    """Whether a half of a VAE has convolutions, and is not streamed already."""
-    if any(isinstance(patch, (StreamedForward, AutoForward)) for patch in vae.patcher.object_patches.values()):
+def _may_stream(vae: Any, half: str) -> bool:
+    """Whether the setting is on, and a half of a VAE has convolutions and is not streamed already."""
+    if not wanted() or any(
+        isinstance(patch, (StreamedForward, AutoForward)) for patch in vae.patcher.object_patches.values()
+    ):
         return False
     return convolutions_of(vae, half) > 0
 
