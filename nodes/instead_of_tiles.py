@@ -1,4 +1,4 @@
-"""Streams a decode or encode that would go on in tiles, or end, because memory ran out, where a setting asks for that."""
+"""Streams a decode or encode that would go on in tiles, or end, where memory ran out; if a setting asks for that."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ class ShortOfMemory:
     CATEGORY, FUNCTION, RETURN_TYPES = "testing", "run", ("VAE",)
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - the host's name
         return {"required": {"vae": ("VAE",)}}
 
     def run(self, vae: Any) -> tuple[Any]:
