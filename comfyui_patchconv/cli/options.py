@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 
 from ..conv.strip_sizes import DEFAULT_THRESHOLD
 from ..memory.recorder import Recorder
 from .arguments import DTYPES, device, natural, size
+from .outputs import add_out
 from .vae import CHOICES, MB, Strips
+
+
+def add_conversion(parser: argparse.ArgumentParser, given: str, what: str, out: str) -> None:
+    """Add the options of a command that decodes or encodes files.
+
+    given, what: the option that names them, and what they are. out: what is written.
+    """
+    parser.add_argument("--vae", type=Path, required=True, help="VAE or checkpoint, LDM or diffusers layout")
+    parser.add_argument(
+        given,
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help=f"{what}; one that fails does not end the others",
+    )
+    add_out(parser, out)
+    add_strips(parser)
+    add_mode(parser)
+    add_trust(parser)
 
 
 def add_strips(parser: argparse.ArgumentParser) -> None:
