@@ -13,7 +13,7 @@ from ..files.vae import load_vae
 from ..memory.recorder import Recorder
 from .arguments import DTYPES
 from .failures import each
-from .options import add_conversion, default_device, say, strips_of
+from .options import Choices, add_conversion, default_device, say, strips_of
 from .outputs import Outputs
 from .vae import check_channels, decode
 
@@ -44,9 +44,10 @@ def _run(args: argparse.Namespace) -> int:
         for name, sample in zip(outputs.of(path, len(latent)), latent):
             if name is None:
                 continue
+            choices = Choices()
             with Recorder(vae.device) as recorder:
-                image = decode(vae, sample[None], strips)[0]
+                image = decode(vae, sample[None], strips, choices)[0]
             save_image(name, image)
-            say(f"{name}: {image.shape[2]}x{image.shape[1]}", recorder)
+            say(f"{name}: {image.shape[2]}x{image.shape[1]}", recorder, choices)
 
     return each(args.latent, one)

@@ -13,7 +13,7 @@ from ..files.vae import load_vae
 from ..memory.recorder import Recorder
 from .arguments import DTYPES
 from .failures import each
-from .options import add_conversion, default_device, say, strips_of
+from .options import Choices, add_conversion, default_device, say, strips_of
 from .outputs import Outputs
 from .vae import encode, scale
 
@@ -38,11 +38,12 @@ def _run(args: argparse.Namespace) -> int:
         if name is None:
             return
         image = load_image(path, multiple=scale(vae))
+        choices = Choices()
         with Recorder(vae.device) as recorder:
-            latent = encode(vae, image, strips)
+            latent = encode(vae, image, strips, choices)
         if not latent.isfinite().all():
             raise ValueError(f"{name} is not written, the latent holds NaN or infinity: use float32 or bfloat16.")
         save_latent(name, latent)
-        say(f"{name}: {list(latent.shape)}", recorder)
+        say(f"{name}: {list(latent.shape)}", recorder, choices)
 
     return each(args.image, one)

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 from ..conv.strip_sizes import DEFAULT_THRESHOLD
+from ..hosts.auto import WORDS
+from ..hosts.modes import Way
 from ..memory.recorder import Recorder
 from .arguments import DTYPES, device, natural, size
 from .outputs import add_out
@@ -82,9 +84,22 @@ def strips_of(args: argparse.Namespace) -> Strips:
     return Strips(args.mode, args.splits, args.threshold, args.budget)
 
 
-def say(what: str, recorder: Recorder) -> None:
-    """Print what was made, and what that took."""
-    print(f"{what}, {recorder.seconds:.1f} s, peak {recorder.peak / MB:.0f} MB beyond the weights")
+class Choices:
+    """How one decode or encode ran, where that was chosen by itself; an `OnChoice`."""
+
+    def __init__(self) -> None:
+        self._ways: list[str] = []
+
+    def __call__(self, way: Way, why: str) -> None:
+        self._ways.append(f"{WORDS[way]} ({why})")
+
+    def __str__(self) -> str:
+        return f"; auto: {', then '.join(self._ways)}" if self._ways else ""
+
+
+def say(what: str, recorder: Recorder, choices: Choices) -> None:
+    """Print what was made, what that took, and how it ran."""
+    print(f"{what}, {recorder.seconds:.1f} s, peak {recorder.peak / MB:.0f} MB beyond the weights{choices}")
 
 
 def default_device() -> torch.device:
