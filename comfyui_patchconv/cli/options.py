@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Optional
 
 import torch
 
@@ -97,9 +98,9 @@ class Choices:
         return f"; auto: {', then '.join(self._ways)}" if self._ways else ""
 
 
-def say(what: str, recorder: Recorder, choices: Choices) -> None:
-    """Print what was made, what that took, and how it ran."""
-    print(f"{what}, {recorder.seconds:.1f} s, peak {recorder.peak / MB:.0f} MB beyond the weights{choices}")
+def say(what: str, recorder: Recorder, choices: Optional[Choices] = None) -> None:
+    """Print what was made, what that took, and how it ran, where that was chosen by itself."""
+    print(f"{what}, {recorder.seconds:.1f} s, peak {recorder.peak / MB:.0f} MB beyond the weights{choices or ''}")
 
 
 def default_device() -> torch.device:
