@@ -70,7 +70,8 @@ class UpscaleImage(io.ComfyNode):
         check_number("budget", budget, "GiB")
         check_model(upscale_model)
         check_channels(upscale_model, image.shape[-1])
-        device = torch.device(model_management.get_torch_device())
+        patcher = getattr(upscale_model, "patcher", None)  # newer than 0.8
+        device = torch.device(model_management.get_torch_device() if patcher is None else patcher.load_device)
         dtype = _dtype(upscale_model, device)
         model = in_precision(upscale_model, dtype)
         progress = StreamProgress()

@@ -5,7 +5,7 @@ The host's own node cuts tiles of 512: a smaller picture is a single one, and so
 
 from __future__ import annotations
 
-from pathlib import Path
+import time
 from typing import Any
 
 import numpy as np
@@ -110,7 +110,15 @@ def test_a_batch_goes_frame_by_frame(server: Server) -> None:
 def test_interrupt(server: Server) -> None:
     graph = loading(server, 640, 1024, seed=5) | upscaling("ours")
     with server.messages() as messages:
-        server.interrupted(graph, "ours_scale")
+        prompt = server.queue(graph)
+        while not any(m["type"] == "progress" and m["data"]["node"] == "ours_scale" for m in messages):
+            server.check()
+            time.sleep(0.05)
+        asked = time.monotonic()
+        server.get("/interrupt", {})
+        history = server.result(prompt)
+    print(f"stopped after {time.monotonic() - asked:.2f} s")
+    assert history["status"]["messages"][-1][0] == "execution_interrupted"
     assert [m["data"]["state"] for m in messages if m["type"] == "patchconv.report"][-1] == "stopped"
     files = server.run(loading(server, 40, 40, seed=6) | whole() | upscaling("ours"))
     assert_same_picture(read_image(files["ours"]), read_image(files["whole"]))
@@ -135,4 +143,4 @@ def test_the_loaded_model_is_as_it_was(server: Server) -> None:
     graph["load"] = loading(server, 64, 64, seed=10)["load"]
     server.run(graph | whole())
     graph["load"] = loading(server, 64, 64, seed=9)["load"]
-    assert np.array_equal(read_image(Path(server.run(graph | whole("again"))["again"])), before)
+    assert np.array_equal(read_image(server.run(graph | whole("again"))["again"]), before)
