@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io  # pyright: ignore[reportMissingImports]
 
+from .instead_of_tiles import install
 from .partial_conv import FillMaskedArea, VAEEncodePartialConv
 from .patch_conv import PatchConvModel, PatchConvVAE
 from .patch_ddpm import PatchDDPMLoader, PatchDDPMSampler
@@ -29,4 +30,5 @@ class PatchConvExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> PatchConvExtension:
+    install()
     return PatchConvExtension()

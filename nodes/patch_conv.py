@@ -20,7 +20,7 @@ from ..comfyui_patchconv.conv.strip_sizes import DEFAULT_THRESHOLD
 from ..comfyui_patchconv.hosts.auto import AutoForward
 from ..comfyui_patchconv.hosts.estimates import AutoEstimate, Estimate, StreamEstimate, StripEstimate
 from ..comfyui_patchconv.hosts.halves import HALVES, half_of, part_of
-from ..comfyui_patchconv.hosts.modes import AUTO_MODES
+from ..comfyui_patchconv.hosts.modes import MODES
 from ..comfyui_patchconv.hosts.numbers import check_number
 from ..comfyui_patchconv.hosts.streamed import StreamedAtOnce, StreamedForward, Switch
 from ..comfyui_patchconv.units import GIB, MILLION
@@ -56,7 +56,7 @@ class PatchConvVAE(io.ComfyNode):
                 # Behind the others and optional: workflows saved without them go on loading.
                 io.Combo.Input(
                     "mode",
-                    options=[*AUTO_MODES],
+                    options=[*MODES],
                     default="auto",
                     optional=True,
                     tooltip="auto: as without this node where that fits, patch where that is enough, stream where it "
@@ -108,7 +108,7 @@ class PatchConvVAE(io.ComfyNode):
                 count += _patch_half(copied, name, method, splits, elements, padding, _id(cls))
             else:
                 strips = Tiling(splits, threshold=elements) if mode == "auto" else None
-                count += _stream_half(copied, name, method, size, padding, _id(cls), strips)
+                count += stream_half(copied, name, method, size, padding, _id(cls), strips)
         if not count:
             raise ValueError(_nothing_found("VAE", type(vae.first_stage_model).__name__, half))
         follow_clones(copied.patcher)
@@ -221,7 +221,7 @@ def _patch_half(vae: Any, half: str, method: str, splits: int, threshold: int, p
     return progress.convolutions
 
 
-def _stream_half(
+def stream_half(
     vae: Any, half: str, method: str, budget: int, padding: str, node: str, strips: Optional[Tiling] = None
 ) -> int:
     """Put streaming, an estimate and a meter on one half of `vae`, a copy; returns how many convolutions it has.
@@ -229,7 +229,7 @@ def _stream_half(
     strips: of convolutions, where it may run in them or eagerly too, whatever fits; None to have it always streamed.
     """
     model, patcher, device = vae.first_stage_model, vae.patcher, torch.device(vae.device)
-    count = sum(half_of(name) == half for name, _ in convolutions(model, predicate=lambda *_: True))
+    count = convolutions_of(vae, half)
     if not count:
         return 0
     if padding != "plain":  # whole: the strips are streaming's
@@ -256,10 +256,16 @@ def _stream_half(
         patcher.add_object_patch(method, StreamedAtOnce(patcher.get_model_object(method), part, estimate))
     if strips is not None and isinstance(estimate, AutoEstimate):
         in_strips = partial(_in_strips, half, strips, padding, progress)
-        below = patcher.get_model_object(method)
-        patcher.add_object_patch(method, AutoForward(below, switch, estimate, free, budget, in_strips, meter.chosen))
+        below, on = patcher.get_model_object(method), partial(switch.set_to, True)
+        patcher.add_object_patch(method, AutoForward(below, on, estimate.needs, free, budget, in_strips, meter.chosen))
     _measure(vae, method, meter, estimate)
     return count
+
+
+def convolutions_of(vae: Any, half: str) -> int:
+    """Count the convolutions of one half."""
+    found = convolutions(vae.first_stage_model, predicate=lambda *_: True)
+    return sum(half_of(name) == half for name, _ in found)
 
 
 def _in_strips(half: str, strips: Tiling, padding: str, progress: AnyProgress, model: nn.Module) -> Any:

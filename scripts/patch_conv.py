@@ -27,6 +27,7 @@ from comfyui_patchconv.hosts.webui.parameters import (
     settings_of,
     to_infotext,
 )
+from comfyui_patchconv.hosts.webui.settings import Settings
 from comfyui_patchconv.hosts.webui.toggle import Toggle
 
 _LABELS = {
@@ -45,14 +46,17 @@ _LIMITS: dict[str, dict[str, float]] = {
 }
 _INFO = {
     "enabled": "Ticked when the page is loaded, under txt2img and img2img.",
-    "mode": "patch: each large convolution of the VAE in strips, about as fast as without. stream: the whole VAE in "
-    "strips, by far the least memory; choose it where the VAE runs out of memory or its picture comes out in tiles.",
+    "mode": "auto: as without where that fits, patch where that is enough, stream where it is not, by what is free at "
+    "each decode. patch: each large convolution of the VAE in strips. stream: the whole VAE in strips, by far the "
+    "least memory.",
     "vae": "Decodes and encodes in strips.",
     "unet": "Its convolutions in strips, as in patch: for sizes at which one does not fit.",
-    "splits": "For patch and the U-Net: strips per convolution, 0 for automatic.",
-    "threshold": "For patch and the U-Net: convolutions with fewer input elements stay whole.",
-    "budget": "For stream, 0 for what is free. What does not fit is kept in the computer's memory, on a CPU in a file.",
+    "splits": "For auto, patch and the U-Net: strips per convolution, 0 for automatic.",
+    "threshold": "For auto, patch and the U-Net: convolutions with fewer input elements stay whole.",
+    "budget": "For auto and stream, 0 for what is free. What does not fit is kept in the computer's memory, on a CPU "
+    "in a file.",
 }
+_RESCUE = "patch_conv_instead_of_tiles"
 _NOTHING = "Neither VAE nor U-Net is ticked: nothing will be patched."
 _IGNORED = "Not used with what is chosen above."
 _REPORT = f"{TITLE} report"
@@ -112,10 +116,13 @@ class PatchConvScript(scripts.Script):
         except ValueError as error:
             p.patch_conv_off = f"{TITLE} is off: {error}"
             return
-        if settings is None:
+        rescue = settings is None and getattr(shared.opts, _RESCUE, False)
+        if settings is None and not rescue:
             return
-        p.patch_conv = Toggle(settings, Host(shared.state, _cheap, sd_samplers_common))
-        p.extra_generation_params.update(to_infotext(settings))
+        host = Host(shared.state, _cheap, sd_samplers_common)
+        p.patch_conv = Toggle(settings or Settings(), host, only_rescue=rescue)
+        if settings is not None:
+            p.extra_generation_params.update(to_infotext(settings))
         _stop_at_close(p, p.patch_conv)
         _follow(p)
 
@@ -262,6 +269,16 @@ def _add_settings() -> None:
         label = "on from the start" if name == "enabled" else _LABELS[name]
         option = shared.OptionInfo(DEFAULTS[name], f"{TITLE}: {label}", kind, options, section=section)
         shared.opts.add_option(f"patch_conv_{name}", option.info(_INFO[name]).needs_reload_ui())
+    rescue = shared.OptionInfo(
+        False, f"{TITLE}: stream instead of tiling when a VAE runs out of memory", section=section
+    )
+    shared.opts.add_option(
+        _RESCUE,
+        rescue.info(
+            "Also where the accordion is not ticked: a decode or encode that fails for "
+            "want of memory begins anew, streamed, instead of in tiles or not at all."
+        ),
+    )
 
 
 def _extend_plots() -> None:

@@ -89,6 +89,22 @@ class HostProcess:
         result = work()
         return result, self._status("VmHWM") - before
 
+    @contextmanager
+    def limited(self, more: int) -> Iterator[None]:
+        """Within the block the host may take so many bytes of addresses more than it has now."""
+        resource: Any = pytest.importorskip("resource", reason="limits of a process's memory are Unix's")
+        if not hasattr(resource, "prlimit"):
+            pytest.skip("limits of another process's memory are Linux's")
+
+        def limit(size: int) -> None:
+            resource.prlimit(self._process.pid, resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+
+        limit(self._status("VmSize") + more)
+        try:
+            yield
+        finally:
+            limit(resource.RLIM_INFINITY)
+
     def _status(self, field: str) -> int:
         found = re.search(rf"^{field}:\s+(\d+) kB$", Path(f"/proc/{self._process.pid}/status").read_text(), re.M)
         assert found is not None

@@ -30,13 +30,15 @@ def add_mode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mode",
         choices=CHOICES,
-        default="patch",
-        help="patch: each large convolution in strips (default); stream: everything in strips; plain: eager, no strips",
+        default="auto",
+        help="auto: plain where that fits, patch where that is enough, else stream within what is free (default); "
+        "patch: each large convolution in strips; stream: everything in strips; plain: eager, no strips",
     )
     parser.add_argument(
         "--budget",
         type=size,
-        help="memory beside the weights for --mode stream to stay within, such as 2GiB or 800MB; default: no limit",
+        help="memory beside the weights for --mode auto and stream to stay within, such as 2GiB or 800MB; default: "
+        "what is free for auto, no limit for stream",
     )
 
 
@@ -51,9 +53,9 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 
 def strips_of(args: argparse.Namespace) -> Strips:
     """The options as `Strips`. Raises ValueError for a budget that the mode does not take."""
-    if args.budget is not None and args.mode != "stream":
+    if args.budget is not None and args.mode not in ("auto", "stream"):
         raise ValueError(
-            f"--budget is for --mode stream and the mode is {args.mode}: leave it out, or choose that mode."
+            f"--budget is for --mode auto and stream and the mode is {args.mode}: leave it out, or choose one of them."
         )
     return Strips(args.mode, args.splits, args.threshold, args.budget)
 

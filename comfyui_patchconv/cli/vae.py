@@ -1,13 +1,13 @@
-"""Decode and encode with a VAE as `--mode` asks: eagerly, each convolution in strips, or streamed."""
+"""Decode and encode with a VAE as `--mode` asks: eagerly, each convolution in strips, streamed, or whatever fits."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional, cast
+from typing import TYPE_CHECKING, Any, Optional
 
 from torch import Tensor, nn
 
@@ -15,7 +15,11 @@ from ..conv.patch import patched
 from ..conv.strip_sizes import DEFAULT_THRESHOLD
 from ..conv.tiling import OnStrip
 from ..files.packing import SIDE, packing_of
-from ..hosts.modes import MODES
+from ..hosts.auto import WORDS, AutoForward
+from ..hosts.eager_needs import EagerNeeds
+from ..hosts.estimates import OF_FREE, Needs, needs_of
+from ..hosts.modes import MODES, Way
+from ..memory.usage import free
 from ..streaming import stream
 
 if TYPE_CHECKING:
@@ -32,10 +36,11 @@ CHOICES = (*MODES, EAGER)
 class Strips:
     """How to decode or encode.
 
-    mode: one of `CHOICES`. splits, threshold: see `Tiling`. budget: see `streaming.stream`.
+    mode: one of `CHOICES`. splits, threshold: see `Tiling`. budget: see `streaming.stream`; for `"auto"` None takes
+    what is free.
     """
 
-    mode: str = "patch"
+    mode: str = "auto"
     splits: int = 0
     threshold: int = DEFAULT_THRESHOLD
     budget: Optional[int] = None
@@ -46,15 +51,13 @@ def decode(vae: AutoencoderKL, latent: Tensor, strips: Strips = Strips()) -> Ten
     packing, latent = packing_of(vae), latent.to(vae.device)
     if packing is not None:
         latent = packing.unpack(latent)
-    with _in_strips(vae.decoder, strips):
-        return vae.decode(cast(Any, latent.to(vae.dtype)), return_dict=False)[0]
+    return _call(vae, "decode", vae.decoder, latent.to(vae.dtype), strips)[0]
 
 
 def encode(vae: AutoencoderKL, image: Tensor, strips: Strips = Strips()) -> Tensor:
     """The latent `[B, C, h, w]` of `image` `[B, 3, H, W]`: the mean of its distribution, as ComfyUI has it."""
     packing = packing_of(vae)
-    with _in_strips(vae.encoder, strips):
-        latent = vae.encode(image.to(vae.device, vae.dtype), return_dict=False)[0].mode()
+    latent = _call(vae, "encode", vae.encoder, image.to(vae.device, vae.dtype), strips)[0].mode()
     return latent if packing is None else packing.pack(latent)
 
 
@@ -79,24 +82,55 @@ def check_channels(vae: AutoencoderKL, latent: Tensor, path: Optional[Path] = No
         )
 
 
+def _call(vae: AutoencoderKL, name: str, part: nn.Module, input: Tensor, strips: Strips) -> Any:
+    """What `vae`'s method `name` returns for `input`; most of it is done by `part`, a decoder or encoder."""
+    run: Any = getattr(vae, name)
+    working: AbstractContextManager[Any] = nullcontext()
+    if strips.mode == "auto":
+        run = _auto(vae, name, part, input, strips)
+    elif strips.mode != EAGER:
+        working = _streamed(part, strips.budget) if strips.mode == "stream" else _in_strips(part, strips)
+    with working, _line_cleared():
+        return run(input, return_dict=False)
+
+
+def _auto(vae: AutoencoderKL, name: str, part: nn.Module, input: Tensor, strips: Strips) -> AutoForward:
+    """The method `name` of `vae`, run as it fits."""
+
+    def needs(input: Tensor) -> Optional[Needs]:
+        maps = EagerNeeds(vae).of_call(name, (input[:1],), {}, input.device, input.dtype)
+        return needs_of(maps, strips.splits, strips.threshold, input.device.type, input.dtype) if maps else None
+
+    def streaming() -> AbstractContextManager[Any]:
+        return _streamed(part, strips.budget or int(OF_FREE * free(input.device)) or 1)
+
+    return AutoForward(
+        getattr(vae, name), streaming, needs, free, strips.budget or 0, lambda _: _in_strips(part, strips), _say
+    )
+
+
+def _say(way: Way, why: str) -> None:
+    print(f"auto: {WORDS[way]} ({why})")
+
+
+def _streamed(part: nn.Module, budget: Optional[int]) -> AbstractContextManager[Any]:
+    return stream(part, budget=budget, on_progress=_percent if sys.stderr.isatty() else None)
+
+
+def _in_strips(part: nn.Module, strips: Strips) -> AbstractContextManager[Any]:
+    """Convolutions in strips, those with kernels of 1 too: backends copy their input and output all the same."""
+    on_strip = _progress() if sys.stderr.isatty() else None
+    return patched(part, strips.splits, threshold=strips.threshold, on_strip=on_strip, predicate=lambda *_: True)
+
+
 @contextmanager
-def _in_strips(model: nn.Module, strips: Strips) -> Iterator[None]:
-    if strips.mode == EAGER:
+def _line_cleared() -> Iterator[None]:
+    """Clear the line that says how far it is, at the end of the block."""
+    try:
         yield
-        return
-    watched = sys.stderr.isatty()
-    if strips.mode == "stream":
-        working = stream(model, budget=strips.budget, on_progress=_percent if watched else None)
-    else:
-        every = {"predicate": lambda *_: True}  # kernels of 1 too: backends copy their input and output all the same
-        on_strip = _progress() if watched else None
-        working = patched(model, strips.splits, threshold=strips.threshold, on_strip=on_strip, **every)
-    with working:
-        try:
-            yield
-        finally:
-            if watched:
-                print(end="\r\x1b[K", file=sys.stderr, flush=True)
+    finally:
+        if sys.stderr.isatty():
+            print(end="\r\x1b[K", file=sys.stderr, flush=True)
 
 
 def _percent(done: int, work: int) -> None:

@@ -13,7 +13,8 @@ from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from .onednn import of_pixels
 
 _BLOCK_BYTES = 8 << 20
 """Bytes of output that are made at once; the products that they are added up from take two and a half times that."""
@@ -53,10 +54,10 @@ def _convolve(input: Tensor, kernels: Sequence[Tensor], bias: Optional[Tensor], 
     rows, width, outputs = input.shape[2] - 2, input.shape[3], kernels[0].shape[0]
     down = input[:, :, 1:] - input[:, :, :-1]
     here = input[:, :, 1:-1]
-    of_map = F.conv2d(here, kernels[0], bias)
-    of_columns = F.conv2d(_to_the_right(here), kernels[1])
-    of_rows = F.conv2d(down, kernels[2])
-    of_both = F.conv2d(_to_the_right(down), kernels[3])
+    of_map = of_pixels(here, kernels[0], bias)
+    of_columns = of_pixels(_to_the_right(here), kernels[1])
+    of_rows = of_pixels(down, kernels[2])
+    of_both = of_pixels(_to_the_right(down), kernels[3])
     for y in (0, 1):
         row = of_map + of_rows[:, y * outputs : (y + 1) * outputs, y : rows + y]
         for x in (0, 1):

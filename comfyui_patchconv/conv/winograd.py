@@ -43,41 +43,79 @@ def kernels(weight: Tensor, dim: int) -> list[Tensor]:
     return [*made, bottom]
 
 
+_BLOCK_BYTES = 1 << 20
+"""Of one of the products that are made at once: the dozen that are alive stay in a processor's cache."""
+
+
 def convolve(input: Tensor, kernels: Sequence[Tensor], bias: Optional[Tensor], dim: int, convolve: Convolve) -> Tensor:
     """Every four output rows, along `dim`, of the convolution by the `kernels` of one weight.
 
     input: float32, two rows more than a multiple of `ROWS`. The result is in its order, channels first or last.
     """
     count = input.shape[dim] - 2
-    before = (slice(None),) * dim
-    rows = [input[(*before, slice(first, first + count, ROWS))] for first in range(PRODUCTS)]
+    outputs, channels = kernels[0].shape[:2]
+    row_bytes = input.nbytes // input.shape[dim] * max(outputs, channels) // channels
+    block = max(_BLOCK_BYTES, 2 * kernels[0].nbytes)  # a backend brings the kernels into its own order for each
+    at_once = ROWS * max(block // max(row_bytes, 1), 1)
+    result: Optional[Tensor] = None
+    for first in range(0, count, at_once):
+        rows = min(at_once, count - first)
+        four = _Four(input.narrow(dim, first, rows + 2), kernels, dim, convolve)
+        if result is None:
+            result = empty_like(input, four.shape(count))
+        four.write(result.narrow(dim, first, rows), bias)
+    assert result is not None
+    return result
 
-    def at(number: float, other: float, first: int) -> tuple[Tensor, Tensor]:
+
+class _Four:
+    """Some groups of four output rows: the products for A, -A, B and -B, then what is made of them and the outer two.
+
+    input: two rows more than are made of it.
+    """
+
+    def __init__(self, input: Tensor, kernels: Sequence[Tensor], dim: int, convolve: Convolve) -> None:
+        self._kernels, self._dim, self._convolve = kernels, dim, convolve
+        count = input.shape[dim] - 2
+        self._rows = [input[(*self._before, slice(first, first + count, ROWS))] for first in range(PRODUCTS)]
+        self._sum_a, self._difference_a = self._at(A, B, 1)
+        self._sum_b, self._difference_b = self._at(B, A, 3)
+
+    @property
+    def _before(self) -> tuple[slice, ...]:
+        return (slice(None),) * self._dim
+
+    def shape(self, count: int) -> list[int]:
+        """That of so many output rows."""
+        sides = list(self._sum_a.shape)
+        return [*sides[: self._dim], count, *sides[self._dim + 1 :]]
+
+    def _at(self, number: float, other: float, first: int) -> tuple[Tensor, Tensor]:
         """Sum and difference of the products for a number and its opposite."""
-        far = torch.sub(rows[4], rows[2], alpha=other * other)
-        near = torch.sub(rows[3], rows[1], alpha=other * other)
-        plus = convolve(torch.add(far, near, alpha=number), kernels[first], None)
-        minus = convolve(far.sub_(near, alpha=number), kernels[first + 1], None)
+        far = torch.sub(self._rows[4], self._rows[2], alpha=other * other)
+        near = torch.sub(self._rows[3], self._rows[1], alpha=other * other)
+        plus = self._convolve(torch.add(far, near, alpha=number), self._kernels[first], None)
+        minus = self._convolve(far.sub_(near, alpha=number), self._kernels[first + 1], None)
         return plus + minus, plus.sub_(minus)
 
-    def outer(first: int, kernel: Tensor) -> Tensor:
+    def _outer(self, first: int, kernel: Tensor, bias: Optional[Tensor]) -> Tensor:
         """The product for zero or for infinity, of every other row."""
-        values = torch.sub(rows[first + 4], rows[first + 2], alpha=A * A + B * B)
-        return convolve(values.add_(rows[first], alpha=A * A * B * B), kernel, bias)
+        values = torch.sub(self._rows[first + 4], self._rows[first + 2], alpha=A * A + B * B)
+        return self._convolve(values.add_(self._rows[first], alpha=A * A * B * B), kernel, bias)
 
-    sum_a, difference_a = at(A, B, 1)
-    sum_b, difference_b = at(B, A, 3)
-    result = empty_like(input, [*sum_a.shape[:dim], count, *sum_a.shape[dim + 1 :]])
-    out = [result[(*before, slice(place, None, ROWS))] for place in range(ROWS)]
-    torch.add(difference_b, difference_a, alpha=1 / A, out=out[1])
-    torch.add(sum_a, sum_b, alpha=B, out=out[2])
-    if bias is not None:
-        shift = bias.view(-1, *(1,) * (input.dim() - 2))
-        out[1].add_(shift)
-        out[2].add_(shift)
-    torch.add(outer(0, kernels[0]).add_(sum_a, alpha=1 / (A * A)), sum_b, alpha=1 / B, out=out[0])
-    torch.add(outer(1, kernels[5]).add_(difference_a, alpha=A), difference_b, alpha=B * B, out=out[3])
-    return result
+    def write(self, result: Tensor, bias: Optional[Tensor]) -> None:
+        """The output rows."""
+        out = [result[(*self._before, slice(place, None, ROWS))] for place in range(ROWS)]
+        torch.add(self._difference_b, self._difference_a, alpha=1 / A, out=out[1])
+        torch.add(self._sum_a, self._sum_b, alpha=B, out=out[2])
+        if bias is not None:
+            shift = bias.view(-1, *(1,) * (result.dim() - 2))
+            out[1].add_(shift)
+            out[2].add_(shift)
+        of_zero = self._outer(0, self._kernels[0], bias)
+        torch.add(of_zero.add_(self._sum_a, alpha=1 / (A * A)), self._sum_b, alpha=1 / B, out=out[0])
+        of_infinity = self._outer(1, self._kernels[5], bias)
+        torch.add(of_infinity.add_(self._difference_a, alpha=A), self._difference_b, alpha=B * B, out=out[3])
 
 
 _UNLIKE = 16
@@ -90,7 +128,7 @@ def keeps_digits(result: Tensor, dim: int) -> bool:
     They are added up before they are multiplied, so that the largest of them decides how exact all four are; with
     infinities none is.
     """
-    sizes = (result * result).sum(1)  # over the channels
-    four = sizes.unflatten(dim - 1, (-1, ROWS))
-    largest, least = four.amax(dim), four.amin(dim)
-    return bool((largest <= _UNLIKE**2 * least).all() & largest.sum().isfinite())
+    sizes = torch.linalg.vector_norm(result, dim=1)  # over the channels; of their squares no map is made
+    groups = sizes.unflatten(dim - 1, (-1, ROWS))
+    largest, least = groups.amax(dim), groups.amin(dim)
+    return bool((largest <= _UNLIKE * least).all() & largest.sum().isfinite())

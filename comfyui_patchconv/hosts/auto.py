@@ -15,9 +15,8 @@ from ..memory.errors import is_out_of_memory
 from ..streaming import joins
 from ..units import size_of
 from .clones import StandIn
-from .estimates import OF_FREE, AutoEstimate
+from .estimates import OF_FREE, Needs
 from .modes import Way
-from .streamed import Switch
 
 _log = logging.getLogger(__name__)
 
@@ -38,16 +37,18 @@ class AutoForward(StandIn):
     Where memory runs out all the same, the call begins anew, streamed; a call of the same shape is streamed from then
     on.
 
-    forward: the method, with stand-ins that stream while `switch` is on. estimate: says what eager and strips need.
-    free: asked for the bytes that are free on a device. budget: bytes to stay within; 0 for the most of what is free.
-    in_strips: makes a context in which large convolutions of a model run in strips. on_choice: see `OnChoice`.
+    forward: the method. streaming: makes a context in which it is streamed. needs: tells what one sample of an input
+    `[N, …]` needs eagerly and in strips; None where that is not known. free: asked for the bytes that are free on a
+    device. budget: bytes to stay within; 0 for the most of what is free. in_strips: makes a context in which large
+    convolutions of a model run in strips. on_choice: see `OnChoice`.
     """
 
     def __init__(
-        self, forward: Callable[..., Any], switch: Switch, estimate: AutoEstimate, free: Callable[[torch.device], int],
-        budget: int, in_strips: Callable[[Any], AbstractContextManager[Any]], on_choice: Optional[OnChoice] = None,
+        self, forward: Callable[..., Any], streaming: Callable[[], AbstractContextManager[Any]],
+        needs: Callable[[Tensor], Optional[Needs]], free: Callable[[torch.device], int], budget: int,
+        in_strips: Callable[[Any], AbstractContextManager[Any]], on_choice: Optional[OnChoice] = None,
     ) -> None:  # fmt: skip
-        self.forward, self.switch, self.estimate = forward, switch, estimate
+        self.forward, self.streaming, self.needs = forward, streaming, needs
         self.free, self.budget, self.in_strips, self.on_choice = free, budget, in_strips, on_choice
         self._exceeded: set[Any] = set()
 
@@ -68,7 +69,7 @@ class AutoForward(StandIn):
             release(input.device)
             self._exceeded.add((tuple(input.shape), input.dtype))
             self._tell("stream", f"memory ran out {'in strips' if way == 'patch' else 'eagerly'}")
-        with self.switch.set_to(True):
+        with self.streaming():
             return self.forward(*args, **kwargs)
 
     def choose(self, input: Tensor) -> Choice:
@@ -77,7 +78,9 @@ class AutoForward(StandIn):
             return Choice("stream", "memory ran out before")
         samples, free = input.shape[0], self.free(input.device)
         limit = self.budget or int(OF_FREE * free)
-        needs = self.estimate.needs(input)
+        needs = self.needs(input)
+        if needs is None:
+            return Choice("stream", "what eager needs is not known")
         room = f"{size_of(self.budget)} are allowed" if self.budget else f"{size_of(free)} are free"
         why = f"eager needs {size_of(samples * needs.eager)}, {room}"
         if samples * needs.eager <= limit:
@@ -87,16 +90,17 @@ class AutoForward(StandIn):
         return Choice("stream", why)
 
     def _tell(self, way: Way, why: str) -> None:
-        _log.info("Patch Conv: auto: %s (%s).", _WORDS[way], why)
+        _log.info("Patch Conv: auto: %s (%s).", WORDS[way], why)
         if self.on_choice is not None:
             self.on_choice(way, why)
 
 
-_WORDS: dict[Way, str] = {"eager": "eager", "patch": "in strips", "stream": "streamed"}
+WORDS: dict[Way, str] = {"eager": "eager", "patch": "in strips", "stream": "streamed"}
+"""What a call is said to have run as."""
 
 
 def _owner(forward: Any) -> Any:
-    """The model whose method stands below all stand-ins."""
+    """The model whose method stands below all stand-ins; None where that is a function."""
     while isinstance(forward, StandIn):
         forward = forward.forward
-    return forward.__self__
+    return getattr(forward, "__self__", None)

@@ -121,6 +121,12 @@ class Needs(NamedTuple):
     patch: int
 
 
+def needs_of(maps: int, splits: int, threshold: int, device_type: str, dtype: torch.dtype) -> Needs:
+    """What a sample needs whose feature maps take so many bytes at once. splits, threshold: as of a `Tiling`."""
+    eager = int((1 + EAGER_WORKSPACE) * maps)
+    return Needs(eager, min(maps + working_set(maps, splits, threshold, device_type, dtype.itemsize), eager))
+
+
 class StreamEstimate(Estimate):
     """Estimates a VAE that is streamed: the peaks of the schedules, and what is stored beside them.
 
@@ -205,6 +211,4 @@ class AutoEstimate(StreamEstimate):
         except Exception:  # the host's code is free to do what tensors without values cannot
             whole = int(self.host(sample, dtype))
             return Needs(whole, whole)
-        strips = maps + working_set(maps, self.splits, self.threshold, self.device.type, dtype.itemsize)
-        eager = int((1 + EAGER_WORKSPACE) * maps)
-        return Needs(eager, min(strips, eager))
+        return needs_of(maps, self.splits, self.threshold, self.device.type, dtype)

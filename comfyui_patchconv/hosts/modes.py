@@ -2,11 +2,8 @@
 
 from typing import Literal
 
-MODES = ("patch", "stream")
-"""What users choose between: each large convolution in strips, or all of a decoder or encoder."""
-
-AUTO_MODES = ("auto", *MODES)
-"""The same where the way that fits can be chosen by itself."""
+MODES = ("auto", "patch", "stream")
+"""What users choose between: the way that fits, each large convolution in strips, or all of a decoder or encoder."""
 
 Way = Literal["eager", "patch", "stream"]
 """How a call runs."""

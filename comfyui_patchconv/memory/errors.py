@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import torch
 
-_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
+_MESSAGES = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "cannot allocate memory",
+    "could not create a primitive",  # oneDNN, where there is no room for what it works in
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -22,13 +22,26 @@ def free(device: torch.device) -> int:
     if hasattr(of_device, "mem_get_info"):
         unused = of_device.memory_reserved(device) - of_device.memory_allocated(device)
         return of_device.mem_get_info(device)[0] + unused
+    return _of_host("available", "MemAvailable")
+
+
+def total(device: torch.device) -> int:
+    """Bytes that `device` has in all; for a device that cannot tell, those of the host."""
+    of_device: Any = getattr(torch, device.type, None)
+    if hasattr(of_device, "mem_get_info"):
+        return of_device.mem_get_info(device)[1]
+    return _of_host("total", "MemTotal")
+
+
+def _of_host(name: str, field: str) -> int:
+    """Bytes of the host's memory, by psutil's `name` where the system has no `field`."""
     if _MEMINFO.exists():
-        found = re.search(r"^MemAvailable:\s+(\d+) kB$", _MEMINFO.read_text(), re.MULTILINE)
+        found = re.search(rf"^{field}:\s+(\d+) kB$", _MEMINFO.read_text(), re.MULTILINE)
         if found is not None:
             return int(found[1]) * 1024
     import psutil
 
-    return psutil.virtual_memory().available
+    return getattr(psutil.virtual_memory(), name)
 
 
 def anonymous() -> int:

@@ -131,11 +131,12 @@ class Call:
             return schedule
         eager = eager_schedule(roots, keep, held)
         slack = allocator_bytes(device.type)
-        if self.budget is None or eager.peak <= self.budget:
+        with_slack = eager.peak + (slack if eager.peak > slack else 0)
+        if self.budget is None or with_slack <= self.budget:
             better = eager.peak <= schedule.peak or eager.seconds * _SLOWER < schedule.seconds
         else:  # neither may fit: eager where it is sure to take less, and more than nothing
             better = slack < eager.peak <= schedule.peak - slack
-        return replace(eager, peak=eager.peak + (slack if eager.peak > slack else 0)) if better else schedule
+        return replace(eager, peak=with_slack) if better else schedule
 
     def _progress(self, work: int) -> None:
         self.streamed = True

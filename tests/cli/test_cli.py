@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from vae_helpers import ldm_state, random_latent, small_vae, write, write_vae
 
 from comfyui_patchconv import cli
@@ -21,9 +22,11 @@ from comfyui_patchconv.cli import vae as cli_vae
 from comfyui_patchconv.cli.arguments import size as bytes_of
 from comfyui_patchconv.files.images import save_image
 from comfyui_patchconv.files.latents import load_latent, save_latent
+from comfyui_patchconv.hosts.eager_needs import EagerNeeds
+from comfyui_patchconv.hosts.estimates import needs_of
 from comfyui_patchconv.streaming.call import Call
 
-TILED = ["--splits", "3", "--threshold", "0"]
+TILED = ["--mode", "patch", "--splits", "3", "--threshold", "0"]
 
 
 @pytest.fixture
@@ -124,8 +127,56 @@ def test_a_budget_is_for_streaming(
     tmp_path: Path, vae: Path, latent: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    argv = arguments("decode", vae="vae.safetensors", latent="in.latent", out="out.png", budget="1GiB")
-    assert_refused(argv, "--mode stream", capsys, tmp_path)
+    argv = arguments("decode", vae="vae.safetensors", latent="in.latent", out="out.png", budget="1GiB", mode="patch")
+    assert_refused(argv, "--mode auto and stream", capsys, tmp_path)
+
+
+@pytest.mark.parametrize("way", ["eager", "in strips", "streamed"])
+def test_a_decode_runs_as_it_fits_and_says_how(
+    way: str, tmp_path: Path, vae: Path, latent: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = tmp_path / "auto.png", tmp_path / "eager.png"
+    given = load_latent(latent)
+    maps = EagerNeeds(small_vae()).of_call("decode", (given,), {}, given.device, given.dtype)
+    eager, patch = needs_of(maps, 64, 0, "cpu", given.dtype)
+    budget = {"eager": eager, "in strips": eager - 1, "streamed": patch - 1}[way]
+    argv = arguments("decode", vae=vae, latent=latent, out=one, budget=str(budget))
+    run(*argv, "--splits", "64", "--threshold", "0")
+    told = capsys.readouterr().out.splitlines()
+    run(*arguments("decode", vae=vae, latent=latent, out=other), "--mode", "plain")
+    assert re.match(rf"auto: {way} \(eager needs \d+ MiB, .* are allowed", told[0])
+    assert np.abs(pixels(one) - pixels(other)).max() <= 1
+
+
+def test_what_fits_is_measured_by_what_is_free_without_a_budget(
+    tmp_path: Path, vae: Path, image: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for free, way in ((1 << 30, "eager"), (1 << 10, "streamed")):
+        monkeypatch.setattr(cli_vae, "free", lambda device, free=free: free)
+        run(*arguments("encode", vae=vae, image=image, out=tmp_path / f"{way}.latent"))
+        assert capsys.readouterr().out.startswith(f"auto: {way} (eager needs ")
+    first, second = (load_latent(tmp_path / f"{way}.latent") for way in ("eager", "streamed"))
+    assert torch.allclose(first, second, atol=1e-5)
+
+
+def test_streaming_takes_over_where_memory_runs_out_all_the_same(
+    tmp_path: Path, vae: Path, latent: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, raised = nn.functional.group_norm, []
+
+    def full(*args: Any, **kwargs: Any) -> Tensor:
+        if not raised and type(args[0]) is Tensor:  # what is counted has no values
+            raised.append(None)
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "group_norm", full)
+    run(*arguments("decode", vae=vae, latent=latent, out=tmp_path / "auto.png"))
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("auto: eager (")
+    assert told[1] == "auto: streamed (memory ran out eagerly)"
+    run(*arguments("decode", vae=vae, latent=latent, out=tmp_path / "eager.png"), "--mode", "plain")
+    assert np.abs(pixels(tmp_path / "auto.png") - pixels(tmp_path / "eager.png")).max() <= 1
 
 
 def test_a_batch_becomes_numbered_images(tmp_path: Path, vae: Path) -> None:

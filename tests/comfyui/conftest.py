@@ -37,6 +37,7 @@ class Server(HostProcess):
         for name in ("input", "output", "temp", "user", *MODELS, "custom_nodes"):
             (folder / name).mkdir()
         (folder / "custom_nodes" / "comfyui_patchconv").symlink_to(PACK)
+        (folder / "custom_nodes" / "short_of_memory.py").symlink_to(Path(__file__).with_name("short_of_memory.py"))
         paths = {"base_path": str(folder), **{name: name for name in ("custom_nodes", *MODELS)}}
         (folder / "paths.yaml").write_text(json.dumps({"patchconv": paths}))  # JSON is YAML
         command = [python(), str(Path(__file__).with_name("launch.py")), str(checkout)]
@@ -129,6 +130,12 @@ class Server(HostProcess):
         assert listener.stdout is not None
         for line in listener.stdout:
             received.append(json.loads(line))
+
+    def set(self, **settings: Any) -> None:
+        """Settings of the front end, as it keeps them."""
+        folder = self.folder / "user" / "default"
+        folder.mkdir(exist_ok=True)
+        (folder / "comfy.settings.json").write_text(json.dumps(settings))
 
     def latent(self, name: str, size: int, seed: int = 0) -> str:
         """A random SD latent for an image of `size` pixels, where LoadLatent finds it; its name."""

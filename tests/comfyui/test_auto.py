@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import re
-import resource
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from .conftest import Graph, Server, read_image
 from .test_server import DEFAULTS, assert_same_image, decoding
@@ -39,22 +36,11 @@ def test_a_budget_that_eager_exceeds_has_it_streamed(server: Server, checkpoint:
     assert re.match(r"auto: streamed in \d+ strips \(eager needs .*, 512 MiB are allowed\)", way)
 
 
-def size_of(pid: int) -> int:
-    return int(re.search(r"VmSize:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) << 10  # type: ignore[index]
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's limits of a process's memory")
 def test_where_memory_runs_out_streaming_takes_over_without_tiles(server: Server, checkpoint: str) -> None:
     latent = server.latent("out", 640)
     images = server.run(decoding(checkpoint, latent, eager=True))
-    pid = server._process.pid
-    limit = size_of(pid) + (1000 << 20)  # eager takes 1.6 GB, streaming half of that
-    resource.prlimit(pid, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
-    try:
-        with server.messages() as messages:
-            streamed = server.run(decoding(checkpoint, server.latent("again", 640), patched=AUTO))
-    finally:
-        resource.prlimit(pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    with server.limited(1000 << 20), server.messages() as messages:  # eager takes 1.6 GB, streaming half of that
+        streamed = server.run(decoding(checkpoint, server.latent("again", 640), patched=AUTO))
     assert_same_image(images["eager"], streamed["patched"])
     assert "memory ran out eagerly" in report(messages)["words"]["way"]
     assert "tiled" not in server.log().rpartition("memory ran out eagerly")[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Optional
 
 import pytest
@@ -40,7 +41,13 @@ class Decoding:
             budget=budget, part="decoder.forward",
         )  # fmt: skip
         self.auto = AutoForward(
-            self.decode, self.switch, self.estimate, lambda _: self.free, budget, self.in_strips, self.note
+            self.decode,
+            partial(self.switch.set_to, True),
+            self.estimate.needs,
+            lambda _: self.free,
+            budget,
+            self.in_strips,
+            self.note,
         )
 
     def decode(self, z: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def test_nothing_asked_for(args: list[Any]) -> None:
         ({"vae": False}, "neither VAE nor U-Net is chosen, so nothing will be patched."),
         ({"splits": 1e9}, "splits is 1000000000.0: use at most 4096 strips."),
         ({"splits": None}, "splits is None: use a number of strips, or 0."),
-        ({"mode": "tile"}, "mode is 'tile': use 'patch' or 'stream'."),
+        ({"mode": "tile"}, "mode is 'tile': use 'auto', 'patch' or 'stream'."),
     ],
 )
 def test_wrong_arguments(named: dict[str, Any], message: str) -> None:
@@ -100,7 +100,9 @@ def test_a_mode_that_does_not_exist_is_ignored(mode: Any) -> None:
     comments: list[str] = []
     parameters = {"Patch Conv": mode, "Patch Conv splits": "3"}
     assert {from_infotext(name, parameters, comments.append) for name in NAMES} == {None}
-    assert comments == [f"Patch Conv in these parameters is ignored: mode is {mode!r}: use 'patch' or 'stream'."]
+    assert comments == [
+        f"Patch Conv in these parameters is ignored: mode is {mode!r}: use 'auto', 'patch' or 'stream'."
+    ]
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,12 @@ from conv_helpers import assert_same
 from torch import Tensor, nn
 
 from comfyui_patchconv.conv.forward import TiledForward
+from comfyui_patchconv.hosts.eager_needs import EagerNeeds
+from comfyui_patchconv.hosts.estimates import OF_FREE, needs_of
+from comfyui_patchconv.hosts.webui import stand_ins
 from comfyui_patchconv.hosts.webui.toggle import Settings, Toggle
 from comfyui_patchconv.memory import usage as memory
+from comfyui_patchconv.units import GIB
 
 from .vae import VAE, Half, Holder
 from .webui_state import Model, host_of, state_of_a_run
@@ -66,7 +70,7 @@ def test_the_result_is_the_same_on_and_nothing_is_left_off(vae: VAE, mode: str) 
     assert "without Patch Conv: " in toggle.report()
 
 
-def test_a_unet_runs_in_strips_in_either_mode(vae: VAE) -> None:
+def test_a_unet_runs_in_strips_in_any_mode(vae: VAE) -> None:
     unet = Half((4, 4))
     toggle = Toggle(Settings(mode="stream", vae=False, unet=True, splits=2, threshold=0.0))
     toggle.follow([vae], [unet])
@@ -79,7 +83,7 @@ def test_a_unet_runs_in_strips_in_either_mode(vae: VAE) -> None:
 
 
 def test_nothing_is_compared_that_ran_as_without_us(vae: VAE) -> None:
-    toggle = Toggle(Settings(threshold=16.0))
+    toggle = Toggle(Settings(mode="patch", threshold=16.0))
     toggle.follow([vae], [])
     vae.decode(torch.randn(1, 4, 24, 16))
     toggle.off()
@@ -100,7 +104,7 @@ def test_forges_convolutions_are_made_to_cast_and_left_as_they_were(vae: VAE) ->
             conv.__class__ = ForgeConv2d
     z, before = torch.randn(1, 4, 24, 16), methods(vae)
     decoded = vae.decode(z)
-    toggle = Toggle(Settings(splits=3, threshold=0.0))
+    toggle = Toggle(Settings(mode="patch", splits=3, threshold=0.0))
     toggle.follow([vae], [])
     assert_same(vae.decode(z), decoded, 1e-6)
     assert "VAE decoder in up to 3 strips" in toggle.report()
@@ -117,7 +121,7 @@ def test_forges_convolutions_are_made_to_cast_and_left_as_they_were(vae: VAE) ->
     assert torch.equal(forward(x), vae.decoder.conv_in(x))
 
 
-@pytest.mark.parametrize("settings", [Settings(splits=4), Settings(mode="stream")], ids=["patch", "stream"])
+@pytest.mark.parametrize("settings", [Settings("patch", splits=4), Settings("stream")], ids=["patch", "stream"])
 def test_the_host_hears_what_a_decode_takes(vae: VAE, settings: Settings) -> None:
     holder = Holder(vae)
     before, shape = dict(holder.__dict__), (2, 4, 256, 256)
@@ -177,7 +181,7 @@ def test_a_stand_in_of_another_extension_is_left_alone(vae: VAE) -> None:
     toggle.off()
     assert methods(vae) == before
     assert toggle.report() == "Patch Conv: VAE decoder left to another extension"
-    toggle = Toggle(Settings(splits=3, threshold=0.0))
+    toggle = Toggle(Settings(mode="patch", splits=3, threshold=0.0))
     toggle.follow([vae], [])
     assert_same(vae.decode(z), expected, 1e-6)
     toggle.off()
@@ -244,10 +248,85 @@ def test_the_host_hears_how_far_a_decode_is(vae: VAE) -> None:
     assert (state.textinfo, state.sampling_step, state.sampling_steps) == (None, 20, 20)
 
 
+def chosen(vae: VAE, z: Tensor, free: int, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> str:
+    """The report of a decode whose way is chosen where so many bytes are free. It gives the right values."""
+    expected, before = vae.decode(z), methods(vae)
+    monkeypatch.setattr(stand_ins, "free", lambda device: free)
+    toggle = Toggle(Settings(splits=64, threshold=0.0, **settings))
+    toggle.follow([vae], [])
+    assert_same(vae.decode(z), expected, 1e-6)
+    toggle.off()
+    assert methods(vae) == before
+    return toggle.report()
+
+
+@pytest.mark.parametrize("forge", [False, True])
+def test_a_decode_runs_as_it_fits(vae: VAE, forge: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for conv in [conv for conv in vae.modules() if forge and isinstance(conv, nn.Conv2d)]:
+        conv.__class__ = ForgeConv2d
+    z = torch.randn(2, 4, 96, 64)
+    maps = EagerNeeds(vae.decoder).of_call("forward", (z[:1],), {}, z.device)
+    eager, patch = (2 * size for size in needs_of(maps, 64, 0, "cpu", z.dtype))
+    assert chosen(vae, z, 1 << 40, monkeypatch).startswith("Patch Conv: VAE decoder auto: eager (eager needs ")
+    assert " auto: in up to 48 strips (" in chosen(vae, z, int(eager / OF_FREE) - 2, monkeypatch)
+    assert " auto: streamed (" in chosen(vae, z, int(patch / OF_FREE) - 2, monkeypatch)
+    assert " are allowed)" in chosen(vae, z, 1 << 40, monkeypatch, budget=patch / GIB / 2)
+
+
+def test_what_cannot_be_counted_is_streamed(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EagerNeeds, "of_call", lambda *args: 0)
+    report = chosen(vae, torch.randn(1, 4, 24, 16), 1 << 40, monkeypatch)
+    assert "auto: streamed (what eager needs is not known)" in report
+
+
+class Full:
+    """Stands in for `group_norm` where memory runs out, `times` times."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int = 1) -> None:
+        self.times, self._norm = times, nn.functional.group_norm
+        monkeypatch.setattr(nn.functional, "group_norm", self)
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.times and type(x) is Tensor:  # what is counted has no values
+            self.times -= 1
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return self._norm(x, *args, **kwargs)
+
+
+def test_streaming_takes_over_where_memory_runs_out(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    z = torch.randn(1, 4, 24, 16)
+    expected = vae.decode(z)
+    full = Full(monkeypatch)
+    toggle = Toggle(Settings())
+    toggle.follow([vae], [])
+    for _ in range(2):
+        assert_same(vae.decode(z), expected, 1e-6)
+    assert full.times == 0
+    assert "VAE decoder auto: streamed (memory ran out before)" in toggle.report()
+
+
+def test_whoever_only_wants_to_be_rescued_hears_of_nothing_else(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    z, before, holder = torch.randn(1, 4, 24, 16), methods(vae), Holder(vae)
+    expected, estimates = vae.decode(z), dict(holder.__dict__)
+    toggle = Toggle(Settings(), only_rescue=True)
+    toggle.follow([vae], [], [holder])
+    assert holder.__dict__ == estimates
+    assert torch.equal(vae.decode(z), expected)
+    assert toggle.report() == ""
+    Full(monkeypatch)
+    assert_same(vae.decode(z), expected, 1e-6)
+    assert toggle.report().startswith("Patch Conv: VAE decoder auto: streamed (memory ran out eagerly), peak ")
+    toggle.off()
+    assert methods(vae) == before
+    Full(monkeypatch)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        vae.decode(z)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"mode": "tile"}, "mode is 'tile': use 'patch' or 'stream'."),
+        ({"mode": "tile"}, "mode is 'tile': use 'auto', 'patch' or 'stream'."),
         ({"vae": 1}, "vae is 1: use True or False."),
         ({"splits": 1.5}, "splits is 1.5: use a number of strips, or 0."),
         ({"threshold": -1}, "threshold is -1: use a number of millions of elements, or 0."),

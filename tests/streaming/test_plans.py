@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
 from copy import deepcopy
@@ -458,3 +459,17 @@ class TestCopies:
         model = nn.Conv2d(2, 2, 1)
         with pytest.raises(RuntimeError, match="looks at values"):
             peak_activations(model, lambda copy, make: copy(make((1, 2, 8, 8))).sum().item(), device=CPU)
+
+
+@pytest.mark.parametrize(("budget", "way"), [(None, "eager"), (130, "eager"), (119, "eager"), (118, "streamed")])
+def test_a_budget_counts_what_the_allocator_keeps_of_eagers_maps(budget: Optional[int], way: str) -> None:
+    """Eager is much faster, and its maps fit each of these budgets, in MiB; with 24 MiB of slack not all."""
+    assert allocator_bytes("cpu") == 24 << 20
+    streamed, eager = Schedule(peak=90 << 20, seconds=10.0), Schedule(peak=95 << 20, seconds=1.0)
+    runner = Call(budget and budget << 20, {}, None, Tuning(), OrderedDict())
+    look: Any = dict(shape=(1, 1, 8, 8), strides=(64, 64, 8, 1), dtype=torch.float32, device=CPU, itemsize=4, dim=2)
+    root = Node(None, (), (), **look)
+    with patch.object(call, "choose", lambda *_: streamed), patch.object(call, "eager_schedule", lambda *_: eager):
+        chosen = runner._chosen([root], [], 0)
+    assert chosen.seconds == {"eager": 1.0, "streamed": 10.0}[way]
+    assert budget is None or chosen.peak <= budget << 20

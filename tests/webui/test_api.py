@@ -173,7 +173,7 @@ def test_arguments_mean_what_they_say(webui: WebUI) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([{"enabled": True, "mode": "tile"}], "mode is 'tile': use 'patch' or 'stream'."),
+        ([{"enabled": True, "mode": "tile"}], "mode is 'tile': use 'auto', 'patch' or 'stream'."),
         ([{"enabled": True, "tiles": 3}], "there is no argument 'tiles': use enabled, mode,"),
         ([{"enabled": True, "splits": 1e9}], "splits is 1000000000.0: use at most 4096 strips."),
         ([{"enabled": True, "vae": False}], "neither VAE nor U-Net is chosen, so nothing will be patched."),
@@ -190,7 +190,7 @@ def test_wrong_arguments(webui: WebUI, eager: Result, args: list[Any], message: 
 @pytest.mark.parametrize(
     ("words", "report", "comments"),
     [
-        ("Patch Conv: banana", "", ["is ignored: mode is 'banana': use 'patch' or 'stream'."]),
+        ("Patch Conv: banana", "", ["is ignored: mode is 'banana': use 'auto', 'patch' or 'stream'."]),
         (
             "Patch Conv: stream, Patch Conv splits: many, Patch Conv budget: -3",
             "Patch Conv: VAE decoder streamed",

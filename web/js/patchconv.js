@@ -3,6 +3,7 @@
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { followCharts } from "./dialog.js";
+import { followMode } from "./ignored.js";
 import { hide, show } from "./node_report.js";
 
 const EVENT = "patchconv.report";
@@ -95,6 +96,14 @@ app.registerExtension({
                 displayAll();
             },
         },
+        {
+            id: "PatchConv.InsteadOfTiles", // read by nodes/instead_of_tiles.py
+            category: ["Patch Conv", "Memory", "InsteadOfTiles"],
+            name: "Stream instead of tiling when a VAE runs out of memory",
+            tooltip: "A decode or encode that would go on in tiles begins anew, streamed: the same pixels, no seams.",
+            type: "boolean",
+            defaultValue: false,
+        },
     ],
     setup() {
         shows = app.extensionManager.setting.get(SETTING) ?? true;
@@ -108,5 +117,6 @@ app.registerExtension({
         api.addEventListener(EVENT, onReport);
         api.addEventListener("executed", onExecuted);
     },
+    nodeCreated: followMode,
     afterConfigureGraph: displayAll,
 });

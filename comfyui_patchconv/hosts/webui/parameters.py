@@ -14,7 +14,7 @@ NAMES = ("enabled", "mode", "vae", "unet", "splits", "threshold", "budget")
 DEFAULTS: dict[str, Any] = {"enabled": False, **{name: getattr(Settings, name) for name in NAMES[1:]}}
 _PARTS = {"vae": "VAE", "unet": "U-Net"}
 _NUMBERS = ("splits", "threshold", "budget")
-_HEEDED = {"patch": ("splits", "threshold"), "stream": ("budget",)}
+_HEEDED = {"auto": _NUMBERS, "patch": ("splits", "threshold"), "stream": ("budget",)}
 """The numbers that count for a VAE, by mode."""
 
 _SWITCHES = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}

@@ -17,17 +17,17 @@ _NUMBERS = {"splits": ("strips", 4096), "threshold": ("millions of elements", 10
 class Settings:
     """What a user chooses.
 
-    mode: `"patch"` for each large convolution of the VAE in strips, `"stream"` for the whole VAE in strips. The U-Net's
-        convolutions run in strips in either.
+    mode: `"patch"` for each large convolution of the VAE in strips, `"stream"` for the whole VAE in strips, `"auto"`
+        for whichever of these is needed at each decode, or neither. The U-Net's convolutions run in strips in any.
     vae, unet: what to patch.
-    splits: strips per convolution; 0 for automatic. For `"patch"`, and for the U-Net in either mode.
+    splits: strips per convolution; 0 for automatic. For `"patch"` and `"auto"`, and for the U-Net in any mode.
     threshold: millions of input elements from which a convolution runs in strips. As splits.
-    budget: GiB that `"stream"` stays within beside the weights; 0 for what is free.
+    budget: GiB that `"auto"` and `"stream"` stay within beside the weights; 0 for what is free.
 
     Raises ValueError for anything else.
     """
 
-    mode: str = "patch"
+    mode: str = "auto"
     vae: bool = True
     unet: bool = False
     splits: int = 0
@@ -46,7 +46,8 @@ class Settings:
 def check_mode(mode: object) -> None:
     """Raise ValueError, in a sentence, for what is no mode."""
     if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}: use {' or '.join(map(repr, MODES))}.")
+        *others, last = map(repr, MODES)
+        raise ValueError(f"mode is {mode!r}: use {', '.join(others)} or {last}.")
 
 
 def check_setting(name: str, value: object) -> None:

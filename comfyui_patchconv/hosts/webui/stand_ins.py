@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Optional, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from ...conv.patch import patched
 from ...memory.recorder import Recorder
-from ...memory.usage import free
+from ...memory.usage import free, total
 from ...streaming import OnProgress
 from ...units import GIB, MILLION
 from ..attributes import FORGE_CASTS
+from ..auto import AutoForward, OnChoice
 from ..eager_needs import EagerNeeds
-from ..estimates import Estimate, StreamEstimate, StripEstimate
-from ..figures import Figures
+from ..estimates import AutoEstimate, Estimate, Needs, StreamEstimate, StripEstimate, needs_of
+from ..figures import Figures, StripCount
+from ..halves import half_of
+from ..modes import Way
 from ..streamed import StreamedForward
+from ..streamed import Switch as Streaming
 from .host import Host
 from .settings import Settings
 from .stopping import Stopped, Stops
@@ -28,6 +34,7 @@ class Switch(Protocol):
     """What stand-ins belong to: while it is off they do nothing of their own."""
 
     settings: Settings
+    only_rescue: bool
     host: Optional[Host]
     stops: Stops
 
@@ -79,16 +86,21 @@ class CastingForward(StandIn):
 
 
 class Half(StandIn):
-    """Measures a decoder or encoder, and streams it if that was asked for. Live previews are not measured."""
+    """Measures a decoder or encoder, and streams it if that was asked for or is needed. Live previews are not measured.
 
-    def __init__(self, toggle: Switch, half: str, module: nn.Module, name: str, figures: Figures) -> None:
+    on_strip: called after each strip of a convolution, where it runs in strips because that is needed.
+    """
+
+    def __init__(
+        self, toggle: Switch, half: str, module: nn.Module, name: str, figures: Figures, on_strip: StripCount
+    ) -> None:
         super().__init__(toggle, module, name)
-        self.half, self.figures = half, figures
+        self.half, self.figures, self.on_strip = half, figures, on_strip
         self._device = torch.device("cpu")
-        self._streamed = self._streamed_with(self._on_progress)
-        self._previewed = self._streamed_with(lambda done, work: toggle.stops.check())
-        self._show: Optional[Callable[[float], None]] = None
         self._eager = EagerNeeds(module)
+        self._run = _Run(self, self._on_progress, self._chosen)
+        self._preview = _Run(self, lambda done, work: toggle.stops.check())
+        self._show: Optional[Callable[[float], None]] = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         maps = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
@@ -97,9 +109,9 @@ class Half(StandIn):
         self.toggle.stops.check()
         self._device = maps[0].device
         if self.toggle.stops.previewing:
-            return self._way(self._previewed)(*args, **kwargs)
+            return self._preview(*args, **kwargs)
         with self._shown(), self._measured():
-            result = self._way(self._streamed)(*args, **kwargs)
+            result = self._run(*args, **kwargs)
         if self.figures.streamed or self.figures.strips > 1:  # else it ran eagerly
             self.figures.eager = max(self.figures.eager, self._eager.of_call(self.name, args, kwargs, self._device))
         return result
@@ -109,13 +121,24 @@ class Half(StandIn):
         """Whether another extension has put something in the place of this."""
         return not isinstance(self.owner.__dict__.get(self.name), StandIn)
 
-    def _streamed_with(self, on_progress: OnProgress) -> StreamedForward:
-        budget = round(self.toggle.settings.budget * GIB)
-        return StreamedForward(self.original, budget, free, on_progress)
+    def needs(self, input: Tensor) -> Optional[Needs]:
+        """Tell what one sample of `input` `[N, …]` needs; None where that cannot be counted."""
+        if self.toggle.only_rescue:  # it is tried eagerly, whatever it needs
+            return Needs(0, 0)
+        maps = self._eager.of_call(self.name, (input[:1],), {}, input.device)
+        return needs_of(maps, *tiling_of(self.toggle.settings), input.device.type, input.dtype) if maps else None
 
-    def _way(self, streamed: StreamedForward) -> Callable[..., Any]:
-        streamed.start()
-        return self.original if self.toggle.settings.mode == "patch" else streamed
+    def in_strips(self, _: object) -> AbstractContextManager[Any]:
+        """Make a context in which this half's large convolutions run in strips, those with a kernel of 1 too."""
+        splits, threshold = tiling_of(self.toggle.settings)
+
+        def chosen(name: str, _: nn.Module) -> bool:
+            return self.name == "forward" or half_of(name) == self.half
+
+        return patched(self.owner, splits, threshold=threshold, on_strip=self.on_strip, predicate=chosen)
+
+    def _chosen(self, way: Way, why: str) -> None:
+        self.figures.streamed, self.figures.why = way == "stream", why
 
     @contextmanager
     def _shown(self) -> Iterator[None]:
@@ -139,6 +162,23 @@ class Half(StandIn):
         self.toggle.stops.check()
         if self._show is not None and work:
             self._show(min(done / work, 1.0))
+
+
+class _Run:
+    """Runs the method that a `Half` stands in for, as its mode asks. The rest: see `AutoForward`."""
+
+    def __init__(self, half: Half, on_progress: OnProgress, on_choice: Optional[OnChoice] = None) -> None:
+        settings = half.toggle.settings
+        budget, streaming = round(settings.budget * GIB), Streaming(settings.mode == "stream")
+        self._streamed = StreamedForward(half.original, budget, free, on_progress, switch=streaming)
+        self._run: Callable[..., Any] = self._streamed
+        if settings.mode == "auto":
+            on = partial(streaming.set_to, True)
+            self._run = AutoForward(self._streamed, on, half.needs, free, budget, half.in_strips, on_choice)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._streamed.start()
+        return self._run(*args, **kwargs)
 
 
 class Stoppable(StandIn):
@@ -181,16 +221,25 @@ class MemoryUsed(StandIn):
     def __init__(self, toggle: Switch, holder: Any, method: str) -> None:
         super().__init__(toggle, holder, f"memory_used_{method}")
         settings = toggle.settings
+        splits, threshold = tiling_of(settings)
+        strips: Any = {"splits": splits, "threshold": threshold}
+        budget = round(settings.budget * GIB)
         self._estimate: Estimate
         if settings.mode == "stream":
-            budget = round(settings.budget * GIB)
             self._estimate = StreamEstimate(holder, method, self.original, budget=budget)
+        elif settings.mode == "patch":
+            self._estimate = StripEstimate(holder, method, self.original, **strips)
         else:
-            splits, threshold = int(settings.splits), round(settings.threshold * MILLION)
-            self._estimate = StripEstimate(holder, method, self.original, splits=splits, threshold=threshold)
+            of_device = partial(total, torch.device(holder.device))
+            self._estimate = AutoEstimate(holder, method, self.original, total=of_device, budget=budget, **strips)
 
     def __call__(self, shape: Any, dtype: torch.dtype) -> float:
         return (self._estimate if self.toggle.on else self.original)(shape, dtype)
+
+
+def tiling_of(settings: Settings) -> tuple[int, int]:
+    """Strips and threshold of a `Tiling`."""
+    return int(settings.splits), round(settings.threshold * MILLION)
 
 
 def untouched(module: nn.Module, name: str) -> bool:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Optional
 
 from torch import nn
 
 from ...conv.patch import convert_model, convolutions, restore_model
 from ...conv.tiling import Convolution
-from ...units import MILLION
 from ..attributes import FORGE_CASTS
 from ..figures import Figures, StripCount
 from ..halves import HALVES, half_of, part_of
 from .host import Host, no_latents
 from .parameters import TITLE
 from .settings import Settings
-from .stand_ins import CastingForward, Half, MemoryUsed, Preview, StandIn, Stoppable, untouched
+from .stand_ins import CastingForward, Half, MemoryUsed, Preview, StandIn, Stoppable, tiling_of, untouched
 from .stopping import Stops
 
 _METHODS = dict(zip(HALVES, ("decode", "encode")))
@@ -37,11 +37,12 @@ class Toggle:
 
     Another extension's stand-in for a decoder or encoder is left alone, and goes on working.
 
-    host: shows how far a streamed decode or encode is, and is asked whether to stop one; None for neither.
+    host: shows how far a streamed decode or encode is, and is asked whether to stop one; None for neither. only_rescue:
+    decoders and encoders run as if nothing was there, until memory runs out; of `settings` their budget counts.
     """
 
-    def __init__(self, settings: Settings, host: Optional[Host] = None) -> None:
-        self.settings, self.host = settings, host
+    def __init__(self, settings: Settings, host: Optional[Host] = None, only_rescue: bool = False) -> None:
+        self.settings, self.host, self.only_rescue = settings, host, only_rescue
         self.stops = Stops(host.stop_asked if host is not None else lambda half: False)
         self._figures: dict[str, Figures] = {}
         self._followed: list[_Followed] = []
@@ -64,7 +65,8 @@ class Toggle:
         """
         wanted: list[tuple[Any, Callable[[_Followed], None]]] = []
         if self.settings.vae:
-            wanted += [*((vae, self._patch_vae) for vae in vaes), *((one, self._patch_estimates) for one in holders)]
+            wanted += [(vae, self._patch_vae) for vae in vaes]
+            wanted += [(holder, self._patch_estimates) for holder in holders if not self.only_rescue]
             wanted += [(model, self._patch_host) for model in models if self.host is not None]
         if self.settings.unet:
             wanted += [(unet, self._patch_unet) for unet in unets]
@@ -91,7 +93,10 @@ class Toggle:
         self.follow([], [])
 
     def report(self) -> str:
-        """Say what was done, in one line, with figures where they were measured."""
+        """Say what was done, in one line, with figures where they were measured; empty where nobody was rescued."""
+        if self.only_rescue:
+            lines = [figures.line() for figures in self._figures.values() if figures.streamed]
+            return f"{TITLE}: {'; '.join(lines)}" if lines else ""
         parts = [figures.line() for part, figures in self._figures.items() if figures.calls or part not in HALVES]
         parts += [self._left_line(half) for half in HALVES if half in self._left and not self._figures_of(half).calls]
         if any(figures.state == "stopped" for figures in self._figures.values()):
@@ -120,12 +125,16 @@ class Toggle:
         for half, method in _METHODS.items():
             if not any(half_of(name) == half for name, _ in convolutions(model, predicate=lambda *_: True)):
                 continue
+            of_half = partial(_is_of, half)
             if self.settings.mode == "patch":
-                self._patch_convolutions(followed, half, lambda name, _, half=half: half_of(name) == half)
+                self._patch_convolutions(followed, half, of_half)
+            elif self.settings.mode == "auto":
+                self._have_forge_cast(followed, of_half)
             owner, _, name = part_of(model, half, method).rpartition(".")
             module = model.get_submodule(owner)
             if untouched(module, name) or name != "forward":
-                followed.stand_ins.append(Half(self, half, module, name, self._figures_of(half)))
+                figures = self._figures_of(half)
+                followed.stand_ins.append(Half(self, half, module, name, figures, _Strips(figures, self.stops)))
             else:
                 self._left.add(half)
 
@@ -154,12 +163,19 @@ class Toggle:
 
     def _patch_convolutions(self, followed: _Followed, part: str, chosen: Callable[[str, Convolution], bool]) -> None:
         model, note = followed.model, _Strips(self._figures_of(part), self.stops)
-        splits, threshold = int(self.settings.splits), round(self.settings.threshold * MILLION)
+        splits, threshold = tiling_of(self.settings)
         convert_model(model, splits, threshold=threshold, predicate=chosen, on_strip=note)
         followed.converted = True
-        for _, module in convolutions(model, predicate=chosen):
+        self._have_forge_cast(followed, chosen)
+
+    def _have_forge_cast(self, followed: _Followed, chosen: Callable[[str, Convolution], bool]) -> None:
+        for _, module in convolutions(followed.model, predicate=chosen):
             if hasattr(module, FORGE_CASTS) and untouched(module, "forward"):
                 followed.stand_ins.append(CastingForward(self, module, "forward"))
+
+
+def _is_of(half: str, name: str, _: Convolution) -> bool:
+    return half_of(name) == half
 
 
 class _Strips(StripCount):

@@ -244,6 +244,10 @@ def lasting(like: Tensor, dim: int = -2) -> Tensor:
         shape = list(like.shape)
         shape[dim] += 1
         return like.new_empty(shape).narrow(dim, 0, like.shape[dim])
-    room = torch.frombuffer(mmap.mmap(-1, like.nbytes, flags=flags), dtype=like.dtype)
+    try:
+        mapped = mmap.mmap(-1, like.nbytes, flags=flags)
+    except OSError as error:
+        raise MemoryError(f"The system gives no {like.nbytes / 1e6:.0f} MB more ({error}).") from error
+    room = torch.frombuffer(mapped, dtype=like.dtype)
     strides = dense_strides(like.shape, like.stride())
     return room.view(like.shape) if strides is None else room.as_strided(like.shape, strides)

@@ -60,7 +60,7 @@ class Loop:
                     stored = self._stored.pop(node, None)
                     if stored is not None:
                         stored.free(node.rows)
-                if isinstance(step, Apply):
+                if isinstance(step, Apply) and step.node.device.type == "cpu":
                     self._memory.applied(step.work)
         for node, stored in self._stored.items():
             if isinstance(stored, Single):

@@ -1,0 +1,37 @@
+// Has inputs of Patch Conv (VAE) look inactive, and be so, while its mode ignores them.
+
+const NODE = "PatchConv_VAE";
+const IGNORED = { patch: ["budget"], stream: ["splits", "threshold"] };
+const NUMBERS = ["splits", "threshold", "budget"];
+
+/** Follow the mode of a new node, if it is one of ours. */
+export function followMode(node) {
+    const mode = modeOf(node);
+    if (!mode) return;
+    after(mode, "callback", () => mark(node, mode));
+    for (const change of ["onConfigure", "onConnectionsChange"]) after(node, change, () => mark(node, mode));
+    mark(node, mode);
+}
+
+/** Mark what the mode of a node ignores. A mode that comes over a link is not known: all count then. */
+function mark(node, mode) {
+    const linked = node.inputs?.some((input) => input.widget?.name === mode.name && input.link != null);
+    const ignored = (linked ? [] : IGNORED[mode.value]) ?? [];
+    for (const widget of node.widgets) if (NUMBERS.includes(widget.name)) widget.disabled = ignored.includes(widget.name);
+    node.setDirtyCanvas?.(true, true);
+}
+
+/** Do something after each call of a method, which others may have put there. */
+function after(object, name, act) {
+    const method = object[name];
+    object[name] = function (...args) {
+        const answer = method?.apply(this, args);
+        act();
+        return answer;
+    };
+}
+
+function modeOf(node) {
+    if ((node.comfyClass ?? node.type) !== NODE) return undefined;
+    return node.widgets?.find((widget) => widget.name === "mode");
+}
