@@ -42,6 +42,7 @@ BENCHMARKS = {
     ],
     "streaming_video": ["streaming_video.py"],
     "upscale": ["upscale.py"],
+    "architectures": ["architectures.py"],
     "overhead_planning": ["overhead.py", "planning"],
     "overhead_calls": ["overhead.py", "calls"],
     "overhead_convolution": ["overhead.py", "convolution"],
