@@ -50,6 +50,9 @@ def main(argv: list[str]) -> int:
         return code
     if job == "demo":
         return call([sys.executable, "-m", "comfyui_patchconv", "demo", *rest])
+    if not rest:  # all of them: one process a core, each of which computes on one
+        rest = ["-n", "auto"]
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Not `python -m pytest`: that puts this folder on the path, and the hosts have a module `nodes` too.
     return call([str(Path(sysconfig.get_path("scripts"), "pytest")), *rest], cwd=ROOT)
 

@@ -13,27 +13,20 @@ from ..files.vae import load_vae
 from ..memory.recorder import Recorder
 from .arguments import DTYPES
 from .failures import each
-from .options import add_mode, add_strips, add_trust, default_device, say, strips_of
-from .outputs import Outputs, add_out
+from .options import Choices, add_conversion, default_device, say, strips_of
+from .outputs import Outputs
 from .vae import check_channels, decode
 
 
 def add(commands: Any) -> None:
     """Add the command to `commands`, an argparse parser's subparsers."""
     parser = commands.add_parser("decode", help="latents to images", description=_run.__doc__)
-    parser.add_argument("--vae", type=Path, required=True, help="VAE or checkpoint, LDM or diffusers layout")
-    parser.add_argument(
+    add_conversion(
+        parser,
         "--latent",
-        type=Path,
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="ComfyUI's .latent, or safetensors files of one tensor; one that fails does not end the others",
+        "ComfyUI's .latent, or safetensors files of one tensor",
+        "PNG to write, numbered if a latent is a batch",
     )
-    add_out(parser, "PNG to write, numbered if a latent is a batch")
-    add_strips(parser)
-    add_mode(parser)
-    add_trust(parser)
     parser.set_defaults(run=_run)
 
 
@@ -51,9 +44,10 @@ def _run(args: argparse.Namespace) -> int:
         for name, sample in zip(outputs.of(path, len(latent)), latent):
             if name is None:
                 continue
+            choices = Choices()
             with Recorder(vae.device) as recorder:
-                image = decode(vae, sample[None], strips)[0]
+                image = decode(vae, sample[None], strips, choices)[0]
             save_image(name, image)
-            say(f"{name}: {image.shape[2]}x{image.shape[1]}", recorder)
+            say(f"{name}: {image.shape[2]}x{image.shape[1]}", recorder, choices)
 
     return each(args.latent, one)

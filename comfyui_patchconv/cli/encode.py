@@ -13,27 +13,15 @@ from ..files.vae import load_vae
 from ..memory.recorder import Recorder
 from .arguments import DTYPES
 from .failures import each
-from .options import add_mode, add_strips, add_trust, default_device, say, strips_of
-from .outputs import Outputs, add_out
+from .options import Choices, add_conversion, default_device, say, strips_of
+from .outputs import Outputs
 from .vae import encode, scale
 
 
 def add(commands: Any) -> None:
     """Add the command to `commands`, an argparse parser's subparsers."""
     parser = commands.add_parser("encode", help="images to latents", description=_run.__doc__)
-    parser.add_argument("--vae", type=Path, required=True, help="VAE or checkpoint, LDM or diffusers layout")
-    parser.add_argument(
-        "--image",
-        type=Path,
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="PNG, JPEG, WebP …; one that fails does not end the others",
-    )
-    add_out(parser, ".latent to write, which ComfyUI's LoadLatent reads")
-    add_strips(parser)
-    add_mode(parser)
-    add_trust(parser)
+    add_conversion(parser, "--image", "PNG, JPEG, WebP …", ".latent to write, which ComfyUI's LoadLatent reads")
     parser.set_defaults(run=_run)
 
 
@@ -50,11 +38,12 @@ def _run(args: argparse.Namespace) -> int:
         if name is None:
             return
         image = load_image(path, multiple=scale(vae))
+        choices = Choices()
         with Recorder(vae.device) as recorder:
-            latent = encode(vae, image, strips)
+            latent = encode(vae, image, strips, choices)
         if not latent.isfinite().all():
             raise ValueError(f"{name} is not written, the latent holds NaN or infinity: use float32 or bfloat16.")
         save_latent(name, latent)
-        say(f"{name}: {list(latent.shape)}", recorder)
+        say(f"{name}: {list(latent.shape)}", recorder, choices)
 
     return each(args.image, one)

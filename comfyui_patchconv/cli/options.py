@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 
 from ..conv.strip_sizes import DEFAULT_THRESHOLD
+from ..hosts.auto import WORDS
+from ..hosts.modes import Way
 from ..memory.recorder import Recorder
 from .arguments import DTYPES, device, natural, size
+from .outputs import add_out
 from .vae import CHOICES, MB, Strips
+
+
+def add_conversion(parser: argparse.ArgumentParser, given: str, what: str, out: str) -> None:
+    """Add the options of a command that decodes or encodes files.
+
+    given, what: the option that names them, and what they are. out: what is written.
+    """
+    parser.add_argument("--vae", type=Path, required=True, help="VAE or checkpoint, LDM or diffusers layout")
+    parser.add_argument(
+        given,
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help=f"{what}; one that fails does not end the others",
+    )
+    add_out(parser, out)
+    add_strips(parser)
+    add_mode(parser)
+    add_trust(parser)
 
 
 def add_strips(parser: argparse.ArgumentParser) -> None:
@@ -60,9 +84,22 @@ def strips_of(args: argparse.Namespace) -> Strips:
     return Strips(args.mode, args.splits, args.threshold, args.budget)
 
 
-def say(what: str, recorder: Recorder) -> None:
-    """Print what was made, and what that took."""
-    print(f"{what}, {recorder.seconds:.1f} s, peak {recorder.peak / MB:.0f} MB beyond the weights")
+class Choices:
+    """How one decode or encode ran, where that was chosen by itself; an `OnChoice`."""
+
+    def __init__(self) -> None:
+        self._ways: list[str] = []
+
+    def __call__(self, way: Way, why: str) -> None:
+        self._ways.append(f"{WORDS[way]} ({why})")
+
+    def __str__(self) -> str:
+        return f"; auto: {', then '.join(self._ways)}" if self._ways else ""
+
+
+def say(what: str, recorder: Recorder, choices: Choices) -> None:
+    """Print what was made, what that took, and how it ran."""
+    print(f"{what}, {recorder.seconds:.1f} s, peak {recorder.peak / MB:.0f} MB beyond the weights{choices}")
 
 
 def default_device() -> torch.device:

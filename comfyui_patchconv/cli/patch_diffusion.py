@@ -296,7 +296,7 @@ def _train(args: argparse.Namespace) -> None:
 
     changes = _changes(args)
     size = changes.get("image_size", NAMES[args.config].image_size)
-    images = ImageFolder(args.data_dir, (size, size), labelled=args.class_cond)
+    images = ImageFolder(args.data_dir, (size, size), labelled=args.class_cond, written=args.out)
     config = replace(NAMES[args.config], **{"classes": len(images.classes), **changes})
     if bool(config.classes) != args.class_cond or config.classes < len(images.classes):
         raise ValueError(

@@ -15,10 +15,10 @@ from ..conv.patch import patched
 from ..conv.strip_sizes import DEFAULT_THRESHOLD
 from ..conv.tiling import OnStrip
 from ..files.packing import SIDE, packing_of
-from ..hosts.auto import WORDS, AutoForward
+from ..hosts.auto import AutoForward, OnChoice
 from ..hosts.eager_needs import EagerNeeds
 from ..hosts.estimates import OF_FREE, Needs, needs_of
-from ..hosts.modes import MODES, Way
+from ..hosts.modes import MODES
 from ..memory.usage import free
 from ..streaming import stream
 
@@ -46,18 +46,25 @@ class Strips:
     budget: Optional[int] = None
 
 
-def decode(vae: AutoencoderKL, latent: Tensor, strips: Strips = Strips()) -> Tensor:
-    """The images `[B, 3, H, W]` of `latent` `[B, C, h, w]`, on the VAE's device."""
+def decode(
+    vae: AutoencoderKL, latent: Tensor, strips: Strips = Strips(), on_choice: Optional[OnChoice] = None
+) -> Tensor:
+    """The images `[B, 3, H, W]` of `latent` `[B, C, h, w]`, on the VAE's device. on_choice: see `OnChoice`."""
     packing, latent = packing_of(vae), latent.to(vae.device)
     if packing is not None:
         latent = packing.unpack(latent)
-    return _call(vae, "decode", vae.decoder, latent.to(vae.dtype), strips)[0]
+    return _call(vae, "decode", vae.decoder, latent.to(vae.dtype), strips, on_choice)[0]
 
 
-def encode(vae: AutoencoderKL, image: Tensor, strips: Strips = Strips()) -> Tensor:
-    """The latent `[B, C, h, w]` of `image` `[B, 3, H, W]`: the mean of its distribution, as ComfyUI has it."""
+def encode(
+    vae: AutoencoderKL, image: Tensor, strips: Strips = Strips(), on_choice: Optional[OnChoice] = None
+) -> Tensor:
+    """The latent `[B, C, h, w]` of `image` `[B, 3, H, W]`: the mean of its distribution, as ComfyUI has it.
+
+    on_choice: see `OnChoice`.
+    """
     packing = packing_of(vae)
-    latent = _call(vae, "encode", vae.encoder, image.to(vae.device, vae.dtype), strips)[0].mode()
+    latent = _call(vae, "encode", vae.encoder, image.to(vae.device, vae.dtype), strips, on_choice)[0].mode()
     return latent if packing is None else packing.pack(latent)
 
 
@@ -82,19 +89,21 @@ def check_channels(vae: AutoencoderKL, latent: Tensor, path: Optional[Path] = No
         )
 
 
-def _call(vae: AutoencoderKL, name: str, part: nn.Module, input: Tensor, strips: Strips) -> Any:
+def _call(
+    vae: AutoencoderKL, name: str, part: nn.Module, input: Tensor, strips: Strips, on_choice: Optional[OnChoice]
+) -> Any:
     """What `vae`'s method `name` returns for `input`; most of it is done by `part`, a decoder or encoder."""
     run: Any = getattr(vae, name)
     working: AbstractContextManager[Any] = nullcontext()
     if strips.mode == "auto":
-        run = _auto(vae, name, part, input, strips)
+        run = _auto(vae, name, part, strips, on_choice)
     elif strips.mode != EAGER:
         working = _streamed(part, strips.budget) if strips.mode == "stream" else _in_strips(part, strips)
     with working, _line_cleared():
         return run(input, return_dict=False)
 
 
-def _auto(vae: AutoencoderKL, name: str, part: nn.Module, input: Tensor, strips: Strips) -> AutoForward:
+def _auto(vae: AutoencoderKL, name: str, part: nn.Module, strips: Strips, on_choice: Optional[OnChoice]) -> AutoForward:
     """The method `name` of `vae`, run as it fits."""
 
     def needs(input: Tensor) -> Optional[Needs]:
@@ -102,15 +111,11 @@ def _auto(vae: AutoencoderKL, name: str, part: nn.Module, input: Tensor, strips:
         return needs_of(maps, strips.splits, strips.threshold, input.device.type, input.dtype) if maps else None
 
     def streaming() -> AbstractContextManager[Any]:
-        return _streamed(part, strips.budget or int(OF_FREE * free(input.device)) or 1)
+        return _streamed(part, strips.budget or int(OF_FREE * free(vae.device)) or 1)
 
     return AutoForward(
-        getattr(vae, name), streaming, needs, free, strips.budget or 0, lambda _: _in_strips(part, strips), _say
+        getattr(vae, name), streaming, needs, free, strips.budget or 0, lambda _: _in_strips(part, strips), on_choice
     )
-
-
-def _say(way: Way, why: str) -> None:
-    print(f"auto: {WORDS[way]} ({why})")
 
 
 def _streamed(part: nn.Module, budget: Optional[int]) -> AbstractContextManager[Any]:

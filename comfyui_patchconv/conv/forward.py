@@ -9,6 +9,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import _get_current_function_mode_stack
 
 from ..memory.allocator import keep_freed_blocks, release
 from ..memory.errors import is_out_of_memory
@@ -49,7 +50,12 @@ class TiledForward:
         return self.call(input, args, kwargs).run(input, weight, bias)
 
     def _is_none_of_ours(self, input: Tensor) -> bool:
-        """Whether a call runs whole, without more ado: a small input, one that is streamed, or one that is traced."""
+        """Whether a call runs whole, without more ado: a small input, one that is streamed, or one that is traced; and
+        where a mode is at work that does what we do, and has to see whole maps for it."""
+        if torch._C._len_torch_function_stack() and any(
+            getattr(mode, "takes_whole_maps", False) for mode in _get_current_function_mode_stack()
+        ):
+            return True
         if type(self).call is not TiledForward.call:
             return False  # it computes something else than the module's own forward
         if is_traced(input) or getattr(input, "is_deferred", False):

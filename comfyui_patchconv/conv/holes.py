@@ -66,6 +66,9 @@ def with_holes(
 class Holes(TorchFunctionMode):
     """The mode in which `with_holes` runs a network; knows the mask of each height and width that has come up."""
 
+    takes_whole_maps = True
+    """Another thread may patch the network meanwhile: a strip of a map is none whose mask is known."""
+
     def __init__(self, valid: Tensor, tiling: Tiling) -> None:
         super().__init__()
         self.tiling = tiling

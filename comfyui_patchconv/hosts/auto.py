@@ -25,7 +25,7 @@ OnChoice = Callable[[Way, str], None]
 
 
 class Choice(NamedTuple):
-    """way: how a call runs. why: what speaks for it, in a few words."""
+    """way: how a call runs. why: what speaks for it, in a few words; empty where nobody is to hear of it."""
 
     way: Way
     why: str
@@ -38,7 +38,8 @@ class AutoForward(StandIn):
     on.
 
     forward: the method. streaming: makes a context in which it is streamed. needs: tells what one sample of an input
-    `[N, …]` needs eagerly and in strips; None where that is not known. free: asked for the bytes that are free on a
+    `[N, …]` needs eagerly and in strips; None where that is not known, and nothing at all where eager is to be tried
+    without a word. free: asked for the bytes that are free on a
     device. budget: bytes to stay within; 0 for the most of what is free. in_strips: makes a context in which large
     convolutions of a model run in strips. on_choice: see `OnChoice`.
     """
@@ -57,7 +58,8 @@ class AutoForward(StandIn):
             return self.forward(*args, **kwargs)
         input = args[0]
         way, why = self.choose(input)
-        self._tell(way, why)
+        if why:
+            self._tell(way, why)
         if way != "stream":
             try:
                 with self.in_strips(_owner(self.forward)) if way == "patch" else nullcontext():
@@ -76,11 +78,13 @@ class AutoForward(StandIn):
         """Say how a call with `input` `[N, …]` is to run now."""
         if (tuple(input.shape), input.dtype) in self._exceeded:
             return Choice("stream", "memory ran out before")
-        samples, free = input.shape[0], self.free(input.device)
-        limit = self.budget or int(OF_FREE * free)
         needs = self.needs(input)
         if needs is None:
             return Choice("stream", "what eager needs is not known")
+        if not needs.eager:
+            return Choice("eager", "")
+        samples, free = input.shape[0], self.free(input.device)
+        limit = self.budget or int(OF_FREE * free)
         room = f"{size_of(self.budget)} are allowed" if self.budget else f"{size_of(free)} are free"
         why = f"eager needs {size_of(samples * needs.eager)}, {room}"
         if samples * needs.eager <= limit:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
+from ..files.words import listed, short
+
 
 def parsed(text: str) -> dict[str, Any]:
     """The JSON object that `text` is. Raises ValueError for anything else."""
@@ -27,13 +29,13 @@ def checked(kind: Any, given: dict[str, Any], section: str = "") -> dict[str, An
     known: dict[str, Field[Any]] = {each.name: each for each in fields(kind)}
     for name in given:
         if name not in known:
-            raise ValueError(f"{section}{name} is not known: known are {', '.join(known)}.")
+            raise ValueError(f"{section}{short(name)} is not known: known are {listed(known)}.")
     for name, each in known.items():
         words, fits = _KINDS.get(str(each.type), ("an object", lambda value: isinstance(value, dict)))
         if name not in given and each.default is MISSING and each.default_factory is MISSING:
             raise ValueError(f"{section}{name} is missing: give {words}.")
         if name in given and not fits(given[name]):
-            raise ValueError(f"{section}{name} is {given[name]!r}: use {words}.")
+            raise ValueError(f"{section}{name} is {short(repr(given[name]))}: use {words}.")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 

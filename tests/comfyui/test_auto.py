@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import numpy as np
+import pytest
 
 from .conftest import Graph, Server, read_image
 from .test_server import DEFAULTS, assert_same_image, decoding
@@ -36,11 +37,16 @@ def test_a_budget_that_eager_exceeds_has_it_streamed(server: Server, checkpoint:
     assert re.match(r"auto: streamed in \d+ strips \(eager needs .*, 512 MiB are allowed\)", way)
 
 
-def test_where_memory_runs_out_streaming_takes_over_without_tiles(server: Server, checkpoint: str) -> None:
-    latent = server.latent("out", 640)
-    images = server.run(decoding(checkpoint, latent, eager=True))
-    with server.limited(1000 << 20), server.messages() as messages:  # eager takes 1.6 GB, streaming half of that
-        streamed = server.run(decoding(checkpoint, server.latent("again", 640), patched=AUTO))
+@pytest.mark.parametrize(("size", "more"), [(640, 1000), pytest.param(1024, 2000, marks=pytest.mark.slow)])
+def test_where_memory_runs_out_streaming_takes_over_without_tiles(
+    server: Server, checkpoint: str, size: int, more: int
+) -> None:
+    """Eager takes 1.6 GB for 640² and 4 GB for 1024², streaming half of that or less."""
+    images = server.run(decoding(checkpoint, server.latent(f"whole {size}", size), eager=True))
+    with server.limited(more << 20), server.messages() as messages:
+        alone = server.error(decoding(checkpoint, server.latent(f"alone {size}", size), eager=True))
+        streamed = server.run(decoding(checkpoint, server.latent(f"again {size}", size), patched=AUTO))
+    assert "memory" in alone
     assert_same_image(images["eager"], streamed["patched"])
     assert "memory ran out eagerly" in report(messages)["words"]["way"]
     assert "tiled" not in server.log().rpartition("memory ran out eagerly")[2]

@@ -13,7 +13,7 @@ from model_zoo import CASES, draw_weights, encode, image, kl, tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comfyui_patchconv import Tiling, convert_model
+from comfyui_patchconv import Tiling, convert_model, patched
 from comfyui_patchconv.conv.holes import with_holes
 
 ENCODERS = {name.removesuffix(" encode"): case for name, case in CASES.items() if name.endswith("encode")}
@@ -213,6 +213,34 @@ def test_calls_of_other_threads_meanwhile_see_all_and_leave_nothing() -> None:
     assert "forward" not in model.__dict__
     for result, wanted in zip(found, expected, strict=True):
         assert torch.equal(result, wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", ["plain", "partial"])
+def test_another_thread_may_patch_the_network_meanwhile(padding: str) -> None:
+    torch.manual_seed(0)
+    model, pixels, mask = draw_weights(kl(4)), image(3, 36, 32), torch.ones(36, 32)
+    mask[10:20, 4:30] = 0
+    expected = with_holes(model, lambda x: encode(model, x), pixels, mask)
+
+    def run(held: Tensor) -> Tensor:
+        entered, left = threading.Event(), threading.Event()
+
+        def patching() -> None:
+            with patched(model, 3, threshold=0, padding=padding):
+                entered.set()
+                assert left.wait(60)
+
+        other = threading.Thread(target=patching)
+        other.start()
+        assert entered.wait(60)
+        result = encode(model, held)
+        left.set()
+        other.join()
+        return result
+
+    assert torch.equal(with_holes(model, run, pixels, mask), expected)
+    assert all("_conv_forward" not in module.__dict__ for module in model.modules())
 
 
 def test_an_error_leaves_the_model_as_it_was() -> None:

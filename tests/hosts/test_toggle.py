@@ -305,7 +305,10 @@ def test_streaming_takes_over_where_memory_runs_out(vae: VAE, monkeypatch: pytes
     assert "VAE decoder auto: streamed (memory ran out before)" in toggle.report()
 
 
-def test_whoever_only_wants_to_be_rescued_hears_of_nothing_else(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whoever_only_wants_to_be_rescued_hears_of_nothing_else(
+    vae: VAE, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     z, before, holder = torch.randn(1, 4, 24, 16), methods(vae), Holder(vae)
     expected, estimates = vae.decode(z), dict(holder.__dict__)
     toggle = Toggle(Settings(), only_rescue=True)
@@ -313,6 +316,7 @@ def test_whoever_only_wants_to_be_rescued_hears_of_nothing_else(vae: VAE, monkey
     assert holder.__dict__ == estimates
     assert torch.equal(vae.decode(z), expected)
     assert toggle.report() == ""
+    assert "auto" not in caplog.text
     Full(monkeypatch)
     assert_same(vae.decode(z), expected, 1e-6)
     assert toggle.report().startswith("Patch Conv: VAE decoder auto: streamed (memory ran out eagerly), peak ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import pickle
@@ -261,6 +262,14 @@ def test_configurations_come_back_from_text() -> None:
 def test_text_that_is_no_configuration_is_refused(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         Config.from_json(text)
+
+
+@pytest.mark.parametrize("text", [json.dumps({"a" * 10_000: 1}), json.dumps({"image_size": "x\n" * 10_000})])
+def test_whatever_a_text_says_it_is_refused_in_one_sentence(text: str) -> None:
+    with pytest.raises(ValueError) as error:
+        Config.from_json(text)
+    assert len(str(error.value)) <= 300
+    assert "\n" not in str(error.value)
 
 
 def test_labels_have_to_fit_the_model() -> None:

@@ -69,6 +69,14 @@ def test_the_middle_is_taken_and_mirrored(tmp_path: Path) -> None:
     assert torch.equal(mirrored, image.flip(-1))
 
 
+@pytest.mark.parametrize("place", ["images", "images/out", "images/../images/a/b"])
+def test_a_training_does_not_write_among_its_images(tmp_path: Path, place: str) -> None:
+    folder = write_images(tmp_path / "images")
+    with pytest.raises(ValueError, match="be trained on: choose a folder outside"):
+        ImageFolder(folder, (8, 8), written=tmp_path / place)
+    assert len(ImageFolder(folder, (8, 8), written=tmp_path / "images of the training"))
+
+
 def test_classes_are_the_first_folders(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images")
     found = ImageFolder(folder, (8, 8), labelled=True)

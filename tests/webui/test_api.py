@@ -71,6 +71,32 @@ def test_reports_what_was_done(webui: WebUI) -> None:
     assert "VAE decoder in up to 3 strips" in webui.run(patch_conv=PATCH).log
 
 
+def test_auto_runs_as_it_fits_and_says_why(webui: WebUI, eager: Result) -> None:
+    free = webui.run(patch_conv={"mode": "auto"})
+    assert np.array_equal(free.images[0], eager.images[0])
+    assert re.search(r"VAE decoder auto: eager \(eager needs [\d.]+ .iB, [\d.]+ .iB are free\)", free.report)
+    tight = webui.run(patch_conv={"mode": "auto", "budget": 0.001})
+    check_same(tight, eager)
+    assert re.search(r"VAE decoder auto: streamed \(eager needs [\d.]+ .iB, 1 MiB are allowed\)", tight.report)
+    assert "Patch Conv: auto" in tight.infotext
+
+
+def test_a_decode_that_runs_out_of_memory_is_streamed_where_that_is_set(webui: WebUI) -> None:
+    large = {"width": 512, "height": 512, "steps": 1}
+    eager = webui.run(**large)
+    assert eager.report == ""
+    webui.get("/sdapi/v1/options", {"patch_conv_instead_of_tiles": True})
+    try:
+        assert np.array_equal(webui.run(**large).images[0], eager.images[0])
+        with webui.limited(700 << 20):  # eager takes 1 GB, streaming less than half of that
+            rescued = webui.run(**large)
+    finally:
+        webui.get("/sdapi/v1/options", {"patch_conv_instead_of_tiles": False})
+    check_same(rescued, eager)
+    assert re.match(r"Patch Conv: VAE decoder auto: streamed \(memory ran out eagerly\), peak ", rescued.report)
+    assert "Patch Conv" not in rescued.infotext
+
+
 @MODES
 def test_the_host_makes_room_for_what_it_takes(webui: WebUI, settings: dict[str, Any]) -> None:
     if webui.host is A1111:

@@ -23,7 +23,7 @@ def test_new_defaults_outlast_a_restart(checkout: Path, checkpoint: str, tmp_pat
         remembered = json.loads((tmp_path / "ui-config.json").read_text())
         path = "customscript/patch_conv.py"
         assert remembered[f"{path}/txt2img/Mode/value"] == "stream"
-        assert remembered[f"{path}/img2img/Mode/value"] == "patch"
+        assert remembered[f"{path}/img2img/Mode/value"] == "auto"
         webui.stop()
         webui.start()
         with page_of(webui.address, 1280, 1400) as page:
@@ -46,5 +46,5 @@ def test_on_from_the_start_is_seen(checkout: Path, checkpoint: str, tmp_path: Pa
             page.wait_for_selector("#txt2img_generate")
             assert enabled(page).is_checked()
             assert page.locator(f"{ACCORDION} > .label-wrap.open").count() == 1
-            mode(page, "patch").wait_for()
+            mode(page, "auto").wait_for()
             page.locator(ACCORDION).screenshot(path=tmp_path / "on.png")

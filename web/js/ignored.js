@@ -9,7 +9,7 @@ export function followMode(node) {
     const mode = modeOf(node);
     if (!mode) return;
     after(mode, "callback", () => mark(node, mode));
-    for (const change of ["onConfigure", "onConnectionsChange"]) after(node, change, () => mark(node, mode));
+    for (const change of ["onAdded", "onConfigure", "onConnectionsChange"]) after(node, change, () => mark(node, mode));
     mark(node, mode);
 }
 

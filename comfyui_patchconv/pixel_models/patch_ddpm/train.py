@@ -45,7 +45,8 @@ def train(config: Config, restart: Optional[int] = None, trust: bool = False) ->
         raise ValueError("the configuration has no trainer: add one, with train_dataset_dir and log_dir.")
     folder = Path(trainer.log_dir) / "checkpoints"
     start = _start(folder, restart)
-    images = ImageFolder(trainer.train_dataset_dir, config.model.image_sides, config.model.channels)
+    sides, log_dir = config.model.image_sides, Path(trainer.log_dir)
+    images = ImageFolder(trainer.train_dataset_dir, sides, config.model.channels, written=log_dir)
     accelerator = _begin(trainer, config)
     accelerator.print(f"{len(images)} images")
     torch.manual_seed(trainer.seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -31,14 +32,23 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         white, unless there are four channels.
     size: height and width, pixels. channels: 1, 3 or 4.
     labelled: a class is a folder directly inside `folder`; `classes` holds their names, sorted. Otherwise all are 0.
+    written: the folder that a training writes its own pictures to, if there is one.
 
-    Raises ValueError for a folder without images, for an image outside the classes' folders, and, when it is its turn,
-    for a file that is no image.
+    Raises ValueError for a folder without images, for an image outside the classes' folders, where `written` lies in
+    `folder`, and, when it is its turn, for a file that is no image.
     """
 
-    def __init__(self, folder: str | Path, size: tuple[int, int], channels: int = 3, labelled: bool = False) -> None:
+    def __init__(
+        self, folder: str | Path, size: tuple[int, int], channels: int = 3, labelled: bool = False,
+        written: Optional[Path] = None,
+    ) -> None:  # fmt: skip
         self.size, self.mode = size, _MODES[channels]
         folder = Path(folder)
+        if written is not None and written.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"what the training makes would lie in {written}, among the images of {folder}, and be trained on: "
+                "choose a folder outside."
+            )
         self.paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
         if not self.paths:
             raise ValueError(f"{folder} holds no image: give a folder with {', '.join(sorted(_SUFFIXES))} files.")
