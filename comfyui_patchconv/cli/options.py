@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Union
 from pathlib import Path
 
 import torch
@@ -97,8 +98,8 @@ class Choices:
         return f"; auto: {', then '.join(self._ways)}" if self._ways else ""
 
 
-def say(what: str, recorder: Recorder, choices: Choices) -> None:
-    """Print what was made, what that took, and how it ran."""
+def say(what: str, recorder: Recorder, choices: Union[Choices, str] = "") -> None:
+    """Print what was made, what that took, and how it ran, if that was chosen."""
     print(f"{what}, {recorder.seconds:.1f} s, peak {recorder.peak / MB:.0f} MB beyond the weights{choices}")
 
 
