@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import Union
 from pathlib import Path
+from typing import Union
 
 import torch
 
