@@ -41,6 +41,8 @@ BENCHMARKS = {
         *("streaming.py", "--name", "streaming_4096", "--sizes", "4096", "--methods", "bounded", "--rounds", "1"),
     ],
     "streaming_video": ["streaming_video.py"],
+    "upscale": ["upscale.py"],
+    "architectures": ["architectures.py"],
     "overhead_planning": ["overhead.py", "planning"],
     "overhead_calls": ["overhead.py", "calls"],
     "overhead_convolution": ["overhead.py", "convolution"],

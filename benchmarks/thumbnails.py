@@ -109,8 +109,20 @@ def save_latent_decode_later() -> Image.Image:
     return image
 
 
+def upscale_image() -> Image.Image:
+    """A small picture, coarse, and the same one large and fine, in strips."""
+    image, draw = canvas()
+    small, size, y = 112 * SMOOTH, 400 * SMOOTH, HEIGHT * SMOOTH // 2
+    coarse = landscape(28).resize((small, small), Image.Resampling.NEAREST)
+    image.paste(coarse, (48 * SMOOTH, y - small // 2))
+    arrow(draw, 186 * SMOOTH, 272 * SMOOTH, y)
+    gap = 12 * SMOOTH
+    strips(image, landscape(size), (310 * SMOOTH, y - (size + 7 * gap) // 2), 3, 8, gap)
+    return image
+
+
 def main() -> None:
-    for draw in (decode_large, stream_budget, save_latent_decode_later):
+    for draw in (decode_large, stream_budget, save_latent_decode_later, upscale_image):
         draw().resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(FOLDER / f"{draw.__name__}.jpg", quality=90)
 
 

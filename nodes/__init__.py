@@ -10,6 +10,7 @@ from .patch_conv import PatchConvModel, PatchConvVAE
 from .patch_ddpm import PatchDDPMLoader, PatchDDPMSampler
 from .patch_diffusion import PatchDiffusionLoader, PatchDiffusionSampler
 from .report import PatchConvReport
+from .upscale import UpscaleImage
 
 
 class PatchConvExtension(ComfyExtension):
@@ -18,6 +19,7 @@ class PatchConvExtension(ComfyExtension):
             PatchConvVAE,
             PatchConvModel,
             PatchConvReport,
+            UpscaleImage,
             VAEEncodePartialConv,
             FillMaskedArea,
             PatchDiffusionLoader,

@@ -33,6 +33,10 @@ FILL_CATEGORY: str = host_nodes.ImagePadForOutpaint.CATEGORY
 """Where the host lists Pad Image for Outpainting."""
 
 
+UPSCALE_CATEGORY: str = host_nodes.ImageScale.CATEGORY
+"""Where the host lists Upscale Image, and Upscale Image (using Model)."""
+
+
 def schema(**options: Any) -> Any:
     """Make an `io.Schema`, less the options that this ComfyUI does not know yet (`search_aliases`)."""
     known = {field.name for field in fields(io.Schema)}

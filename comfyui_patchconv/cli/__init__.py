@@ -1,4 +1,4 @@
-"""`patchconv demo | decode | encode | patch-diffusion | patch-ddpm`: the package without a host."""
+"""`patchconv demo | decode | encode | upscale | patch-diffusion | patch-ddpm`: the package without a host."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NoReturn, Optional
 
 import torch
 
-from . import decode, demo, encode, patch_ddpm, patch_diffusion
+from . import decode, demo, encode, patch_ddpm, patch_diffusion, upscale
 from .empty_cache import no_empty_cache
 from .failures import WRONG_INPUT, failure, tell
 
@@ -37,8 +37,10 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = _Parser(prog="patchconv", description="Convolutions in strips: the same pixels in less memory.")
     top.set_defaults(job="")
-    commands = top.add_subparsers(required=True, metavar="demo | decode | encode | patch-diffusion | patch-ddpm")
-    for command in (decode, encode, demo, patch_diffusion, patch_ddpm):
+    commands = top.add_subparsers(
+        required=True, metavar="demo | decode | encode | upscale | patch-diffusion | patch-ddpm"
+    )
+    for command in (decode, encode, upscale, demo, patch_diffusion, patch_ddpm):
         command.add(commands)
     return top
 

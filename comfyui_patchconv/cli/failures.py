@@ -16,10 +16,11 @@ _EXTRAS = {
     **dict.fromkeys(("diffusers", "numpy", "PIL"), "demo"),
     **dict.fromkeys(("accelerate", "tqdm"), "train"),
     "h5py": "keras",
+    **dict.fromkeys(("spandrel", "torchvision", "pyvips"), "upscale"),
 }
 """Which extra brings what may not be installed."""
 
-_LESS_MEMORY = "try --mode stream with a --budget, --dtype bfloat16, or --device cpu."
+_LESS_MEMORY = "try a smaller --budget (with --mode stream), --dtype bfloat16, or --device cpu."
 
 
 def failure(error: BaseException) -> Optional[tuple[str, int]]:

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 Graph = dict[str, Any]
 PACK = Path(__file__).parents[2]
-MODELS = ("loras", "patch_diffusion", "patch_ddpm")
+MODELS = ("loras", "patch_diffusion", "patch_ddpm", "upscale_models")
 """Folders of models that a test can put files into, beside the host's own."""
 
 

@@ -11,6 +11,8 @@ holes: per VAE family, encoding an image with a hole: whether the latent depends
     difference of strips to whole, of the output's range.
 video METHOD WAY FILE: of a decode or an encode, eager or streamed, of nine frames by a VAE that has them in chunks: the
     estimate in bytes, the peak measured, how the progress bar moved; what came of it goes to the file.
+upscaled: of an upscale model in half precision: the largest difference to single, the types computed in, and whether
+    the loaded model is as it was.
 memory CHECKPOINT SIZE: bytes for a decode: the host's estimate, ours, and the peaks measured.
 """
 
@@ -343,11 +345,33 @@ def video(pack: str, method: str, way: str, file: str) -> dict[str, Any]:
     return {"estimate": estimate, "measured": recorded.peak, "moves": moves}
 
 
+@torch.inference_mode()
+def upscaled(pack: str) -> dict[str, Any]:
+    sys.path.append(str(Path(__file__).parents[1]))
+    weights = importlib.import_module("upscale_weights").esrgan()
+    spandrel = importlib.import_module("spandrel")
+    management = importlib.import_module("comfy.model_management")
+    upscale = importlib.import_module(f"{pack}.nodes.upscale").UpscaleImage
+    model = spandrel.ModelLoader().load_from_state_dict(weights).eval()
+    before = {name: weight.clone() for name, weight in model.model.state_dict().items()}
+    types: list[str] = []
+    model._call_fn = lambda network, image: (types.append(str(image.dtype)), network(image))[1]
+    image = torch.rand(2, 24, 20, 3, generator=torch.Generator().manual_seed(0))
+    results = []
+    for half in (False, True):
+        management.should_use_bf16 = lambda *_, half=half, **__: half
+        results.append(upscale.execute(model, image).args[0])
+    kept = all(torch.equal(weight, before[name]) for name, weight in model.model.state_dict().items())
+    difference = float((results[0] - results[1]).abs().max())
+    shapes = [list(result.shape) for result in results]
+    return {"difference": difference, "types": sorted(set(types)), "kept": kept, "shapes": shapes}
+
+
 if __name__ == "__main__":
     path, question, *arguments = sys.argv[1:]
     package = start_host(path)
     questions = {
         "halves": halves, "streamed": streamed, "cloned": cloned, "whole": whole, "holes": holes, "video": video,
-        "memory": memory,
+        "upscaled": upscaled, "memory": memory,
     }  # fmt: skip
     print(json.dumps(questions[question](package, *arguments)))

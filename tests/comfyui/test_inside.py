@@ -66,6 +66,15 @@ def test_video_in_chunks(checkout: Path, method: str, tmp_path: Path) -> None:
     assert streamed["moves"] == sorted(streamed["moves"])
 
 
+def test_an_upscale_model_in_half_precision(checkout: Path) -> None:
+    """Where the host would take it; and the model that it has loaded keeps its weights."""
+    answer = probe(checkout, "upscaled")
+    assert 0 < answer["difference"] < 0.05
+    assert answer["types"] == ["torch.bfloat16", "torch.float32"]
+    assert answer["shapes"] == [[2, 96, 80, 3]] * 2
+    assert answer["kept"]
+
+
 @pytest.mark.slow
 def test_stated_memory(checkout: Path, checkpoint: str) -> None:
     """What the patched VAE asks the host for is enough, and nearer to the need than the host's own estimate.

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from host_process import page_of
 from PIL import Image
+from safetensors.torch import save_file
+from upscale_weights import compact
 
 from .conftest import Graph, Server, read_latent
 
@@ -47,6 +49,8 @@ def test_workflow(server: Server, checkpoint: str, page: Any, path: Path) -> Non
             inputs["steps"] = 2
         if step["class_type"] == "EmptyLatentImage":
             inputs |= {"width": 128, "height": 64}
+        if step["class_type"] == "UpscaleModelLoader":
+            save_file(compact(), server.folder / "upscale_models" / inputs["model_name"])
         if step["class_type"] == "LoadLatent":
             assert server.latent(Path(inputs["latent"]).stem, 64) == inputs["latent"]
     assert any(step["class_type"].startswith("PatchConv_") for step in graph.values())

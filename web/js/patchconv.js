@@ -8,7 +8,7 @@ import { hide, show } from "./node_report.js";
 
 const EVENT = "patchconv.report";
 const SETTING = "PatchConv.Report.ShowOnNodes";
-const REPORTING = ["PatchConv_VAE", "PatchConv_Model"];
+const REPORTING = ["PatchConv_VAE", "PatchConv_Model", "PatchConv_UpscaleImage"];
 const TEXT_NODE = "PatchConv_Report";
 
 const contents = new Map(); // of a node, by `keyOf`: { reports } or { text }
@@ -88,7 +88,7 @@ app.registerExtension({
             id: SETTING,
             category: ["Patch Conv", "Report", "ShowOnNodes"],
             name: "Show on the nodes what a run took",
-            tooltip: "Strips, peak memory and time, measured, under Patch Conv (VAE) and Patch Conv (Model).",
+            tooltip: "Strips, peak memory and time, measured, under Patch Conv (VAE), Patch Conv (Model) and Upscale Image (Patch Conv).",
             type: "boolean",
             defaultValue: true,
             onChange(value) {

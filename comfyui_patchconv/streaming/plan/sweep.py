@@ -7,6 +7,7 @@ from typing import Optional
 
 from ...memory.sizes import allocator_bytes, strip_bytes
 from ..graph.node import Node
+from ..graph.steps import Convolve
 from .schedule import Tuning
 from .way import Way
 
@@ -18,6 +19,10 @@ _COPIES = 3
 
 _WEIGHTS = 8
 """What it costs a backend to have weights in its own order for each strip, against computing a map of their size."""
+
+_ROWS_TO_A_HALO = 4
+"""New rows of a strip to each that a convolution reads once more: with fewer, joining them to those that were kept takes
+as long as convolving them. RealESRGAN x4plus has strips of three rows in its body where its tail alone is looked at."""
 
 _STEP_BYTES_ELSEWHERE = 4 << 20
 """Bytes of a strip of an average step, on devices other than the CPU, below which telling the device what to do takes
@@ -71,11 +76,22 @@ class Sweep:
         for node in self.way.order:
             if node.step is not None and node.step.least_rows > 1:
                 rows = max(rows, -(-node.step.least_rows * height // max(node.rows, 1)))
+        if self._tuning.strip_bytes is None:
+            rows = max(rows, self._rows_worth_their_halos(height))
         if self._budget is not None:
             alive = self._bytes_alive([node.bytes / height for node in self.way.order])
             row_bytes = max(_STRIPS_AT_ONCE * row_bytes, int(alive) + _COPIES * row_bytes)
             rows = min(rows, self._budget // _SHARE_FOR_COSTS // max(row_bytes, 1))
         return min(rows, height)
+
+    def _rows_worth_their_halos(self, height: int) -> int:
+        """Rows in a strip beside which those that convolutions read once more are few."""
+        rows = 0
+        for node in self.way.order:
+            if isinstance(node.step, Convolve) and node.step.rows:
+                halo = node.step.axis.span - node.step.axis.stride
+                rows = max(rows, -(-_ROWS_TO_A_HALO * halo * height // node.step.rows))
+        return rows
 
     def _whole_groups(self, rows: int) -> int:
         """Of so many rows of the roots, as many as every step makes in whole groups, where there are that many."""

@@ -1,0 +1,119 @@
+"""`patchconv upscale`: pictures made larger by a model, without tiles."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files.pictures import SUFFIXES, Picture, empty_levels, levels_of, open_picture, save_levels
+from ..files.tensors import existing
+from ..files.upscalers import load_upscaler
+from ..hosts.streamed import StreamedForward
+from ..hosts.upscale import check_model, name_of
+from ..memory.recorder import Recorder
+from ..memory.usage import free
+from .arguments import DTYPES, device, size
+from .failures import each
+from .options import add_trust, default_device, say
+from .outputs import Outputs, add_out
+
+_SUPPORTED = {torch.float16: "supports_half", torch.bfloat16: "supports_bfloat16"}
+"""What says whether a model can be computed in a precision."""
+
+
+def add(commands: Any) -> None:
+    """Add the command to `commands`, an argparse parser's subparsers."""
+    parser = commands.add_parser("upscale", help="pictures made larger by a model", description=_run.__doc__)
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        help="ESRGAN, RealESRGAN, SPAN …: what spandrel knows, .pth or .safetensors",
+    )
+    parser.add_argument(
+        "--image",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="PNG, JPEG, WebP, TIFF …; one that fails does not end the others",
+    )
+    add_out(parser, "PNG or TIFF to write, 8 or 16 bits a channel as the image has")
+    parser.add_argument("--device", type=device, default=None, help="default: cuda if there is one, else cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    parser.add_argument(
+        "--budget",
+        type=size,
+        help="memory beside the weights to stay within, such as 2GiB or 800MB; default: the most of what is free",
+    )
+    parser.add_argument(
+        "--alpha",
+        choices=("keep", "drop"),
+        default="keep",
+        help="keep: the alpha channel, smoothly scaled (default); drop: the colours alone",
+    )
+    add_trust(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Upscale pictures with a model, each as a whole: no tiles, no seams."""
+    outputs = Outputs(args.out, args.image, [args.model], *SUFFIXES, overwrite=args.overwrite)
+    if len(args.image) == 1:
+        existing(args.image[0])
+    model = load_upscaler(args.model, args.trust)
+    check_model(model)
+    dtype, where = DTYPES[args.dtype], args.device or default_device()
+    _check_precision(model, dtype)
+    model.model.to(where, dtype)
+    watched = sys.stderr.isatty()
+
+    def one(path: Path) -> None:
+        (name,) = outputs.of(path)
+        if name is None:
+            return
+        picture = open_picture(path)
+        with Recorder(where) as recorder:
+            levels = _upscaled(model, picture, args.budget or 0, where, dtype, watched)
+            save_levels(name, levels, picture, args.alpha == "keep")
+        say(f"{name}: {levels.shape[3]}x{levels.shape[2]}", recorder)
+
+    return each(args.image, one)
+
+
+def _check_precision(model: Any, dtype: torch.dtype) -> None:
+    """Raises ValueError for a precision that the model does not support, and for channels that no picture has."""
+    name = name_of(model)
+    if dtype in _SUPPORTED and not getattr(model, _SUPPORTED[dtype], True):
+        raise ValueError(f"This upscale model ({name}) does not support {str(dtype)[6:]}: use --dtype float32.")
+    if model.input_channels not in (1, 3):
+        raise ValueError(f"This upscale model ({name}) takes {model.input_channels} channels: choose one for 3 or 1.")
+
+
+def _upscaled(
+    model: Any, picture: Picture, budget: int, where: torch.device, dtype: torch.dtype, watched: bool
+) -> Tensor:
+    """The levels `[1, C, H, W]` of `picture`, upscaled; see `levels_of`."""
+    channels, scale = model.input_channels, int(model.scale)
+    levels = empty_levels((1, channels, scale * picture.height, scale * picture.width), picture.bits)
+
+    def run(pixels: Tensor) -> None:
+        # Not returned but copied: a result stays in memory, what is copied need not.
+        levels.copy_(levels_of(model(pixels), picture.bits))
+
+    try:
+        StreamedForward(run, budget, free, _percent if watched else None)(picture.pixels(channels).to(where, dtype))
+    finally:
+        if watched:
+            print(end="\r\x1b[K", file=sys.stderr, flush=True)
+    return levels
+
+
+def _percent(done: int, work: int) -> None:
+    if work:
+        print(f"\r{done / work:4.0%}", end="", file=sys.stderr, flush=True)
