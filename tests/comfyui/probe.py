@@ -350,7 +350,7 @@ def upscaled(pack: str) -> dict[str, Any]:
     sys.path.append(str(Path(__file__).parents[1]))
     weights = importlib.import_module("upscale_weights").esrgan()
     spandrel = importlib.import_module("spandrel")
-    management = importlib.import_module("comfy.model_management")
+    management: Any = importlib.import_module("comfy.model_management")
     upscale = importlib.import_module(f"{pack}.nodes.upscale").UpscaleImage
     model = spandrel.ModelLoader().load_from_state_dict(weights).eval()
     before = {name: weight.clone() for name, weight in model.model.state_dict().items()}

@@ -82,7 +82,7 @@ def test_auto_runs_as_it_fits_and_says_why(webui: WebUI, eager: Result) -> None:
 
 
 def test_a_decode_that_runs_out_of_memory_is_streamed_where_that_is_set(webui: WebUI) -> None:
-    large = {"width": 512, "height": 512, "steps": 1}
+    large: dict[str, Any] = {"width": 512, "height": 512, "steps": 1}
     eager = webui.run(**large)
     assert eager.report == ""
     webui.get("/sdapi/v1/options", {"patch_conv_instead_of_tiles": True})
