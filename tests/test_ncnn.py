@@ -93,4 +93,4 @@ def test_real_weights_draw_a_picture_larger(name: str) -> None:
     smooth = F.interpolate(small, scale_factor=4, mode="bicubic")
     print(f"{name}: {ratio(made, wanted):.1f} dB, bicubic {ratio(smooth, wanted):.1f} dB")
     assert made.shape == wanted.shape
-    assert ratio(made, wanted) > 30  # weights in another order give noise, below 10
+    assert ratio(made, wanted) > 30

@@ -1,4 +1,4 @@
-"""Every architecture of `spandrel`, small: streamed it gives what it gives run whole, and leaves the weights."""
+"""Architectures of `spandrel`, small: streamed it gives what it gives run whole, and leaves the weights."""
 
 from __future__ import annotations
 
