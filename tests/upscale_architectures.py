@@ -1,8 +1,8 @@
 """Architectures of `spandrel` that make an image of an image, small: few channels and blocks, random weights.
 
 Left out are those that are refused: face restorers (GFPGAN, RestoreFormer) and inpainting (LaMa); AuraSR, which needs
-noise and its authors' settings; and IPT, which takes one size and cuts tiles itself. Of KBNet and UpCunet one of several
-variants stands for all.
+noise and its authors' settings; and IPT, which takes one size and cuts tiles itself. Of KBNet and UpCunet one
+variant stands for all.
 """
 
 from __future__ import annotations

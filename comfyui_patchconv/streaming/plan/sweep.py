@@ -21,8 +21,8 @@ _WEIGHTS = 8
 """What it costs a backend to have weights in its own order for each strip, against computing a map of their size."""
 
 _ROWS_TO_A_HALO = 4
-"""New rows of a strip to each that a convolution reads once more: with fewer, joining them to those kept takes as long as
-convolving them. RealESRGAN x4plus has strips of three rows in its body where its tail alone is looked at."""
+"""New rows of a strip to each that a convolution reads once more: with fewer, joining them to those kept takes as long
+as convolving them. RealESRGAN x4plus has strips of three rows in its body where its tail alone is looked at."""
 
 _STEP_BYTES_ELSEWHERE = 4 << 20
 """Bytes of a strip of an average step, on devices other than the CPU, below which telling the device what to do takes
