@@ -20,8 +20,8 @@ def load_upscaler(path: str | os.PathLike[str], trust: bool = False) -> Any:
 
     trust: see `unpickled`.
 
-    Raises FileNotFoundError, or ValueError for a file that holds no weights, or those of no model that `spandrel`
-    knows; ModuleNotFoundError without `spandrel`.
+    Raises FileNotFoundError, or ValueError for a file that holds no weights, those of no model that `spandrel` knows,
+    or some that are not finite; ModuleNotFoundError without `spandrel`.
     """
     import spandrel  # pyright: ignore[reportMissingImports]
 
@@ -39,6 +39,9 @@ def load_upscaler(path: str | os.PathLike[str], trust: bool = False) -> Any:
         raise ValueError(
             f"{path} cannot be read as an upscale model ({short(first_line(error))}): is it damaged?"
         ) from None
+    for name, weight in model.model.state_dict().items():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise ValueError(f"{path}: {short(name)} holds NaN or infinity: get the model anew.")
     model.model.requires_grad_(False)
     return model.eval()
 

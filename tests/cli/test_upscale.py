@@ -211,6 +211,20 @@ def test_models_that_cannot_be_used(
     assert told.count("\n") == 1
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(
+    tmp_path: Path, model: Path, value: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = compact(scale=2)
+    name = max(weights, key=lambda name: weights[name].numel())
+    weights[name].view(-1)[3] = value
+    save_file(weights, model)
+    picture = written(tmp_path / "picture.png", noise(12, 10))
+    run(model, tmp_path / "out.png", picture, code=2)
+    assert f"{name} holds NaN or infinity" in capsys.readouterr().err
+    assert not (tmp_path / "out.png").exists()
+
+
 def test_no_picture(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in.png").write_text("hello")
     run(model, tmp_path / "out.png", tmp_path / "in.png", code=2)
