@@ -15,9 +15,8 @@ import comfy.sd  # pyright: ignore[reportMissingImports]
 import folder_paths  # pyright: ignore[reportMissingImports]
 
 from ..comfyui_patchconv.conv.patch import PADDINGS
-from ..comfyui_patchconv.hosts.auto import AutoForward
+from ..comfyui_patchconv.hosts.estimates import StreamEstimate
 from ..comfyui_patchconv.hosts.halves import HALVES
-from ..comfyui_patchconv.hosts.streamed import StreamedForward
 from ..comfyui_patchconv.memory.errors import is_out_of_memory
 from .patch_conv import convolutions_of, leave, stream_half
 
@@ -48,7 +47,7 @@ def install() -> None:
             setattr(kind, method, _around(method, half, getattr(kind, method)))
             for name in (name.format(method) for name in _TILED):
                 if hasattr(kind, name):
-                    setattr(kind, name, _tiles(half, getattr(kind, name)))
+                    setattr(kind, name, _tiles(method, half, getattr(kind, name)))
 
 
 def wanted() -> bool:
@@ -70,7 +69,8 @@ def _around(method: str, half: str, original: Callable[..., Any]) -> Callable[..
             return original(vae, *args, **kwargs)
         except Exception as error:
             # Of memory that ran out on a CPU, where many hosts turn to no tiles.
-            if not isinstance(error, _MemoryRanOutError) and not (is_out_of_memory(error) and _may_stream(vae, half)):
+            ours = isinstance(error, _MemoryRanOutError)
+            if not ours and not (is_out_of_memory(error) and _may_stream(vae, method, half)):
                 raise
         finally:
             _under_way.reset(token)
@@ -82,25 +82,22 @@ def _around(method: str, half: str, original: Callable[..., Any]) -> Callable[..
     return around
 
 
-def _tiles(half: str, original: Callable[..., Any]) -> Callable[..., Any]:
+def _tiles(method: str, half: str, original: Callable[..., Any]) -> Callable[..., Any]:
     """One of the host's methods that work in tiles. Raises _MemoryRanOutError where nobody asked for them."""
 
     @functools.wraps(original)
     def tiles(vae: Any, *args: Any, **kwargs: Any) -> Any:
-        if _under_way.get() is vae and _may_stream(vae, half):
+        if _under_way.get() is vae and _may_stream(vae, method, half):
             raise _MemoryRanOutError
         return original(vae, *args, **kwargs)
 
     return tiles
 
 
-def _may_stream(vae: Any, half: str) -> bool:
-    """Whether the setting is on, and a half of a VAE has convolutions and is not streamed already."""
-    if not wanted() or any(
-        isinstance(patch, (StreamedForward, AutoForward)) for patch in vae.patcher.object_patches.values()
-    ):
-        return False
-    return convolutions_of(vae, half) > 0
+def _may_stream(vae: Any, method: str, half: str) -> bool:
+    """Whether the setting is on, and this half of a VAE has convolutions and is not streamed by a node already."""
+    by_node = isinstance(getattr(vae, f"memory_used_{method}"), StreamEstimate)
+    return wanted() and not by_node and convolutions_of(vae, half) > 0
 
 
 def _streamed(vae: Any, method: str, half: str) -> Any:

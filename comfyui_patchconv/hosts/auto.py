@@ -38,10 +38,10 @@ class AutoForward(StandIn):
     on.
 
     forward: the method. streaming: makes a context in which it is streamed. needs: tells what one sample of an input
-    `[N, …]` needs eagerly and in strips; None where that is not known, and nothing at all where eager is to be tried
-    without a word. free: asked for the bytes that are free on a
-    device. budget: bytes to stay within; 0 for the most of what is free. in_strips: makes a context in which large
-    convolutions of a model run in strips. on_choice: see `OnChoice`.
+    `[N, …]` needs eagerly and in strips; None where that is not known, and `Needs(0, 0)` where eager is to be tried
+    without a word. free: asked for the bytes that are free on a device. budget: bytes to stay within; 0 for the most of
+    what is free. in_strips: makes a context in which large convolutions of a model run in strips. on_choice: see
+    `OnChoice`.
     """
 
     def __init__(

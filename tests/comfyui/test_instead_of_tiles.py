@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from .conftest import Graph, Server, read_image
-from .test_server import assert_same_image, assert_same_latent, decoding, loader, node
+from .test_server import DEFAULTS, VAE, assert_same_image, assert_same_latent, decoding, loader, node
 
 SETTING = "PatchConv.InsteadOfTiles"
 TILED, STREAMED = "retrying with tiled VAE", "is streamed instead of tiled."
@@ -59,6 +59,18 @@ def test_an_encode_is_streamed_instead_of_tiled(asked: Server, checkpoint: str) 
     assert TILED in log
     assert f"Patch Conv: encode {STREAMED}" in log
     assert_same_latent(whole["latent"], streamed["latent"])
+
+
+def test_the_other_half_may_be_streamed_by_a_node(asked: Server, checkpoint: str) -> None:
+    graph = decoding(checkpoint, asked.latent("half", 192), eager=True)
+    whole = asked.run(graph)
+    graph["latent"]["inputs"]["latent"] = asked.latent("other half", 192)
+    graph = short(graph)
+    graph["node"] = node(VAE, vae=["short", 0], half="encoder", mode="stream", **DEFAULTS)
+    graph["eager_decode"]["inputs"]["vae"] = ["node", 0]
+    streamed, log = told(asked, graph)
+    assert f"Patch Conv: decode {STREAMED}" in log
+    assert_same_image(whole["eager"], streamed["eager"])
 
 
 def test_while_it_is_off_the_host_tiles_as_before(server: Server, checkpoint: str) -> None:

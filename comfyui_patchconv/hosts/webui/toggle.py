@@ -128,7 +128,7 @@ class Toggle:
             of_half = partial(_is_of, half)
             if self.settings.mode == "patch":
                 self._patch_convolutions(followed, half, of_half)
-            elif self.settings.mode == "auto":
+            elif self.settings.mode == "auto" and not self.only_rescue:  # that runs no convolution in strips
                 self._have_forge_cast(followed, of_half)
             owner, _, name = part_of(model, half, method).rpartition(".")
             module = model.get_submodule(owner)
