@@ -15,6 +15,11 @@ class ShortOfMemory:
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - the host's name
         return {"required": {"vae": ("VAE",)}}
 
+    @classmethod
+    def IS_CHANGED(cls, vae: Any) -> float:  # noqa: N802 - the host's name
+        """Each prompt has one that is still to run out."""
+        return float("nan")
+
     def run(self, vae: Any) -> tuple[Any]:
         copied = copy.copy(vae)
         copied.patcher = vae.patcher.clone()
