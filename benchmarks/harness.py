@@ -90,7 +90,7 @@ def _check(name: str, head: Sequence[str], rows: Sequence[Sequence[str]], bars: 
         raise ValueError(f"{name}: a row of {len(wrong[0])} cells under {len(head)} headings: {wrong[0]}.")
     if twice := {column for column in head if head.count(column) > 1}:
         raise ValueError(
-            f"{name}: two columns are called {sorted(twice)[0]!r}: a table of README.md could not tell them."
+            f"{name}: two columns are called {sorted(twice)[0]!r}: a table of another page could not tell them."
         )
     if unknown := set(bars) - set(head):
         raise ValueError(f"{name}: no column is called {sorted(unknown)[0]!r}; there are {', '.join(head)}.")

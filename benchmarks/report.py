@@ -1,15 +1,16 @@
-"""Runs the benchmarks, and writes what all of them have kept into docs/benchmarks.md and into README.md's tables.
+"""Runs the benchmarks, and writes what all of them have kept into docs/benchmarks.md and the tables of other pages.
 
     python benchmarks/report.py [NAMES …] [--nvidia PATH/models/partialconv2d.py]     all of them, or those named
     python benchmarks/report.py --page                                                run none, write the page
 
 Each leaves docs/benchmarks/NAME.json (see `harness.publish`), so they may run on different days and machines.
-`vae_decode` needs the hosts that README.md's table has: COMFYUI_PATH and COMFYUI_PYTHON, WEBUI_PATH and WEBUI_PYTHON,
-TILED_VAE_PATH; `comparison.py` draws the picture above that table, and is run by itself.
+`vae_decode` needs the hosts that docs/numbers.md's table has: COMFYUI_PATH and COMFYUI_PYTHON, WEBUI_PATH and
+WEBUI_PYTHON, TILED_VAE_PATH; `comparison.py` draws README.md's first picture, and is run by itself.
 
-In README.md the lines between `<!-- benchmark: NAME; COLUMNS -->` and `<!-- /benchmark -->` are replaced. COLUMNS,
-parted by semicolons, are columns in the order wanted, all of them by default; `COLUMN=VALUE` keeps the rows that have
-this value, or another that is given for the column, and does not show the column unless it is named as well.
+In README.md and the pages of docs/ the lines between `<!-- benchmark: NAME; COLUMNS -->` and `<!-- /benchmark -->` are
+replaced. COLUMNS, parted by semicolons, are columns in the order wanted, all of them by default; `COLUMN=VALUE` keeps
+the rows that have this value, or another that is given for the column, and does not show the column unless it is named
+as well.
 """
 
 from __future__ import annotations
@@ -114,14 +115,20 @@ def _place(column: str, head: list[str], mark: str) -> int:
 
 
 def write() -> None:
-    """The page, its charts, and README.md's tables."""
+    """The page, its charts, and the tables of other pages."""
     kept = results()
     (ROOT / "docs" / "benchmarks.md").write_text(page(kept), encoding="utf-8")
     for name, result in kept.items():
         if result.bars:
             (RESULTS / f"{name}.svg").write_text(charts.svg(result), encoding="utf-8")
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text(encoding="utf-8"), kept), encoding="utf-8")
+    for path in pages():
+        path.write_text(filled(path.read_text(encoding="utf-8"), kept), encoding="utf-8")
+
+
+def pages() -> list[Path]:
+    """README.md and the pages of docs/ that are written by hand."""
+    written = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "benchmarks.md"]
+    return [ROOT / "README.md", *written]
 
 
 def main() -> None:

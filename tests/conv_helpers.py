@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from hypothesis import strategies as st
+from processes import ended
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -190,9 +187,6 @@ def unchanged(module: nn.Module) -> Any:
 
 def run_python(code: str, fails: bool = False) -> str:
     """Output of `code` in a fresh process that can import this package; what it says of its failure if it `fails`."""
-    root = Path(__file__).parents[1]
-    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = ended(["-c", code])
     assert (done.returncode == 1) == fails, done.stderr
     return done.stderr if fails else done.stdout

@@ -115,9 +115,11 @@ def test_every_script_that_publishes_is_run() -> None:
     assert publishing == {script for script, *_ in report.BENCHMARKS.values()}
 
 
-def test_page_charts_and_readme_are_in_step_with_what_was_kept() -> None:
-    kept, readme = report.results(), (ROOT / "README.md").read_text(encoding="utf-8")
-    assert report.filled(readme, kept) == readme, "run python benchmarks/report.py --page"
+def test_page_charts_and_tables_are_in_step_with_what_was_kept() -> None:
+    kept = report.results()
+    for path in report.pages():
+        text = path.read_text(encoding="utf-8")
+        assert report.filled(text, kept) == text, f"{path.name}: run python benchmarks/report.py --page"
     if not kept:
         pytest.skip("docs/benchmarks/ has no figures yet: run python benchmarks/report.py")
     assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == report.page(kept)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+from processes import ended
 
 NAMES = {
     "comfyui_patchconv": [
@@ -61,9 +60,7 @@ def test_every_way_to_start_the_command_line_prints_the_same_help() -> None:
         ["-m", "comfyui_patchconv.cli", "--help"],
         ["-c", f"import sys; {load}; sys.exit(main())", "--help"],
     ]
-    printed = [
-        subprocess.run([sys.executable, *way], capture_output=True, text=True, check=True).stdout for way in ways
-    ]
+    printed = [ended(way).stdout for way in ways]
     assert printed[0].startswith("usage: patchconv [-h]")
     assert len(set(printed)) == 1
 

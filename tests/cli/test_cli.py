@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import Ready, ended
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from vae_helpers import ldm_state, random_latent, small_vae, write, write_vae
@@ -348,16 +347,9 @@ def test_an_image_that_overflows_is_not_written(
 # Real processes
 
 
-def start(code: str, *argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    command = [sys.executable, *code.split("|"), *argv]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
-
-
 def test_the_process_says_one_sentence_and_ends_with_2(tmp_path: Path, vae: Path) -> None:
     argv = arguments("decode", vae=vae, latent="none.latent", out="out.png")
-    done = start("-m|comfyui_patchconv.cli", *argv, cwd=tmp_path)
+    done = ended(["-m", "comfyui_patchconv.cli", *argv], tmp_path)
     assert done.returncode == 2
     assert done.stderr == "patchconv: none.latent does not exist: check the name and the folder.\n"
 
@@ -375,29 +367,29 @@ def limit(kind, size):
 """
 
 
-def test_out_of_memory_is_one_sentence_and_ends_with_3(tmp_path: Path, vae: Path) -> None:
+def test_out_of_memory_is_one_sentence_and_ends_with_3(tmp_path: Path, vae: Path, ready: Ready) -> None:
     save_latent(tmp_path / "in.latent", random_latent(height=128, width=128))
     used = "int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()"
     code = f"{LIMITED}\nlimit(resource.RLIMIT_AS, {used} + (100 << 20))\nsys.exit(cli.main())"
     argv = arguments("decode", vae=vae, latent="in.latent", out="out.png")
-    done = start("-c|" + code, *argv, cwd=tmp_path)
+    done = ready.ended(argv, code, tmp_path)
     assert done.returncode == 3, done.stderr
     assert re.fullmatch(r"patchconv: out of memory \([^\n]+\): try [^\n]+\.\n", done.stderr), done.stderr
     assert not (tmp_path / "out.png").exists()
 
 
-def test_a_full_disk_is_one_sentence(tmp_path: Path, vae: Path, image: Path) -> None:
+def test_a_full_disk_is_one_sentence(tmp_path: Path, vae: Path, image: Path, ready: Ready) -> None:
     code = f"{LIMITED}\nimport signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nlimit(resource.RLIMIT_FSIZE, 64)"
     argv = arguments("encode", vae=vae, image=image, out="out.latent")
-    done = start(f"-c|{code}\nsys.exit(cli.main())", *argv, cwd=tmp_path)
+    done = ready.ended(argv, f"{code}\nsys.exit(cli.main())", tmp_path)
     assert done.returncode == 2, done.stderr
     assert re.fullmatch(r"patchconv: out.latent cannot be written [^\n]+\n", done.stderr), done.stderr
     assert not (tmp_path / "out.latent").exists()
 
 
-def test_demo_writes_the_images_and_prints_the_table(tmp_path: Path, vae: Path) -> None:
+def test_demo_writes_the_images_and_prints_the_table(tmp_path: Path, vae: Path, ready: Ready) -> None:
     argv = arguments("demo", vae=vae, size=64, threshold=0, splits=3, out="new/folder")
-    done = start("-m|comfyui_patchconv.cli", *argv, cwd=tmp_path)
+    done = ready.ended(argv, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     figures = r" +\d+ MB +\d+\.\d s"
@@ -413,9 +405,9 @@ def test_demo_writes_the_images_and_prints_the_table(tmp_path: Path, vae: Path) 
     assert np.ptp(pixels(tmp_path / "new" / "folder" / "memory.png")) > 100
 
 
-def test_demo_with_a_wrong_file_writes_nothing(tmp_path: Path, vae: Path) -> None:
+def test_demo_with_a_wrong_file_writes_nothing(tmp_path: Path, vae: Path, ready: Ready) -> None:
     (tmp_path / "in.latent").write_text("damaged")
-    done = start("-m|comfyui_patchconv.cli", *arguments("demo", vae=vae, latent="in.latent"), cwd=tmp_path)
+    done = ready.ended(arguments("demo", vae=vae, latent="in.latent"), folder=tmp_path)
     assert done.returncode == 2
     assert re.fullmatch(r"patchconv: in.latent is not a safetensors file[^\n]+\.\n", done.stderr), done.stderr
     assert not (tmp_path / "demo").exists()

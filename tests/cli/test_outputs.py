@@ -3,10 +3,7 @@ never an input."""
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import Ready, ended
 from vae_helpers import random_latent, small_vae, write, write_vae
 
 from comfyui_patchconv import cli
@@ -266,15 +264,13 @@ sys.exit(cli.main())
     [("full disk", 2), ("Ctrl-C", 130), ("kill", -signal.SIGKILL), ("termination", -signal.SIGTERM)],
 )
 def test_what_ends_a_decode_early_leaves_the_old_image(
-    tmp_path: Path, vae: Path, latents: list[Path], fault: str, code: int
+    tmp_path: Path, vae: Path, latents: list[Path], fault: str, code: int, ready: Ready
 ) -> None:
     out = tmp_path / "out.png"
     out.write_bytes(OLD)
     before = content(tmp_path)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    argv = ["decode", "--vae", str(vae), "--latent", str(latents[0]), "--out", str(out)]
-    command = [sys.executable, "-c", FAULTY.format(fault=FAULTS[fault]), *argv]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    argv = ["decode", "--vae", vae, "--latent", latents[0], "--out", out]
+    done = ready.ended(argv, FAULTY.format(fault=FAULTS[fault]))
     assert done.returncode == code, done.stderr
     assert content(tmp_path) == before
     assert "Traceback" not in done.stderr
@@ -282,16 +278,14 @@ def test_what_ends_a_decode_early_leaves_the_old_image(
 
 @pytest.mark.parametrize("there", ["", "torchinductor_before"])
 def test_no_empty_folder_is_left_for_temporary_files(
-    tmp_path: Path, vae: Path, latents: list[Path], there: str
+    tmp_path: Path, vae: Path, latents: list[Path], there: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor is one removed that was there, or that holds something."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     if there:
         (folder / there).mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(folder)}
-    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
-    argv = ["decode", "--vae", str(vae), "--latent", str(latents[0]), "--out", str(tmp_path / "out.png")]
-    command = [sys.executable, "-m", "comfyui_patchconv.cli", *argv, "--mode", "stream"]
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    argv = ["decode", "--vae", vae, "--latent", latents[0], "--out", tmp_path / "out.png", "--mode", "stream"]
+    assert ended(["-m", "comfyui_patchconv.cli", *argv], TMPDIR=folder).returncode == 0
     assert names(folder) == [there] * bool(there)

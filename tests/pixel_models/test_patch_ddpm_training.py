@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +17,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from processes import Ready, ended
 from training_helpers import write_images
 
 from comfyui_patchconv import cli
@@ -376,7 +374,7 @@ def test_wandb_is_not_even_imported(tmp_path: Path, written: Write) -> None:
         ["train", "--config", written()],
         ["sample", "--ckpt", checkpoint, "--out-dir", out, "--n-samples", 1],
     ):
-        process([sys.executable, "-m", "comfyui_patchconv.cli", "patch-ddpm", *words], PYTHONPATH=tmp_path)
+        process(["-m", "comfyui_patchconv.cli", "patch-ddpm", *words], PYTHONPATH=tmp_path)
     assert (out / "sample-00000000.png").exists()
 
 
@@ -393,7 +391,7 @@ def test_wandb_that_is_there_is_told(tmp_path: Path, written: Write) -> None:
     """Without an account: what would be sent is written to the training's folder."""
     pytest.importorskip("wandb", reason="wandb is not installed: pip install wandb")
     config = written(wandb_enabled=True, wandb_project="project", wandb_name="name")
-    command = [sys.executable, "-m", "comfyui_patchconv.cli", "patch-ddpm", "train", "--config", config]
+    command = ["-m", "comfyui_patchconv.cli", "patch-ddpm", "train", "--config", config]
     process(command, WANDB_MODE="offline")
     (record,) = (tmp_path / "log" / "wandb").glob("offline-run-*/run-*.wandb")
     sent = record.read_bytes()
@@ -406,16 +404,8 @@ def test_wandb_that_is_there_is_told(tmp_path: Path, written: Write) -> None:
 # Whole processes
 
 
-def environment(**more: object) -> dict[str, str]:
-    """For a process that finds this package, and before it what PYTHONPATH in `more` names."""
-    folders = [more.pop("PYTHONPATH", ""), Path(__file__).parents[2], os.environ.get("PYTHONPATH", "")]
-    path = os.pathsep.join(str(folder) for folder in folders if folder)
-    one = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path}
-    return os.environ | one | {name: str(value) for name, value in more.items()}
-
-
 def process(command: list[Any], **more: object) -> None:
-    done = subprocess.run([*map(str, command)], env=environment(**more), capture_output=True, text=True, timeout=600)
+    done = ended(command, **more)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -425,7 +415,7 @@ def launch(*words: object) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     two = ["--cpu", "--num_processes", 2, "--main_process_port", port]
-    start = [sys.executable, "-m", "accelerate.commands.launch", *two, "-m", "comfyui_patchconv.cli", "patch-ddpm"]
+    start = ["-m", "accelerate.commands.launch", *two, "-m", "comfyui_patchconv.cli", "patch-ddpm"]
     process([*start, *words])
 
 
@@ -453,29 +443,29 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on(tmp_path: Path, written: Write) -> None:
+def test_killed_at_any_moment_it_goes_on(tmp_path: Path, written: Write, ready: Ready) -> None:
     """kill -9, again and again, from the first file on; what is there in the end is what an uninterrupted one wrote."""
     options: dict[str, Any] = {"train_num_steps": 60, "save_and_sample_every": 3}
-    start = [sys.executable, "-m", "comfyui_patchconv.cli", "patch-ddpm", "train", "--config"]
-    process([*start, written("whole", **options)])
+    start = ["patch-ddpm", "train", "--config"]
+    assert ready.ended([*start, written("whole", **options)]).returncode == 0
     chance, log, kills = random.Random(0), tmp_path / "killed", []
     config = written("killed", **options)
     for _ in range(5):
         before = len([*log.rglob("*")])
-        going = subprocess.Popen([*map(str, start), str(config)], env=environment(), stdout=subprocess.DEVNULL)
+        going = ready.start([*start, config])
         try:
-            while len([*log.rglob("*")]) <= before and going.poll() is None:
+            while len([*log.rglob("*")]) <= before and not going.has_ended():
                 time.sleep(0.001)
             time.sleep(chance.uniform(0, 0.4))
         finally:
-            going.send_signal(signal.SIGKILL)
-            going.wait()
+            going.kill()
+            code = going.wait().returncode
         kills.append(sorted(path.name for path in log.rglob("*") if path.is_file())[-3:])
-        if going.returncode == 0:
+        if code == 0:
             break
     print(kills)
-    assert going.returncode == -signal.SIGKILL  # it was not done before
-    process([*start, config])
+    assert code == -signal.SIGKILL  # it was not done before
+    assert ready.ended([*start, config]).returncode == 0
     for left in log.rglob(".*.part"):  # half a file of the last kill; the next of its name takes its place
         left.unlink()
     assert_same_log(tmp_path / "whole", log)

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import Ready, ended
 from torch import Tensor, nn
 from training_helpers import words, write_images
 
@@ -280,12 +276,7 @@ CONFIG = words(
 
 def command(folder: Path, out: Path) -> list[str]:
     options = words("--steps 6 --batch_size 2 --save_every 2 --samples 1 --workers 0")
-    module = ["-m", "comfyui_patchconv.cli", "patch-diffusion", "train", str(folder), "--out", str(out)]
-    return [sys.executable, *module, *CONFIG, *options]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return ["patch-diffusion", "train", str(folder), "--out", str(out), *CONFIG, *options]
 
 
 def states(out: Path) -> dict[str, Tensor]:
@@ -297,32 +288,19 @@ def states(out: Path) -> dict[str, Tensor]:
     return found
 
 
-def run(command: list[str]) -> None:
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.fixture
-def killed(tmp_path: Path) -> Callable[[Path, Path], None]:
-    def go(folder: Path, out: Path) -> None:
-        """A training that is killed as soon as it has written its first checkpoint."""
-        process = subprocess.Popen(command(folder, out), env=environment())
-        try:
-            while not (out / "training.pt").exists():
-                assert process.poll() is None
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-
-    return go
-
-
-def test_killed_processes_lose_no_step_they_kept(tmp_path: Path, killed: Callable[[Path, Path], None]) -> None:
+def test_killed_processes_lose_no_step_they_kept(tmp_path: Path, ready: Ready) -> None:
+    """A training is killed as soon as it has written its first checkpoint."""
     folder = write_images(tmp_path / "images", size=(16, 16))
-    killed(folder, tmp_path / "killed")
+    going = ready.start(command(folder, tmp_path / "killed"))
+    try:
+        while not (tmp_path / "killed" / "training.pt").exists():
+            assert not going.has_ended()
+    finally:
+        going.kill()
+        going.wait()
     assert torch.load(tmp_path / "killed" / "training.pt", weights_only=True)["step"] < 6
-    run(command(folder, tmp_path / "killed"))
-    run(command(folder, tmp_path / "whole"))
+    for name in ("killed", "whole"):
+        assert ready.ended(command(folder, tmp_path / name)).returncode == 0
     one, other = states(tmp_path / "killed"), states(tmp_path / "whole")
     assert len(one) == len(other) > 200
     assert all(torch.equal(value, other[name]) for name, value in one.items())
@@ -352,8 +330,9 @@ def test_several_processes_do_what_one_does(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(PROCESSES)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run([sys.executable, *launch, str(script), str(folder), str(tmp_path / "two.pt"), "2"])
-    run([sys.executable, str(script), str(folder), str(tmp_path / "one.pt"), "4"])
+    for way, name, batch in ((launch, "two", 2), ([], "one", 4)):
+        done = ended([*way, script, folder, tmp_path / f"{name}.pt", batch])
+        assert done.returncode == 0, done.stderr[-3000:]
     two, one = (torch.load(tmp_path / f"{name}.pt", weights_only=True)["model"] for name in ("two", "one"))
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-6, rtol=1e-5)

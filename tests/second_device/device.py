@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,11 @@ def register(folder: Path) -> Any:
     Needs a compiler and ninja; it stays until the process ends.
     """
     source = Path(__file__).with_suffix(".cpp")
-    counter = load("second_device", [str(source)], extra_cflags=["-O1", "-w"], build_directory=str(folder))
+    library = load(
+        "second_device", [str(source)], extra_cflags=["-O1", "-w"], build_directory=str(folder), is_python_module=False
+    )
+    functions = ctypes.CDLL(library)
+    functions.start()
     rename_privateuse1_backend(NAME)
     module = SimpleNamespace(
         is_available=lambda: True,
@@ -38,4 +43,6 @@ def register(folder: Path) -> Any:
     torch._register_device_module(NAME, module)
     sys.modules[f"torch.{NAME}"] = module  # type: ignore[assignment]
     generate_methods_for_privateuse1_backend()
-    return counter
+    for name in ("now_bytes", "peak_bytes"):
+        getattr(functions, name).restype = ctypes.c_int64
+    return SimpleNamespace(now=functions.now_bytes, peak=functions.peak_bytes, reset_peak=functions.reset_peak)

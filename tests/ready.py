@@ -1,0 +1,31 @@
+"""Imports the command line, then runs programs in copies of itself, which have nothing left to import.
+
+A line of JSON a program comes in: its code, arguments, folder, what its environment has besides, and files for what it
+prints. Two lines go out: the number of its process, and its status, as `os.waitpid` has it, when it has ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import accelerate  # noqa: F401
+import diffusers.models.autoencoders.autoencoder_kl  # noqa: F401
+import PIL.PngImagePlugin  # noqa: F401
+
+from comfyui_patchconv import cli, streaming  # noqa: F401
+
+for line in sys.stdin:
+    asked = json.loads(line)
+    process = os.fork()
+    if process == 0:
+        os.chdir(asked["folder"])
+        os.environ.update(asked["environment"])
+        for number, name in enumerate((os.devnull, *asked["prints"])):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
+        sys.argv[1:] = asked["arguments"]
+        exec(asked["code"], {"__name__": "__main__"})
+        sys.exit()
+    print(process, flush=True)
+    print(os.waitpid(process, 0)[1], flush=True)
