@@ -18,6 +18,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -50,9 +52,11 @@ def main(argv: list[str]) -> int:
         return code
     if job == "demo":
         return call([sys.executable, "-m", "comfyui_patchconv", "demo", *rest])
-    if not rest:  # all of them: one process a core, each of which computes on one
-        rest = ["-n", "auto"]
+    if not rest:  # all of them: one process a core, each of which computes on one; one line says how far they are
+        rest = ["-n", "auto", "-q", "--disable-warnings", "-p", "percentages"]
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+        folders = [str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(folder for folder in folders if folder)
     # Not `python -m pytest`: that puts this folder on the path, and the hosts have a module `nodes` too.
     return call([str(Path(sysconfig.get_path("scripts"), "pytest")), *rest], cwd=ROOT)
 
@@ -64,7 +68,7 @@ def install_for_host() -> int:
         return 0
     run_pip = webui_pip()
     if run_pip is None:
-        return pip("install", *missing)
+        return pip(f"Installing {', '.join(missing)}", "install", *missing)
     for line in missing:
         run_pip(f'install "{line}"', f"{line} for Patch Conv")
     return 0
@@ -157,16 +161,16 @@ def set_up(extra: str) -> int:
     """Install torch where it is missing, and this folder with the requirements of `extra`; quick when all is there."""
     version = installed("torch")
     if version is None and importlib.util.find_spec("torch") is None:
-        say("Installing torch")
-        code = pip("install", TORCH, *cpu_only())
+        size = "about 200 MB to load, 800 on the disk" if cpu_only() else "with CUDA several GB to load"
+        code = pip(f"Installing torch ({size})", "install", TORCH, *cpu_only())
         if code:
             return code
     elif version is not None and numbers(version) < LEAST_TORCH:
         return fail(f"torch {version} is installed here and 2.1 or newer is needed: update it, or use another Python.")
     if ready(extra):
         return 0
-    say(f"Installing this folder and what the {extra} needs")
-    return pip("install", "--editable", f"{ROOT}[{extra}]")
+    message = f"Installing this folder and what the {extra} needs (50 to 100 MB to load)"
+    return pip(message, "install", "--editable", f"{ROOT}[{extra}]")
 
 
 def cpu_only() -> list[str]:
@@ -205,9 +209,28 @@ def ready(extra: str) -> bool:
     return True
 
 
-def pip(*arguments: str) -> int:
-    """Run this Python's pip."""
-    return call([sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments])
+def pip(message: str, *arguments: str) -> int:
+    """Run this Python's pip, on one line with how long it takes; what pip says is shown only where it fails."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    began, shown = time.monotonic(), sys.stdout.isatty()
+    say(message, "" if shown else "\n")
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+        while True:
+            try:
+                code = process.wait(1)
+                break
+            except subprocess.TimeoutExpired:
+                if shown:
+                    say(f"{message} … {time.monotonic() - began:.0f} s", "", "\r")
+            except KeyboardInterrupt:
+                continue  # it has had the same signal: wait for it to end
+        if shown:
+            print(flush=True)
+        if code:
+            said.seek(0)
+            sys.stderr.write(said.read())
+    return code if code >= 0 else 128 - code
 
 
 def call(command: list[str], cwd: Path | None = None) -> int:
@@ -221,8 +244,8 @@ def call(command: list[str], cwd: Path | None = None) -> int:
             continue  # it has had the same signal: wait for it to end
 
 
-def say(message: str) -> None:
-    print(f"install.py: {message} …", flush=True)
+def say(message: str, end: str = "\n", begin: str = "") -> None:
+    print(f"{begin}install.py: {message}", end=end, flush=True)
 
 
 def fail(message: str, code: int = 1) -> int:

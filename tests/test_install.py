@@ -78,14 +78,18 @@ def test_outside_the_webui_pip_is_run(tmp_path: Path, missing: Path, launcher: b
     assert "safetensors" not in done.stderr
 
 
-def test_pips_exit_code_is_handed_on(tmp_path: Path, missing: Path) -> None:
+@pytest.mark.parametrize("code", [0, 7])
+def test_pips_exit_code_is_handed_on_and_what_it_says_only_where_it_fails(
+    tmp_path: Path, missing: Path, code: int
+) -> None:
     local = tmp_path / "local"
     (local / "pip").mkdir(parents=True)
     (local / "pip" / "__init__.py").touch()
-    (local / "pip" / "__main__.py").write_text("import sys\nprint(sys.argv[1:])\nsys.exit(7)\n")
+    (local / "pip" / "__main__.py").write_text(f"import sys\nprint(sys.argv[1:])\nsys.exit({code})\n")
     done = start(str(missing), PYTHONPATH=str(local))
-    assert done.returncode == 7
-    assert done.stdout == "['--disable-pip-version-check', 'install', 'patchconv-no-such>=9']\n"
+    assert done.returncode == code
+    assert done.stdout == "install.py: Installing patchconv-no-such>=9\n"
+    assert done.stderr == ("['--disable-pip-version-check', 'install', 'patchconv-no-such>=9']\n" if code else "")
 
 
 def test_torch_is_never_among_what_a_host_is_given() -> None:

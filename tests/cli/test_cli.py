@@ -379,7 +379,7 @@ def test_out_of_memory_is_one_sentence_and_ends_with_3(tmp_path: Path, vae: Path
 
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path, vae: Path, image: Path, ready: Ready) -> None:
-    code = f"{LIMITED}\nimport signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nlimit(resource.RLIMIT_FSIZE, 64)"
+    code = f"{LIMITED}\nimport signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nlimit(resource.RLIMIT_FSIZE, 600)"
     argv = arguments("encode", vae=vae, image=image, out="out.latent")
     done = ready.ended(argv, f"{code}\nsys.exit(cli.main())", tmp_path)
     assert done.returncode == 2, done.stderr

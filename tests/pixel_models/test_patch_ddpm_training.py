@@ -445,7 +445,7 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(tmp_path: Path, written: Write, ready: Ready) -> None:
     """kill -9, again and again, from the first file on; what is there in the end is what an uninterrupted one wrote."""
-    options: dict[str, Any] = {"train_num_steps": 60, "save_and_sample_every": 3}
+    options: dict[str, Any] = {"train_num_steps": 36, "save_and_sample_every": 3}
     start = ["patch-ddpm", "train", "--config"]
     assert ready.ended([*start, written("whole", **options)]).returncode == 0
     chance, log, kills = random.Random(0), tmp_path / "killed", []
