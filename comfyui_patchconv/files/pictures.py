@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Optional
 import torch
 from torch import Tensor
 
+from ..memory.mapped import MappedFile
 from ..units import size_of
 from .tensors import existing
 from .whole import write_whole
@@ -123,21 +124,14 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     if size <= _IN_MEMORY:
         return torch.empty(shape, dtype=dtype)
-    import numpy as np
+    return MappedFile(size, _no_room).empty(shape, dtype)
 
-    kind = torch.empty(0, dtype=dtype).numpy().dtype
-    try:
-        with tempfile.TemporaryFile(prefix="patchconv-") as file:
-            if hasattr(os, "posix_fallocate"):  # or a full disk ends the process where the map is written to
-                os.posix_fallocate(file.fileno(), 0, size)
-            return torch.from_numpy(
-                np.memmap(file, kind, "r+" if hasattr(os, "posix_fallocate") else "w+", shape=shape)
-            )
-    except OSError as error:
-        raise OSError(
-            f"{tempfile.gettempdir()} has no room for the {size_of(size)} of the picture ({error.strerror}): free "
-            "some, or set TMPDIR to another folder."
-        ) from None
+
+def _no_room(size: int, why: object) -> str:
+    return (
+        f"{tempfile.gettempdir()} has no room for the {size_of(size)} of the picture ({why}): free some, or set TMPDIR "
+        "to another folder."
+    )
 
 
 def empty_levels(shape: tuple[int, ...], bits: int) -> Tensor:

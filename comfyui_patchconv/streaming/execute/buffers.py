@@ -8,13 +8,13 @@ import os
 import shutil
 import tempfile
 from collections import deque
-from contextlib import suppress
-from typing import Any, Optional, Union
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
 
 from ...memory.errors import is_out_of_memory
+from ...memory.mapped import MappedFile
 from ...memory.usage import free
 from ..graph.node import dense_strides
 from .copies import Arrival, Copies, copies_of
@@ -111,54 +111,20 @@ class _Near:
 
 
 class FileBuffer:
-    """Strips in a file of `size` bytes without a name, mapped into memory: it is gone when nothing reads it any more.
-
-    The system writes it out and reads it as it sees fit; none of it counts as this process's own memory. It lies where
-    temporary files do (`TMPDIR`), and takes room as strips come. Raises OSError where there is none.
-    """
+    """Strips in a file of `size` bytes without a name; see `MappedFile`. Raises OSError where there is no room."""
 
     def __init__(self, size: int) -> None:
-        self._end = 0
-        try:
-            self._file = tempfile.TemporaryFile(prefix="patchconv-")  # noqa: SIM115 - open while it is mapped
-            self._file.truncate(size)
-            self._map = mmap.mmap(self._file.fileno(), size)
-        except (OSError, OverflowError) as error:
-            raise OSError(_no_room(size, error)) from error
-
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            self._file.close()
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The next part of the file as a tensor."""
-        self._take(torch.Size(shape).numel() * dtype.itemsize)
-        return self._next(shape, dtype)
+        self._file = MappedFile(size, no_room)
 
     def keep(self, strip: Tensor) -> Tensor:
         """The next part of the file, with the values of `strip`."""
         if not hasattr(os, "pwrite"):
-            return self.empty(tuple(strip.shape), strip.dtype).copy_(strip)
+            return self._file.empty(tuple(strip.shape), strip.dtype).copy_(strip)
         if dense_strides(strip.shape, strip.stride()) != list(strip.stride()):
             strip = strip.contiguous()
-        self._write((ctypes.c_char * strip.nbytes).from_address(strip.data_ptr()))
-        return self._next(tuple(strip.shape), strip.dtype).as_strided(strip.shape, strip.stride())
-
-    def _next(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        count = torch.Size(shape).numel()
-        tensor = torch.frombuffer(self._map, dtype=dtype, count=count, offset=self._end).view(shape)
-        self._end += tensor.nbytes
-        return tensor
-
-    def _write(self, values: Any) -> None:
-        """Write bytes at the end: in half of the time that touching their pages in the map takes."""
-        rest, place = memoryview(values), self._end
-        try:
-            while rest:
-                written = os.pwrite(self._file.fileno(), rest, place)
-                rest, place = rest[written:], place + written
-        except OSError as error:
-            raise OSError(_no_room(len(rest), error)) from error
+        values = (ctypes.c_char * strip.nbytes).from_address(strip.data_ptr())
+        kept = self._file.filled(values, tuple(strip.shape), strip.dtype)
+        return kept.as_strided(strip.shape, strip.stride())
 
     def bring(self, start: int, strip: Tensor, device: torch.device) -> Tensor:
         """A strip that was kept is where it can be read."""
@@ -174,37 +140,13 @@ class FileBuffer:
         """All are there."""
 
     def discard(self, strip: Tensor) -> None:
-        """Give the pages back that lie wholly within a strip kept here, before they are written out for nothing."""
-        first = strip.data_ptr() - torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr()
-        last = (first + strip.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        first = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
-        remove = getattr(mmap, "MADV_REMOVE", None)
-        if remove is not None and first < last:
-            with suppress(OSError):  # not every file system can
-                self._map.madvise(remove, first, last - first)
-
-    def _take(self, size: int) -> None:
-        """Room for the next `size` bytes: what is missing is an error now, not a crash when they are written.
-
-        Windows has taken it for the whole file already.
-        """
-        if not hasattr(os, "posix_fallocate"):
-            if hasattr(os, "pwrite"):
-                self._write(bytes(size))
-            return
-        try:
-            os.posix_fallocate(self._file.fileno(), self._end, size)
-        except OSError as error:
-            raise OSError(_no_room(size, error)) from error
+        """Give back the room of a strip that was kept, where the system can."""
+        self._file.discard(strip)
 
 
 def buffer_for(device: torch.device, size: int, dim: int = -2) -> Union[HostBuffer, FileBuffer]:
     """Where a map of `size` bytes lies that `device` shall not hold, and that comes in rows along `dim`."""
     return FileBuffer(size) if device.type == "cpu" else HostBuffer(copies_of(device), dim)
-
-
-GIVES_BACK = hasattr(mmap, "MADV_REMOVE")
-"""Whether the room of strips that are discarded can be had again before the whole file is gone."""
 
 
 def room(device: torch.device) -> int:
@@ -216,10 +158,10 @@ def require_room(size: int) -> None:
     """Raise OSError where files have no room for `size` bytes."""
     unused = room(torch.device("cpu")) if size else 0
     if size > unused:
-        raise OSError(_no_room(size, f"{unused / 1e6:.0f} MB are free"))
+        raise OSError(no_room(size, f"{unused / 1e6:.0f} MB are free"))
 
 
-def _no_room(size: int, why: object) -> str:
+def no_room(size: int, why: object) -> str:
     return (
         f"The budget has {size / 1e6:.0f} MB of feature maps lie in a file, and {tempfile.gettempdir()} has no room "
         f"for it ({why}): have TMPDIR name a folder on a larger disk, or raise the budget."

@@ -8,8 +8,9 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
+from ...memory.mapped import MappedFile
 from ..graph.node import Node, dense_strides
-from .buffers import FileBuffer, HostBuffer, buffer_for, is_borrowed
+from .buffers import FileBuffer, HostBuffer, buffer_for, is_borrowed, no_room
 
 
 class Strips:
@@ -81,8 +82,7 @@ class Single:
         self._count: Callable[[int], None] = (lambda size: None) if offloaded else count
         self.dim = node.dim if node.dim is not None else 0
         if offloaded and node.device.type == "cpu":
-            self._file = FileBuffer(node.bytes)
-            self.tensor = self._file.empty(node.shape, node.dtype)
+            self.tensor = MappedFile(node.bytes, no_room).empty(node.shape, node.dtype)
             return
         with torch.inference_mode(inference):
             self.tensor = empty(node)
