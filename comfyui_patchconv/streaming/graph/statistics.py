@@ -14,6 +14,19 @@ def in_float64(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.device.type in ("cpu", "cuda", "meta") else tensor.cpu().double()
 
 
+_BLOCK_BYTES = 1 << 20
+"""Of pixels that are looked at twice while they are in the cache, for each thread."""
+
+
+def _of_block(pixels: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Of pixels `[N, P, C]` their number, and of each channel mean and sum of squared differences to it, `[N, C]`."""
+    count = pixels.shape[1]
+    near = (pixels.sum(1, keepdim=True) / count).to(pixels.dtype)
+    differences = pixels - near
+    rest = differences.sum(1).double() / count  # by which it is off, rounded as it is
+    return count, near.squeeze(1).double() + rest, differences.square_().sum(1).double() - rest**2 * count
+
+
 _VARIES_LITTLE = 100.0
 """Means of so many deviations: the CPU's kernel subtracts squares of them in float32 and has nothing left."""
 
@@ -63,10 +76,13 @@ class Statistics:
         batch, channels = wide.shape[:2]
         pixels = wide.permute(0, 2, 3, 1).reshape(batch, -1, channels)
         count = pixels.shape[1]
-        near = (pixels.sum(1, keepdim=True) / count).to(wide.dtype)
-        differences = pixels - near
-        rest = differences.sum(1).double() / count  # by which it is off, rounded as it is
-        mean, within = near.squeeze(1).double() + rest, differences.square_().sum(1).double() - rest**2 * count
+        at_once = max(_BLOCK_BYTES * torch.get_num_threads() // max(pixels[:, :1].nbytes, 1), 1)
+        blocks = [_of_block(block) for block in pixels.split(at_once, 1)]
+        each, mean, within = zip(*blocks)
+        counts = torch.tensor(each, dtype=torch.float64).view(-1, 1, 1)
+        means = torch.stack(mean)
+        mean = (means * counts).sum(0) / count
+        within = torch.stack(within).sum(0) + ((means - mean).square() * counts).sum(0)
         mean, within = mean.view(batch, self.groups, -1), within.view(batch, self.groups, -1)
         whole = mean.mean(-1, keepdim=True)
         return whole.squeeze(-1), within.sum(-1) + (mean - whole).square().sum(-1) * count
