@@ -61,7 +61,7 @@ class Meter:
         return self  # a copied model reports to the same node
 
     def start(self) -> None:
-        """Let the next call begin a run."""
+        """Let the next call begin a run. Whoever calls this has started the counter, which may know what is to come."""
         self._fresh = True
 
     def chosen(self, way: Way, why: str) -> None:
@@ -113,10 +113,11 @@ class Meter:
         """Begin one more call, of a new run or of the one before."""
         where = get_executing_context()
         if self._fresh or where != self._where:
+            if not self._fresh:
+                self.counter.start()
             self._fresh, self._where = False, where
             self.prompt = where.prompt_id if where is not None else ""
             self._before = Figures(self.part, self.streamed)
-            self.counter.start()
         self._next = time.monotonic() + _LIVE
 
     def _with(self, recorder: Optional[Recorder]) -> Figures:
@@ -159,6 +160,7 @@ class MeasuredSampling:
     def sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Wrap a whole sampling, for the host."""
         self._call = None
+        self.meter.counter.start()
         self.meter.start()
         with self.meter.measuring(self._eager):
             return executor(*args, **kwargs)

@@ -16,7 +16,7 @@ from .conftest import python
 
 def probe(checkout: Path, *question: str) -> Any:
     command = [python(), str(Path(__file__).with_name("probe.py")), str(checkout), *question]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -64,6 +64,14 @@ def test_video_in_chunks(checkout: Path, method: str, tmp_path: Path) -> None:
     assert streamed["measured"] <= streamed["estimate"] * 1.15 + copies
     assert streamed["measured"] < eager["measured"] / 2
     assert streamed["moves"] == sorted(streamed["moves"])
+
+
+def test_the_bar_of_a_batch_goes_on_from_image_to_image(checkout: Path) -> None:
+    moves = probe(checkout, "batch")
+    print(moves)
+    assert moves == sorted(moves)
+    assert any(0 < move < 0.4 for move in moves)
+    assert moves[-1] > 0.9
 
 
 def test_an_upscale_model_in_half_precision(checkout: Path) -> None:
