@@ -60,8 +60,25 @@ def publish(
     torch; `versions` names others. environment: variables that the command needs. ValueError where a row has another
     length than `head`, two columns have one name, or `bars` names one that is not there.
     """
+    result = result_of(
+        name, title, what, head, rows, device=device, bars=bars, packages=packages, versions=versions,
+        environment=environment,
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")
+    print(f"{what}\n{machine(device)}\n\n{table(result.head, result.rows)}\n\nKept in {path}", flush=True)
+    return path
+
+
+def result_of(
+    name: str, title: str, what: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, device: str,
+    bars: Sequence[str] = (), packages: Sequence[str] = (), versions: dict[str, str] | None = None,
+    environment: Sequence[str] = (),
+) -> Result:  # fmt: skip
+    """What `publish` keeps, by the same arguments; it raises what that raises."""
     _check(name, head, rows, bars)
-    result = Result(
+    return Result(
         title=title,
         what=what,
         head=[*head],
@@ -77,11 +94,6 @@ def publish(
         command=command(sys.argv, environment),
         bars=[*bars],
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")
-    print(f"{what}\n{machine(device)}\n\n{table(result.head, result.rows)}\n\nKept in {path}", flush=True)
-    return path
 
 
 def _check(name: str, head: Sequence[str], rows: Sequence[Sequence[str]], bars: Sequence[str]) -> None:

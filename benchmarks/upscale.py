@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +28,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import ncnn
 import torch
 from harness import publish, rounds
+from tiles import fading
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -75,40 +76,6 @@ def photograph(size: int) -> Tensor:
     return F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def fading(model: Model, image: Tensor, tile: int, overlap: int, scale: int) -> Tensor:
-    """In tiles as ComfyUI cuts them: `overlap` pixels are in two tiles, and each fades out over them."""
-    height, width = image.shape[-2:]
-    total = image.new_zeros((*image.shape[:2], height * scale, width * scale))
-    weights = torch.zeros_like(total[:, :1])
-    for top, left in places(height, width, tile, overlap):
-        top, left = max(min(top, height - tile), 0), max(min(left, width - tile), 0)
-        made = model(image[..., top : top + tile, left : left + tile])
-        mask = edges(made.shape[-2], overlap * scale, top > 0, top + tile < height, made)[:, None]
-        mask = mask * edges(made.shape[-1], overlap * scale, left > 0, left + tile < width, made)
-        where = slice(top * scale, top * scale + made.shape[-2]), slice(left * scale, left * scale + made.shape[-1])
-        total[..., where[0], where[1]] += made * mask
-        weights[..., where[0], where[1]] += mask
-    return total / weights
-
-
-def places(height: int, width: int, tile: int, overlap: int) -> Iterator[tuple[int, int]]:
-    """The upper left corners of tiles."""
-    for top in range(0, max(height - overlap, 1), tile - overlap):
-        for left in range(0, max(width - overlap, 1), tile - overlap):
-            yield top, left
-
-
-def edges(length: int, fade: int, before: bool, after: bool, like: Tensor) -> Tensor:
-    """What a tile counts along one side: less towards a neighbour."""
-    mask = torch.ones(length, device=like.device, dtype=like.dtype)
-    ramp = torch.arange(1, fade + 1, device=like.device, dtype=like.dtype) / fade
-    if before:
-        mask[:fade] *= ramp
-    if after:
-        mask[-fade:] *= ramp.flip(0)
-    return mask
-
-
 def joined(model: Model, image: Tensor, tile: int, overlap: int, scale: int) -> Tensor:
     """In tiles as Automatic1111 cuts them: evenly spread, each laid over the one before, which it blends into."""
     result: Tensor | None = None
@@ -144,7 +111,7 @@ def method(name: str, model: Any) -> Model:
     if name == "streamed":
         return streamed(model)
     if name == "comfyui":
-        return lambda image: fading(model, image, 512, 32, model.scale)
+        return lambda image: fading(model, image, (512, 512), 32, model.scale)
     return (lambda image: joined(model, image, 192, 8, model.scale)) if name == "webui" else model
 
 
