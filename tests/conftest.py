@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from processes import Ready  # noqa: E402
 
-settings.register_profile("patchconv", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("patchconv")
+with suppress(ImportError):  # tests/cuda does without, on a machine that has little but PyTorch
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "patchconv", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("patchconv")
 torch.set_num_threads(1)  # small tensors, and several test processes at a time
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--device`, of the tests in `cuda/`."""
+    parser.addoption("--device", choices=("cuda", "cpu"), default="cuda", help="of the tests of tests/cuda")
 
 
 @pytest.fixture(scope="session")

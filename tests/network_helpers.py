@@ -10,14 +10,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def random_network(seed: int) -> tuple[list[Any], int]:
-    """Operators drawn from `seed`, each a function of a map and an earlier map of its shape; and the channels."""
+def random_network(seed: int, device: torch.device | str = "cpu") -> tuple[list[Any], int]:
+    """Operators drawn from `seed`, each a function of a map and an earlier map of its shape; and the channels.
+
+    device: where their weights lie, which are the same everywhere.
+    """
     draw = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     channels = draw.choice([2, 4])
 
     def weights(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64) / shape[1] ** 0.5
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device) / shape[1] ** 0.5
 
     def convolution() -> Any:
         k, d = draw.choice([1, 3, 5]), draw.choice([1, 2])

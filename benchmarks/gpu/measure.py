@@ -33,18 +33,19 @@ SECONDS_TO_PROFILE = 1.0
 def measured(
     work: Work, device: torch.device, most_runs: int = MOST_RUNS, count: bool = True
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The result of `work`, and what it takes. count: whether its kernels are counted, by one run more.
+    """The result of `work`, and what it takes. most_runs: behind the first one. count: its kernels, by one run more.
 
     peak: bytes beyond what was there before. all: bytes at once, weights and input among them; reserved: those that the
     allocator took for that (both on CUDA alone). seconds: the median of runs behind the first one, which warms up.
     launches: kernels on CUDA, operators on a CPU; None where they were not counted.
     """
-    clean(device)
     gpu = device.type == "cuda"
+    if gpu:
+        torch.cuda.empty_cache()  # what is reserved shall be for this alone
     with Recorder(device) as record:
         result = work()
     first, seconds = record.seconds, []
-    for _ in range(max(min(most_runs, int(SECONDS_OF_RUNS / max(first, 1e-6))), int(first < LONG))):
+    for _ in range(max(min(most_runs, int(SECONDS_OF_RUNS / max(first, 1e-6))), min(most_runs, int(first < LONG)))):
         del result  # of two results at once the peak would be another
         result, taken = timed(work, device)
         seconds.append(taken)

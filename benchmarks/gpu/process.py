@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import subprocess
 import threading
+import time
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, Optional
 
@@ -25,11 +28,15 @@ class Process:
         """What a case gives, or `{"error": …}` where the process ends over it or takes longer than so many seconds."""
         running = self._running or self._start()
         assert running.stdin is not None
-        try:
+        with suppress(OSError):  # it has ended already, which its answer says
             running.stdin.write(json.dumps(asdict(case)) + "\n")
             running.stdin.flush()
+        try:
             answer = self._answers.get(timeout=seconds)
-        except (queue.Empty, OSError):
+        except queue.Empty:
+            if hasattr(signal, "SIGUSR1"):
+                running.send_signal(signal.SIGUSR1)  # it prints where it is
+                time.sleep(1)
             self.end()
             return {"error": f"took longer than {seconds:.0f} s"}
         if not answer:

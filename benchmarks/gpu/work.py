@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +27,7 @@ from .networks import Autoencoder, Esrgan
 
 Parts = dict[str, Callable[[Tensor], Tensor]]
 
-USUAL, SMALL = Tuning(), Tuning(strip_bytes=20_000, always=True)
+USUAL, SMALL = Tuning(), Tuning(strip_bytes=100_000, always=True)
 """How strips are sized, and so that toys come in several, too."""
 
 PROFILED = 25
@@ -65,11 +67,12 @@ def autoencoder(case: Case) -> Network:
         return Network(own, parts, streamed, {"decode": 8, "encode": 1 / 8})
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    vae: Any = AutoencoderKL(
+    config: dict[str, Any] = dict(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=widths, layers_per_block=layers, latent_channels=latent, norm_num_groups=groups,
         sample_size=64 if case.toy else 512, use_quant_conv=quant, use_post_quant_conv=quant,
     )  # fmt: skip
+    vae: Any = AutoencoderKL(**config)
     parts = {"decode": lambda x: vae.decode(x).sample, "encode": lambda x: vae.encode(x).latent_dist.mode()}
     streamed = {"decode": (vae, "_decode"), "encode": (vae, "_encode")}
     return Network(vae, parts, streamed, {"decode": 8, "encode": 1 / 8}, tiling_of(vae))
@@ -160,8 +163,8 @@ class Worker:
                 found, seconds = kernels(lambda: function(input), self.device)
                 return {"kernels": sorted(found.items(), key=lambda one: -one[1][1])[:PROFILED], "seconds": seconds,
                         "all": [sum(one[part] for one in found.values()) for part in (0, 1)]}  # fmt: skip
-            counted = not case.toy or case.method in ("eager", "stream")  # the profiler takes longer than a toy
-            runs = 1 if case.toy else MOST_RUNS
+            counted = not case.toy or case.method == "eager"  # the profiler takes longer than a toy
+            runs = MOST_RUNS if not case.toy else int(counted)
             result, found = measured(lambda: function(input), self.device, runs, counted)
             found["expected"] = expected()
         if case.exact and self._exact is not None:
@@ -255,6 +258,8 @@ def streaming(owner: Any, name: str, budget: Optional[int], tuning: Tuning) -> I
 def serve(device: str) -> None:
     """Answer each case, a line of JSON, with a line of JSON."""
     torch.set_grad_enabled(False)
+    if hasattr(faulthandler, "register"):
+        faulthandler.register(signal.SIGUSR1)  # says where it is before it is ended
     worker = Worker(torch.device(device))
     for line in sys.stdin:
         fields = json.loads(line)

@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from allocations import allocated
 from conv_helpers import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,8 +30,6 @@ from comfyui_patchconv.streaming.call import Call
 from comfyui_patchconv.streaming.graph.node import Node
 from comfyui_patchconv.streaming.plan.passes import Passes
 from comfyui_patchconv.streaming.plan.schedule import Schedule
-
-from .allocations import allocated
 
 SMALL = Tuning(strip_bytes=20_000, allocator_bytes=0, always=True)
 CPU = torch.device("cpu")

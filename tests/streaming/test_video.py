@@ -6,6 +6,7 @@ from typing import Any, Optional
 
 import pytest
 import torch
+from allocations import allocated
 from conv_helpers import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,8 +20,6 @@ from comfyui_patchconv.streaming import Streamed, Tuning, expect, stream, stream
 from comfyui_patchconv.streaming.call import Call
 from comfyui_patchconv.streaming.plan.passes import Passes
 from comfyui_patchconv.streaming.record.operators import convolution
-
-from .allocations import allocated
 
 SMALL = Tuning(strip_bytes=20_000, allocator_bytes=0, always=True)
 ONE_ROW = Tuning(strip_bytes=1, allocator_bytes=0, always=True)

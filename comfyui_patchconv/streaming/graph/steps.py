@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...conv.geometry import Axis, padded_row
+from ...conv.geometry import Axis
 from .node import Span, Step
 
 Pieces = Sequence[Tensor]
@@ -294,5 +294,7 @@ class Pad(Step):
             return self.call(padded(pieces[0], self.dim, above, below, self.value))
         if low >= 0 and high <= self.rows:
             return self.call(pieces[0].narrow(self.dim, low - start, high - low))
-        rows = [padded_row(row, self.rows, self.mode) - start for row in range(low, high)]
-        return self.call(pieces[0].index_select(self.dim, torch.tensor(rows, device=pieces[0].device)))
+        # Counted on the device: rows that come there from the host would have it wait.
+        rows, bottom = torch.arange(low, high, device=pieces[0].device), self.rows - 1
+        rows = rows.clamp(0, bottom) if self.mode == "replicate" else bottom - (bottom - rows.abs()).abs()
+        return self.call(pieces[0].index_select(self.dim, rows - start))
