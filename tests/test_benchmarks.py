@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -18,6 +20,8 @@ sys.path.append(str(ROOT / "benchmarks"))
 import charts  # noqa: E402
 import harness  # noqa: E402
 import report  # noqa: E402
+import tiles  # noqa: E402
+from gpu import cases, process  # noqa: E402
 
 HEAD = ["image", "method", "peak MB", "s"]
 ROWS = [
@@ -125,3 +129,55 @@ def test_page_charts_and_tables_are_in_step_with_what_was_kept() -> None:
     assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == report.page(kept)
     for name, result in kept.items():
         assert not result.bars or (harness.RESULTS / f"{name}.svg").read_text(encoding="utf-8") == charts.svg(result)
+
+
+ON_GPU = [sys.executable, str(ROOT / "benchmarks" / "on_gpu.py"), "--device", "cpu", "--quick", "--no-tests"]
+
+
+def test_a_table_of_a_gpu_has_a_row_for_each_of_its_cases(tmp_path: Path) -> None:
+    command = [*ON_GPU, str(tmp_path), "--tables", "single_conv"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = harness.Result(**json.loads((tmp_path / "single_conv.json").read_text(encoding="utf-8")))
+    wanted = [[case.what, case.label] for case in cases.of_toys() if case.table == "single_conv"]
+    assert [row[:2] for row in found.rows] == wanted
+    place = {name: found.head.index(name) for name in ("ms", "largest error")}
+    for row in found.rows:
+        assert float(row[place["ms"]]) > 0
+        assert 0 < float(row[place["largest error"]]) < 1e-5
+    assert harness.table(found.head, found.rows) in (tmp_path / "single_conv.md").read_text(encoding="utf-8")
+
+
+def test_every_table_of_a_gpu_is_tried_on_a_cpu() -> None:
+    """Each with all of its methods, so that neither can rot."""
+    toys, large = ({(case.table, case.method) for case in made()} for made in (cases.of_toys, cases.of_a_gpu))
+    assert toys == large
+    assert {table for table, _ in toys} == set(cases.ABOUT)
+
+
+def test_a_case_without_time_is_a_row_that_says_so(tmp_path: Path) -> None:
+    command = [*ON_GPU, str(tmp_path), "--minutes", "0", "--tables", "esrgan"]
+    subprocess.run(command, capture_output=True, timeout=600, check=True)
+    found = harness.Result(**json.loads((tmp_path / "esrgan.json").read_text(encoding="utf-8")))
+    assert {row[2] for row in found.rows} == {"left out: no time was left"}
+    assert len(found.rows) == len(cases.UPSCALE)
+
+
+def test_a_case_that_ends_its_process_or_takes_too_long_is_a_row_of_its_own() -> None:
+    (case, *_) = cases.of_toys()
+    answers = "import sys; input(); print('{}', flush=True); input(); sys.exit(3)"
+    one = process.Process([sys.executable, "-c", answers])
+    assert [one.ask(case, 60) for _ in range(2)] == [{}, {"error": "the process ended with 3"}]
+    assert one.ask(case, 60) == {}  # another one has begun
+    one.end()
+    slow = process.Process([sys.executable, "-c", "import time; time.sleep(60)"])
+    assert slow.ask(case, 0.5) == {"error": "took longer than 0 s"}
+    slow.end()
+
+
+def test_tiles_of_a_function_of_pixels_are_the_whole() -> None:
+    image = torch.rand(1, 3, 70, 90, generator=torch.Generator().manual_seed(0))
+    doubled = tiles.thrice(lambda part: part.repeat_interleave(2, 2).repeat_interleave(2, 3), image, 32, 8, 2)
+    assert (doubled[..., ::2, ::2] - image).abs().max() < 1e-6
+    halved = tiles.thrice(lambda part: part[..., ::2, ::2], image, 32, 8, 0.5)
+    assert (halved - image[..., ::2, ::2]).abs().max() < 1e-6

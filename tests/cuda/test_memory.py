@@ -24,7 +24,7 @@ WORKSPACE = 64 << 20
 def large(device: torch.device, part: str = "decode") -> tuple[Autoencoder, Tensor]:
     """A VAE and an input whose maps are large beside any workspace; on a CPU they are small."""
     gpu = device.type == "cuda"
-    model = vae(device, torch.float16 if gpu else torch.float32, (64, 64, 128, 128) if gpu else (8, 8, 16, 16))
+    model = vae(device, torch.float16 if gpu else torch.float32, (64, 64, 128, 128) if gpu else (8, 8, 8, 8))
     side = 2048 if gpu else 128
     shape = (1, 4, side // 8, side // 8) if part == "decode" else (1, 3, side, side)
     return model, drawn(device, *shape, dtype=torch.float16 if gpu else torch.float32)
