@@ -43,7 +43,10 @@ class Process:
             code = running.wait()
             self.end()
             return {"error": f"the process ended with {code}"}
-        return json.loads(answer)
+        found = json.loads(answer)
+        if found.pop("ends", False):
+            self.end()
+        return found
 
     def end(self) -> None:
         """End the process, if there is one."""

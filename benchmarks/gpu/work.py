@@ -8,7 +8,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -136,7 +136,10 @@ class Worker:
         self._exact: Optional[Tensor] = None
 
     def run(self, case: Case) -> dict[str, Any]:
-        """What was measured, or `{"error": …}` in words."""
+        """What was measured, or `{"error": …}` or `{"lacking": …}` in words.
+
+        ends: this process is of no use any more.
+        """
         try:
             with torch.inference_mode():
                 return self._measured(case)
@@ -146,9 +149,11 @@ class Worker:
             self._key = self._network = self._exact = None  # a failed call may have left a network in pieces
             if is_out_of_memory(error):
                 return {"error": "out of memory"}
-            return {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]}
+            text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            return {"error": text[:200], "ends": "CUDA error" in text}  # behind which every call fails
         finally:
-            clean(self.device)
+            with suppress(RuntimeError):
+                clean(self.device)
 
     def _measured(self, case: Case) -> dict[str, Any]:
         network = self._built(case)
