@@ -21,7 +21,7 @@ import charts  # noqa: E402
 import harness  # noqa: E402
 import report  # noqa: E402
 import tiles  # noqa: E402
-from gpu import cases, process  # noqa: E402
+from gpu import cases, process, work  # noqa: E402
 
 HEAD = ["image", "method", "peak MB", "s"]
 ROWS = [
@@ -173,6 +173,17 @@ def test_a_case_that_ends_its_process_or_takes_too_long_is_a_row_of_its_own() ->
     slow = process.Process([sys.executable, "-c", "import time; time.sleep(60)"])
     assert slow.ask(case, 0.5) == {"error": "took longer than 0 s"}
     slow.end()
+
+
+def test_without_diffusers_vaes_are_our_own_and_rows_say_what_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    one = work.Worker(torch.device("cpu"))
+    toys = [case for case in cases.of_toys() if case.table in ("flux_decode", "wan")]
+    found = {(case.table, case.method): one.run(case) for case in toys}
+    assert 0 < found["flux_decode", "stream"]["errors"][0] < 1e-5
+    assert found["flux_decode", "tiled"] == {"lacking": "diffusers is not installed here, which has the tiles"}
+    (clips,) = {str(of_clip) for (table, _), of_clip in found.items() if table == "wan"}
+    assert clips == "{'lacking': 'diffusers is not installed here, which has the network'}"
 
 
 def test_tiles_of_a_function_of_pixels_are_the_whole() -> None:

@@ -160,6 +160,7 @@ class Worker:
         input = made(case, self.device)
         if case.exact and self._exact is None:
             self._exact = exactly(network, case, input)
+            clean(self.device)
         run = network.parts[case.part]
         run(input[..., :32, :32])  # the libraries' own start-up
         with way(network, case) as (function, expected):
@@ -199,13 +200,18 @@ def made(case: Case, device: torch.device) -> Tensor:
     return rows.repeat(1, 1, case.shape[2] // 64, 1)
 
 
-def exactly(network: Network, case: Case, input: Tensor) -> Tensor:
-    """The result in float64, on the CPU, of the same weights."""
+def exactly(network: Network, case: Case, input: Tensor) -> Optional[Tensor]:
+    """The result in float64, on the CPU, of the same weights; None where there is no room for it."""
     with torch.inference_mode(False), torch.device(input.device):
         wide = BUILDERS[case.network](case)
     nn.Module.to(wide.module, torch.float64).load_state_dict(network.module.state_dict())
     wide.module.eval().requires_grad_(False)
-    return wide.parts[case.part](input.double()).cpu()
+    try:
+        return wide.parts[case.part](input.double()).cpu()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
 
 
 Way = tuple[Callable[[Tensor], Tensor], Callable[[], int]]
