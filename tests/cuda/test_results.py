@@ -33,7 +33,8 @@ SHAPES = {"decode": (1, 4, 19, 16), "encode": (1, 3, 152, 128)}
 @pytest.mark.parametrize("part", SHAPES)
 def test_a_vae(device: torch.device, part: str, dtype: torch.dtype, budget: Any, last: bool) -> None:
     order = torch.channels_last if last else torch.contiguous_format
-    model = vae(device, dtype, (16, 16, 32, 32)).to(memory_format=order)
+    model: Any = vae(device, dtype, (16, 16, 32, 32))
+    model.to(memory_format=order)
     input = drawn(device, *SHAPES[part], dtype=dtype).contiguous(memory_format=order)
     with torch.inference_mode():
         exact = exactly(model, lambda model, input: getattr(model, part)(input), input)

@@ -49,7 +49,7 @@ def test_strips_of_every_kernel(device: torch.device, kernel: int, sequential: b
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_gradients(device: torch.device, mode: str) -> None:
+def test_gradients(device: torch.device, mode: Any) -> None:
     torch.manual_seed(0)
     module = nn.Conv2d(8, 8, 3, padding=1, padding_mode=mode).to(device).double()
     input = drawn(device, 2, 8, 40, 24).double().requires_grad_()
