@@ -63,7 +63,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tables", nargs="+", choices=list(ABOUT), default=list(ABOUT), help="default: all")
     parser.add_argument("--no-tests", action="store_true")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.device == "cpu" and not (args.quick or args.worker):
+        parser.error("a CPU has toys alone: add --quick.")
+    return args
 
 
 def tests(device: str, folder: Path, seconds: float) -> bool:
