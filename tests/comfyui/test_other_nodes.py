@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from .conftest import Graph, Server, read_image
-from .test_server import MODEL, VAE, assert_same_latent, loader, node, sampling
+from .test_server import MODEL, VAE, assert_same_image, assert_same_latent, decode, loader, node, sampling
 
 STRIPS: Graph = {"splits": 3, "threshold": 0.0}
 
@@ -37,6 +37,24 @@ def test_a_merged_model(server: Server, checkpoint: str, place: str) -> None:
     graph |= sampling(checkpoint, "eager", ["eager_merge", 0]) | sampling(checkpoint, "merged", ["merge", 0])
     latents = server.run(graph)
     assert_same_latent(latents["eager"], latents["merged"])
+
+
+@pytest.mark.parametrize("backend", ["cudagraphs", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_compiled_model(server: Server, checkpoint: str, backend: str, place: str) -> None:
+    """Compiled it runs whole: PyTorch's compiler cuts what it runs in its own way. A patched VAE beside it does not
+    mind."""
+    compiling: Graph = {"backend": backend}
+    graph = patched(checkpoint) | {"eager_compiled": node("TorchCompileModel", model=["load", 0], **compiling)}
+    if place == "before":
+        graph["compiled"] = node("TorchCompileModel", model=["model", 0], **compiling)
+    else:
+        graph["compiled"] = node(MODEL, model=["eager_compiled", 0], **STRIPS)
+    graph |= sampling(checkpoint, "eager", ["eager_compiled", 0]) | sampling(checkpoint, "strips", ["compiled", 0])
+    graph |= decode("image", ["load", 2], ["eager_sample", 0]) | decode("image_strips", ["vae", 0], ["strips_sample", 0])
+    files = server.run(graph)
+    assert_same_latent(files["eager"], files["strips"])
+    assert_same_image(files["image"], files["image_strips"])
 
 
 def test_what_is_saved_is_saved_as_without_it(server: Server, checkpoint: str) -> None:
