@@ -54,7 +54,7 @@ class Server(HostProcess):
         extra = {"preview_method": preview}
         return self.get("/prompt", {"prompt": graph, "client_id": "tests", "extra_data": extra})["prompt_id"]
 
-    def result(self, prompt: str, seconds: float = 600) -> Any:
+    def result(self, prompt: str, seconds: float = 1800) -> Any:
         """The history of a prompt once it has ended, one way or another."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
