@@ -16,7 +16,7 @@ from .conftest import python
 
 def probe(checkout: Path, *question: str) -> Any:
     command = [python(), str(Path(__file__).with_name("probe.py")), str(checkout), *question]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

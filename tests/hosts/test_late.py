@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -43,13 +43,14 @@ class Patcher:
             self.model.get_submodule(key.rpartition(".")[0])._conv_forward = before
         self.object_patches_backup.clear()
 
-    def extend(self) -> list[list[tuple[int, ...]]]:
-        """Make it seamless; the shapes that each convolution will be called with."""
-        return [make_seamless(conv, "circular", "circular").strip_shapes for _, conv in convolutions(self.model)]  # type: ignore
+    def extend(self) -> None:
+        """Make it seamless, as the extension does."""
+        for _, conv in convolutions(self.model, types=(nn.Conv2d,)):
+            make_seamless(cast(nn.Conv2d, conv), "circular", "circular")
 
     def rows(self) -> set[int]:
         """Most rows that a convolution is given at once."""
-        shapes = [conv.strip_shapes for _, conv in convolutions(self.model)]  # type: ignore
+        shapes: list[Any] = [conv.strip_shapes for _, conv in convolutions(self.model)]
         for shape in shapes:
             shape.clear()
         self.model(IMAGE)
