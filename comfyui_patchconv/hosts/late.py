@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
-
 from ..conv.forward import TiledForward, tiled_forward
+from ..conv.tiling import Convolution
 
 _ATTRIBUTE = "_conv_forward"
 
@@ -41,7 +40,7 @@ def eject(patcher: Any) -> None:
             patcher.object_patches_backup[key] = found
 
 
-def _patched(patcher: Any) -> Iterator[tuple[str, nn.Module]]:
+def _patched(patcher: Any) -> Iterator[tuple[str, Convolution]]:
     """The convolutions that are patched to run in strips, by the key of the patch."""
     for key, patch in patcher.object_patches.items():
         if isinstance(patch, TiledForward):

@@ -298,6 +298,11 @@ def test_with_the_other_renderer(front: Front, ran: tuple[Graph, dict[str, Any]]
         page.wait_for_timeout(2000)
         front.picture("other_renderer")
         assert page.locator(".patchconv-row").count() == 1
+        if not before:
+            number = page.evaluate(f"() => {GRAPH}.nodes.find(node => node.type === '{VAE}').id")
+            inactive = page.locator(f'.lg-node[data-node-id="{number}"] input:disabled')
+            assert inactive.count() == 1  # the budget
+            assert float(inactive.evaluate("input => getComputedStyle(input).opacity")) < 0.5
         page.locator(".patchconv-row").click()
         page.get_by_role("dialog", name="Patch Conv (VAE)").wait_for()
         page.keyboard.press("Escape")
