@@ -7,10 +7,11 @@ from importlib import import_module
 from inspect import signature
 from typing import Any
 
-from comfy.patcher_extension import CallbacksMP  # pyright: ignore[reportMissingImports]
+from comfy.patcher_extension import CallbacksMP, PatcherInjection  # pyright: ignore[reportMissingImports]
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 
 from ..comfyui_patchconv.hosts.clones import follow
+from ..comfyui_patchconv.hosts.late import eject, inject
 
 host_nodes: Any = import_module("nodes")  # ComfyUI's module of this name; ours is a part of a package
 
@@ -50,7 +51,9 @@ def advanced(kind: Any, name: str, **options: Any) -> Any:
     return kind.Input(name, **options)
 
 
-def follow_clones(patcher: Any) -> None:
-    """Have the host bind the patches of `patcher` anew in its clones that have a model of their own."""
+def follow_changes(patcher: Any) -> None:
+    """Have the host bind the patches of `patcher` anew in its clones that have a model of their own, and keep what
+    other extensions put on the model by themselves."""
     patcher.remove_callbacks_with_key(CallbacksMP.ON_CLONE, "patchconv")
     patcher.add_callback_with_key(CallbacksMP.ON_CLONE, "patchconv", follow)
+    patcher.set_injections("patchconv", [PatcherInjection(inject, eject)])

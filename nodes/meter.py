@@ -14,6 +14,7 @@ from comfy.patcher_extension import WrappersMP  # pyright: ignore[reportMissingI
 from comfy_execution.utils import get_executing_context  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 
+from ..comfyui_patchconv.conv.transforms import is_compiled
 from ..comfyui_patchconv.hosts.clones import StandIn
 from ..comfyui_patchconv.hosts.eager_needs import EagerNeeds
 from ..comfyui_patchconv.hosts.figures import Figures, State
@@ -166,8 +167,9 @@ class MeasuredSampling:
             return executor(*args, **kwargs)
 
     def note(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Wrap a call of the network, for the host: the first of a sampling stands for all."""
-        if self._call is None:
+        """Wrap a call of the network, for the host: the first of a sampling stands for all. None of one that is
+        compiled."""
+        if self._call is None and not is_compiled():
             # Not what other nodes pass on in dictionaries: that is not ours to run.
             self._call = [_without_values({} if isinstance(value, dict) else value) for value in args]
         return executor(*args, **kwargs)

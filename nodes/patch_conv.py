@@ -24,7 +24,7 @@ from ..comfyui_patchconv.hosts.modes import MODES
 from ..comfyui_patchconv.hosts.numbers import check_number
 from ..comfyui_patchconv.hosts.streamed import StreamedAtOnce, StreamedForward, Switch
 from ..comfyui_patchconv.units import GIB, MILLION
-from .host import MODEL_CATEGORY, VAE_CATEGORY, advanced, follow_clones, schema
+from .host import MODEL_CATEGORY, VAE_CATEGORY, advanced, follow_changes, schema
 from .meter import Measured, Meter, measure_sampling
 from .progress import AnyProgress, Progress, Strips
 
@@ -111,7 +111,7 @@ class PatchConvVAE(io.ComfyNode):
                 count += stream_half(copied, name, method, size, padding, _id(cls), strips)
         if not count:
             raise ValueError(_nothing_found("VAE", type(vae.first_stage_model).__name__, half))
-        follow_clones(copied.patcher)
+        follow_changes(copied.patcher)
         return io.NodeOutput(copied)
 
 
@@ -146,7 +146,7 @@ class PatchConvModel(io.ComfyNode):
         tiling = Tiling(splits, threshold=round(threshold * MILLION), on_strip=strips)
         if not _patch(copied, model.model, tiling, padding, lambda name: True):
             raise ValueError(_nothing_found("model", type(model.model).__name__))
-        follow_clones(copied)
+        follow_changes(copied)
         meter = Meter(_id(cls), "Model", False, torch.device(model.load_device), strips)
         strips.then(meter.look)
         measure_sampling(copied, meter)

@@ -71,7 +71,7 @@ class HostProcess:
     def log(self) -> str:
         return (self.folder / "log.txt").read_text()
 
-    def get(self, path: str, data: Optional[object] = None, seconds: float = 60) -> Any:
+    def get(self, path: str, data: Optional[object] = None, seconds: float = 900) -> Any:
         """The answer to a GET, or to a POST of `data` as JSON; decoded if it is JSON."""
         request = urllib.request.Request(f"http://{self.address}{path}")
         if data is not None:
@@ -121,7 +121,7 @@ def page_of(address: str, width: int, height: int) -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": width, "height": height})
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(900_000)
         page.goto(f"http://{address}")
         yield page
         browser.close()

@@ -18,7 +18,7 @@ from .backward import Differentiable, OwnWaysError
 from .geometry import Axis, Window, equal_strips
 from .strip_sizes import legal_rows, strip_rows
 from .tiling import Convolution, Tiling, padding_of
-from .transforms import is_traced, transformed
+from .transforms import is_compiled, is_traced, transformed
 
 _CHANNELS_LAST = (torch.channels_last, torch.channels_last_3d)
 
@@ -44,20 +44,22 @@ class TiledForward:
         if self._is_none_of_ours(input):
             own = self.inner or partial(type(self.module)._conv_forward, self.module)  # type: ignore[attr-defined]
             output = own(input, weight, bias, *args, **kwargs)
-            if self.tiling.on_strip is not None:
-                self.tiling.on_strip(self.module, 1, 1)
+            self.tiling.report(self.module, 1, 1)
             return output
         return self.call(input, args, kwargs).run(input, weight, bias)
 
     def _is_none_of_ours(self, input: Tensor) -> bool:
         """Whether a call runs whole, without more ado: a small input, one that is streamed, or one that is traced; and
         where a mode is at work that does what we do, and has to see whole maps for it."""
+        another = type(self).call is not TiledForward.call  # than the module's own forward
+        if is_compiled():
+            return not another  # before what dynamo cannot read
         if torch._C._len_torch_function_stack() and any(
             getattr(mode, "takes_whole_maps", False) for mode in _get_current_function_mode_stack()
         ):
             return True
-        if type(self).call is not TiledForward.call:
-            return False  # it computes something else than the module's own forward
+        if another:
+            return False
         if is_traced(input) or getattr(input, "is_deferred", False):
             return True
         shape, sides = input.shape, len(self.module.kernel_size)
@@ -325,8 +327,7 @@ class Call:
         return _memory_format(_as_image(input, sides))
 
     def report(self, done: int, total: int) -> None:
-        if self.tiling.on_strip is not None:
-            self.tiling.on_strip(self.module, done, total)
+        self.tiling.report(self.module, done, total)
 
     def _row_elements(self, input: Tensor, weight: Tensor) -> tuple[int, int]:
         """Elements of one padded row of the input and of one row of the output, over all samples and channels."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from .geometry import Axis
 from .strip_sizes import DEFAULT_THRESHOLD, MAX_ELEMENTS
+from .transforms import is_compiled
 
 Convolution = nn.modules.conv._ConvNd
 OnStrip = Callable[[nn.Module, int, int], None]
@@ -25,7 +26,7 @@ class Tiling:
     threshold: input elements (C·H·W, times depth for 3-D) from which strips are used. Below it nothing changes, unless
         input or output pass `max_elements`.
     on_strip: called as `on_strip(module, rows_done, rows)` after each strip, and once after an untouched call, for
-        progress. What it raises ends the forward.
+        progress. What it raises ends the forward. A compiled model does not call it.
     strip_bytes: of input and output of one strip, at most; None for what suits the device.
     max_elements: of the largest tensor that the backend indexes.
     """
@@ -48,6 +49,11 @@ class Tiling:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r}: use a whole number from 1.")
+
+    def report(self, module: nn.Module, done: int, rows: int) -> None:
+        """Call `on_strip`, if there is one, but not while a compiler reads the code."""
+        if self.on_strip is not None and not is_compiled():
+            self.on_strip(module, done, rows)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tiling:
         return self  # a copied model reports to the same listener, not to a copy of it

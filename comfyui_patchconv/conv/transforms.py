@@ -11,14 +11,20 @@ from torch import Tensor
 def is_traced(input: Any) -> bool:
     """Whether a call is recorded to be run with other inputs too, of which strips would keep the sizes of this one:
     by `torch.jit.trace`, `torch.export`, `torch.compile`, `make_fx` or `torch.fx`."""
-    compiler: Any = getattr(torch, "compiler", None)
-    if any(getattr(compiler, name)() for name in ("is_exporting", "is_compiling") if hasattr(compiler, name)):
+    if is_compiled():
         return True  # asked first: dynamo knows the answer
     if not isinstance(input, Tensor) or torch._C._get_tracing_state() is not None:
         return True
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
         return True
     return not all(isinstance(side, int) for side in input.shape)
+
+
+def is_compiled() -> bool:
+    """Whether `torch.compile` or `torch.export` reads this code to write its own: what only watches has no place in
+    that."""
+    compiler: Any = getattr(torch, "compiler", None)
+    return any(getattr(compiler, name)() for name in ("is_exporting", "is_compiling") if hasattr(compiler, name))
 
 
 def transformed() -> bool:

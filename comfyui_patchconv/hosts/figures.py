@@ -23,7 +23,7 @@ class Figures:
     """Adds up all calls of one part in a run.
 
     part: what ran (`"VAE decoder"`). streamed: whether whole, or else by convolution. strips: of all that was streamed,
-    or the most that one convolution was cut into; 0 where they were not counted. calls, seconds: in all. peak: the
+    or the most that one convolution was cut into; 0 where none of ours has run. calls, seconds: in all. peak: the
     most bytes in use at once beyond those at the start; 0 where that was not measured. eager: bytes of the feature
     maps that the same work was counted to need at once without us, without what its convolutions work in; 0 where
     that was not counted.
@@ -76,6 +76,8 @@ class Figures:
             way = f"in up to {self.strips} strips"
         elif self.why:
             way = "eager"
+        elif self.calls and not self.strips:
+            way = "whole (compiled by torch.compile, or left to another extension)"
         else:
             way = "whole (no convolution above the threshold)"
         if self.why:

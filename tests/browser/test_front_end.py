@@ -74,14 +74,14 @@ def front(server: Server) -> Iterator[Front]:
         page.on("console", lambda message: message.type == "error" and front.errors.append(
             f"{message.text} {message.location.get('url', '')}"
         ))  # fmt: skip
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(900_000)
         page.reload()
         page.wait_for_function(READY)
         page.wait_for_load_state("networkidle")
         yield front
 
 
-def wait_until(front: Front, condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(front: Front, condition: Callable[[], bool], seconds: float = 900) -> None:
     for _ in range(round(seconds * 5)):
         if condition():
             return
@@ -206,7 +206,7 @@ def ran(front: Front, server: Server, checkpoint: str) -> tuple[Graph, dict[str,
     front.page.wait_for_timeout(1000)
     before = front.saved()
     queue(front)
-    front.page.wait_for_selector(".patchconv-text", timeout=300_000)
+    front.page.wait_for_selector(".patchconv-text")
     front.page.wait_for_selector(".patchconv-row")
     front.page.wait_for_timeout(1000)
     front.picture("run")
@@ -298,6 +298,11 @@ def test_with_the_other_renderer(front: Front, ran: tuple[Graph, dict[str, Any]]
         page.wait_for_timeout(2000)
         front.picture("other_renderer")
         assert page.locator(".patchconv-row").count() == 1
+        if not before:
+            number = page.evaluate(f"() => {GRAPH}.nodes.find(node => node.type === '{VAE}').id")
+            inactive = page.locator(f'.lg-node[data-node-id="{number}"] input:disabled')
+            assert inactive.count() == 1  # the budget
+            assert float(inactive.evaluate("input => getComputedStyle(input).opacity")) < 0.5
         page.locator(".patchconv-row").click()
         page.get_by_role("dialog", name="Patch Conv (VAE)").wait_for()
         page.keyboard.press("Escape")
@@ -373,7 +378,7 @@ def test_figures_go_to_the_workflow_that_was_queued(
     page.wait_for_function("() => document.querySelector('.patchconv-row')?.innerText.includes('so far')")
     page.evaluate(f"async () => {{ await app.loadGraphData({{ ...{GRAPH}.serialize(), id: crypto.randomUUID() }}); }}")
     server.get("/interrupt", {})
-    wait_until(front, lambda: not any(server.get("/queue").values()), 300)
+    wait_until(front, lambda: not any(server.get("/queue").values()))
     last = next(reversed(server.get("/history").values()))
     assert last["status"]["status_str"] == "success"
     page.wait_for_timeout(1500)

@@ -2,7 +2,8 @@
 
 COMFYUI_PATH: a ComfyUI checkout; without it these tests are skipped. COMFYUI_PYTHON: the Python to start it with,
 this one by default. COMFYUI_CHECKPOINT: name of an SD 1.5 checkpoint among the host's models (random weights will do);
-by default the first whose name has `sd15` or `v1-5` in it.
+by default the first whose name has `sd15` or `v1-5` in it. COMFYUI_FRONT_END: folder of another front end than the
+host's own, the `static` of a `comfyui-frontend-package`.
 """
 
 from __future__ import annotations
@@ -26,18 +27,23 @@ from safetensors.torch import load_file, save_file
 
 Graph = dict[str, Any]
 PACK = Path(__file__).parents[2]
-MODELS = ("loras", "patch_diffusion", "patch_ddpm", "upscale_models")
+MODELS = ("controlnet", "loras", "patch_diffusion", "patch_ddpm", "upscale_models")
 """Folders of models that a test can put files into, beside the host's own."""
 
 
 class Server(HostProcess):
-    """One ComfyUI process with its own input, output, user and model folders; the checkout stays as it is."""
+    """One ComfyUI process with its own input, output, user and model folders; the checkout stays as it is.
 
-    def __init__(self, checkout: Path, folder: Path, flags: tuple[str, ...] = ()) -> None:
+    packs: folders of custom nodes beside ours.
+    """
+
+    def __init__(self, checkout: Path, folder: Path, flags: tuple[str, ...] = (), packs: tuple[Path, ...] = ()) -> None:
         for name in ("input", "output", "temp", "user", *MODELS, "custom_nodes"):
             (folder / name).mkdir()
         (folder / "custom_nodes" / "comfyui_patchconv").symlink_to(PACK)
         (folder / "custom_nodes" / "short_of_memory.py").symlink_to(Path(__file__).with_name("short_of_memory.py"))
+        for pack in packs:
+            (folder / "custom_nodes" / pack.name).symlink_to(pack)
         paths = {"base_path": str(folder), **{name: name for name in ("custom_nodes", *MODELS)}}
         (folder / "paths.yaml").write_text(json.dumps({"patchconv": paths}))  # JSON is YAML
         command = [python(), str(Path(__file__).with_name("launch.py")), str(checkout)]
@@ -45,6 +51,8 @@ class Server(HostProcess):
         for name in ("input", "output", "temp", "user"):
             command += [f"--{name}-directory", str(folder / name)]
         command += ["--database-url", "sqlite:///:memory:", "--preview-method", "none", *flags]
+        if front_end := os.environ.get("COMFYUI_FRONT_END"):
+            command += ["--front-end-root", str(Path(front_end).resolve())]
         if not torch.cuda.is_available():
             command.append("--cpu")
         super().__init__(command, folder, checkout)
@@ -54,7 +62,7 @@ class Server(HostProcess):
         extra = {"preview_method": preview}
         return self.get("/prompt", {"prompt": graph, "client_id": "tests", "extra_data": extra})["prompt_id"]
 
-    def result(self, prompt: str, seconds: float = 600) -> Any:
+    def result(self, prompt: str, seconds: float = 1800) -> Any:
         """The history of a prompt once it has ended, one way or another."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -181,6 +189,9 @@ def checkout() -> Path:
         pytest.skip("COMFYUI_PATH is not set: it names the ComfyUI checkout to test with")
     if not (Path(path) / "main.py").is_file():
         pytest.skip(f"COMFYUI_PATH is {path}, where there is no ComfyUI (no main.py)")
+    front_end = os.environ.get("COMFYUI_FRONT_END")
+    if front_end and not (Path(front_end) / "index.html").is_file():
+        pytest.skip(f"COMFYUI_FRONT_END is {front_end}, where there is no front end (no index.html)")
     return Path(path).resolve()
 
 
@@ -191,8 +202,9 @@ def checkpoint(checkout: Path) -> str:
     return checkpoint_in(folder, "COMFYUI_CHECKPOINT", os.environ.get("COMFYUI_CHECKPOINT"))
 
 
-def _serve(checkout: Path, folder: Path, flags: tuple[str, ...] = ()) -> Iterator[Server]:
-    server = Server(checkout, folder, flags)
+def serve(checkout: Path, folder: Path, flags: tuple[str, ...] = (), packs: tuple[Path, ...] = ()) -> Iterator[Server]:
+    """One that has started, for a fixture to yield from. flags, packs: see `Server`."""
+    server = Server(checkout, folder, flags, packs)
     try:
         server.wait(lambda: server.get("/system_stats"))
         yield server
@@ -202,11 +214,11 @@ def _serve(checkout: Path, folder: Path, flags: tuple[str, ...] = ()) -> Iterato
 
 @pytest.fixture(scope="session")
 def server(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    yield from _serve(checkout, tmp_path_factory.mktemp("comfyui"))
+    yield from serve(checkout, tmp_path_factory.mktemp("comfyui"))
 
 
 @pytest.fixture(scope="module")
 def frugal_server(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Weights stored in other types than they are computed in, so that the host casts them at every use."""
     flags = ("--fp8_e4m3fn-unet", "--bf16-vae", *(["--novram"] if torch.cuda.is_available() else []))
-    yield from _serve(checkout, tmp_path_factory.mktemp("frugal"), flags)
+    yield from serve(checkout, tmp_path_factory.mktemp("frugal"), flags)

@@ -194,10 +194,10 @@ def test_interrupt(server: Server, checkpoint: str, settings: Graph) -> None:
         asked = time.monotonic()
         server.get("/interrupt", {})
         history = server.result(prompt)
-    seconds = time.monotonic() - asked
-    print(f"stopped after {seconds:.2f} s")
+    print(f"stopped after {time.monotonic() - asked:.2f} s")
     assert history["status"]["messages"][-1][0] == "execution_interrupted"
-    assert seconds < 3
+    shown = [m["data"] for m in messages if m["type"] == "progress" and m["data"]["node"] == "patched_decode"]
+    assert shown[-1]["value"] < 0.9 * shown[-1]["max"]  # it does not go on to the end
     assert [m["data"]["state"] for m in messages if m["type"] == "patchconv.report"][-1] == "stopped"
     images = server.run(decoding(checkpoint, server.latent("next", 256, seed=4), eager=True, patched=settings))
     assert_same_image(images["eager"], images["patched"])

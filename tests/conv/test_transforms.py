@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -121,6 +122,28 @@ def test_what_is_recorded_while_patched_takes_other_sizes(name: str, gradients: 
         with patched(model, 3, threshold=0):
             recorded: Any = RECORDS[name](model)
         assert_same(recorded(OTHER).detach(), expected.detach(), 1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("padding", ["plain", "partial"])
+def test_what_watches_strips_is_not_compiled(padding: str) -> None:
+    """What it does may be nothing that a compiler can read, and would break up what is compiled at each convolution."""
+    told: list[object] = []
+    lock = threading.Lock()
+
+    def watch(*_: object) -> None:
+        with lock:
+            told.append(threading.get_native_id())
+
+    model = network()
+    with torch.no_grad(), patched(model, 3, threshold=0, padding=padding, on_strip=watch):
+        expected = model(IMAGE)
+        assert told
+        told.clear()
+        recorded: Any = torch.compile(model, backend="eager", fullgraph=True)
+        assert_same(recorded(IMAGE), expected, 1e-5)
+    assert not told
     torch._dynamo.reset()
 
 

@@ -56,6 +56,7 @@ def test_long_timelines_keep_their_peak() -> None:
     ("figures", "line"),
     [
         (Figures("Model"), "Model whole (no convolution above the threshold)"),
+        (Figures("Model", calls=1), "Model whole (compiled by torch.compile, or left to another extension)"),
         (Figures("Model", strips=1), "Model whole (no convolution above the threshold)"),
         (Figures("U-Net", strips=3), "U-Net in up to 3 strips"),
         (Figures("VAE encoder", streamed=True), "VAE encoder streamed"),

@@ -4,6 +4,8 @@ const NODE = "PatchConv_VAE";
 const IGNORED = { patch: ["budget"], stream: ["splits", "threshold"] };
 const NUMBERS = ["splits", "threshold", "budget"];
 
+const dimmed = new Set(); // ids of nodes whose inactive inputs are dimmed
+
 /** Follow the mode of a new node, if it is one of ours. */
 export function followMode(node) {
     const mode = modeOf(node);
@@ -18,7 +20,16 @@ function mark(node, mode) {
     const linked = node.inputs?.some((input) => input.widget?.name === mode.name && input.link != null);
     const ignored = (linked ? [] : IGNORED[mode.value]) ?? [];
     for (const widget of node.widgets) if (NUMBERS.includes(widget.name)) widget.disabled = ignored.includes(widget.name);
+    dim(node.id);
     node.setDirtyCanvas?.(true, true);
+}
+
+/** Have inactive inputs of a node look so in Nodes 2.0, which switches them off and shows what they hold as before. */
+function dim(id) {
+    if (id == null || id === -1 || dimmed.has(id)) return;
+    dimmed.add(id);
+    const rule = `.lg-node[data-node-id="${CSS.escape(id)}"] input:disabled { opacity: 0.4; }`;
+    document.head.append(Object.assign(document.createElement("style"), { textContent: rule }));
 }
 
 /** Do something after each call of a method, which others may have put there. */
