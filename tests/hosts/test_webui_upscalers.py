@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 from types import ModuleType
 from typing import Any, Optional
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -264,3 +266,15 @@ def test_extras_with_settings_that_cannot_be_or_covered_when_they_are_left() -> 
     assert not extras.leave()
     assert np.array_equal(tab.run()[0][0], tiled)
     assert tab.told == []
+
+
+def test_a_model_is_not_held_beyond_its_picture() -> None:
+    """The WebUI loads one for each."""
+    host, model = Upscalers(), upscaler()
+    toggle = toggled(host)
+    weights = ref(model.model)
+    host.upscale(model, picture())
+    del model
+    gc.collect()
+    assert weights() is None
+    assert toggle.has_run
