@@ -64,14 +64,21 @@ def check_level(one: np.ndarray, other: np.ndarray) -> None:
     assert (difference > 0).mean() < 1e-3
 
 
-@pytest.mark.parametrize("mode", ["auto", "stream"])
-def test_hires_fix(webui: WebUI, mode: str) -> None:
-    request = hires(webui)
-    webui.run(**request)
+@pytest.fixture(scope="module")
+def tiled(webui: WebUI) -> Result:
+    """By hires fix, as the WebUI has it."""
+    return webui.run(**hires(webui))
+
+
+@pytest.fixture(scope="module")
+def untiled(webui: WebUI) -> Result:
+    return whole(webui, lambda: webui.run(**hires(webui)))
+
+
+def test_hires_fix(webui: WebUI, tiled: Result, untiled: Result) -> None:
     before = webui.get("/probe/now")
-    tiled, untiled = webui.run(**request), whole(webui, lambda: webui.run(**request))
     assert differs(tiled.images[0], untiled.images[0])
-    result = webui.run(**request, patch_conv={"mode": mode, "upscalers": True, "budget": 2})
+    result = webui.run(**hires(webui), patch_conv={"upscalers": True})
     during = webui.get("/probe/during")
     patched = {place for place, method in during.items() if before.get(place) != method}
     assert {"upscaler_utils.upscale_with_model", "esrgan_model.upscale_with_model"} <= patched
@@ -80,14 +87,14 @@ def test_hires_fix(webui: WebUI, mode: str) -> None:
     assert "whole without Patch Conv: " in result.report
     assert "Patch Conv parts: VAE + Upscalers" in result.infotext
     assert webui.get("/probe/now") == before
-    assert np.array_equal(webui.run(**request).images[0], tiled.images[0])
 
 
-def test_arguments_in_order(webui: WebUI) -> None:
-    request = hires(webui)
-    result = webui.run(**request, patch_conv=[True, "auto", False, False, 0, 0.0, 2.0, True])
+def test_arguments_in_order(webui: WebUI, tiled: Result, untiled: Result) -> None:
+    result = webui.run(**hires(webui), patch_conv=[True, "stream", False, False, 0, 0.0, 2.0, True])
+    check_second_pass(result, untiled)
     assert result.report.startswith("Patch Conv: upscaler ESRGAN streamed, peak ")
-    result = webui.run(**request, patch_conv=[True, "auto", True, False, 0, 0.0, 2.0])
+    result = webui.run(**hires(webui), patch_conv=[True, "auto", True, False, 0, 0.0, 2.0])
+    check_second_pass(result, tiled)
     assert "upscaler" not in result.report
 
 
