@@ -135,6 +135,7 @@ class PatchConvScript(scripts.Script):
         stop()  # what a run that ended in an error may have left
         ahead, PatchConvScript.ahead = PatchConvScript.ahead, None
         if ahead is not None and ahead.has_run:
+            p.patch_conv_ahead = True
             print(ahead.report())
             p.comment(ahead.report())
 
@@ -174,7 +175,8 @@ class PatchConvScript(scripts.Script):
         if toggle is not None:
             stop()
         report = toggle.report() if toggle is not None else getattr(p, "patch_conv_off", "")
-        if not report:
+        told_ahead = toggle is not None and not toggle.settings.unet and not toggle.has_run
+        if not report or (told_ahead and getattr(p, "patch_conv_ahead", False)):
             return
         print(report)
         if PatchConvScript.cells is None:

@@ -98,7 +98,8 @@ class ProbeScript(scripts.Script):
         _during.update(_methods())
         _estimates["during"] = _estimate().get("now", 0.0)
         toggle = getattr(p, "patch_conv", None)
-        _decodes["counted"] = 0 if toggle is None else toggle._figures["decoder"].calls
+        figures = {} if toggle is None else toggle._figures
+        _decodes["counted"] = figures["decoder"].calls if "decoder" in figures else 0
 
 
 def _routes(demo: Any, app: Any) -> None:
