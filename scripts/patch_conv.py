@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Optional
 
 import gradio as gr  # pyright: ignore[reportMissingImports]
 from modules import (  # pyright: ignore[reportMissingImports]
+    postprocessing,
     script_callbacks,
+    script_loading,
     scripts,
     sd_models,
     sd_samplers_common,
@@ -16,6 +20,7 @@ from modules import (  # pyright: ignore[reportMissingImports]
 from modules.ui_components import InputAccordion  # pyright: ignore[reportMissingImports]
 
 from comfyui_patchconv.hosts.modes import MODES
+from comfyui_patchconv.hosts.webui.extras import Extras
 from comfyui_patchconv.hosts.webui.host import Host
 from comfyui_patchconv.hosts.webui.parameters import (
     DEFAULTS,
@@ -29,6 +34,7 @@ from comfyui_patchconv.hosts.webui.parameters import (
 )
 from comfyui_patchconv.hosts.webui.settings import Settings
 from comfyui_patchconv.hosts.webui.toggle import Toggle
+from comfyui_patchconv.hosts.webui.upscalers import having_them
 
 _LABELS = {
     "enabled": TITLE,
@@ -38,12 +44,14 @@ _LABELS = {
     "splits": "Splits",
     "threshold": "Threshold (millions of elements)",
     "budget": "Memory budget (GiB)",
+    "upscalers": "Upscalers",
 }
 _LIMITS: dict[str, dict[str, float]] = {
     "splits": {"minimum": 0, "maximum": 64, "step": 1},
     "threshold": {"minimum": 0, "maximum": 256, "step": 0.5},
     "budget": {"minimum": 0, "maximum": 64, "step": 0.1},
 }
+_PARTS = ("vae", "unet", "upscalers")
 _INFO = {
     "enabled": "Ticked when the page is loaded, under txt2img and img2img.",
     "mode": "auto: as without where that fits, patch where that is enough, stream where it is not, by what is free at "
@@ -53,11 +61,13 @@ _INFO = {
     "unet": "Its convolutions in strips, as in patch: for sizes at which one does not fit.",
     "splits": "For auto, patch and the U-Net: strips per convolution, 0 for automatic.",
     "threshold": "For auto, patch and the U-Net: convolutions with fewer input elements stay whole.",
-    "budget": "For auto and stream, 0 for what is free. What does not fit is kept in the computer's memory, on a CPU "
-    "in a file.",
+    "budget": "For auto, stream and upscalers, 0 for what is free. What does not fit is kept in the computer's memory, "
+    "on a CPU in a file.",
+    "upscalers": "ESRGAN and its kin without tiles, streamed in any mode: in hires fix, img2img and SD upscale.",
 }
 _RESCUE = "patch_conv_instead_of_tiles"
-_NOTHING = "Neither VAE nor U-Net is ticked: nothing will be patched."
+_EXTRAS = "patch_conv_extras"
+_NOTHING = "Neither VAE nor U-Net nor Upscalers is ticked: nothing will be patched."
 _IGNORED = "Not used with what is chosen above."
 _REPORT = f"{TITLE} report"
 """The name in an answer's `info`, among `extra_generation_params`, which pictures do not have."""
@@ -67,8 +77,14 @@ class PatchConvScript(scripts.Script):
     running: ClassVar[Optional[Toggle]] = None
     """What is patched now: the WebUI has one run at a time, on one model."""
 
+    ahead: ClassVar[Optional[Toggle]] = None
+    """What was patched before the first picture of a run, for scripts that upscale then, and was not reported yet."""
+
     cells: ClassVar[Optional[list[str]]] = None
     """What was said of the cells of an X/Y/Z plot that is being made."""
+
+    extras: ClassVar[Optional[Extras]] = None
+    """What streams the upscalers under Extras, while that is set."""
 
     def title(self) -> str:
         return TITLE
@@ -81,7 +97,7 @@ class PatchConvScript(scripts.Script):
         with InputAccordion(_default("enabled"), label=TITLE, elem_id=self.elem_id("enabled")) as controls["enabled"]:
             controls["mode"] = self._control(gr.Radio, "mode", choices=[*MODES])
             with gr.Row():
-                for name in ("vae", "unet"):
+                for name in _PARTS:
                     controls[name] = self._control(gr.Checkbox, name)
             nothing = gr.Markdown(_NOTHING, visible=False, elem_id=self.elem_id("nothing"))
             with gr.Row():
@@ -102,8 +118,26 @@ class PatchConvScript(scripts.Script):
         info = None if kind is gr.Checkbox else _INFO[name]  # it would stand above the box
         return kind(value=_default(name), label=_LABELS[name], info=info, elem_id=self.elem_id(name), **options)
 
+    def setup(self, p: Any, *args: Any) -> None:
+        """Stream upscalers before the first picture too: SD upscale runs them then."""
+        PatchConvScript.ahead = None
+        try:
+            settings = _settings(args)
+        except ValueError:  # `process` says so
+            return
+        if settings is None or not settings.upscalers:
+            return
+        stop()
+        PatchConvScript.ahead = PatchConvScript.running = toggle = _upscaling(settings)
+        _stop_at_close(p, toggle)
+
     def before_process(self, p: Any, *args: Any) -> None:
         stop()  # what a run that ended in an error may have left
+        ahead, PatchConvScript.ahead = PatchConvScript.ahead, None
+        if ahead is not None and ahead.has_run:
+            p.patch_conv_ahead = True
+            print(ahead.report())
+            p.comment(ahead.report())
 
     def process(self, p: Any, *args: Any) -> None:
         p.patch_conv, p.patch_conv_cell = None, shared.state.job
@@ -111,16 +145,14 @@ class PatchConvScript(scripts.Script):
         for name in infotext_names():  # a plot's runs share what is written
             p.extra_generation_params.pop(name, None)
         try:
-            defaults = {name: _default(name) for name in NAMES}
-            settings = settings_of(args, getattr(p, "patch_conv_axes", {}), defaults)
+            settings = _settings(args, getattr(p, "patch_conv_axes", {}))
         except ValueError as error:
             p.patch_conv_off = f"{TITLE} is off: {error}"
             return
         rescue = settings is None and getattr(shared.opts, _RESCUE, False)
         if settings is None and not rescue:
             return
-        host = Host(shared.state, _cheap, sd_samplers_common)
-        p.patch_conv = Toggle(settings or Settings(), host, only_rescue=rescue)
+        p.patch_conv = Toggle(settings or Settings(), _host(), only_rescue=rescue)
         if settings is not None:
             p.extra_generation_params.update(to_infotext(settings))
         _stop_at_close(p, p.patch_conv)
@@ -143,7 +175,8 @@ class PatchConvScript(scripts.Script):
         if toggle is not None:
             stop()
         report = toggle.report() if toggle is not None else getattr(p, "patch_conv_off", "")
-        if not report:
+        told_ahead = toggle is not None and not toggle.settings.unet and not toggle.has_run
+        if not report or (told_ahead and getattr(p, "patch_conv_ahead", False)):
             return
         print(report)
         if PatchConvScript.cells is None:
@@ -156,6 +189,15 @@ def _add_report(processed: Any, report: str) -> None:
     """Show a report under the pictures and in the API's answer, and leave it out of the pictures' parameters."""
     processed.comments += f"{report}\n"
     processed.extra_generation_params = {**processed.extra_generation_params, _REPORT: report}
+
+
+def _settings(args: Sequence[Any], changes: Optional[dict[str, Any]] = None) -> Optional[Settings]:
+    """Read the settings that arguments of the script, and `changes`, ask for. The rest: see `settings_of`."""
+    return settings_of(args, changes or {}, {name: _default(name) for name in NAMES})
+
+
+def _host() -> Host:
+    return Host(shared.state, _cheap, sd_samplers_common)
 
 
 def stop() -> None:
@@ -181,7 +223,19 @@ def _patch(toggle: Toggle, models: Sequence[Any]) -> None:
     models = [model for model in models if model is not None]
     parts = [_parts(model) for model in models]
     holders = [holder for _, _, holder in parts if holder is not None]
-    toggle.follow([vae for vae, _, _ in parts], [unet for _, unet, _ in parts], holders, models)
+    upscaling = _modules_that_upscale() if toggle.settings.upscalers else []
+    toggle.follow([vae for vae, _, _ in parts], [unet for _, unet, _ in parts], holders, models, upscaling)
+
+
+def _modules_that_upscale() -> list[Any]:
+    return having_them([*sys.modules.values(), *script_loading.loaded_scripts.values()])
+
+
+def _upscaling(settings: Settings) -> Toggle:
+    """Make what patches upscalers, and nothing else of what is set, and have it do so."""
+    toggle = Toggle(replace(settings, vae=False, unet=False, upscalers=True), _host())
+    toggle.follow([], [], upscaling=_modules_that_upscale())
+    return toggle
 
 
 def _parts(model: Any) -> tuple[Any, Any, Any]:
@@ -228,17 +282,17 @@ def _show_what_counts(controls: dict[str, Any], nothing: Any) -> None:
     """Have numbers that do not count look inactive, and say where nothing will be patched."""
     numbers = [*_LIMITS]
 
-    def updates(mode: str, vae: bool, unet: bool) -> list[Any]:
-        counting = heeded(mode, vae, unet)
+    def updates(mode: str, *parts: bool) -> list[Any]:
+        counting = heeded(mode, *parts)
         shown = [
             gr.update(interactive=name in counting, info=_INFO[name] if name in counting else _IGNORED)
             for name in numbers
         ]
-        return [*shown, gr.update(visible=not (vae or unet))]
+        return [*shown, gr.update(visible=not any(parts))]
 
-    inputs = [controls[name] for name in ("mode", "vae", "unet")]
+    inputs = [controls[name] for name in ("mode", *_PARTS)]
     outputs = [*(controls[name] for name in numbers), nothing]
-    for name in ("enabled", "mode", "vae", "unet"):
+    for name in ("enabled", "mode", *_PARTS):
         controls[name].change(updates, inputs=inputs, outputs=outputs, show_progress=False, queue=False)
 
 
@@ -279,6 +333,52 @@ def _add_settings() -> None:
             "want of memory begins anew, streamed, instead of in tiles or not at all."
         ),
     )
+    extras = shared.OptionInfo(False, f"{TITLE}: upscale without tiles, streamed, under Extras", section=section)
+    shared.opts.add_option(
+        _EXTRAS,
+        extras.info("ESRGAN and its kin, within the memory budget above; elsewhere the accordion's Upscalers say so."),
+    )
+    shared.opts.onchange(_EXTRAS, _set_extras, call=False)
+    _follow_extras()
+
+
+def _set_extras() -> None:
+    _follow_extras()
+    _forget_upscaled()
+
+
+def _follow_extras() -> None:
+    """Stream upscalers under Extras if that is set, and only then."""
+    leave_extras()
+    if getattr(shared.opts, _EXTRAS, False):
+        PatchConvScript.extras = Extras(postprocessing, "run_postprocessing", _begin_extras, _end_extras)
+
+
+def leave_extras() -> None:
+    """Put back what runs Extras."""
+    extras, PatchConvScript.extras = PatchConvScript.extras, None
+    if extras is not None:
+        extras.leave()
+
+
+def _begin_extras() -> Optional[Toggle]:
+    try:
+        settings = Settings(vae=False, upscalers=True, budget=_default("budget"))
+    except ValueError as error:
+        print(f"{TITLE} is off: {error}")
+        return None
+    return _upscaling(settings)
+
+
+def _end_extras(toggle: Toggle) -> None:
+    print(toggle.report())
+    if toggle.stopped:
+        _forget_upscaled()
+
+
+def _forget_upscaled() -> None:
+    """Have Extras, which keeps the last pictures that were upscaled, upscale them anew when they come again."""
+    scripts.scripts_postproc.image_changed()
 
 
 def _extend_plots() -> None:
@@ -327,3 +427,4 @@ script_callbacks.on_ui_settings(_add_settings)
 script_callbacks.on_before_ui(_extend_plots)
 script_callbacks.on_model_loaded(_loaded)
 script_callbacks.on_script_unloaded(stop)
+script_callbacks.on_script_unloaded(leave_extras)

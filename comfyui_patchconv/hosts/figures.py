@@ -28,7 +28,8 @@ class Figures:
     maps that the same work was counted to need at once without us, without what its convolutions work in; 0 where
     that was not counted.
     timeline: (seconds, bytes) while it ran. state: stopped is what was cancelled or ended in an error. why: what spoke
-    for the way that it ran, where that was chosen by itself. missed: how a budget was not kept.
+    for the way that it ran, where that was chosen by itself. missed: how a budget was not kept. otherwise: what it is
+    compared with.
     """
 
     part: str
@@ -42,6 +43,7 @@ class Figures:
     state: State = "done"
     why: str = ""
     missed: str = ""
+    otherwise: str = "without Patch Conv"
 
     def add(self, recorded: Recorder) -> None:
         """Add one more call."""
@@ -86,10 +88,10 @@ class Figures:
         if self.peak:
             words["peak"] = f"peak {size_of(self.peak)}"
         if self.eager:
-            words["eager"] = "without Patch Conv: not measured"
+            words["eager"] = f"{self.otherwise}: not measured"
         if self.eager_at_least:
-            words["eager"] = f"without Patch Conv: at least {size_of(self.eager)}, counted"
-            words["eager_short"] = f"≥ {size_of(self.eager)} without Patch Conv"
+            words["eager"] = f"{self.otherwise}: at least {size_of(self.eager)}, counted"
+            words["eager_short"] = f"≥ {size_of(self.eager)} {self.otherwise}"
         if self.seconds:
             words["time"] = time_of(self.seconds)
         if self.missed:

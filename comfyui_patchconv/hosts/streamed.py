@@ -51,7 +51,13 @@ class StreamedForward(StandIn):
 
     def start(self) -> None:
         """Begin a decode or encode, here or on a clone for another device: it may take what is free now."""
-        self._streamed.budget = None
+        self._streamed.budget = self._streamed.last = None
+
+    @property
+    def eager(self) -> int:
+        """Bytes that the maps of the last call since `start` need at once without us; 0 where it was not streamed."""
+        last = self._streamed.last
+        return 0 if last is None else last.eager_peak
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.switch.on or joins(args, kwargs):

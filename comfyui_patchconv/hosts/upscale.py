@@ -71,6 +71,14 @@ def name_of(model: Any) -> str:
     return str(getattr(model.architecture, "name", model.architecture))
 
 
+def network_of(model: Any) -> Optional[nn.Module]:
+    """The module that computes, of a model that `spandrel` or another program describes or that is one itself; None
+    where there is none with weights."""
+    candidates = (getattr(model, "model", None), model)
+    found = (one for one in candidates if isinstance(one, nn.Module) and next(one.parameters(), None) is not None)
+    return next(found, None)
+
+
 def with_network(model: Any, network: nn.Module) -> Any:
     """A copy of what describes a model, which runs `network` in the place of the model's own."""
     copied, own = copy.copy(model), model.model

@@ -28,10 +28,11 @@ CHOSEN = st.builds(
     splits=st.integers(0, 64),
     threshold=st.floats(0, 256),
     budget=st.floats(0, 64),
+    upscalers=st.booleans(),
 )
 
 
-@given(CHOSEN.filter(lambda settings: settings.vae or settings.unet))
+@given(CHOSEN.filter(lambda settings: settings.vae or settings.unet or settings.upscalers))
 def test_what_is_written_can_be_pasted(settings: Settings) -> None:
     text = to_infotext(settings)
     assert set(text) <= set(infotext_names())
@@ -55,6 +56,10 @@ def test_arguments() -> None:
     )
     assert settings_of([True, "patch", True, False, 3, 1.0, 2.0, None], {}) == Settings("patch", True, False, 3, 1.0, 2)
     assert settings_of([True, "patch", True, False, 3, 1.0, 2.0, ""], {}) == Settings("patch", True, False, 3, 1.0, 2)
+    upscaling = Settings("stream", True, False, 3, 1.0, 2.0, upscalers=True)
+    assert settings_of([True, "stream", True, False, 3, 1.0, 2.0, True], {}) == upscaling
+    assert settings_of([named | {"upscalers": "true"}], {}) == upscaling
+    assert settings_of([{"enabled": True, "vae": False, "upscalers": True}], {}) == Settings(vae=False, upscalers=True)
 
 
 @pytest.mark.parametrize(
@@ -75,10 +80,13 @@ def test_nothing_asked_for(args: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("named", "message"),
     [
-        ({"tiles": 3}, "there is no argument 'tiles': use enabled, mode, vae, unet, splits, threshold, budget."),
+        (
+            {"tiles": 3},
+            "there is no argument 'tiles': use enabled, mode, vae, unet, splits, threshold, budget, upscalers.",
+        ),
         ({"enabled": 2}, "enabled is 2: use True or False."),
         ({"vae": "perhaps"}, "vae is 'perhaps': use True or False."),
-        ({"vae": False}, "neither VAE nor U-Net is chosen, so nothing will be patched."),
+        ({"vae": False}, "neither VAE nor U-Net nor Upscalers is chosen, so nothing will be patched."),
         ({"splits": 1e9}, "splits is 1000000000.0: use at most 4096 strips."),
         ({"splits": None}, "splits is None: use a number of strips, or 0."),
         ({"mode": "tile"}, "mode is 'tile': use 'auto', 'patch' or 'stream'."),
@@ -90,8 +98,10 @@ def test_wrong_arguments(named: dict[str, Any], message: str) -> None:
     assert str(error.value) == message
 
 
-def test_an_eighth_argument() -> None:
-    with pytest.raises(ValueError, match=r"^there are more than 7 arguments: use enabled, mode, vae, "):
+def test_a_ninth_argument() -> None:
+    with pytest.raises(ValueError, match=r"^there are more than 8 arguments: use enabled, mode, vae, "):
+        settings_of([True, "patch", True, False, 3, 1.0, 2.0, False, 8], {})
+    with pytest.raises(ValueError, match=r"^upscalers is 8: use True or False.$"):
         settings_of([True, "patch", True, False, 3, 1.0, 2.0, 8], {})
 
 
@@ -113,7 +123,7 @@ def test_a_mode_that_does_not_exist_is_ignored(mode: Any) -> None:
         ("splits", "1e9", "splits is 1000000000.0: use at most 4096 strips. The default is taken."),
         ("budget", "-3", "budget is -3.0: use a number of GiB, or 0. The default is taken."),
         ("threshold", "nan", "threshold is nan: use a number of millions of elements, or 0. The default is taken."),
-        ("parts", "wheels", "parts is 'wheels': use VAE or U-Net. The default is taken."),
+        ("parts", "wheels", "parts is 'wheels': use VAE, U-Net or Upscalers. The default is taken."),
     ],
 )
 def test_values_that_cannot_be_become_the_default(name: str, text: str, said: str) -> None:
@@ -135,8 +145,15 @@ def test_any_parameters_can_be_pasted(parameters: dict[str, str]) -> None:
 
 
 def test_what_counts() -> None:
-    assert heeded("patch", vae=True, unet=False) == {"splits", "threshold"}
-    assert heeded("stream", vae=True, unet=False) == {"budget"}
-    assert heeded("stream", vae=True, unet=True) == {"splits", "threshold", "budget"}
-    assert heeded("stream", vae=False, unet=True) == {"splits", "threshold"}
-    assert heeded("patch", vae=False, unet=False) == set()
+    assert heeded("patch", vae=True, unet=False, upscalers=False) == {"splits", "threshold"}
+    assert heeded("stream", vae=True, unet=False, upscalers=False) == {"budget"}
+    assert heeded("stream", vae=True, unet=True, upscalers=False) == {"splits", "threshold", "budget"}
+    assert heeded("stream", vae=False, unet=True, upscalers=False) == {"splits", "threshold"}
+    assert heeded("patch", vae=False, unet=False, upscalers=False) == set()
+    assert heeded("patch", vae=False, unet=False, upscalers=True) == {"budget"}
+    assert heeded("patch", vae=True, unet=False, upscalers=True) == {"splits", "threshold", "budget"}
+
+
+def test_parameters_of_before_there_were_upscalers() -> None:
+    parameters = {"Patch Conv": "stream", "Patch Conv parts": "VAE + U-Net"}
+    assert from_infotext("upscalers", parameters) is False

@@ -66,12 +66,22 @@ def test_before_the_jobs_are_counted_the_words_have_the_percentage() -> None:
     assert state.textinfo is None
 
 
+def test_under_extras_whose_bar_is_full_the_words_have_the_percentage() -> None:
+    """It counts a job as done when that begins."""
+    state, now = state_of_a_run(jobs=1, done=1), [10.0]
+    with Host(state, cheap, None, lambda: now[0]).shown("upscaler ESRGAN in strips") as show:
+        show(0.25)
+        assert state.textinfo == "upscaler ESRGAN in strips: 25%"
+        assert state.sampling_steps == 20
+
+
 def test_whether_to_stop() -> None:
     state = state_of_a_run()
     host = Host(state, cheap, None)
     assert not host.stop_asked("decoder")
     state.skipped = True
     assert host.stop_asked("decoder")
+    assert host.stop_asked("upscaler")
     assert not host.stop_asked("encoder")
     state.interrupted = True
     assert host.stop_asked("encoder")

@@ -23,9 +23,11 @@ import numpy as np
 import pytest
 import torch
 from host_process import HostProcess, checkpoint_in
+from upscale_weights import esrgan
 
 PACK = Path(__file__).parents[2]
 CHECKPOINTS = ("first", "second")
+UPSCALER = "patchconv-esrgan"
 PATCH = {"mode": "patch", "unet": True, "splits": 3, "threshold": 0.0}
 STREAM = {"mode": "stream", "unet": True, "splits": 3, "threshold": 0.0}
 MODES = pytest.mark.parametrize("settings", [PATCH, STREAM], ids=["patch", "stream"])
@@ -95,6 +97,10 @@ class WebUI(HostProcess):
         for name in CHECKPOINTS:
             source = checkout / "models" / "Stable-diffusion" / checkpoint
             (checkpoints / f"{name}.safetensors").symlink_to(source.resolve())
+        (folder / "models" / "ESRGAN").mkdir(parents=True)
+        # The WebUI's check of pickles knows no file in the newer format.
+        path = folder / "models" / "ESRGAN" / f"{UPSCALER}.pth"
+        torch.save(esrgan(), path, _use_new_zipfile_serialization=False)
         # Random weights have no mean that emphasis could be scaled to.
         options = {"emphasis": "No norm", "live_previews_enable": False, "sd_model_checkpoint": "first.safetensors"}
         (folder / "config.json").write_text(json.dumps(options))
@@ -132,6 +138,18 @@ class WebUI(HostProcess):
         info = json.loads(answer["info"])
         report = info["extra_generation_params"].get("Patch Conv report", "")
         return Result(images, info["infotexts"][0], report, self.log()[before:])
+
+    @contextmanager
+    def options(self, **values: Any) -> Iterator[None]:
+        """Within the block these are set under Settings."""
+        told = self.get("/sdapi/v1/options")
+        # It tells whole numbers as fractions, which tiles cannot be cut by.
+        there = {name: int(told[name]) if isinstance(told[name], float) else told[name] for name in values}
+        self.get("/sdapi/v1/options", values)
+        try:
+            yield
+        finally:
+            self.get("/sdapi/v1/options", there)
 
 
 def open_image(data: str) -> Any:

@@ -85,13 +85,10 @@ def test_a_decode_that_runs_out_of_memory_is_streamed_where_that_is_set(webui: W
     large: dict[str, Any] = {"width": 512, "height": 512, "steps": 1}
     eager = webui.run(**large)
     assert eager.report == ""
-    webui.get("/sdapi/v1/options", {"patch_conv_instead_of_tiles": True})
-    try:
+    with webui.options(patch_conv_instead_of_tiles=True):
         assert np.array_equal(webui.run(**large).images[0], eager.images[0])
         with webui.limited(700 << 20):  # eager takes 1 GB, streaming less than half of that
             rescued = webui.run(**large)
-    finally:
-        webui.get("/sdapi/v1/options", {"patch_conv_instead_of_tiles": False})
     check_same(rescued, eager)
     assert re.match(r"Patch Conv: VAE decoder auto: streamed \(memory ran out eagerly\), peak ", rescued.report)
     assert "Patch Conv" not in rescued.infotext
@@ -202,8 +199,12 @@ def test_arguments_mean_what_they_say(webui: WebUI) -> None:
         ([{"enabled": True, "mode": "tile"}], "mode is 'tile': use 'auto', 'patch' or 'stream'."),
         ([{"enabled": True, "tiles": 3}], "there is no argument 'tiles': use enabled, mode,"),
         ([{"enabled": True, "splits": 1e9}], "splits is 1000000000.0: use at most 4096 strips."),
-        ([{"enabled": True, "vae": False}], "neither VAE nor U-Net is chosen, so nothing will be patched."),
-        ([True, "patch", True, False, 0, 16.0, 0.0, 8], "there are more than 7 arguments: use enabled, mode,"),
+        (
+            [{"enabled": True, "vae": False}],
+            "neither VAE nor U-Net nor Upscalers is chosen, so nothing will be patched.",
+        ),
+        ([True, "patch", True, False, 0, 16.0, 0.0, 8], "upscalers is 8: use True or False."),
+        ([True, "patch", True, False, 0, 16.0, 0.0, False, 8], "there are more than 8 arguments: use enabled, mode,"),
     ],
 )
 def test_wrong_arguments(webui: WebUI, eager: Result, args: list[Any], message: str) -> None:
@@ -287,10 +288,7 @@ def test_a_decode_is_stopped_by(webui: WebUI, settings: dict[str, Any], button: 
 
 def test_live_previews_are_not_counted(webui: WebUI, eager: Result) -> None:
     """Those that are decoded in full."""
-    previews = {"live_previews_enable": True, "show_progress_type": "Full", "show_progress_every_n_steps": 1}
-    before = {name: webui.get("/sdapi/v1/options")[name] for name in previews}
-    webui.get("/sdapi/v1/options", previews)
-    try:
+    with webui.options(live_previews_enable=True, show_progress_type="Full", show_progress_every_n_steps=1):
         results: list[Result] = []
         thread = threading.Thread(target=lambda: results.append(webui.run(patch_conv=STREAM, steps=8)))
         thread.start()
@@ -301,8 +299,6 @@ def test_live_previews_are_not_counted(webui: WebUI, eager: Result) -> None:
         assert seen
         assert webui.get("/probe/decodes")["counted"] == 1
         check_same(results[0], webui.run(steps=8))
-    finally:
-        webui.get("/sdapi/v1/options", before)
 
 
 def test_a_plot_over_modes_and_splits(webui: WebUI, eager: Result) -> None:

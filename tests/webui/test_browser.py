@@ -70,7 +70,7 @@ def test_what_does_not_count_looks_inactive(page: Any) -> None:
     page.wait_for_selector("#txt2img_generate")
     page.locator(f"{ACCORDION} > .label-wrap").click()
     page.wait_for_function(CHECKED)
-    nothing = page.get_by_text("Neither VAE nor U-Net is ticked: nothing will be patched.").first
+    nothing = page.get_by_text("Neither VAE nor U-Net nor Upscalers is ticked: nothing will be patched.").first
 
     def check(counting: set[str]) -> None:
         for name in ("splits", "threshold", "budget"):
@@ -90,12 +90,15 @@ def test_what_does_not_count_looks_inactive(page: Any) -> None:
     page.locator("#script_txt2img_patch_conv_unet input").click()
     nothing.wait_for()
     check(set())
+    page.locator("#script_txt2img_patch_conv_upscalers input").click()
+    check({"budget"})
+    assert not nothing.is_visible()
 
 
 def test_settings(page: Any) -> None:
     open_tab(page, "Settings")
     open_tab(page, "Patch Conv")
-    for name in ("enabled", "mode", "vae", "unet", "splits", "threshold", "budget"):
+    for name in ("enabled", "mode", "vae", "unet", "splits", "threshold", "budget", "upscalers", "extras"):
         entry = page.locator(f"#setting_patch_conv_{name}")
         assert entry.is_visible()
         assert "Patch Conv: " in entry.inner_text()

@@ -33,9 +33,9 @@ class Host:
         self.previews = previews
         self._state, self._cheap, self._clock = state, cheap, clock
 
-    def stop_asked(self, half: str) -> bool:
-        """Whether the user wants a decoder, or an encoder, to stop: Skip goes on from what was encoded."""
-        return bool(self._state.interrupted or (half == "decoder" and self._state.skipped))
+    def stop_asked(self, part: str) -> bool:
+        """Whether the user wants a decoder, an encoder or an upscaler to stop: Skip goes on from what was encoded."""
+        return bool(self._state.interrupted or (part != "encoder" and self._state.skipped))
 
     @contextmanager
     def shown(self, words: str) -> Iterator[Callable[[float], None]]:
@@ -72,7 +72,8 @@ class Host:
         those before them.
         """
         state = self._state
-        if state.job_count < 1:  # the WebUI does not know yet how many there will be, and shows no bar
+        # The WebUI does not know yet how many there will be, and shows no bar; or, under Extras, a full one.
+        if state.job_count < 1 or state.job_no >= state.job_count:
             state.textinfo = f"{words}: {share:.0%}"
             return
         state.textinfo = words

@@ -8,11 +8,11 @@ from typing import Any, Optional
 from .settings import Settings, check_mode, check_setting
 
 TITLE = "Patch Conv"
-NAMES = ("enabled", "mode", "vae", "unet", "splits", "threshold", "budget")
+NAMES = ("enabled", "mode", "vae", "unet", "splits", "threshold", "budget", "upscalers")
 """The arguments, in this order, or in a dictionary by these names."""
 
 DEFAULTS: dict[str, Any] = {"enabled": False, **{name: getattr(Settings, name) for name in NAMES[1:]}}
-_PARTS = {"vae": "VAE", "unet": "U-Net"}
+_PARTS = {"vae": "VAE", "unet": "U-Net", "upscalers": "Upscalers"}
 _NUMBERS = ("splits", "threshold", "budget")
 _HEEDED = {"auto": _NUMBERS, "patch": ("splits", "threshold"), "stream": ("budget",)}
 """The numbers that count for a VAE, by mode."""
@@ -32,7 +32,7 @@ def settings_of(
     """
     if any(value not in (None, "") for value in args[len(NAMES) :]):
         raise ValueError(f"there are more than {len(NAMES)} arguments: use {', '.join(NAMES)}.")
-    named = {**defaults, **args[0]} if args and isinstance(args[0], Mapping) else dict(zip(NAMES, args))
+    named = {**defaults, **args[0]} if args and isinstance(args[0], Mapping) else _in_order(args)
     values: dict[str, Any] = {**named, **changes}
     unknown = [name for name in values if name not in NAMES]
     if unknown:
@@ -41,9 +41,17 @@ def settings_of(
         return None
     switches = {name: _switch(name, values[name]) for name in _PARTS if name in values}
     settings = Settings(**{**values, **switches, "mode": _mode(values.get("mode", DEFAULTS["mode"]))})
-    if not (settings.vae or settings.unet):
-        raise ValueError("neither VAE nor U-Net is chosen, so nothing will be patched.")
+    if not any(getattr(settings, name) for name in _PARTS):
+        raise ValueError(f"neither {' nor '.join(_PARTS.values())} is chosen, so nothing will be patched.")
     return settings
+
+
+def _in_order(args: Sequence[Any]) -> dict[str, Any]:
+    """Name arguments by their place."""
+    named: dict[str, Any] = dict(zip(NAMES, args))
+    if named.get("upscalers") in (None, ""):  # an empty one stood there before there were upscalers
+        named.pop("upscalers", None)
+    return named
 
 
 def _switch(name: str, value: object) -> bool:
@@ -58,10 +66,14 @@ def _mode(value: Any) -> Any:
     return value.strip().lower() if isinstance(value, str) else value
 
 
-def heeded(mode: str, vae: bool, unet: bool) -> set[str]:
+def heeded(mode: str, vae: bool, unet: bool, upscalers: bool) -> set[str]:
     """Name the numbers that count when these parts run in this mode."""
     names = set(_HEEDED.get(mode, ())) if vae else set()
-    return names | set(_HEEDED["patch"]) if unet else names
+    if unet:
+        names.update(_HEEDED["patch"])
+    if upscalers:
+        names.update(_HEEDED["stream"])
+    return names
 
 
 def to_infotext(settings: Settings) -> dict[str, Any]:
@@ -101,7 +113,7 @@ def from_infotext(name: str, parameters: Mapping[str, Any], comment: Callable[[s
     try:
         return _part(name, parameters) if name in _PARTS else _number(name, parameters)
     except ValueError as error:
-        if name != "unet":  # "vae" has said it of both
+        if name == "vae" or name not in _PARTS:  # "vae" says it of all parts
             comment(f"{TITLE} in these parameters: {error} The default is taken.")
         return DEFAULTS[name]
 
@@ -111,7 +123,8 @@ def _part(name: str, parameters: Mapping[str, Any]) -> bool:
     text = str(parameters.get(f"{TITLE} parts", _PARTS["vae"]))
     parts = [part.strip().lower() for part in text.split("+")]
     if not any(label.lower() in parts for label in _PARTS.values()):
-        raise ValueError(f"parts is {text!r}: use {' or '.join(_PARTS.values())}.")
+        *others, last = _PARTS.values()
+        raise ValueError(f"parts is {text!r}: use {', '.join(others)} or {last}.")
     return _PARTS[name].lower() in parts
 
 

@@ -18,11 +18,12 @@ class Settings:
     """What a user chooses.
 
     mode: `"patch"` for each large convolution of the VAE in strips, `"stream"` for the whole VAE in strips, `"auto"`
-        for whichever of these is needed at each decode, or neither. The U-Net's convolutions run in strips in any.
-    vae, unet: what to patch.
+        for whichever of these is needed at each decode, or neither. The U-Net's convolutions run in strips in any, and
+        upscalers are streamed in any.
+    vae, unet, upscalers: what to patch.
     splits: strips per convolution; 0 for automatic. For `"patch"` and `"auto"`, and for the U-Net in any mode.
     threshold: millions of input elements from which a convolution runs in strips. As splits.
-    budget: GiB that `"auto"` and `"stream"` stay within beside the weights; 0 for what is free.
+    budget: GiB that `"auto"`, `"stream"` and upscalers stay within beside the weights; 0 for what is free.
 
     Raises ValueError for anything else.
     """
@@ -33,10 +34,11 @@ class Settings:
     splits: int = 0
     threshold: float = DEFAULT_THRESHOLD / MILLION
     budget: float = 0.0
+    upscalers: bool = False
 
     def __post_init__(self) -> None:
         check_mode(self.mode)
-        for name in ("vae", "unet"):
+        for name in ("vae", "unet", "upscalers"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: use True or False.")
         for name in _NUMBERS:

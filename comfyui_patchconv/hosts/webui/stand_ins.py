@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Optional, Protocol
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ...conv.patch import patched
-from ...memory.recorder import Recorder
 from ...memory.usage import free, total
 from ...streaming import OnProgress
 from ...units import GIB, MILLION
@@ -28,18 +27,23 @@ from ..streamed import Switch as Streaming
 from .host import Host
 from .settings import Settings
 from .stopping import Stopped, Stops
+from .work import Work
 
 
 class Switch(Protocol):
     """What stand-ins belong to: while it is off they do nothing of their own."""
 
+    @property
+    def on(self) -> bool: ...
+
+
+class RunSwitch(Switch, Protocol):
+    """That of a run, in which models are patched."""
+
     settings: Settings
     only_rescue: bool
     host: Optional[Host]
     stops: Stops
-
-    @property
-    def on(self) -> bool: ...
 
 
 class StandIn:
@@ -91,29 +95,30 @@ class Half(StandIn):
     on_strip: called after each strip of a convolution, where it runs in strips because that is needed.
     """
 
+    toggle: RunSwitch
+
     def __init__(
-        self, toggle: Switch, half: str, module: nn.Module, name: str, figures: Figures, on_strip: StripCount
+        self, toggle: RunSwitch, half: str, module: nn.Module, name: str, figures: Figures, on_strip: StripCount
     ) -> None:
         super().__init__(toggle, module, name)
         self.half, self.figures, self.on_strip = half, figures, on_strip
-        self._device = torch.device("cpu")
         self._eager = EagerNeeds(module)
-        self._run = _Run(self, self._on_progress, self._chosen)
+        self._work = Work(figures, toggle.stops, toggle.host, f"VAE {half} in strips")
+        self._run = _Run(self, self._work.on_progress, self._chosen)
         self._preview = _Run(self, lambda done, work: toggle.stops.check())
-        self._show: Optional[Callable[[float], None]] = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         maps = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
         if not self.toggle.on or not maps:
             return self.original(*args, **kwargs)
         self.toggle.stops.check()
-        self._device = maps[0].device
         if self.toggle.stops.previewing:
             return self._preview(*args, **kwargs)
-        with self._shown(), self._measured():
+        device = maps[0].device
+        with self._work.measured(device):
             result = self._run(*args, **kwargs)
         if self.figures.streamed or self.figures.strips > 1:  # else it ran eagerly
-            self.figures.eager = max(self.figures.eager, self._eager.of_call(self.name, args, kwargs, self._device))
+            self.figures.eager = max(self.figures.eager, self._eager.of_call(self.name, args, kwargs, device))
         return result
 
     @property
@@ -140,29 +145,6 @@ class Half(StandIn):
     def _chosen(self, way: Way, why: str) -> None:
         self.figures.streamed, self.figures.why = way == "stream", why
 
-    @contextmanager
-    def _shown(self) -> Iterator[None]:
-        """Have the host show how far it is."""
-        if self.toggle.host is None:
-            yield
-            return
-        with self.toggle.host.shown(f"VAE {self.half} in strips") as self._show:
-            yield
-
-    @contextmanager
-    def _measured(self) -> Iterator[None]:
-        recorder = Recorder(self._device, own_peak=False)  # the WebUI reads the allocator's peak itself
-        try:
-            with recorder:
-                yield
-        finally:
-            self.figures.add(recorder)
-
-    def _on_progress(self, done: int, work: int) -> None:
-        self.toggle.stops.check()
-        if self._show is not None and work:
-            self._show(min(done / work, 1.0))
-
 
 class _Run:
     """Runs the method that a `Half` stands in for, as its mode asks. The rest: see `AutoForward`."""
@@ -187,8 +169,10 @@ class Stoppable(StandIn):
     instead: makes what goes on in the place of the result, of the same arguments.
     """
 
+    toggle: RunSwitch
+
     def __init__(
-        self, toggle: Switch, half: str, owner: Any, name: str, figures: Figures, instead: Callable[..., Any]
+        self, toggle: RunSwitch, half: str, owner: Any, name: str, figures: Figures, instead: Callable[..., Any]
     ) -> None:
         super().__init__(toggle, owner, name)
         self.half, self.figures, self.instead = half, figures, instead
@@ -208,6 +192,8 @@ class Stoppable(StandIn):
 class Preview(StandIn):
     """Stands in for the function of a host that makes a live preview: one that is not told how to decode."""
 
+    toggle: RunSwitch
+
     def __call__(self, sample: Any, approximation: Any = None) -> Any:
         if approximation is not None:
             return self.original(sample, approximation)
@@ -218,7 +204,7 @@ class Preview(StandIn):
 class MemoryUsed(StandIn):
     """Tells a host how many bytes a VAE's decode or encode takes, for it to make room."""
 
-    def __init__(self, toggle: Switch, holder: Any, method: str) -> None:
+    def __init__(self, toggle: RunSwitch, holder: Any, method: str) -> None:
         super().__init__(toggle, holder, f"memory_used_{method}")
         settings = toggle.settings
         splits, threshold = tiling_of(settings)

@@ -1,4 +1,4 @@
-"""Ends a decode or encode within a strip when the user asks the WebUI to stop."""
+"""Ends a decode, an encode or an upscale within a strip when the user asks the WebUI to stop."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from contextlib import contextmanager
 from ..halves import HALVES
 
 Asked = Callable[[str], bool]
-"""Whether the user wants a half, `"decoder"` or `"encoder"`, to stop."""
+"""Whether the user wants a part, `"decoder"`, `"encoder"` or `"upscaler"`, to stop."""
 
 
 class Stopped(BaseException):
-    """Ends a decode or encode that was asked to. As the host's own, no error that anyone should handle."""
+    """Ends what was asked to. As the host's own, no error that anyone should handle."""
 
 
 class Stops:
-    """Decides whether a decode or encode ends because the user asked for it.
+    """Decides whether a decode, an encode or an upscale ends because the user asked for it.
 
     What was asked before it began has ended the sampling, and the WebUI shows how far that came: such a decode runs to
-    its end. It ends at once, though, where the one before it, of the same batch, was stopped. Previews always end.
+    its end. It ends at once, though, where the one before it, of the same batch, was stopped. Previews and upscales,
+    which are only on the way to what is shown, always end.
     """
 
     def __init__(self, asked: Asked) -> None:
@@ -43,23 +44,23 @@ class Stops:
             self._here.previewing = False
 
     @contextmanager
-    def caught(self, half: str) -> Iterator[None]:
+    def caught(self, part: str) -> Iterator[None]:
         """Let `check` raise, in this thread: whoever calls this goes on without the result."""
-        asked = self._asked(half)
+        asked = self._asked(part)
         if not asked and not self.previewing:
             self._stopped = False
-        self._here.half, self._here.asked_before = half, asked
+        self._here.part, self._here.asked_before = part, asked
         try:
             yield
         finally:
-            del self._here.half
+            del self._here.part
 
     def check(self) -> None:
         """Raise Stopped if the work of this thread is to end, and may."""
-        half = getattr(self._here, "half", None)
-        if half not in HALVES or not self._asked(half):
+        part = getattr(self._here, "part", None)
+        if part is None or not self._asked(part):
             return
-        if self.previewing:
+        if self.previewing or part not in HALVES:
             raise Stopped
         if self._stopped or not self._here.asked_before:
             self._stopped = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from types import ModuleType
 from typing import Any, Optional
 
 from torch import nn
@@ -19,6 +20,7 @@ from .parameters import TITLE
 from .settings import Settings
 from .stand_ins import CastingForward, Half, MemoryUsed, Preview, StandIn, Stoppable, tiling_of, untouched
 from .stopping import Stops
+from .upscalers import Upscaler, Whole, functions_of
 
 _METHODS = dict(zip(HALVES, ("decode", "encode")))
 
@@ -45,6 +47,7 @@ class Toggle:
         self.settings, self.host, self.only_rescue = settings, host, only_rescue
         self.stops = Stops(host.stop_asked if host is not None else lambda half: False)
         self._figures: dict[str, Figures] = {}
+        self._upscalers: dict[str, Upscaler] = {}
         self._followed: list[_Followed] = []
         self._covered: list[StandIn] = []
         self._left: set[str] = set()
@@ -54,14 +57,25 @@ class Toggle:
         """Whether anything is patched."""
         return bool(self._followed)
 
+    @property
+    def has_run(self) -> bool:
+        """Whether a decoder, an encoder or an upscaler has run, if only until it was stopped."""
+        return bool(self.stopped) or any(figures.calls for figures in self._figures.values())
+
+    @property
+    def stopped(self) -> set[str]:
+        """Names the parts that the user has stopped."""
+        return {part for part, figures in self._figures.items() if figures.state == "stopped"}
+
     def follow(
         self, vaes: Iterable[nn.Module], unets: Iterable[nn.Module], holders: Iterable[Any] = (),
-        models: Iterable[Any] = (),
+        models: Iterable[Any] = (), upscaling: Iterable[ModuleType] = (),
     ) -> None:  # fmt: skip
         """Patch these models and no others: restore those that are not among them any more.
 
         holders: of Forge and reForge, what holds a VAE and its estimates of the memory that it takes.
         models: what the host has a latent decoded and a picture encoded by.
+        upscaling: the host's modules that have the functions by which it upscales.
         """
         wanted: list[tuple[Any, Callable[[_Followed], None]]] = []
         if self.settings.vae:
@@ -70,6 +84,8 @@ class Toggle:
             wanted += [(model, self._patch_host) for model in models if self.host is not None]
         if self.settings.unet:
             wanted += [(unet, self._patch_unet) for unet in unets]
+        if self.settings.upscalers:
+            wanted += [(module, self._patch_upscaling) for module in upscaling]
         if wanted and self.settings.vae and self.host is not None:
             wanted.append((self.host.previews, self._patch_previews))
         self._note_covered()
@@ -99,8 +115,10 @@ class Toggle:
             return f"{TITLE}: {'; '.join(lines)}" if lines else ""
         parts = [figures.line() for part, figures in self._figures.items() if figures.calls or part not in HALVES]
         parts += [self._left_line(half) for half in HALVES if half in self._left and not self._figures_of(half).calls]
-        if any(figures.state == "stopped" for figures in self._figures.values()):
+        if self.stopped.intersection(HALVES):
             parts.append("of what was stopped there is only a rough picture")
+        if self.stopped.intersection(self._upscalers):
+            parts.append("the picture whose upscaling was stopped went on as it was")
         return f"{TITLE}: " + ("; ".join(parts) or "nothing that it was asked to patch has run")
 
     def _left_line(self, half: str) -> str:
@@ -141,6 +159,17 @@ class Toggle:
     def _patch_unet(self, followed: _Followed) -> None:
         if any(convolutions(followed.model, predicate=lambda *_: True)):  # a transformer may have none
             self._patch_convolutions(followed, "U-Net", lambda *_: True)
+
+    def _patch_upscaling(self, followed: _Followed) -> None:
+        for name in functions_of(followed.model):
+            followed.stand_ins.append(Whole(self, followed.model, name, self._upscaler_of))
+
+    def _upscaler_of(self, architecture: str) -> Upscaler:
+        part = f"upscaler {architecture}"
+        if part not in self._upscalers:
+            figures = self._figures[part] = Figures(part, streamed=True, otherwise="whole without Patch Conv")
+            self._upscalers[part] = Upscaler(self, figures)
+        return self._upscalers[part]
 
     def _patch_estimates(self, followed: _Followed) -> None:
         for method in _METHODS.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,8 @@ _decodes: dict[str, Any] = {"counted": 0, "begun": False}
 
 
 def _methods() -> dict[str, str]:
-    """Everything callable that is set on a module of the model itself: its place, and which object it is."""
+    """Everything callable that is set on a module of the model itself, or in the host's modules that upscale: its
+    place, and which object it is."""
     return {
         f"{name}.{key}": f"{type(value).__name__} {id(value)}"
         for name, module in _objects()
@@ -26,6 +28,9 @@ def _methods() -> dict[str, str]:
 
 def _objects() -> Iterator[tuple[str, Any]]:
     """The model's modules by name; in Forge and reForge those that run are in the hands of `forge_objects`."""
+    for name in ("upscaler_utils", "esrgan_model", "realesrgan_model", "dat_model", "hat_model", "postprocessing"):
+        if f"modules.{name}" in sys.modules:
+            yield name, sys.modules[f"modules.{name}"]
     forge = getattr(shared.sd_model, "forge_objects", None)
     if forge is None:
         yield from shared.sd_model.named_modules()
@@ -93,7 +98,8 @@ class ProbeScript(scripts.Script):
         _during.update(_methods())
         _estimates["during"] = _estimate().get("now", 0.0)
         toggle = getattr(p, "patch_conv", None)
-        _decodes["counted"] = 0 if toggle is None else toggle._figures["decoder"].calls
+        figures = {} if toggle is None else toggle._figures
+        _decodes["counted"] = figures["decoder"].calls if "decoder" in figures else 0
 
 
 def _routes(demo: Any, app: Any) -> None:

@@ -1,0 +1,210 @@
+"""Upscalers in a running WebUI, whole and streamed: in hires fix, in SD upscale and under Extras."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from .conftest import UPSCALER, Result, WebUI, as_base64, open_image
+from .test_api import HIRES, check_second_pass
+
+UPSCALING = {"upscalers": True, "vae": False}
+SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 1}
+EXTRAS = {"upscaler_1": UPSCALER, "upscaling_resize": 4}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiles(webui: WebUI) -> Iterator[None]:
+    """Such small ones that they are seen, and nothing that was upscaled before is taken for it."""
+    there = [one["name"] for one in webui.get("/sdapi/v1/upscalers")]
+    if UPSCALER not in there:
+        pytest.skip(
+            f"{webui.host.name} has {', '.join(there)}, and not what is in its models/ESRGAN: is spandrel there?"
+        )
+    with webui.options(ESRGAN_tile=16, upscaling_max_images_in_cache=0):
+        yield
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+    """A slope with noise."""
+    return picture(32, 32)
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    slope = np.linspace(0, 200, width)[None, :, None] * np.linspace(0.3, 1, height)[:, None, None]
+    return (slope + rng.integers(0, 56, (height, width, 3))).astype(np.uint8)
+
+
+def differs(one: np.ndarray, other: np.ndarray) -> bool:
+    return np.abs(one.astype(int) - other).max() > 4
+
+
+def hires(webui: WebUI) -> dict[str, Any]:
+    return {**SMALL, **HIRES, **webui.host.hires, "hr_upscaler": UPSCALER}
+
+
+def whole(webui: WebUI, run: Callable[[], Any]) -> Any:
+    """What the WebUI makes without tiles."""
+    with webui.options(ESRGAN_tile=0):
+        return run()
+
+
+def check_level(one: np.ndarray, other: np.ndarray) -> None:
+    assert one.shape == other.shape
+    difference = np.abs(one.astype(int) - other)
+    print(f"largest difference {difference.max()}, values that differ {(difference > 0).mean():.2e}")
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3
+
+
+@pytest.fixture(scope="module")
+def tiled(webui: WebUI) -> Result:
+    """By hires fix, as the WebUI has it."""
+    return webui.run(**hires(webui))
+
+
+@pytest.fixture(scope="module")
+def untiled(webui: WebUI) -> Result:
+    return whole(webui, lambda: webui.run(**hires(webui)))
+
+
+def test_hires_fix(webui: WebUI, tiled: Result, untiled: Result) -> None:
+    before = webui.get("/probe/now")
+    assert differs(tiled.images[0], untiled.images[0])
+    result = webui.run(**hires(webui), patch_conv={"upscalers": True})
+    during = webui.get("/probe/during")
+    patched = {place for place, method in during.items() if before.get(place) != method}
+    assert {"upscaler_utils.upscale_with_model", "esrgan_model.upscale_with_model"} <= patched
+    check_second_pass(result, untiled)
+    assert "; upscaler ESRGAN streamed, peak " in result.report
+    assert "whole without Patch Conv: " in result.report
+    assert "Patch Conv parts: VAE + Upscalers" in result.infotext
+    assert webui.get("/probe/now") == before
+
+
+def test_arguments_in_order(webui: WebUI, tiled: Result, untiled: Result) -> None:
+    result = webui.run(**hires(webui), patch_conv=[True, "stream", False, False, 0, 0.0, 2.0, True])
+    check_second_pass(result, untiled)
+    assert result.report.startswith("Patch Conv: upscaler ESRGAN streamed, peak ")
+    result = webui.run(**hires(webui), patch_conv=[True, "auto", True, False, 0, 0.0, 2.0])
+    check_second_pass(result, tiled)
+    assert "upscaler" not in result.report
+
+
+def test_sd_upscale(webui: WebUI, image: np.ndarray) -> None:
+    """Its script upscales before the first picture is begun."""
+    request: dict[str, Any] = {
+        "init_images": [as_base64(image)], **SMALL, "denoising_strength": 0.5, "steps": 2,
+        "script_name": "sd upscale", "script_args": ["", 16, UPSCALER, 2.0],
+    }  # fmt: skip
+
+    def run(**options: Any) -> Result:
+        return webui.run("img2img", **request, **options)
+
+    before = webui.get("/probe/now")
+    tiled, untiled, result = run(), whole(webui, run), run(patch_conv=UPSCALING)
+    there, ours = (np.abs(one.images[0].astype(int) - untiled.images[0]) for one in (tiled, result))
+    print(f"from whole: tiled mean {there.mean():.4f}, largest {there.max()}; ours {ours.mean():.4f}, {ours.max()}")
+    check_second_pass(result, untiled)
+    assert there.mean() > 10 * ours.mean()
+    assert there.max() > 1
+    assert "nothing that it was asked to patch has run" not in result.log
+    assert "Patch Conv: upscaler ESRGAN streamed, peak " in result.log
+    assert "Patch Conv parts: Upscalers" in result.infotext
+    assert webui.get("/probe/now") == before
+    assert np.array_equal(run().images[0], tiled.images[0])
+
+
+def test_img2img_to_another_size(webui: WebUI, image: np.ndarray) -> None:
+    request: dict[str, Any] = {"init_images": [as_base64(image)], **SMALL, "denoising_strength": 0.5, "steps": 2}
+    with webui.options(upscaler_for_img2img=UPSCALER):
+        untiled = whole(webui, lambda: webui.run("img2img", **request))
+        result = webui.run("img2img", **request, patch_conv=UPSCALING)
+    check_second_pass(result, untiled)
+    assert result.report.startswith("Patch Conv: upscaler ESRGAN streamed, peak ")
+
+
+def extras(webui: WebUI, image: np.ndarray) -> np.ndarray:
+    answer = webui.get("/sdapi/v1/extra-single-image", {"image": as_base64(image), **EXTRAS}, seconds=600)
+    return np.asarray(open_image(answer["image"]))
+
+
+def test_extras(webui: WebUI, image: np.ndarray) -> None:
+    before = webui.get("/probe/now")
+    untiled = whole(webui, lambda: extras(webui, image))
+    with webui.options(upscaling_max_images_in_cache=5):
+        tiled = extras(webui, image)
+        assert tiled.shape == (128, 128, 3)
+        assert differs(tiled, untiled)
+        with webui.options(patch_conv_extras=True):
+            start = len(webui.log())
+            idle = webui.get("/probe/now")
+            changed = {place for place, method in idle.items() if before[place] != method}
+            assert changed == {"postprocessing.run_postprocessing"}
+            check_level(extras(webui, image), untiled)  # not what was kept of the tiled one
+            assert "Patch Conv: upscaler ESRGAN streamed, peak " in webui.log()[start:]
+            assert webui.get("/probe/now") == idle
+            assert webui.run(**hires(webui)).report == ""  # the accordion says so of a run
+        assert webui.get("/probe/now") == before
+        assert np.array_equal(extras(webui, image), tiled)
+
+
+def press(webui: WebUI, button: str, work: Callable[[], Any]) -> Any:
+    """What comes of `work` if a button is pressed once the host shows that it upscales."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(work()))
+    thread.start()
+    end = time.monotonic() + 300
+    while not (shown(webui) or "").startswith("upscaler ESRGAN in strips"):
+        assert thread.is_alive()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    webui.get(f"/sdapi/v1/{button}", {})
+    thread.join()
+    return results[0]
+
+
+def shown(webui: WebUI) -> str | None:
+    return webui.get("/sdapi/v1/progress?skip_current_image=true")["textinfo"]
+
+
+def test_extras_interrupted(webui: WebUI) -> None:
+    from PIL import Image
+
+    large = picture(512, 448)
+    before = webui.get("/probe/now")
+    with webui.options(patch_conv_extras=True):
+        start = len(webui.log())
+        result = press(webui, "interrupt", lambda: extras(webui, large))
+        expected = Image.fromarray(large).resize((4 * 448, 4 * 512), resample=Image.Resampling.LANCZOS)
+        assert np.array_equal(result, np.asarray(expected))  # as the WebUI does with tiles
+        assert ", stopped; the picture whose upscaling was stopped went on as it was" in webui.log()[start:]
+    assert webui.get("/probe/now") == before
+
+
+@pytest.mark.parametrize("button", ["interrupt", "skip"])
+def test_hires_fix_stopped(webui: WebUI, button: str) -> None:
+    before = webui.get("/probe/now")
+    request: dict[str, Any] = {**hires(webui), "width": 128, "height": 128}
+    result = press(webui, button, lambda: webui.run(**request, patch_conv=UPSCALING))
+    assert result.report.endswith(", stopped; the picture whose upscaling was stopped went on as it was")
+    assert result.images[0].shape == (192, 192, 3)
+    assert webui.get("/probe/now") == before
+    assert shown(webui) is None
+
+
+def test_an_error_leaves_nothing(webui: WebUI) -> None:
+    """One of a script behind what it upscaled."""
+    before = webui.get("/probe/now")
+    webui.get("/probe/fail")
+    request = hires(webui)
+    with pytest.raises(OSError, match="500"):
+        webui.run(**request, patch_conv=UPSCALING)
+    assert webui.get("/probe/now") == before
