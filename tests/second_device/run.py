@@ -14,10 +14,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import network_helpers
 import torch
 from device import register
 from model_zoo import CASES, draw_weights, image, kl
+from network_helpers import random_network, run_network
 from patch_ddpm_helpers import FEW, TALL, randomised
 from torch import Tensor, nn
 
@@ -67,17 +67,16 @@ def models(counter: Any) -> Answer:
 
 
 def networks(counter: Any) -> Answer:
-    """Random networks, whose weights are drawn on the device that `randn` of the helpers gives."""
+    """Random networks, with the same weights on each device."""
     answer = {}
     for seed in range(120):
         results = []
         for device in (torch.device("cpu"), SECOND):
-            network_helpers.torch = _On(device)  # type: ignore[assignment]
-            operators, channels = network_helpers.random_network(seed)
+            operators, channels = random_network(seed, device)
             x = torch.randn(2, channels, 6 + seed % 12, 7, generator=torch.Generator().manual_seed(seed)).double()
 
             def run(map: Tensor, operators: Any = operators, holds: int = 1 + seed % 3) -> Tensor:
-                return network_helpers.run_network(operators, map, holds)
+                return run_network(operators, map, holds)
 
             if device == SECOND:
                 results.append(streamed(run, budget=[None, 1, 20_000][seed % 3], tuning=SMALL)(x.to(device)))
@@ -89,19 +88,6 @@ def networks(counter: Any) -> Answer:
 
 SMALL = Tuning(strip_bytes=20_000, allocator_bytes=0, always=True)
 """Small maps come in several strips, too, and take more than what strips have beside them."""
-
-
-class _On:
-    """`torch`, whose random numbers lie on a device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-    def randn(self, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.randn(*args, **kwargs).to(self._device)
 
 
 def layers(counter: Any) -> Answer:
