@@ -13,16 +13,23 @@ from ...graph import attention
 from ...graph.node import Node
 from ...graph.steps import RowLocal
 from ..memory import Held
-from .common import Call, default_dim, fixed_dim, over, row_local
+from .common import Call, default_dim, dim_of, fixed_dim, over, row_local
 
 
 def linear(call: Call) -> Optional[Node]:
     input = call.args[0]
-    if not isinstance(input, Node) or any(isinstance(value, Node) for value in call.args[1:]):
+    if not isinstance(input, Node) or len(call.args[1].shape) != 2:
         return None
-    if len(call.args[1].shape) != 2:
+    last = len(input.shape) - 1
+    if not any(isinstance(value, Node) for value in call.args[1:]):
+        return row_local(call, excluded=(last,), aligned=False, cheap=False, work=input.shape[-1])
+    dim = dim_of(input, (last,))  # of a weight that is made anew all is read
+    if dim is None:
         return None
-    return row_local(call, excluded=(len(input.shape) - 1,), aligned=False, cheap=False, work=input.shape[-1])
+    inputs, apply = over(call.args, call.kwargs)
+    step = RowLocal(lambda pieces, first, last: apply(call.func, pieces), 1)
+    step.work = input.shape[-1]
+    return call.node(step, inputs, [dim, *(None,) * (len(inputs) - 1)], dim)
 
 
 def product(call: Call) -> Optional[Node]:
