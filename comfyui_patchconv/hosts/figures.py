@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Optional
 
 from torch import nn
 
@@ -28,7 +28,8 @@ class Figures:
     maps that the same work was counted to need at once without us, without what its convolutions work in; 0 where
     that was not counted.
     timeline: (seconds, bytes) while it ran. state: stopped is what was cancelled or ended in an error. why: what spoke
-    for the way that it ran, where that was chosen by itself. missed: how a budget was not kept.
+    for the way that it ran, where that was chosen by itself. missed: how a budget was not kept. left: whether all of
+    what might have been streamed ran eagerly, for strips would have taken no less; None where that is not known.
     """
 
     part: str
@@ -42,6 +43,7 @@ class Figures:
     state: State = "done"
     why: str = ""
     missed: str = ""
+    left: Optional[bool] = None
 
     def add(self, recorded: Recorder) -> None:
         """Add one more call."""
@@ -70,7 +72,9 @@ class Figures:
 
         eager: for a sentence or a chart. eager_short: the same for a small place; missing where it says nothing.
         """
-        if self.streamed:
+        if self.streamed and self.left:
+            way = "eager: strips would take no less memory"
+        elif self.streamed:
             way = "streamed" + (f" in {self.strips} {'strip' if self.strips == 1 else 'strips'}" if self.strips else "")
         elif self.strips > 1:
             way = f"in up to {self.strips} strips"

@@ -25,7 +25,7 @@ _ROWS_TO_A_HALO = 4
 as convolving them. RealESRGAN x4plus has strips of three rows in its body where its tail alone is looked at."""
 
 _STRIPS_LEFT = 16
-"""Strips that are left of a map of few rows, as many as a spectrogram has bands: with fewer there is nothing to save."""
+"""Strips that are left of a map of few rows, such as the bands of a spectrogram: with fewer nothing is saved."""
 
 _STEP_BYTES_ELSEWHERE = 4 << 20
 """Bytes of a strip of an average step, on devices other than the CPU, below which telling the device what to do takes
