@@ -101,7 +101,7 @@ class Meter:
         self._tell(self._before, "done")
 
     def left(self, eager: bool) -> None:
-        """Note whether a call that might have been streamed ran eagerly, for strips would have taken no less."""
+        """Note whether a call that might have been streamed ran eagerly, for strips would have been no help."""
         self._before.left = eager and self._before.left is not False
 
     def look(self) -> None:

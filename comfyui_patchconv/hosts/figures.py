@@ -29,7 +29,7 @@ class Figures:
     that was not counted.
     timeline: (seconds, bytes) while it ran. state: stopped is what was cancelled or ended in an error. why: what spoke
     for the way that it ran, where that was chosen by itself. missed: how a budget was not kept. left: whether all of
-    what might have been streamed ran eagerly, for strips would have taken no less; None where that is not known.
+    what might have been streamed ran eagerly, for strips would have been no help; None where that is not known.
     """
 
     part: str
@@ -73,7 +73,7 @@ class Figures:
         eager: for a sentence or a chart. eager_short: the same for a small place; missing where it says nothing.
         """
         if self.streamed and self.left:
-            way = "eager: strips would take no less memory"
+            way = "eager, for strips would not help"
         elif self.streamed:
             way = "streamed" + (f" in {self.strips} {'strip' if self.strips == 1 else 'strips'}" if self.strips else "")
         elif self.strips > 1:

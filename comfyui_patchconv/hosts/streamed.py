@@ -36,8 +36,8 @@ class StreamedForward(StandIn):
     budget: bytes, or 0 for the most of what is free when a decode or encode begins. free: asked for the bytes that are
     free on a device. on_progress: see `OnProgress`. on_call: called when one more call is about to be streamed.
     on_miss: called with the bytes that a call was expected to take, where these are more than the budget. switch: while
-    it is off nothing is streamed. on_left: called after each call with whether it did as eager
-    does, for strips would take no less.
+    it is off nothing is streamed. on_left: called after each call with whether it did as eager does, for strips would
+    be no help.
     """
 
     def __init__(

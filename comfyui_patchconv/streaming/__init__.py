@@ -75,7 +75,7 @@ class Streamed:
 
     budget: may be changed between calls; a schedule is kept as long as it suits. calls: how many had something to
     stream. last: the last that was recorded: a small one that is like another for which eager would do is not. left:
-    whether the last one did all as eager does, for strips would take no less.
+    whether the last one did all as eager does, for strips would be no help: as much memory, or much longer.
     """
 
     def __init__(
