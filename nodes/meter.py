@@ -101,6 +101,10 @@ class Meter:
             self._before.eager = max(self._before.eager, eager())
         self._tell(self._before, "done")
 
+    def left(self, eager: bool) -> None:
+        """Note whether a call that might have been streamed ran eagerly, for strips would have been no help."""
+        self._before.left = eager and self._before.left is not False
+
     def look(self) -> None:
         """Tell how far it is, now and then; called after each strip."""
         now = time.monotonic()
@@ -131,7 +135,7 @@ class Meter:
         return figures
 
     def _tell(self, figures: Figures, state: State) -> None:
-        figures.strips, figures.state = self.counter.strips, state
+        figures.strips, figures.state = 0 if figures.left else self.counter.strips, state
         self.figures = figures
         self._messenger.tell({"node": self.node, "prompt": self.prompt, **figures.as_json()})
 

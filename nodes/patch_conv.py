@@ -240,7 +240,7 @@ def stream_half(
     meter = _meter(vae, half, strips is None, progress, node)
     free, switch = model_management.get_free_memory, Switch(strips is None)
     notes = (progress, progress.next_call, meter.missed)
-    part = StreamedForward(patcher.get_model_object(key), budget, free, *notes, switch)
+    part = StreamedForward(patcher.get_model_object(key), budget, free, *notes, switch, meter.left)
     patcher.add_object_patch(key, part)
     host = getattr(vae, f"memory_used_{method}")
     starts = (progress.start, part.start, meter.start)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Optional
 
 from torch import nn
 
@@ -29,7 +29,8 @@ class Figures:
     that was not counted.
     timeline: (seconds, bytes) while it ran. state: stopped is what was cancelled or ended in an error. why: what spoke
     for the way that it ran, where that was chosen by itself. missed: how a budget was not kept. otherwise: what it is
-    compared with.
+    compared with. left: whether all of what might have been streamed ran eagerly, for strips would have been no help; None
+    where that is not known.
     """
 
     part: str
@@ -44,6 +45,7 @@ class Figures:
     why: str = ""
     missed: str = ""
     otherwise: str = "without Patch Conv"
+    left: Optional[bool] = None
 
     def add(self, recorded: Recorder) -> None:
         """Add one more call."""
@@ -72,7 +74,9 @@ class Figures:
 
         eager: for a sentence or a chart. eager_short: the same for a small place; missing where it says nothing.
         """
-        if self.streamed:
+        if self.streamed and self.left:
+            way = "eager, for strips would not help"
+        elif self.streamed:
             way = "streamed" + (f" in {self.strips} {'strip' if self.strips == 1 else 'strips'}" if self.strips else "")
         elif self.strips > 1:
             way = f"in up to {self.strips} strips"

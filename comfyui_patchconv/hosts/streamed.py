@@ -36,16 +36,18 @@ class StreamedForward(StandIn):
     budget: bytes, or 0 for the most of what is free when a decode or encode begins. free: asked for the bytes that are
     free on a device. on_progress: see `OnProgress`. on_call: called when one more call is about to be streamed.
     on_miss: called with the bytes that a call was expected to take, where these are more than the budget. switch: while
-    it is off nothing is streamed.
+    it is off nothing is streamed. on_left: called after each call with whether it did as eager does, for strips would
+    be no help.
     """
 
     def __init__(
         self, forward: Callable[..., Any], budget: int, free: Callable[[torch.device], int],
         on_progress: Optional[OnProgress] = None, on_call: Optional[Callable[[], None]] = None,
         on_miss: Optional[Callable[[int], None]] = None, switch: Optional[Switch] = None,
+        on_left: Optional[Callable[[bool], None]] = None,
     ) -> None:  # fmt: skip
         self.forward, self.budget, self.free = forward, budget, free
-        self.on_progress, self.on_call, self.on_miss = on_progress, on_call, on_miss
+        self.on_progress, self.on_call, self.on_miss, self.on_left = on_progress, on_call, on_miss, on_left
         self.switch = switch or Switch(True)
         self._streamed = Streamed(on_progress=on_progress)
 
@@ -70,6 +72,8 @@ class StreamedForward(StandIn):
         last = self._streamed.last
         if self.budget and self.on_miss is not None and last is not None and last.peak > self.budget:
             self.on_miss(last.peak)
+        if self.on_left is not None:
+            self.on_left(self._streamed.left)
         return result
 
 
@@ -78,7 +82,8 @@ class StreamedAtOnce(StreamedForward):
     that this takes less."""
 
     def __init__(self, forward: Callable[..., Any], part: StreamedForward, estimate: StreamEstimate) -> None:
-        super().__init__(forward, part.budget, part.free, part.on_progress, part.on_call, part.on_miss, part.switch)
+        notes = part.on_progress, part.on_call, part.on_miss, part.switch, part.on_left
+        super().__init__(forward, part.budget, part.free, *notes)
         self.estimate = estimate
         estimate.starts = (*estimate.starts, self.start)
 

@@ -74,7 +74,8 @@ class Streamed:
     `streamed`.
 
     budget: may be changed between calls; a schedule is kept as long as it suits. calls: how many had something to
-    stream. last: the last that was recorded: a small one that is like another for which eager would do is not.
+    stream. last: the last that was recorded: a small one that is like another for which eager would do is not. left:
+    whether the last one did all as eager does, for strips would be no help: as much memory, or much longer.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Streamed:
         self.report: dict[str, int] = {} if report is None else report
         self.calls = 0
         self.last: Optional[Call] = None
+        self.left = False
         self._schedules: OrderedDict[Any, Any] = OrderedDict()
         self._eager: OrderedDict[Any, int] = OrderedDict()
 
@@ -94,6 +96,7 @@ class Streamed:
         """What `function(*args, **kwargs)` returns."""
         if joins(args, kwargs):
             return function(*args, **kwargs)
+        self.left = False
         reason = eager_reason(args, kwargs)
         if reason is not None:
             self.report[reason] = self.report.get(reason, 0) + 1
@@ -104,11 +107,13 @@ class Streamed:
         alike = None if torch.is_grad_enabled() or self.tuning.always else signature(function, args, kwargs)
         if alike in self._eager and self._is_small(self._eager[alike]):
             self.calls += 1
+            self.left = True
             return function(*args, **kwargs)
         self.last = call = Call(self.budget, self.report, self.on_progress, self.tuning, self._schedules)
         with undisturbed():
             result = call.run(function, args, kwargs)
         self.calls += call.recorder.deferred > 0
+        self.left = call.recorder.deferred > 0 and not call.in_strips
         if alike is not None and not call.in_strips and self._is_small(call.eager_peak):
             self._eager[alike] = call.eager_peak
             while len(self._eager) > _MOST:

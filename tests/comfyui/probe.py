@@ -13,6 +13,9 @@ video METHOD WAY FILE: of a decode or an encode, eager or streamed, of nine fram
     estimate in bytes, the peak measured, how the progress bar moved; what came of it goes to the file.
 upscaled: of an upscale model in half precision: the largest difference to single, the types computed in, and whether
     the loaded model is as it was.
+sound FOLDER WIDTH SECONDS: of a sound's VAE, written to FOLDER and loaded from there: for each audio node, the largest
+    difference of streamed to eager, of its range; of the decode, estimates in bytes, peaks measured, and lines of
+    figures; and what was evaluated whole.
 memory CHECKPOINT SIZE: bytes for a decode: the host's estimate, ours, and the peaks measured.
 """
 
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import importlib
 import json
 import sys
@@ -29,6 +33,7 @@ from typing import Any
 
 import torch
 from launch import prepare
+from safetensors.torch import save_file
 
 PACK = Path(__file__).parents[2]
 KL = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 32,
@@ -382,11 +387,58 @@ def upscaled(pack: str) -> dict[str, Any]:
     return {"difference": difference, "types": sorted(set(types)), "kept": kept, "shapes": shapes}
 
 
+def load_oobleck(folder: str, width: int) -> Any:
+    """A sound's VAE as the host loads it from a file. width: channels next to the waveform; those that people have are
+    of 128, and the host's class can be narrower."""
+    sd: Any = importlib.import_module("comfy.sd")
+    paths, host_nodes = (importlib.import_module(name) for name in ("folder_paths", "nodes"))
+    sd.AudioOobleckVAE = functools.partial(sd.AudioOobleckVAE, channels=width)
+    model, generator = sd.AudioOobleckVAE(), torch.Generator().manual_seed(0)
+    state = {key: torch.randn(value.shape, generator=generator) / 10 for key, value in model.state_dict().items()}
+    state = {key: value / 10 + 0.7 if "original0" in key else value for key, value in state.items()}
+    save_file(state, str(Path(folder) / "oobleck.safetensors"))
+    paths.add_model_folder_path("vae", folder)
+    return host_nodes.VAELoader().load_vae("oobleck.safetensors")[0]
+
+
+@torch.inference_mode()
+def sound(pack: str, folder: str, width: str, seconds: str) -> dict[str, Any]:
+    audio: Any = importlib.import_module("comfy_extras.nodes_audio")
+    node = importlib.import_module(f"{pack}.nodes.patch_conv").PatchConvVAE
+    recorder = importlib.import_module(f"{pack}.comfyui_patchconv.memory.recorder").Recorder
+    meters_of = importlib.import_module(f"{pack}.nodes.meter").meters_of
+    eager = load_oobleck(folder, int(width))
+    latent = torch.randn(1, 64, int(float(seconds) * 44100 / 2048), generator=torch.Generator().manual_seed(1))
+    settings = {"splits": 0, "threshold": 16.0, "half": "both"}
+    ways = {
+        "eager": eager,
+        "stream": node.execute(vae=eager, mode="stream", **settings).result[0],
+        "auto": node.execute(vae=eager, mode="auto", budget=float(seconds) / 100, **settings).result[0],
+    }
+    answer: dict[str, Any] = {"class": type(eager.first_stage_model).__name__, "way": {}}
+    first: dict[str, torch.Tensor] = {}
+    for way, vae in ways.items():
+        vae.decode(latent[..., :8])
+        found = answer["way"][way] = {"estimate": int(vae.memory_used_decode(latent.shape, vae.vae_dtype))}
+        with recorder(vae.device) as recorded:
+            decoded = audio.VAEDecodeAudio.execute(vae, {"samples": latent}).result[0]
+        found["measured"] = recorded.peak
+        found["lines"] = [meter.figures.line() for meter in meters_of(vae, None) if meter.figures is not None]
+        torch.manual_seed(0)
+        tiled = audio.VAEDecodeAudioTiled.execute(vae, {"samples": latent[..., :96]}, 64, 16).result[0]
+        encoded = audio.VAEEncodeAudio.execute(vae, {"waveform": decoded["waveform"] / 10, "sample_rate": 44100})
+        results = {"decode": decoded["waveform"], "tiled": tiled["waveform"], "encode": encoded.result[0]["samples"]}
+        for name, result in results.items():
+            wanted = first.setdefault(name, result)
+            found[name] = float((result - wanted).abs().max() / (wanted.max() - wanted.min()))
+    return answer
+
+
 if __name__ == "__main__":
     path, question, *arguments = sys.argv[1:]
     package = start_host(path)
     questions = {
         "halves": halves, "streamed": streamed, "cloned": cloned, "whole": whole, "holes": holes, "video": video,
-        "batch": batch, "upscaled": upscaled, "memory": memory,
+        "batch": batch, "upscaled": upscaled, "sound": sound, "memory": memory,
     }  # fmt: skip
     print(json.dumps(questions[question](package, *arguments)))

@@ -83,6 +83,24 @@ def test_an_upscale_model_in_half_precision(checkout: Path) -> None:
     assert answer["kept"]
 
 
+@pytest.mark.parametrize("seconds", [10, pytest.param(180, marks=pytest.mark.slow)])
+def test_sound(checkout: Path, seconds: int, tmp_path: Path) -> None:
+    """Through the host's audio nodes, tiled too, by a narrow VAE of Stable Audio's class that the host has detected."""
+    answer = probe(checkout, "sound", str(tmp_path), "16", str(seconds))
+    print(answer)
+    assert answer["class"] == "AudioOobleckVAE"
+    eager, stream, auto = (answer["way"][name] for name in ("eager", "stream", "auto"))
+    for found in (stream, auto):
+        assert max(found[name] for name in ("decode", "tiled", "encode")) <= 1e-5
+        assert found["estimate"] < eager["estimate"] / 5
+        copies = 3 * seconds * 44100 * 2 * 4  # of the waveform, by the host itself
+        assert found["measured"] <= found["estimate"] * 1.15 + copies
+    assert stream["lines"][0].startswith("VAE decoder streamed in ")
+    assert auto["lines"][0].startswith("VAE decoder auto: streamed in ")
+    if seconds > 60:
+        assert stream["measured"] <= 0.1 * eager["measured"]
+
+
 @pytest.mark.slow
 def test_stated_memory(checkout: Path, checkpoint: str) -> None:
     """What the patched VAE asks the host for is enough, and nearer to the need than the host's own estimate.

@@ -35,9 +35,6 @@ WHOLE: dict[str, set[str]] = {
     "mochi encode": {"scaled_dot_product_attention", "contiguous"},
     "cosmos decode": {"repeat", "tril", "scaled_dot_product_attention"},
     "cosmos encode": {"repeat", "tril", "scaled_dot_product_attention"},
-    "dc decode": {"reshape"},
-    "dc encode": {"reshape"},
-    "unet": {"reshape", "contiguous"},
 }
 """What of these models may be evaluated whole; of the others nothing."""
 

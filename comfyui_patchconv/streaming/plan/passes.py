@@ -97,10 +97,19 @@ class Passes:
             self._run_pass([Target(source, stored=False, reductions=self._reductions_of(source, dim))])
         elif self._leave_unstored(source):
             self._run_pass([Target(source, stored=False, reductions=[reduction])])
+        elif self._is_made_for(reduction, source):
+            self._pass_to([Target(source, stored=False, reductions=[reduction])])
         else:
             self._store([source])
         if reduction not in self._stored:  # its input went with what that is a part of
             self._run_pass([Target(source, stored=False, reductions=[reduction])])
+
+    def _is_made_for(self, reduction: Node, source: Node) -> bool:
+        """Whether a reduction's input arranges what it reads of several maps, and nothing else reads it."""
+        assert source.step is not None
+        alone = self._readers[source] == [reduction] and source not in self._final and source not in self._outer
+        ready = all(self._is_there(one) or dim == one.dim for one, dim in zip(source.inputs, source.dims))
+        return source.step.moves and len(source.inputs) > 1 and alone and ready
 
     def _leave_unstored(self, node: Node) -> bool:
         """Whether `node` is cheap to recompute and the plan has it recomputed wherever it is read.
@@ -133,14 +142,17 @@ class Passes:
         origins = [node for node in origins if not self._is_there(node)]
         if not origins:
             return
-        self._cut(origins)
-        targets = [self._target(node) for node in origins]
-        targets += [self._target(node) for node in self._kept_for_later(origins)]
-        self._run_pass(targets)
+        self._pass_to([self._target(node) for node in origins])
         if whole:
             rest = [node for node in nodes if not self._is_there(node)]
             if rest:
                 self._store(rest, whole=True)
+
+    def _pass_to(self, targets: list[Target]) -> None:
+        """One pass to targets and to what else of it later steps read, or two where that takes less."""
+        nodes = [target.node for target in targets]
+        self._cut(nodes)
+        self._run_pass(targets + [self._target(node) for node in self._kept_for_later(nodes)])
 
     def _origin(self, node: Node, nodes: Sequence[Node]) -> Node:
         """What to store for `node`: the map that it shows a part of, where others read that too; else itself."""

@@ -24,6 +24,9 @@ _ROWS_TO_A_HALO = 4
 """New rows of a strip to each that a convolution reads once more: with fewer, joining them to those kept takes as long
 as convolving them. RealESRGAN x4plus has strips of three rows in its body where its tail alone is looked at."""
 
+_STRIPS_LEFT = 16
+"""Strips that are left of a map of few rows, such as the bands of a spectrogram: with fewer nothing is saved."""
+
 _STEP_BYTES_ELSEWHERE = 4 << 20
 """Bytes of a strip of an average step, on devices other than the CPU, below which telling the device what to do takes
 longer than doing it. Not measured yet."""
@@ -91,7 +94,7 @@ class Sweep:
             if isinstance(node.step, Convolve) and node.step.rows:
                 halo = node.step.axis.span - node.step.axis.stride
                 rows = max(rows, -(-_ROWS_TO_A_HALO * halo * height // node.step.rows))
-        return rows
+        return min(rows, height // _STRIPS_LEFT)
 
     def _whole_groups(self, rows: int) -> int:
         """Of so many rows of the roots, as many as every step makes in whole groups, where there are that many."""

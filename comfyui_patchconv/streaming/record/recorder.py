@@ -143,6 +143,10 @@ class Recorder(TorchDispatchMode):
             for value in written_by(operator, args, kwargs):
                 if value.layout is torch.strided:
                     self.memory.before_write(value)
+        elif operator.name in operators.OF_PARAMETERS:
+            made = self._weight(func, args, kwargs)
+            if made is not None:
+                return made
         elif operator.name in operators.OF_MAPS and args and is_ordinary(args[0]) and not self.phantom:
             large = args[0].is_floating_point() and args[0].dim() > 2 and args[0].nbytes >= _LARGE
             if large and not args[0].requires_grad:
@@ -164,6 +168,22 @@ class Recorder(TorchDispatchMode):
         if self.phantom:
             raise CannotEstimateError(f"{func} calls functions")
         return func(*mapped(self._real_or_same, args), **mapped(self._real_or_same, kwargs))
+
+    def _weight(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A weight that the program makes anew at each call: deferred, for eager has one at a time, and a plan counts
+        those that a pass reads. None where it is small, or has a gradient, and is to be made now."""
+        tensors = tensors_in(args)
+        specs = specs_of(func, args, kwargs, spec_of) if are_usual(tensors) else None
+        gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        several = (specs,) if isinstance(specs, Spec) else specs
+        if gradients or not several or numel(several[0]) * several[0].dtype.itemsize < self._small:
+            return None
+        device = self._somewhere(tensors[0].device)
+        operands = _operands(self, args), _operands(self, kwargs)
+        if isinstance(specs, Spec):
+            return self._own(self.whole(func, *operands, specs, device), specs)
+        nodes = self._parts(func, *operands, several, device)
+        return tuple(self._own(node, spec) for node, spec in zip(nodes, several))
 
     def _somewhere(self, device: torch.device) -> torch.device:
         """The device that a program means, which has asked a weight of an estimate for its own."""
@@ -211,7 +231,7 @@ class Recorder(TorchDispatchMode):
                 return [self._view(spec, place, func, args, kwargs, tensors) for place, spec in enumerate(specs)]
             nodes = operators.build_several(self, func, _operands(self, args), _operands(self, kwargs), specs)
             if nodes is None and self.phantom:
-                nodes = self._parts(func, _operands(self, args), _operands(self, kwargs), specs)
+                nodes = self._parts(func, _operands(self, args), _operands(self, kwargs), specs, None)
             if nodes is None:
                 return self._now(func, args, kwargs)
             return tuple(self._own(node, spec) for node, spec in zip(nodes, specs))
@@ -243,14 +263,17 @@ class Recorder(TorchDispatchMode):
         step.name = name
         return self._node(step, inputs, (None,) * len(inputs), spec, device, None)
 
-    def _parts(self, func: Any, args: Any, kwargs: dict[str, Any], specs: Sequence[Spec]) -> tuple[Node, ...]:
-        """The nodes of an operator with several results, of which each needs all of its arguments."""
+    def _parts(
+        self, func: Any, args: Any, kwargs: dict[str, Any], specs: Sequence[Spec], device: Optional[torch.device]
+    ) -> tuple[Node, ...]:
+        """The nodes of an operator with several results, of which each needs all of its arguments. device: of the
+        results; None for that of its first deferred argument."""
         inputs, call = operators.over(args, kwargs)
         found = []
         for place, spec in enumerate(specs):
             step = Whole(lambda pieces, place=place: call(func, pieces)[place])
             step.name = func.overloadpacket.__name__
-            found.append(self._node(step, inputs, (None,) * len(inputs), spec, inputs[0].device, None))
+            found.append(self._node(step, inputs, (None,) * len(inputs), spec, device or inputs[0].device, None))
         return tuple(found)
 
     def _node(

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..graph.node import Node
-from ..graph.steps import Overlay, Pick, Regroup, RowLocal, Whole
+from ..graph.steps import Overlay, Pick, RowLocal, Whole
 from .memory import Held
+from .operators.arranging import regrouped
 from .operators.common import default_dim, dim_of, fixed_dim
 from .shapes import Spec
 
@@ -87,11 +88,8 @@ def _plain(recorder: Any, step: Any, inputs: Sequence[Node], dims: Any, spec: Sp
 
 
 def _regrouped(recorder: Any, parent: Node, spec: Spec) -> Optional[Node]:
-    dim = fixed_dim(parent)
-    step = Regroup.between(parent.shape, dim, spec.shape) if dim is not None else None
-    if step is None:
-        return None
-    return _plain(recorder, step, [parent], [dim], spec, step.to_dim)
+    step = regrouped(parent, spec.shape)
+    return None if step is None else _plain(recorder, step, [parent], [step.from_dim], spec, step.to_dim)
 
 
 def _order(view: Any, parent: Node) -> list[int]:

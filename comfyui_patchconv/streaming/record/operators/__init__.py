@@ -18,7 +18,7 @@ from ..shapes import Spec
 from . import arranging, convolution, matrices, norms, pools, reductions, resample
 from .common import AsCalled, Call, over, row_local
 
-__all__ = ["FILLED", "LIKE", "MADE", "OF_MAPS", "build", "build_several", "fill_like", "knows", "over"]
+__all__ = ["FILLED", "LIKE", "MADE", "OF_MAPS", "OF_PARAMETERS", "build", "build_several", "fill_like", "knows", "over"]
 
 _POINTWISE = frozenset(
     """
@@ -67,6 +67,9 @@ OF_MAPS = frozenset(
     """.split()  # noqa: SIM905
 )
 """What decoders and encoders do to feature maps: with these streaming goes on where an ordinary map was in between."""
+
+OF_PARAMETERS = frozenset({"_weight_norm", "_weight_norm_interface"})
+"""What makes a weight of parameters alone, as weight norm does at each call: sounds' networks are full of it."""
 
 
 def knows(func: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...graph.node import Node
 from ...graph.steps import Join, Regroup, Resample, RowLocal
 from ..memory import Held
-from .common import Call, default_dim, dim_of, fixed_dim, row_local
+from .common import Call, candidates, default_dim, dim_of, fixed_dim, row_local
 from .resample import gathered_rows
 
 
@@ -160,9 +160,19 @@ TABLE.update(dict.fromkeys(("to", "_to_copy", "type_as", "float", "double", "hal
 def regroup(call: Call) -> Optional[Node]:
     """`reshape` and its like where they copy."""
     input = call.args[0]
-    dim = fixed_dim(input) if isinstance(input, Node) else None
-    step = Regroup.between(input.shape, dim, call.spec.shape) if dim is not None else None
-    return None if step is None else call.node(step, [input], [dim], step.to_dim)
+    step = regrouped(input, call.spec.shape) if isinstance(input, Node) else None
+    return None if step is None else call.node(step, [input], [step.from_dim], step.to_dim)
+
+
+def regrouped(input: Node, shape: Sequence[int]) -> Optional[Regroup]:
+    """How rows of `input` become rows of a tensor of `shape`: those that it comes in, or else those along another
+    dimension, for which it has to be stored."""
+    dim = fixed_dim(input)
+    if dim is None:
+        return None
+    dims = (dim, *(one for one in candidates(len(input.shape)) if one != dim and input.shape[one] > 1))
+    steps = (Regroup.between(input.shape, one, shape) for one in dims)
+    return next((step for step in steps if step is not None), None)
 
 
 def same(call: Call) -> Optional[Node]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any, Optional
 
 import torch
@@ -10,19 +11,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...graph import attention
-from ...graph.node import Node
-from ...graph.steps import RowLocal
+from ...graph.node import Node, dense_strides
+from ...graph.statistics import in_float64
+from ...graph.steps import Reduce, RowLocal
 from ..memory import Held
-from .common import Call, default_dim, fixed_dim, over, row_local
+from ..shapes import Spec
+from .common import Call, default_dim, dim_of, fixed_dim, over, row_local
 
 
 def linear(call: Call) -> Optional[Node]:
     input = call.args[0]
-    if not isinstance(input, Node) or any(isinstance(value, Node) for value in call.args[1:]):
+    if not isinstance(input, Node) or len(call.args[1].shape) != 2:
         return None
-    if len(call.args[1].shape) != 2:
+    last = len(input.shape) - 1
+    if not any(isinstance(value, Node) for value in call.args[1:]):
+        return row_local(call, excluded=(last,), aligned=False, cheap=False, work=input.shape[-1])
+    dim = dim_of(input, (last,))  # of a weight that is made anew all is read
+    if dim is None:
         return None
-    return row_local(call, excluded=(len(input.shape) - 1,), aligned=False, cheap=False, work=input.shape[-1])
+    inputs, apply = over(call.args, call.kwargs)
+    step = RowLocal(lambda pieces, first, last: apply(call.func, pieces), 1)
+    step.work = input.shape[-1]
+    return call.node(step, inputs, [dim, *(None,) * (len(inputs) - 1)], dim)
 
 
 def product(call: Call) -> Optional[Node]:
@@ -32,6 +42,8 @@ def product(call: Call) -> Optional[Node]:
     count = len(call.spec.shape)
     if len(one.shape) < 2 or len(other.shape) < 2 or count < 2 or (place and isinstance(call.args[0], Node)):
         return None
+    if not place and _sums_over_rows(one, other, call):
+        return _summed_over_rows(call, one, other)
     back = _along(one, other, call.spec.shape)
     if back is None or (place and call.args[0].shape and prod_of(call.args[0].shape) > 1):
         return None
@@ -53,6 +65,60 @@ def product(call: Call) -> Optional[Node]:
     step.work = one.shape[-1]
     step.least_rows = 1
     return call.node(step, inputs, dims, dim)
+
+
+_FEWER = 4
+"""How many times more values two factors have than their product, from which on it is summed rather than computed of
+both at once."""
+
+
+def _sums_over_rows(one: Any, other: Any, call: Call) -> bool:
+    """Whether a product `[…, M, K] @ […, K, N]` sums over what rows come along, and is small: linear attention's is."""
+    if not isinstance(one, Node) or not isinstance(other, Node) or one is other:
+        return False
+    count = len(call.spec.shape)
+    if not len(one.shape) == len(other.shape) == count or one.shape[:-2] != other.shape[:-2]:
+        return False
+    fixed = [(fixed_dim(node), dim) for node, dim in ((one, count - 1), (other, count - 2))]
+    along = [dim is not None and dim == wanted for dim, wanted in fixed]
+    others = any(dim is not None and dim != wanted for dim, wanted in fixed)
+    few = _FEWER * prod(call.spec.shape) <= prod(one.shape) + prod(other.shape)
+    floating = one.dtype == other.dtype and one.dtype.is_floating_point
+    return any(along) and not others and few and floating
+
+
+def _summed_over_rows(call: Call, one: Node, other: Node) -> Node:
+    """Such a product, gathered in a pass over the rows of both."""
+    (m, k), n = one.shape[-2:], other.shape[-1]
+    count, batch = len(one.shape), one.shape[:-2]
+    strides = dense_strides((*batch, m + n, k), range(count, 0, -1))
+    assert strides is not None
+    spec = Spec((*batch, m + n, k), tuple(strides), 0, one.dtype)
+    step = RowLocal(lambda pieces, first, last: torch.cat((pieces[0], pieces[1].mT), -2), 2, moves=True)
+    both = call.recorder.node(step, [one, other], [count - 1, count - 2], spec, call.device, count - 1)
+    return call.node(Reduce(lambda: _Product(m)), [both], [count - 1], None)
+
+
+class _Product:
+    """A product of matrices, summed over what is `[…, M + N, rows]` of both: of each strip in single precision at
+    least, the sum in double precision where its device has that.
+
+    first: M.
+    """
+
+    def __init__(self, first: int) -> None:
+        self._first = first
+        self._value: Optional[Tensor] = None
+
+    def add(self, piece: Tensor, first: int, last: int) -> None:
+        wide = piece if piece.dtype == torch.float64 else piece.float()
+        one, other = wide.tensor_split((self._first,), -2)
+        part = in_float64(one @ other.mT)
+        self._value = part if self._value is None else self._value + part
+
+    def result(self, like: Tensor) -> None:
+        assert self._value is not None
+        like.copy_(self._value)
 
 
 def prod_of(shape: Sequence[int]) -> int:
