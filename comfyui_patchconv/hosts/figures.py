@@ -29,8 +29,8 @@ class Figures:
     that was not counted.
     timeline: (seconds, bytes) while it ran. state: stopped is what was cancelled or ended in an error. why: what spoke
     for the way that it ran, where that was chosen by itself. missed: how a budget was not kept. otherwise: what it is
-    compared with. left: whether all of what might have been streamed ran eagerly, for strips would have been no help; None
-    where that is not known.
+    compared with. left: whether all of what might have been streamed ran eagerly, for strips would have been no help;
+    None where that is not known.
     """
 
     part: str

@@ -27,7 +27,7 @@ def register(folder: Path) -> Any:
     library = load(
         "second_device", [str(source)], extra_cflags=["-O1", "-w"], build_directory=str(folder), is_python_module=False
     )
-    functions = ctypes.CDLL(library)
+    functions = ctypes.CDLL(str(library))
     functions.start()
     rename_privateuse1_backend(NAME)
     module = SimpleNamespace(
