@@ -81,6 +81,7 @@ class Copy:
         self.arguments, self.number = arguments, int(self._line())
 
     def has_ended(self) -> bool:
+        assert self._parent.stdout is not None
         return bool(select.select([self._parent.stdout], [], [], 0)[0])
 
     def kill(self) -> None:

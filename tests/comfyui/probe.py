@@ -419,7 +419,7 @@ def sound(pack: str, folder: str, width: str, seconds: str) -> dict[str, Any]:
     first: dict[str, torch.Tensor] = {}
     for way, vae in ways.items():
         vae.decode(latent[..., :8])
-        found = answer["way"][way] = {"estimate": int(vae.memory_used_decode(latent.shape, vae.vae_dtype))}
+        found: dict[str, Any] = {"estimate": int(vae.memory_used_decode(latent.shape, vae.vae_dtype))}
         with recorder(vae.device) as recorded:
             decoded = audio.VAEDecodeAudio.execute(vae, {"samples": latent}).result[0]
         found["measured"] = recorded.peak
@@ -431,6 +431,7 @@ def sound(pack: str, folder: str, width: str, seconds: str) -> dict[str, Any]:
         for name, result in results.items():
             wanted = first.setdefault(name, result)
             found[name] = float((result - wanted).abs().max() / (wanted.max() - wanted.min()))
+        answer["way"][way] = found
     return answer
 
 

@@ -404,7 +404,7 @@ def test_wandb_that_is_there_is_told(tmp_path: Path, written: Write) -> None:
 # Whole processes
 
 
-def process(command: list[Any], **more: object) -> None:
+def process(command: list[Any], **more: Any) -> None:
     done = ended(command, **more)
     assert done.returncode == 0, done.stderr[-3000:]
 
