@@ -113,8 +113,8 @@ def test_sd_upscale(webui: WebUI, image: np.ndarray) -> None:
     there, ours = (np.abs(one.images[0].astype(int) - untiled.images[0]) for one in (tiled, result))
     print(f"from whole: tiled mean {there.mean():.4f}, largest {there.max()}; ours {ours.mean():.4f}, {ours.max()}")
     check_second_pass(result, untiled)
+    assert there.any()  # what follows leaves little of the tiles
     assert there.mean() > 10 * ours.mean()
-    assert there.max() > 1
     assert "nothing that it was asked to patch has run" not in result.log
     assert "Patch Conv: upscaler ESRGAN streamed, peak " in result.log
     assert "Patch Conv parts: Upscalers" in result.infotext
