@@ -14,10 +14,9 @@ from conv_helpers import assert_same
 from .conftest import python
 
 
-def probe(checkout: Path, *question: str, limit: int = 3600) -> Any:
-    """The answer to a question. limit: seconds that it may take."""
+def probe(checkout: Path, *question: str) -> Any:
     command = [python(), str(Path(__file__).with_name("probe.py")), str(checkout), *question]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=limit, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -87,7 +86,7 @@ def test_an_upscale_model_in_half_precision(checkout: Path) -> None:
 @pytest.mark.parametrize(("width", "seconds"), [(16, 10), pytest.param(8, 180, marks=pytest.mark.slow)])
 def test_sound(checkout: Path, width: int, seconds: int, tmp_path: Path) -> None:
     """Through the host's audio nodes, tiled too, by a narrow VAE of Stable Audio's class that the host has detected."""
-    answer = probe(checkout, "sound", str(tmp_path), str(width), str(seconds), limit=1800)
+    answer = probe(checkout, "sound", str(tmp_path), str(width), str(seconds))
     print(answer)
     assert answer["class"] == "AudioOobleckVAE"
     eager, stream, auto = (answer["way"][name] for name in ("eager", "stream", "auto"))
