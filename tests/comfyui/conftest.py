@@ -123,7 +123,7 @@ class Server(HostProcess):
         thread = threading.Thread(target=lambda: self._read(listener, received), daemon=True)
         thread.start()
         try:
-            end = time.monotonic() + 120
+            end = time.monotonic() + 900
             while not received:  # the server greets whoever connects
                 assert time.monotonic() < end
                 time.sleep(0.05)
