@@ -142,7 +142,10 @@ def test_weights_made_anew_are_counted(norm: str) -> None:
     assert_same(result, expected, 1e-5)
     call = runner.last
     assert call is not None
-    made = sum(4 * math.prod(module.weight.shape) for module in codec.decoder.modules() if hasattr(module, "bias"))
+    convolutions: list[Any] = [
+        one for one in codec.decoder.modules() if isinstance(one, (nn.Conv1d, nn.ConvTranspose1d))
+    ]
+    made = sum(4 * math.prod(one.weight.shape) for one in convolutions)
     if norm == "new":
         assert taken.peak <= 1.2 * eager.peak < made
     assert taken.peak <= max(call.peak, call.eager_peak)
@@ -152,7 +155,7 @@ def test_made_weights_that_the_program_keeps_are_ordinary() -> None:
     direction, size, kept = sound(3, 2, 5, seed=2), torch.ones(3, 1, 1), []
 
     def run(x: Tensor) -> Tensor:
-        kept.append(torch._weight_norm(direction, size, 0))
+        kept.append(torch.ops.aten._weight_norm(direction, size, 0))
         return F.conv1d(x, kept[-1], padding=2)
 
     x = sound(1, 2, 31)
@@ -169,7 +172,7 @@ def test_a_weight_whose_parameter_is_written_to_meanwhile() -> None:
 
     def run(x: Tensor) -> Tensor:
         for _ in range(2):
-            x = F.conv1d(x, torch._weight_norm(direction, size, 0), padding=2)
+            x = F.conv1d(x, torch.ops.aten._weight_norm(direction, size, 0), padding=2)
             direction.mul_(-0.5).add_(0.1)
         return x
 
@@ -182,7 +185,7 @@ def test_a_weight_whose_parameter_is_written_to_meanwhile() -> None:
 
 def test_gradients_of_made_weights() -> None:
     """Inputs that ask for none let a call be streamed; a weight that the program differentiates is made eagerly."""
-    conv = parametrizations.weight_norm(nn.Conv1d(2, 2, 3, padding=1))
+    conv: Any = parametrizations.weight_norm(nn.Conv1d(2, 2, 3, padding=1))
 
     def run(x: Tensor) -> Tensor:
         with torch.enable_grad():
