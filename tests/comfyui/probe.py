@@ -413,13 +413,14 @@ def sound(pack: str, folder: str, width: str, seconds: str) -> dict[str, Any]:
     ways = {
         "eager": eager,
         "stream": node.execute(vae=eager, mode="stream", **settings).result[0],
-        "auto": node.execute(vae=eager, mode="auto", budget=float(seconds) / 100, **settings).result[0],
+        "auto": node.execute(vae=eager, mode="auto", budget=float(seconds) * int(width) / 1600, **settings).result[0],
     }
     answer: dict[str, Any] = {"class": type(eager.first_stage_model).__name__, "way": {}}
     first: dict[str, torch.Tensor] = {}
     for way, vae in ways.items():
         vae.decode(latent[..., :8])
         found: dict[str, Any] = {"estimate": int(vae.memory_used_decode(latent.shape, vae.vae_dtype))}
+        answer["way"][way] = found
         with recorder(vae.device) as recorded:
             decoded = audio.VAEDecodeAudio.execute(vae, {"samples": latent}).result[0]
         found["measured"] = recorded.peak
@@ -431,7 +432,6 @@ def sound(pack: str, folder: str, width: str, seconds: str) -> dict[str, Any]:
         for name, result in results.items():
             wanted = first.setdefault(name, result)
             found[name] = float((result - wanted).abs().max() / (wanted.max() - wanted.min()))
-        answer["way"][way] = found
     return answer
 
 

@@ -176,7 +176,7 @@ def test_controls_are_remembered(webui: WebUI) -> None:
         path = f"customscript/patch_conv.py/{tab}"
         if webui.host is not FORGE:  # it remembers the state of no accordion
             assert config[f"{path}/Patch Conv/value"] is False
-        assert config[f"{path}/Mode/value"] == "patch"
+        assert config[f"{path}/Mode/value"] == "auto"
         assert config[f"{path}/Threshold (millions of elements)/value"] == 16.0
 
 

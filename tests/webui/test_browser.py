@@ -102,4 +102,4 @@ def test_settings(page: Any) -> None:
         entry = page.locator(f"#setting_patch_conv_{name}")
         assert entry.is_visible()
         assert "Patch Conv: " in entry.inner_text()
-    assert page.get_by_text("choose it where the VAE runs out of memory").last.is_visible()
+    assert page.get_by_text("the whole VAE in strips, by far the least memory").last.is_visible()
