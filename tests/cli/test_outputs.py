@@ -238,7 +238,7 @@ def test_a_latent_with_nan_is_not_written(
 
 
 FAULTS = {
-    "full disk": "resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.RLIM_INFINITY))",
+    "full disk": "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))",
     "Ctrl-C": "os.kill(os.getpid(), signal.SIGINT)",
     "kill": "os.kill(os.getpid(), signal.SIGKILL)",
     "termination": "os.kill(os.getpid(), signal.SIGTERM)",
