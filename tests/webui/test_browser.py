@@ -80,6 +80,8 @@ def test_what_does_not_count_looks_inactive(page: Any) -> None:
             said = page.locator(place).inner_text()
             assert ("Not used with what is chosen above." in said) == (name not in counting)
 
+    check({"splits", "threshold", "budget"})
+    mode(page, "patch").check()
     check({"splits", "threshold"})
     mode(page, "stream").check()
     check({"budget"})
