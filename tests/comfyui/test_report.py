@@ -27,12 +27,18 @@ def run_and_listen(server: Server, graph: Graph) -> tuple[Any, list[Any], float]
 
 
 @pytest.mark.parametrize(
-    ("settings", "way"), [(ALWAYS, "in up to 5 strips"), (STREAM, r"streamed in \d+ strips")], ids=["patch", "stream"]
+    ("settings", "size", "way"),
+    [
+        (ALWAYS, 128, "in up to 5 strips"),
+        (STREAM, 384, r"streamed in \d+ strips"),
+        (STREAM, 128, "eager, for strips would not help"),
+    ],
+    ids=["patch", "stream", "stream where it is no help"],
 )
-def test_decode(server: Server, checkpoint: str, settings: Graph, way: str) -> None:
+def test_decode(server: Server, checkpoint: str, settings: Graph, size: int, way: str) -> None:
     """One run, told with the figures of that run, and nothing of the branch without us."""
     server.run(decoding(checkpoint, server.latent("warm", 64), eager=True))
-    graph = decoding(checkpoint, server.latent("report", 128, seed=len(settings)), eager=True, patched=settings)
+    graph = decoding(checkpoint, server.latent("report", size, seed=len(settings) + size), eager=True, patched=settings)
     history, told, seconds = run_and_listen(server, graph)
     assert {report["node"] for report in told} == {"patch"}
     assert {report["prompt"] for report in told} == {history["prompt"][1]}
@@ -43,7 +49,7 @@ def test_decode(server: Server, checkpoint: str, settings: Graph, way: str) -> N
         rf"VAE decoder {way}, peak \d+ MiB \(without Patch Conv: (at least \d+ MiB, counted|not measured)\), [\d.]+ s",
         last["line"],
     )
-    assert last["strips"] > 1
+    assert last["strips"] == 0 if "eager" in way else last["strips"] > 1
     assert 0 < last["seconds"] < seconds
     assert last["eager"] >= last["peak"] > 1 << 20 if "at least" in last["line"] else last["eager"] == 0
     times, sizes = zip(*last["timeline"], strict=True)
