@@ -56,7 +56,7 @@ def add_mode(parser: argparse.ArgumentParser) -> None:
         "--mode",
         choices=CHOICES,
         default="auto",
-        help="auto: plain where that fits, patch where that is enough, else stream within what is free (default); "
+        help="auto: eager where that fits, patch where that is enough, else stream within what is free (default); "
         "patch: each large convolution in strips; stream: everything in strips; plain: eager, no strips",
     )
     parser.add_argument(

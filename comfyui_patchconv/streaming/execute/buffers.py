@@ -106,7 +106,7 @@ class _Near:
 
     def __del__(self) -> None:
         coming = getattr(self, "_coming", None)
-        if coming is not None:  # it still writes to memory that goes now
+        if coming is not None:  # it still writes to memory that is freed now
             coming[1].synchronize()
 
 
@@ -169,7 +169,7 @@ def no_room(size: int, why: object) -> str:
 
 
 def is_borrowed(strip: Tensor) -> bool:
-    """Whether a strip lies in memory that is more than its own, or not torch's (a part of a file may be given up)."""
+    """Whether a strip lies in memory that is more than its own, or not torch's (a part of a file may be discarded)."""
     storage = strip.untyped_storage()
     own = strip.device.type != "cpu" or getattr(storage, "resizable", lambda: False)()  # torch 2.1 cannot tell
     return not own or storage.nbytes() > strip.numel() * strip.element_size()
