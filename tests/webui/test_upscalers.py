@@ -123,11 +123,17 @@ def test_sd_upscale(webui: WebUI, image: np.ndarray) -> None:
 
 
 def test_img2img_to_another_size(webui: WebUI, image: np.ndarray) -> None:
+    """Sampling with random weights makes some levels of the one by which roundings of the upscaled picture differ."""
     request: dict[str, Any] = {"init_images": [as_base64(image)], **SMALL, "denoising_strength": 0.5, "steps": 2}
+
+    def run(**options: Any) -> Result:
+        return webui.run("img2img", **request, **options)
+
     with webui.options(upscaler_for_img2img=UPSCALER):
-        untiled = whole(webui, lambda: webui.run("img2img", **request))
-        result = webui.run("img2img", **request, patch_conv=UPSCALING)
-    check_second_pass(result, untiled)
+        tiled, untiled, result = run(), whole(webui, run), run(patch_conv=UPSCALING)
+    there, ours = (np.abs(one.images[0].astype(int) - untiled.images[0]) for one in (tiled, result))
+    print(f"from whole: tiled mean {there.mean():.4f}, largest {there.max()}; ours {ours.mean():.4f}, {ours.max()}")
+    assert there.mean() > 10 * ours.mean()
     assert result.report.startswith("Patch Conv: upscaler ESRGAN streamed, peak ")
 
 
