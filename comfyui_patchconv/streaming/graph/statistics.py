@@ -14,21 +14,38 @@ def in_float64(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.device.type in ("cpu", "cuda", "meta") else tensor.cpu().double()
 
 
-_BLOCK_BYTES = 1 << 20
-"""Of pixels that are looked at twice while they are in the cache, for each thread."""
+_BLOCK_BYTES = 1 << 18
+"""Of pixels that are looked at twice while they are in the cache, for each thread. They are added up in float32: of
+more of them the mean would be less exact."""
 
 
-def _of_block(pixels: Tensor) -> tuple[int, Tensor, Tensor]:
-    """Of pixels `[N, P, C]` their number, and of each channel mean and sum of squared differences to it, `[N, C]`."""
-    count = pixels.shape[1]
-    near = (pixels.sum(1, keepdim=True) / count).to(pixels.dtype)
+def _of_block(pixels: Tensor, by_differences: bool) -> tuple[Tensor, Tensor]:
+    """Of each channel of `pixels`, `[P, C]`, mean and sum of squared differences to it, `[C]`."""
+    if not by_differences:  # a third of the time: it makes no map of the differences
+        mean, variance = torch.batch_norm_update_stats(pixels, None, None, 0.0)
+        return mean.double(), variance.double() * len(pixels)
+    near = pixels.mean(0)
     differences = pixels - near
-    rest = differences.sum(1).double() / count  # by which it is off, rounded as it is
-    return count, near.squeeze(1).double() + rest, differences.square_().sum(1).double() - rest**2 * count
+    rest = differences.sum(0).double() / len(pixels)  # by which it is off, rounded as it is
+    return near.double() + rest, differences.square_().sum(0).double() - rest**2 * len(pixels)
 
+
+_FAR_FROM_ZERO = 4.0
+"""Means of so many deviations: added up in float32 they are too far off for these."""
 
 _VARIES_LITTLE = 100.0
 """Means of so many deviations: the CPU's kernel subtracts squares of them in float32 and has nothing left."""
+
+
+def _of_channels(pixels: Tensor, by_differences: bool) -> tuple[Tensor, Tensor]:
+    """Of each channel of `pixels`, `[N, P, C]`, mean and sum of squared differences to it, `[N, C]`."""
+    at_once = max(_BLOCK_BYTES * torch.get_num_threads() // max(pixels[0, :1].nbytes, 1), 1)
+    blocks = pixels.split(at_once, 1)
+    moments = [_of_block(sample, by_differences) for block in blocks for sample in block]
+    means, within = (torch.stack(each).view(len(blocks), *pixels.shape[::2]) for each in zip(*moments))
+    counts = torch.tensor([block.shape[1] for block in blocks], dtype=torch.float64).view(-1, 1, 1)
+    mean = (means * counts).sum(0) / pixels.shape[1]
+    return mean, within.sum(0) + ((means - mean).square() * counts).sum(0)
 
 
 class Statistics:
@@ -42,6 +59,7 @@ class Statistics:
         self.count = 0
         self._mean: Optional[Tensor] = None
         self._squares: Optional[Tensor] = None
+        self._is_far = False  # from zero, a strip that there was
 
     def add(self, strip: Tensor) -> None:
         wide = strip if strip.dtype == torch.float64 else strip.float()
@@ -72,20 +90,24 @@ class Statistics:
         return mean, scale
 
     def _of_pixels(self, wide: Tensor) -> tuple[Tensor, Tensor]:
-        """The same of an image whose channels lie last: of each channel first, by differences to its mean."""
+        """The same of an image whose channels lie last: of each channel first."""
         batch, channels = wide.shape[:2]
         pixels = wide.permute(0, 2, 3, 1).reshape(batch, -1, channels)
-        count = pixels.shape[1]
-        at_once = max(_BLOCK_BYTES * torch.get_num_threads() // max(pixels[:, :1].nbytes, 1), 1)
-        blocks = [_of_block(block) for block in pixels.split(at_once, 1)]
-        each, mean, within = zip(*blocks)
-        counts = torch.tensor(each, dtype=torch.float64).view(-1, 1, 1)
-        means = torch.stack(mean)
-        mean = (means * counts).sum(0) / count
-        within = torch.stack(within).sum(0) + ((means - mean).square() * counts).sum(0)
-        mean, within = mean.view(batch, self.groups, -1), within.view(batch, self.groups, -1)
+        mean, squares, far = self._of_groups(pixels, self._is_far)
+        if far and not self._is_far:
+            self._is_far = True
+            mean, squares, _ = self._of_groups(pixels, True)
+        return mean, squares
+
+    def _of_groups(self, pixels: Tensor, by_differences: bool) -> tuple[Tensor, Tensor, bool]:
+        """Mean, and sum of squared differences to it, of groups of `pixels`, `[N, P, C]`, and whether one is far from
+        zero."""
+        batch, count, _ = pixels.shape
+        mean, within = (value.view(batch, self.groups, -1) for value in _of_channels(pixels, by_differences))
         whole = mean.mean(-1, keepdim=True)
-        return whole.squeeze(-1), within.sum(-1) + (mean - whole).square().sum(-1) * count
+        squares = within.sum(-1) + (mean - whole).square().sum(-1) * count
+        largest = mean.square().amax(-1) * (count * mean.shape[-1])
+        return whole.squeeze(-1), squares, bool((largest > _FAR_FROM_ZERO**2 * squares).any())
 
     @property
     def mean(self) -> Tensor:
