@@ -1,0 +1,135 @@
+"""Writes: into deferred tensors, whose cells get other nodes, and into memory that others can reach."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import CannotEstimateError
+from ..graph.node import Node
+from . import operators, views
+from .arguments import are_usual, mapped, spec_of, tensors_in, written_by
+from .lazy import LazyTensor, View
+from .schema import Operator, draws
+from .shapes import Spec, specs_of
+from .values import Values
+
+
+class Writes(Values):
+    """Does what operators do that write."""
+
+    def write(self, func: Any, operator: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What an operator gives that writes to one or more of its arguments."""
+        if operator.reshapes:
+            lazies = [value for value in tensors_in(args) if isinstance(value, LazyTensor)]
+            originals = [value.original_ for value in lazies if hasattr(value, "original_")]
+            self.become_ordinary(lazies)
+            for original in originals:  # the caller's own object changes its shape, too
+                func(original, *args[1:], **kwargs)
+            with self.as_called():
+                return func(*mapped(self.real_or_same, args), **kwargs)
+        targets = written_by(operator, args, kwargs)
+        target: Any = targets[0] if len(targets) == 1 else None
+        usual = isinstance(target, LazyTensor) and operator.functional is not None and args and args[0] is target
+        if usual and target.view_.cell.real is None and self._write_deferred(func, operator, target, args, kwargs):
+            return target
+        return self._write_now(func, targets, args, kwargs)
+
+    def _write_deferred(self, func: Any, operator: Operator, target: LazyTensor, args: Any, kwargs: Any) -> bool:
+        """Give the cell of `target` its new value; whether that could be done."""
+        if (operator.draws and draws(func, args, kwargs)) or not are_usual(tensors_in(args)) or kwargs:
+            return False
+        if specs_of(func, args, kwargs, spec_of) is None:  # eager refuses it, and says so
+            return False
+        view = target.view_
+        if operator.name in ("copy_", "fill_", "zero_"):
+            node = views.filled(self, view, operator.name, self.operands(args[1:2]))
+        else:
+            spec = specs_of(operator.functional, args, kwargs, spec_of)
+            if not isinstance(spec, Spec) or spec.shape != view.spec.shape:
+                return False
+            if spec.alias == 0:  # dropout of nothing
+                return True
+            operands = self.operands(args)
+            node = operators.build(self, operator.functional, operands, kwargs, spec, view.device)
+            if node is None:
+                node = self.whole(operator.functional, operands, kwargs, spec, view.device)
+            if spec.dtype != view.spec.dtype:
+                node = views.cast(self, node, view.spec)
+        if node is None:
+            return False
+        return self._assign(view, node)
+
+    def _assign(self, view: View, node: Node) -> bool:
+        """From now on `view` shows `node`, and other views of its cell what follows from that."""
+        cell, current = view.cell, view
+        while current.parent is not None:
+            before = cell.value if current.parent.parent is None else current.parent.node()
+            assert before is not None
+            changed = views.scattered(self, current, before, node)
+            if changed is None:
+                return False
+            current, node = current.parent, changed
+        cell.value = node
+        cell.version += 1
+        return True
+
+    def _write_now(self, func: Any, targets: list[Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run an operator that writes, on real memory."""
+        if self.phantom:
+            raise CannotEstimateError(f"{func} writes into memory that others can reach")
+        self._make_real([value for value in targets if isinstance(value, LazyTensor)])
+        # What it reads is evaluated before anything is written.
+        others = [value for value in tensors_in((args, kwargs)) if isinstance(value, LazyTensor)]
+        self.store([value.view_.node() for value in others if value.view_.cell.real is None])
+        reals = {id(value): self.real(value) for value in others}
+        name = func.overloadpacket.__name__
+        if any(value.view_.cell.real is None for value in others):
+            self.report[name] = self.report.get(name, 0) + 1
+        for value in targets:
+            if isinstance(value, Tensor):
+                self.memory.before_write(reals.get(id(value), value))
+        lazies = {id(reals[id(value)]): value for value in others}
+
+        def real_of(value: Any) -> Any:
+            return reals[id(value)] if isinstance(value, LazyTensor) else value
+
+        with self.as_called():
+            result = func(*mapped(real_of, args), **mapped(real_of, kwargs))
+        return mapped(lambda value: lazies.get(id(value), value), result)
+
+    def replace_data(self, func: Any, target: Tensor, value: Any) -> None:
+        """`target.data = value`: the same object, with other memory."""
+        if not (isinstance(target, LazyTensor) and self._is_alike(target, value)):
+            value = self._ordinary(value)
+        if not isinstance(target, LazyTensor):
+            func(target, value)
+            return
+        original = getattr(target, "original_", None)
+        if original is not None:
+            value = self._ordinary(value)
+            original.data = value
+            value = original
+        if self._is_alike(target, value):
+            shown = value if isinstance(value, LazyTensor) else self.defer(value)
+            target.view_ = shown.view_
+            return
+        self.become_ordinary([target])
+        if isinstance(target, LazyTensor):
+            raise RuntimeError(
+                f"data of shape {tuple(value.shape)} cannot take the place of a map's of {tuple(target.shape)} in a "
+                "streamed call with a torch older than 2.3: update torch, or stream another part."
+            )
+        target.data = value
+
+    def _ordinary(self, value: Any) -> Any:
+        """A deferred tensor made ordinary; its values before torch 2.3, where no object becomes another."""
+        if isinstance(value, LazyTensor):
+            self.become_ordinary([value])
+        return self.real(value).detach() if isinstance(value, LazyTensor) else value
+
+    def _is_alike(self, target: LazyTensor, value: Any) -> bool:
+        """Whether an object that was made for the one can stand for the other."""
+        spec, other = target.view_.spec, spec_of(value)
+        return other is not None and spec[:2] == other[:2] and spec.dtype == other.dtype
