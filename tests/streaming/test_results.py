@@ -277,6 +277,29 @@ def test_what_is_in_a_result_twice_is_one_object() -> None:
     assert held.again[0] is one
 
 
+@pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
+def test_a_weak_reference_to_a_map_ends_no_call(tuning: Tuning) -> None:
+    """torch refuses to make another object of one that its own weak references show."""
+    found = []
+
+    def program(x: Tensor) -> Tensor:
+        y = F.conv2d(x, WEIGHT, padding=1)
+        found.append(torch._C._WeakTensorRef(y))
+        return y
+
+    result = streamed(program, tuning=tuning)(X)
+    assert_ordinary(result)
+    assert_alike(result, F.conv2d(X, WEIGHT, padding=1))
+    assert len(found) == 1
+
+
+def test_a_profiler_that_records_shapes_ends_no_call() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True):
+        result = streamed(lambda x: F.silu(F.conv2d(x, WEIGHT, padding=1)), tuning=ONE_ROW)(X)
+    assert_ordinary(result)
+    assert_alike(result, F.silu(F.conv2d(X, WEIGHT, padding=1)))
+
+
 def test_what_is_given_twice_is_one_object() -> None:
     def attend(query: Tensor, key: Tensor, value: Tensor, *, other: Tensor) -> Any:
         return c(query), query is key, query is value, query is other, key

@@ -14,6 +14,10 @@ def in_float64(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.device.type in ("cpu", "cuda", "meta") else tensor.cpu().double()
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 _BLOCK_BYTES = 1 << 18
 """Of pixels that are looked at twice while they are in the cache, for each thread. They are added up in float32: of
 more of them the mean would be less exact."""
@@ -21,9 +25,10 @@ more of them the mean would be less exact."""
 
 def _of_block(pixels: Tensor, by_differences: bool) -> tuple[Tensor, Tensor]:
     """Of each channel of `pixels`, `[P, C]`, mean and sum of squared differences to it, `[C]`."""
+    pixels = _wide(pixels)
     if not by_differences:  # a third of the time: it makes no map of the differences
         mean, variance = torch.batch_norm_update_stats(pixels, None, None, 0.0)
-        return mean.double(), variance.double() * len(pixels)
+        return mean, variance * len(pixels)
     near = pixels.mean(0)
     differences = pixels - near
     rest = differences.sum(0).double() / len(pixels)  # by which it is off, rounded as it is
@@ -39,10 +44,10 @@ _VARIES_LITTLE = 100.0
 
 def _of_channels(pixels: Tensor, by_differences: bool) -> tuple[Tensor, Tensor]:
     """Of each channel of `pixels`, `[N, P, C]`, mean and sum of squared differences to it, `[N, C]`."""
-    at_once = max(_BLOCK_BYTES * torch.get_num_threads() // max(pixels[0, :1].nbytes, 1), 1)
+    at_once = max(_BLOCK_BYTES * torch.get_num_threads() // max(4 * pixels.shape[2], 1), 1)
     blocks = pixels.split(at_once, 1)
     moments = [_of_block(sample, by_differences) for block in blocks for sample in block]
-    means, within = (torch.stack(each).view(len(blocks), *pixels.shape[::2]) for each in zip(*moments))
+    means, within = (torch.stack(each).double().view(len(blocks), *pixels.shape[::2]) for each in zip(*moments))
     counts = torch.tensor([block.shape[1] for block in blocks], dtype=torch.float64).view(-1, 1, 1)
     mean = (means * counts).sum(0) / pixels.shape[1]
     return mean, within.sum(0) + ((means - mean).square() * counts).sum(0)
@@ -62,11 +67,10 @@ class Statistics:
         self._is_far = False  # from zero, a strip that there was
 
     def add(self, strip: Tensor) -> None:
-        wide = strip if strip.dtype == torch.float64 else strip.float()
         batch, channels = strip.shape[:2]
         count = strip.numel() // max(batch * self.groups, 1)
-        last = wide.dim() == 4 and wide.stride(1) == 1 < channels and wide.device.type == "cpu"
-        mean, squares = self._of_pixels(wide) if last else self._of_rows(wide, count)
+        last = strip.dim() == 4 and strip.stride(1) == 1 < channels and strip.device.type == "cpu"
+        mean, squares = self._of_pixels(strip) if last else self._of_rows(_wide(strip), count)
         if self._mean is None or self._squares is None:
             self.count, self._mean, self._squares = count, mean, squares
             return
@@ -89,10 +93,10 @@ class Statistics:
         _, mean, scale = torch.native_group_norm(wide, None, None, batch, channels, prod(sides), self.groups, 0.0)
         return mean, scale
 
-    def _of_pixels(self, wide: Tensor) -> tuple[Tensor, Tensor]:
+    def _of_pixels(self, strip: Tensor) -> tuple[Tensor, Tensor]:
         """The same of an image whose channels lie last: of each channel first."""
-        batch, channels = wide.shape[:2]
-        pixels = wide.permute(0, 2, 3, 1).reshape(batch, -1, channels)
+        batch, channels = strip.shape[:2]
+        pixels = strip.permute(0, 2, 3, 1).reshape(batch, -1, channels)
         mean, squares, far = self._of_groups(pixels, self._is_far)
         if far and not self._is_far:
             self._is_far = True

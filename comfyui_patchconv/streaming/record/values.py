@@ -196,14 +196,15 @@ class Values(Program):
 
 
 def _become(tensor: Any, real: Tensor) -> None:
+    """Make an ordinary tensor of a deferred one. It stays what it is, and computes as `real` does, with a torch that
+    cannot do that, and where something has a weak reference to it, as a profiler that records shapes has."""
     swap: Optional[Callable[[Tensor, Tensor], None]] = getattr(torch._C, "_swap_tensor_impl", None)
     if swap is None:
         return
-    tensor.__dict__.pop("original_", None)
-    view = tensor.__dict__.pop("view_")
+    kept = {name: tensor.__dict__.pop(name) for name in ("original_", "view_") if name in tensor.__dict__}
     try:
         swap(tensor, real)
     except RuntimeError:
-        tensor.view_ = view
-        raise
-    tensor.__class__ = Tensor
+        tensor.__dict__.update(kept)
+    else:
+        tensor.__class__ = Tensor

