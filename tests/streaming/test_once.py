@@ -251,6 +251,24 @@ def a_batch_norm_that_trains(wrap: Wrap) -> Call:
     return lambda: (run(X), norm.running_mean, norm.running_var, norm.num_batches_tracked)
 
 
+def what_reads_a_norm_that_trains(wrap: Wrap) -> Call:
+    """Its statistics before and after, by the program and by norms that do not train."""
+    norms = nn.BatchNorm2d(4), nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+
+    def run(x: Tensor) -> Any:
+        y, read = c(x), []
+        for norm in norms:
+            before = norm.eval()(y)
+            y = norm.train()(y)
+            read += [norm.running_mean.clone(), norm.running_var.sum().item(), before, norm.eval()(y)]
+        unused = norms[0].train()(y * 2)
+        del unused
+        return y, read, norms[0].running_mean.clone()
+
+    run = wrap(run)
+    return lambda: (run(X), [norm.running_var for norm in norms])
+
+
 def a_spectral_norm_that_trains(wrap: Wrap) -> Call:
     torch.manual_seed(3)
     layer = nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 3, padding=1)).train().requires_grad_(False)
@@ -551,7 +569,8 @@ def noise_that_nobody_reads(wrap: Wrap) -> Call:
 
 WORLDS: list[Callable[[Wrap], Call]] = [
     a_number_in_an_object, a_tensor_in_a_closure, a_running_sum_of_maps, a_name_of_an_outer_function,
-    buffers_of_a_module, a_buffer_written_in_place, a_batch_norm_that_trains, a_spectral_norm_that_trains,
+    buffers_of_a_module, a_buffer_written_in_place, a_batch_norm_that_trains, what_reads_a_norm_that_trains,
+    a_spectral_norm_that_trains,
     a_dictionary_of_a_module, a_cached_function, a_cached_function_filled_before, a_cached_property, a_cache_of_maps,
     a_helper_that_moves_its_constants, a_scheduler, an_attribute_of_a_class, an_attribute_of_a_function,
     an_iterator_as_argument, a_generator_as_argument, a_generator_of_maps_as_argument, a_zip_that_ends,

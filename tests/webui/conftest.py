@@ -23,11 +23,11 @@ import numpy as np
 import pytest
 import torch
 from host_process import HostProcess, checkpoint_in
-from upscale_weights import esrgan
+from upscale_weights import esrgan, real_esrgan
 
 PACK = Path(__file__).parents[2]
 CHECKPOINTS = ("first", "second")
-UPSCALER = "patchconv-esrgan"
+UPSCALER, REAL_UPSCALER = "patchconv-esrgan", "patchconv-realesrgan-x4plus"
 PATCH = {"mode": "patch", "unet": True, "splits": 3, "threshold": 0.0}
 STREAM = {"mode": "stream", "unet": True, "splits": 3, "threshold": 0.0}
 MODES = pytest.mark.parametrize("settings", [PATCH, STREAM], ids=["patch", "stream"])
@@ -98,9 +98,11 @@ class WebUI(HostProcess):
             source = checkout / "models" / "Stable-diffusion" / checkpoint
             (checkpoints / f"{name}.safetensors").symlink_to(source.resolve())
         (folder / "models" / "ESRGAN").mkdir(parents=True)
-        # The WebUI's check of pickles knows no file in the newer format.
-        path = folder / "models" / "ESRGAN" / f"{UPSCALER}.pth"
-        torch.save(esrgan(), path, _use_new_zipfile_serialization=False)
+        for name, weights in ((UPSCALER, esrgan()), (REAL_UPSCALER, real_esrgan())):
+            if weights is not None:
+                # The WebUI's check of pickles knows no file in the newer format.
+                path = folder / "models" / "ESRGAN" / f"{name}.pth"
+                torch.save(weights, path, _use_new_zipfile_serialization=False)
         # Random weights have no mean that emphasis could be scaled to.
         options = {"emphasis": "No norm", "live_previews_enable": False, "sd_model_checkpoint": "first.safetensors"}
         (folder / "config.json").write_text(json.dumps(options))

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from upscale_weights import NO_REAL_WEIGHTS, scene
 
-from .conftest import UPSCALER, Result, WebUI, as_base64, open_image
+from .conftest import REAL_UPSCALER, UPSCALER, Result, WebUI, as_base64, open_image
 from .test_api import HIRES, check_second_pass
 
 UPSCALING = {"upscalers": True, "vae": False}
@@ -137,8 +138,9 @@ def test_img2img_to_another_size(webui: WebUI, image: np.ndarray) -> None:
     assert result.report.startswith("Patch Conv: upscaler ESRGAN streamed, peak ")
 
 
-def extras(webui: WebUI, image: np.ndarray) -> np.ndarray:
-    answer = webui.get("/sdapi/v1/extra-single-image", {"image": as_base64(image), **EXTRAS}, seconds=600)
+def extras(webui: WebUI, image: np.ndarray, **request: Any) -> np.ndarray:
+    asked = {"image": as_base64(image), **EXTRAS, **request}
+    answer = webui.get("/sdapi/v1/extra-single-image", asked, seconds=1800)
     return np.asarray(open_image(answer["image"]))
 
 
@@ -160,6 +162,24 @@ def test_extras(webui: WebUI, image: np.ndarray) -> None:
             assert webui.run(**hires(webui)).report == ""  # the accordion says so of a run
         assert webui.get("/probe/now") == before
         assert np.array_equal(extras(webui, image), tiled)
+
+
+@pytest.mark.slow
+def test_extras_with_real_weights_at_512(webui: WebUI) -> None:
+    """RealESRGAN x4plus: the picture of the model run on the whole, which the WebUI's usual tiles are not."""
+    if REAL_UPSCALER not in [one["name"] for one in webui.get("/sdapi/v1/upscalers")]:
+        pytest.skip(NO_REAL_WEIGHTS)
+    image = scene(512).numpy()
+    with webui.options(ESRGAN_tile=192, ESRGAN_tile_overlap=8):
+        tiled = extras(webui, image, upscaler_1=REAL_UPSCALER)
+        untiled = whole(webui, lambda: extras(webui, image, upscaler_1=REAL_UPSCALER))
+        start = len(webui.log())
+        with webui.options(patch_conv_extras=True):
+            result = extras(webui, image, upscaler_1=REAL_UPSCALER)
+    print([line for line in webui.log()[start:].splitlines() if line.startswith("Patch Conv")])
+    check_level(result, untiled)
+    print(f"tiles: largest difference {np.abs(tiled.astype(int) - untiled).max()}")
+    assert differs(tiled, untiled)
 
 
 def press(webui: WebUI, button: str, work: Callable[[], Any]) -> Any:

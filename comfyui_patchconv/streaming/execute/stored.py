@@ -72,7 +72,8 @@ class Strips:
 
 
 class Single:
-    """A map in one tensor, with the strides of eager's; in a file if `offloaded`, where the device is the CPU.
+    """A map in one tensor, with the strides of eager's: in its node's home, or in a file if `offloaded`, where the
+    device is the CPU.
 
     count: see `Strips`.
     """
@@ -81,6 +82,9 @@ class Single:
         self.node, self.end = node, 0
         self._count: Callable[[int], None] = (lambda size: None) if offloaded else count
         self.dim = node.dim if node.dim is not None else 0
+        if node.home is not None:
+            self._count, self.tensor = (lambda size: None), node.home
+            return
         if offloaded and node.device.type == "cpu":
             self.tensor = MappedFile(node.bytes, no_room).empty(node.shape, node.dtype)
             return

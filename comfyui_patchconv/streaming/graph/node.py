@@ -69,12 +69,13 @@ class Node:
 
     dims: for each input, the dimension along which it is read row by row; None where it is read whole.
     dim: along which it comes in rows itself; None where it comes whole. eager: what gives all of it at once, as the
-    program has it; None where `step` does that. serial: the place in the program. strides: those of eager's result.
+    program has it; None where `step` does that. home: memory that is there already, to which its rows may be written as
+    they are computed; None for memory of its own. serial: the place in the program. strides: those of eager's result.
     """
 
     __slots__ = (
-        "__weakref__", "bytes", "device", "dim", "dims", "dtype", "eager", "inputs", "itemsize", "row_bytes", "rows",
-        "serial", "shape", "step", "strides", "tensor",
+        "__weakref__", "bytes", "device", "dim", "dims", "dtype", "eager", "home", "inputs", "itemsize", "row_bytes",
+        "rows", "serial", "shape", "step", "strides", "tensor",
     )  # fmt: skip
 
     def __init__(
@@ -97,6 +98,7 @@ class Node:
         self.rows = self.shape[dim] if dim is not None else 1
         self.row_bytes = self.bytes // self.rows if self.rows else 0
         self.tensor: Any = None
+        self.home: Any = None
         self.eager: Optional[Eager] = None
 
     @property

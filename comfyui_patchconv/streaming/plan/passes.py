@@ -451,7 +451,7 @@ class Passes:
         growth = offloaded = 0
         held = self._held + sweep.workspace
         for target in targets:
-            size = target.node.bytes
+            size = target.node.bytes if target.node.home is None else 0
             movable = not target.result and (cpu or not target.whole) and target.node.device == sweep.way.device
             given = freed if cpu or not target.whole else 0  # what is one tensor takes its memory at once, but on a CPU
             target.offloaded = movable and size > 0 and not _fits(self._budget, held, given, size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Optional, Protocol
 from weakref import ref
 
 import torch
@@ -100,8 +100,8 @@ class Memory:
         storage = reader.tensor.untyped_storage()._cdata
         self._readers.setdefault(storage, []).append(ref(reader))
 
-    def is_read(self, tensor: Tensor, but_by: Reader) -> bool:
-        """Whether anything but one reader will read the memory of `tensor`."""
+    def is_read(self, tensor: Tensor, but_by: Optional[Reader] = None) -> bool:
+        """Whether anything, but for one reader, will read the memory of `tensor`."""
         readers = (one() for one in self._readers.get(tensor.untyped_storage()._cdata, ()))
         return any(reader is not None and reader is not but_by for reader in readers)
 

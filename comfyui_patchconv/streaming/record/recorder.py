@@ -35,7 +35,7 @@ from .arguments import (
 from .lazy import LazyTensor, View, recorder_of
 from .memory import is_ordinary
 from .program import SMALL
-from .schema import Operator, draws, gives_back, operator_of
+from .schema import Operator, draws, gives_back, operator_of, written_unsaid
 from .shapes import Spec, load, specs_of
 from .values import Evaluate
 from .writes import Writes
@@ -156,6 +156,11 @@ class Recorder(Writes, TorchDispatchMode):
             if operator.name in operators.LIKE:
                 return self._like(func, operator, args, kwargs)
             if operator.looks or (operator.draws and draws(func, args, kwargs)):
+                return self.now(func, args, kwargs)
+            unsaid = written_unsaid(func, args, kwargs)
+            if unsaid:
+                for value in unsaid:
+                    self.memory.before_write(value)
                 return self.now(func, args, kwargs)
             specs = specs_of(func, args, kwargs, spec_of)
             if specs is None:

@@ -70,6 +70,18 @@ def draws(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     return bool(given["p"]) and bool(given.get("train", True)) if "p" in given else True
 
 
+def written_unsaid(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """What an operator writes to though its schema does not say so: the running statistics of norms in training."""
+    operator = operator_of(func)
+    if "running_mean" not in operator.names or operator.written:
+        return []
+    given = dict(zip(operator.names, args)) | kwargs
+    if not any(given.get(name) for name in ("training", "train", "use_input_stats")):
+        return []
+    statistics = (given.get(name) for name in ("running_mean", "running_var"))
+    return [value for value in statistics if isinstance(value, torch.Tensor)]
+
+
 _GIVING_BACK = frozenset(
     """
     to type_as contiguous dropout feature_dropout alpha_dropout flatten atleast_1d atleast_2d atleast_3d real conj

@@ -99,7 +99,9 @@ class Values(Program):
             cell.real = kept
 
     def _is_shared(self, node: Node, cell: Cell) -> bool:
-        """Whether the memory of `node`, the value of `cell`, is that of other nodes or cells, too."""
+        """Whether the memory of `node`, the value of `cell`, is that of other nodes or cells, or the program's, too."""
+        if node.home is not None:
+            return True
         storage = node.tensor.untyped_storage()._cdata
         if self.memory.is_read(node.tensor, but_by=node):
             return True

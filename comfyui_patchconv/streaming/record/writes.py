@@ -7,10 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CannotEstimateError
-from ..graph.node import Node
+from ..graph.node import Node, dense_strides
 from . import operators, views
 from .arguments import are_usual, mapped, spec_of, tensors_in, written_by
 from .lazy import LazyTensor, View
+from .memory import is_ordinary
 from .schema import Operator, draws
 from .shapes import Spec, specs_of
 from .values import Values
@@ -80,6 +81,8 @@ class Writes(Values):
         if self.phantom:
             raise CannotEstimateError(f"{func} writes into memory that others can reach")
         self._make_real([value for value in targets if isinstance(value, LazyTensor)])
+        if func.overloadpacket.__name__ == "copy_" and self._compute_into(targets[0], args[1]):
+            return targets[0]
         # What it reads is evaluated before anything is written.
         others = [value for value in tensors_in((args, kwargs)) if isinstance(value, LazyTensor)]
         self.store([value.view_.node() for value in others if value.view_.cell.real is None])
@@ -98,6 +101,27 @@ class Writes(Values):
         with self.as_called():
             result = func(*mapped(real_of, args), **mapped(real_of, kwargs))
         return mapped(lambda value: lazies.get(id(value), value), result)
+
+    def _compute_into(self, target: Any, source: Any) -> bool:
+        """Compute a map where the program copies it to, rather than beside it; whether that could be done."""
+        if not isinstance(source, LazyTensor) or source.view_.cell.real is not None:
+            return False
+        memory, node = self.real_or_same(target), source.view_.node()
+        if node.tensor is not None or not is_ordinary(memory) or memory.requires_grad:
+            return False
+        alike = (*memory.shape,) == node.shape and memory.dtype == node.dtype and memory.device == node.device
+        if not alike or dense_strides(memory.shape, memory.stride()) is None or self.memory.is_read(memory):
+            return False
+        self.memory.before_write(memory)
+        node.home = memory.detach()
+        done = False
+        try:
+            self.store([node])
+            done = node.tensor.data_ptr() == memory.data_ptr() and node.tensor.stride() == memory.stride()
+        finally:
+            if not done:  # eager was better, or the call was stopped: what comes later has no business there
+                node.home = None
+        return done
 
     def replace_data(self, func: Any, target: Tensor, value: Any) -> None:
         """`target.data = value`: the same object, with other memory."""
