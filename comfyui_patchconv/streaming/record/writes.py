@@ -117,7 +117,8 @@ class Writes(Values):
         done = False
         try:
             self.store([node])
-            done = node.tensor.data_ptr() == memory.data_ptr() and node.tensor.stride() == memory.stride()
+            made: Any = node.tensor
+            done = made.data_ptr() == memory.data_ptr() and made.stride() == memory.stride()
         finally:
             if not done:  # eager was better, or the call was stopped: what comes later has no business there
                 node.home = None
