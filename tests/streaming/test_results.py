@@ -692,7 +692,12 @@ def of_products(x: Tensor) -> Any:
 def of_attention(x: Tensor) -> Any:
     q = c(x).flatten(2).transpose(1, 2)
     heads = q.unflatten(2, (2, 2)).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, q, q), F.scaled_dot_product_attention(heads, heads, heads)
+    parts = torch.cat((q, q * 2, q), 2).chunk(3, 2)
+    split = [part.unflatten(2, (2, 2)).transpose(1, 2) for part in parts]
+    return [
+        F.scaled_dot_product_attention(*three)
+        for three in ([q] * 3, [heads] * 3, [heads.contiguous()] * 3, split, [heads, split[1], heads.contiguous()])
+    ]
 
 
 def of_reductions(x: Tensor) -> Any:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import gc
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .schema import operator_of
 
@@ -307,11 +308,12 @@ def _suggests(spec: Optional[Spec], memory_format: torch.memory_format) -> bool:
 def _of_attention(
     args: Any, kwargs: dict[str, Any], func: Any, spec: Callable[[Any], Optional[Spec]], result: Spec
 ) -> Spec:
-    """The result of attention, which fused kernels give with its heads behind the pixels."""
+    """The result of attention, which fused kernels give with its heads behind the pixels, or in the query's order."""
     given = dict(zip(operator_of(func).names, args)) | kwargs
     looks = [spec(given[name]) for name in ("query", "key", "value")]
     if len(result.shape) != 4 or any(one is None or len(one.shape) != 4 for one in looks):
         return result
+    order = [0, 2, 1, 3]
     if all(kind == "cpu" for kind in _device_types((args, kwargs))):
         mask = spec(given.get("attn_mask"))
         tensors = [torch.empty_strided(one.shape, one.strides, dtype=one.dtype) for one in looks if one is not None]
@@ -325,8 +327,20 @@ def _of_attention(
             return result
         if choice != _FLASH:
             return result
-    _, heads, pixels, channels = result.shape
-    return result._replace(strides=(pixels * heads * channels, channels, heads * channels, 1))
+        order = _order_of_attention(tensors, bool(options.get("enable_gqa")))
+    strides, size = [0] * 4, 1
+    for dim in reversed(order):
+        strides[dim], size = size, size * result.shape[dim]
+    return result._replace(strides=tuple(strides))
+
+
+def _order_of_attention(tensors: Sequence[Tensor], grouped: bool) -> list[int]:
+    """The order in memory, the outermost first, of the dimensions of what the CPU's kernel gives for such a query, key
+    and value: releases of torch differ, so it is asked with a few of their pixels."""
+    few = [one[:2, :, :2].zero_() for one in tensors]
+    options = {"enable_gqa": True} if grouped else {}
+    made = F.scaled_dot_product_attention(few[0], few[1], few[2], **options)
+    return sorted(range(4), key=lambda dim: (-made.stride(dim), dim))
 
 
 _FLASH = 1
