@@ -338,7 +338,7 @@ def _order_of_attention(tensors: Sequence[Tensor], grouped: bool) -> list[int]:
     """The order in memory, the outermost first, of the dimensions of what the CPU's kernel gives for such a query, key
     and value: releases of torch differ, so it is asked with a few of their pixels."""
     few = [one[:2, :, :2].zero_() for one in tensors]
-    options = {"enable_gqa": True} if grouped else {}
+    options: dict[str, Any] = {"enable_gqa": True} if grouped else {}
     made = F.scaled_dot_product_attention(few[0], few[1], few[2], **options)
     return sorted(range(4), key=lambda dim: (-made.stride(dim), dim))
 
