@@ -173,10 +173,10 @@ def streamed(
     whole number above 0.
 
     group: a process group of `torch.distributed`, such as `dist.group.WORLD`, whose ranks all make the same calls with
-    equal arguments: each computes and stores a band of the rows of every map, within the least of their budgets, and all
-    get the whole result. None for this process alone. Calls raise SpreadError, which names the rank, where another one
-    fails, is gone, or does not come (`Tuning.silent_seconds`); ValueError is raised for a group that this process is
-    not in.
+    equal arguments: each computes and stores a band of the rows of every map, within the least of their budgets, and
+    all get the whole result. None for this process alone. Calls raise SpreadError, which names the rank, where another
+    one fails, is gone, or does not come (`Tuning.silent_seconds`); ValueError is raised for a group that this process
+    is not in.
     """
     runner = Streamed(budget, report, on_progress, tuning, group)
 

@@ -139,8 +139,8 @@ class Call:
     def _schedule(
         self, roots: Sequence[Node], keep: Sequence[Node], held: int, unused: Optional[Callable[[], int]] = None
     ) -> Schedule:
-        """The schedule of an earlier call that was alike, or a new one. unused: room for what is offloaded; None to look
-        for it."""
+        """The schedule of an earlier call that was alike, or a new one. unused: room for what is offloaded; None to
+        look for it."""
         nodes = ancestors(roots)
         names = _named(nodes)
         key = _fingerprint(nodes, names, roots, keep), held

@@ -28,7 +28,9 @@ class Strips:
         self._count: Callable[[int], None] = (lambda size: None) if offloaded else count
         self._strips: list[tuple[int, int, Tensor]] = []  # first row, rows, values
         self._buffer: Optional[Union[HostBuffer, FileBuffer]] = (
-            buffer_for(node.device, (last - self.end) * node.row_bytes, self.dim) if offloaded else None
+            buffer_for(node.device, (last - self.end) * node.row_bytes, self.dim)
+            if offloaded and self.end < last
+            else None
         )
 
     def append(self, strip: Tensor) -> None:

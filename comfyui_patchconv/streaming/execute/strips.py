@@ -80,7 +80,7 @@ class Rows:
         for root, (first, stop) in self.bands.items():
             end = first + (stop - first) * last // max(self.height, 1)
             begin = self.given[root] if root in self.given else self.done[root]
-            if begin < end:
+            if first < stop and begin < end:
                 found[root] = (begin, end)
         return found
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from ..errors import SpreadError
 from ..graph.node import Node
 from ..plan.schedule import Pass, Schedule
-from .ranks import Ranks
+from .ranks import Ranks, bytes_of
 
 Plan = Callable[[Optional[int], int, int], Schedule]
-"""Makes a schedule over the numbers of nodes for a budget, the bytes held already, and the room for what is offloaded."""
+"""Makes a schedule over the numbers of nodes for a budget, the bytes held already, and the room for what is
+offloaded."""
 
 
 class Offer(NamedTuple):
@@ -81,7 +82,7 @@ def sum_of(values: Sequence[Tensor]) -> str:
     """A checksum of the bytes of tensors, in which their order counts."""
     total = 0
     for value in values:
-        flat = value.detach().contiguous().view(-1).view(torch.uint8)
+        flat = bytes_of(value, value.device)
         flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
         for block in flat.split(_BLOCK):
             places = torch.arange(1, 2 * block.numel(), 2, device=block.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,6 +18,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import SpreadError
 from .watch import Watch
+
+_c10d: Any = dist.distributed_c10d
 
 _FOREVER = timedelta(days=365)
 """For a wait that `Watch` ends: Gloo closes a connection on which a wait ran out."""
@@ -39,9 +42,10 @@ _pasts: WeakKeyDictionary[Any, _Past] = WeakKeyDictionary()
 
 
 class Ranks:
-    """This process among those of `group`. rank, count: which one it is, of how many. sent: bytes sent to others so far.
+    """This process among those of `group`.
 
-    seconds: how long another one may be silent. Raises ValueError where this process is none of the group.
+    rank, count: which one it is, of how many. sent: bytes sent to others so far. seconds: how long another one may be
+    silent. Raises ValueError where this process is none of the group.
     """
 
     def __init__(self, group: Any, seconds: float) -> None:
@@ -73,7 +77,7 @@ class Ranks:
             raise SpreadError(f"the ranks of this group cannot go on: {self._past.failed}")
         self._past.calls += 1
         name = f"patchconv {' '.join(map(str, self._ranks))} {self._past.calls}"
-        store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+        store = _c10d.PrefixStore(name, _c10d._get_default_store())
         self._watch = watch = Watch(store, self.rank, self.count, self._seconds)
         try:
             yield
@@ -100,51 +104,58 @@ class Ranks:
         Others have to expect the same. Raises SpreadError where that cannot be.
         """
         assert self._watch is not None
-        peers = [*incoming, *outgoing]
-        if not peers:
+        if not incoming and not outgoing:
             return
-        operations: list[Any] = [
-            dist.P2POp(function, tensor, self._ranks[peer], self._group)
+        self.sent += sum(tensor.nbytes for tensor in outgoing.values())
+        operations = [
+            (peer, dist.P2POp(function, tensor, self._ranks[peer], self._group))
             for function, some in ((dist.irecv, incoming), (dist.isend, outgoing))
             for peer, tensor in some.items()
         ]
-        self.sent += sum(tensor.nbytes for tensor in outgoing.values())
-        try:
-            with _disable_current_modes():
-                works = dist.batch_isend_irecv(operations)
-        except RuntimeError as error:
-            raise self._lost(peers if len(peers) == 1 else [], error) from error
-        self._wait(works, peers if len(works) == len(peers) else [])
+        with _disable_current_modes():
+            if self._asks:
+                self._wait_for_device(dist.batch_isend_irecv([operation for _, operation in operations]))
+            else:
+                self._wait([(peer, self._begun(peer, operation)) for peer, operation in operations])
 
-    def _wait(self, works: Sequence[Any], peers: Sequence[int]) -> None:
-        watch = self._watch
-        assert watch is not None
-        if self._asks:
-            waited = threading.Event()
-            while not all(work.is_completed() for work in works):
-                if waited.wait(_ASK):
-                    break
-                watch.look()
-            for work in works:
-                work.wait()
-            return
+    def _begun(self, peer: int, operation: Any) -> Any:
+        """One message on its way: each by itself, to know whose could not be."""
+        try:
+            return dist.batch_isend_irecv([operation])[0]
+        except RuntimeError as error:
+            raise self._lost(peer) from error
+
+    def _wait(self, works: Sequence[tuple[int, Any]]) -> None:
+        assert self._watch is not None
         failed: list[tuple[int, Exception]] = []
         thread = threading.Thread(target=_wait_for_all, args=(works, failed), daemon=True)
         thread.start()
         thread.join(_LOOK)
         while thread.is_alive():
-            watch.look()
+            self._watch.look()
             thread.join(_LOOK)
         if failed:
-            place, error = failed[0]
-            raise self._lost(peers[place : place + 1], error) from error
+            peer, error = failed[0]
+            raise self._lost(peer) from error
 
-    def _lost(self, peers: Sequence[int], error: Exception) -> SpreadError:
-        """What to raise where sending or receiving has failed: what a rank has said, if one has."""
+    def _wait_for_device(self, works: Sequence[Any]) -> None:
         assert self._watch is not None
-        who = f"rank {peers[0]}" if peers else "a rank"
-        said = " ".join(str(error).split())[:200]
-        return self._watch.fail(f"{who} has ended or cannot be reached from rank {self.rank} ({said}).")
+        looked = time.monotonic()
+        while not all(work.is_completed() for work in works):
+            time.sleep(_ASK)
+            if time.monotonic() - looked > _LOOK:
+                self._watch.look()
+                looked = time.monotonic()
+        for work in works:  # what is computed next waits for it, too
+            work.wait()
+
+    def _lost(self, peer: int) -> SpreadError:
+        """What to raise where nothing goes to a rank or comes from it: what a rank has said, if one has."""
+        assert self._watch is not None
+        return self._watch.fail(
+            f"rank {peer} has ended or cannot be reached from rank {self.rank}: see what it said last, and start all "
+            "ranks again."
+        )
 
     def of_all(self, mine: Tensor) -> list[Tensor]:
         """What each rank gave: flat uint8 tensors on `device`, of one size."""
@@ -190,15 +201,21 @@ class Ranks:
         self.exchange(dict.fromkeys(to, written), {})
 
 
-def _wait_for_all(works: Sequence[Any], failed: list[tuple[int, Exception]]) -> None:
-    for place, work in enumerate(works):
+def _wait_for_all(works: Sequence[tuple[int, Any]], failed: list[tuple[int, Exception]]) -> None:
+    for peer, work in works:
         try:
             work.wait(_FOREVER)
         except Exception as error:
-            failed.append((place, error))
+            failed.append((peer, error))
             return
 
 
 def _loaded(written: Tensor) -> Any:
     """A value that another rank has written: they trust each other, as the ranks of torch's own collectives do."""
     return pickle.loads(bytes(written.tolist()))
+
+
+def bytes_of(values: Tensor, device: torch.device) -> Tensor:
+    """The bytes of a tensor on `device`, flat, in the order of its dimensions: a view where they lie so."""
+    dense = values.detach().to(device).contiguous()
+    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)  # a single value may have had any stride

@@ -14,7 +14,7 @@ from ..graph.node import Node, Span
 from ..graph.steps import Accumulator
 from ..plan.schedule import Pass
 from .bands import Move, band, bands_of, moves_before
-from .ranks import Ranks
+from .ranks import Ranks, bytes_of
 
 _AT_ONCE = 4 << 20
 """Bytes of a rank's band that are on their way at once while a map is put together."""
@@ -42,7 +42,7 @@ class Together:
         coming: dict[int, list[Move]] = {}
         for move in moves:
             if move.owner == ranks.rank:
-                rows = _bytes_of(maps[move.node].read(*move.rows), ranks.device)
+                rows = bytes_of(maps[move.node].read(*move.rows), ranks.device)
                 outgoing.setdefault(move.reader, []).append(rows)
             elif move.reader == ranks.rank:
                 coming.setdefault(move.owner, []).append(move)
@@ -68,7 +68,7 @@ class Together:
     def _merge(self, gathered: Sequence[Accumulator]) -> None:
         """Have each of these gather what those of all ranks have."""
         sizes = [one.numbers for one in gathered]
-        mine = _bytes_of(torch.cat([one.state() for one in gathered]), self._ranks.device)
+        mine = bytes_of(torch.cat([one.state() for one in gathered]), self._ranks.device)
         states = [state.cpu().view(torch.float64).split(sizes) for state in self._ranks.of_all(mine)]
         for place, one in enumerate(gathered):
             one.merge([state[place] for state in states])
@@ -87,16 +87,11 @@ class Together:
             }
             own = parts.pop(ranks.rank, None)
             others = [rank for rank in range(ranks.count) if rank != ranks.rank]
-            outgoing = dict.fromkeys(others, _bytes_of(whole.read(*own), ranks.device)) if own is not None else {}
+            outgoing = dict.fromkeys(others, bytes_of(whole.read(*own), ranks.device)) if own is not None else {}
             incoming = {rank: ranks.room((last - first) * row_bytes) for rank, (first, last) in parts.items()}
             ranks.exchange(outgoing, incoming)
             for rank, (first, _) in parts.items():
                 whole.put(first, _rows_of(incoming[rank], node, whole.dim))
-
-
-def _bytes_of(rows: Tensor, device: torch.device) -> Tensor:
-    """The bytes of rows, in the order of their dimensions, on a device that they can be sent from."""
-    return rows.to(device).contiguous().view(-1).view(torch.uint8)
 
 
 def _rows_of(received: Tensor, node: Node, dim: int) -> Tensor:

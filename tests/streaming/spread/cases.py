@@ -9,6 +9,7 @@ import torch
 from network_helpers import random_network, run_network
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toys import Decoder, drawn, seeded
 from vae_helpers import small_vae
 
 from streaming.programs import random_program
@@ -17,68 +18,12 @@ from streaming.test_sound import Codec, sound
 Case = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
-def drawn(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
-
-
-class Block(nn.Module):
-    """Two convolutions behind norms, and a way around them."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norms = nn.ModuleList(nn.GroupNorm(4, channels) for _ in range(2))
-        self.convolutions = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x
-        for norm, convolution in zip(self.norms, self.convolutions):
-            y = convolution(F.silu(norm(y)))
-        return x + y
-
-
-class Attention(nn.Module):
-    """Between all pixels."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm, self.all = nn.GroupNorm(4, channels), nn.Conv2d(channels, 3 * channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.all(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, -1)
-        return x + F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(x.shape)
-
-
-class Decoder(nn.Module):
-    """As those of latent images: a middle with attention, then twice the size at each level."""
-
-    def __init__(self, channels: int = 8, levels: int = 2) -> None:
-        super().__init__()
-        self.first, self.last = nn.Conv2d(4, channels, 3, padding=1), nn.Conv2d(channels, 3, 3, padding=1)
-        self.middle = nn.Sequential(Block(channels), Attention(channels), Block(channels))
-        self.levels = nn.ModuleList(
-            nn.Sequential(nn.Upsample(scale_factor=2.0), nn.Conv2d(channels, channels, 3, padding=1), Block(channels))
-            for _ in range(levels)
-        )
-        self.norm = nn.GroupNorm(4, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.middle(self.first(x))
-        for level in self.levels:
-            x = level(x)
-        return self.last(F.silu(self.norm(x)))
-
-
-def seeded(make: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return make().requires_grad_(False).eval()
-
-
 def decoder(height: int = 13, width: int = 9) -> Case:
     return seeded(Decoder), (drawn(1, 4, height, width),)
 
 
-def vae_decoder(height: int = 7) -> Case:
-    return small_vae().decoder, (drawn(1, 4, height, 5),)
+def vae_decoder(height: int = 7, width: int = 5) -> Case:
+    return small_vae().decoder, (drawn(1, 4, height, width),)
 
 
 def vae_encoder(height: int = 72) -> Case:

@@ -30,6 +30,7 @@ from comfyui_patchconv.streaming import Streamed, Tuning  # noqa: E402
 from streaming.comparing import assert_alike, copied, seed_all, tensors_in  # noqa: E402
 
 RANKS = 4
+c10d: Any = dist
 
 
 def found(asked: dict[str, Any], groups: dict[int, Any]) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def found(asked: dict[str, Any], groups: dict[int, Any]) -> dict[str, Any]:
 
 def serve(rank: int, store: str, asked: TextIO, answers: TextIO) -> None:
     """Be a rank until there is nothing more to do."""
-    dist.init_process_group("gloo", store=dist.FileStore(store, RANKS), rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", store=c10d.FileStore(store, RANKS), rank=rank, world_size=RANKS)
     groups: dict[int, Any] = {count: dist.new_group(list(range(count))) for count in range(1, RANKS)}
     groups[RANKS] = dist.group.WORLD
     for line in asked:
