@@ -12,7 +12,8 @@ import os
 import sys
 import tempfile
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,10 +28,28 @@ from allocations import allocated  # noqa: E402
 from cases import CASES  # noqa: E402
 
 from comfyui_patchconv.streaming import Streamed, Tuning  # noqa: E402
+from comfyui_patchconv.streaming.execute import loop  # noqa: E402
 from streaming.comparing import assert_alike, copied, seed_all, tensors_in  # noqa: E402
 
 RANKS = 4
 c10d: Any = dist
+
+
+@contextmanager
+def rows_at_once(most: int) -> Iterator[None]:
+    """Within the block memory runs out where a strip has more rows of a step."""
+    compute = loop._PassLoop._compute
+
+    def limited(self: Any, works: list[Any]) -> Any:
+        if any(work.rows[1] - work.rows[0] > most for work in works):
+            raise MemoryError("no more")
+        return compute(self, works)
+
+    loop._PassLoop._compute = limited
+    try:
+        yield
+    finally:
+        loop._PassLoop._compute = compute
 
 
 def found(asked: dict[str, Any], groups: dict[int, Any]) -> dict[str, Any]:
@@ -40,17 +59,20 @@ def found(asked: dict[str, Any], groups: dict[int, Any]) -> dict[str, Any]:
     others = copied(args)
     seed_all()
     expected = function(*args)
-    tuning = Tuning(strip_bytes=asked.get("strip_bytes"), allocator_bytes=asked.get("allocator_bytes"), always=True)
+    always = asked.get("always", True)
+    tuning = Tuning(strip_bytes=asked.get("strip_bytes"), allocator_bytes=asked.get("allocator_bytes"), always=always)
     budget = asked.get("budget")
     if isinstance(budget, list):
         budget = budget[dist.get_rank()]
     runner = Streamed(budget, tuning=tuning, group=groups[asked["ranks"]])
     seed_all()
+    short = asked.get("short_of_memory") == dist.get_rank()
     if asked.get("measured"):
         result, memory = allocated(lambda: runner.call(function, others, {}))
         peak = memory.peak
     else:
-        result, peak = runner.call(function, others, {}), 0
+        with rows_at_once(2) if short else nullcontext():
+            result, peak = runner.call(function, others, {}), 0
     error = ""
     try:
         assert_alike(result, expected, asked.get("tolerance"), strides=asked.get("strides", True))

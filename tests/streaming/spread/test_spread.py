@@ -53,3 +53,28 @@ def test_a_group_of_one_is_as_none(ranks: Ranks) -> None:
     (found,) = ranks.run("decoder", ranks=1)
     assert found["sent"] == 0
     assert found["in_strips"]
+
+
+@COUNTS
+def test_a_strip_that_does_not_fit_is_halved_where_it_does_not(ranks: Ranks, count: int) -> None:
+    """What is sent stays the same: no other rank notices."""
+    usual = ranks.run("without_norms", ranks=count, strip_bytes=1 << 30)
+    halved = ranks.run("without_norms", ranks=count, strip_bytes=1 << 30, short_of_memory=1)
+    assert [one["sent"] for one in halved] == [one["sent"] for one in usual]
+
+
+def test_eager_where_that_takes_less(ranks: Ranks) -> None:
+    found = ranks.run("decoder", 2, ranks=3, always=False)
+    assert not any(one["in_strips"] for one in found)
+
+
+def test_memory_is_shared_out(ranks: Ranks) -> None:
+    """Each rank takes a part, and little more; no more than what was planned."""
+    ranks.run("vae_decoder", ranks=3)  # what is allocated once
+    peaks = {}
+    for count in (1, 2, 3):
+        found = ranks.run("vae_decoder", 97, 32, ranks=count, strip_bytes=400_000, allocator_bytes=0, measured=True)
+        peaks[count] = max(one["peak"] for one in found)
+        assert all(one["peak"] <= one["planned"] for one in found)
+    assert peaks[2] <= (1 / 2 + 0.05) * peaks[1]
+    assert peaks[3] <= (1 / 3 + 0.05) * peaks[1]
