@@ -56,6 +56,7 @@ from .spread.ranks import Ranks
 from .target import Entry, methods_of
 
 __all__ = [
+    "USUAL",
     "CannotEstimateError",
     "Expected",
     "Make",
