@@ -14,7 +14,7 @@ from ..files.tensors import existing
 from ..files.vae import load_vae
 from ..memory.recorder import Recorder
 from .arguments import DTYPES
-from .options import Choices, add_conversion, inputs_of, say, strips_of
+from .options import Choices, add_conversion, inputs_of, of_folder, say, strips_of
 from .outputs import Outputs
 from .team import Team, device_of, of_all, team_of
 from .vae import check_channels, decode
@@ -34,14 +34,14 @@ def add(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     """Decode latents to PNGs: the pictures that the host would make, in less memory."""
-    latents, device = inputs_of(args.latent, ".latent", ".safetensors"), device_of(args.device)
+    latents, device = inputs_of(args.latent, args.vae, ".latent", ".safetensors"), device_of(args.device)
     with team_of(args.spread, len(latents), device) as team:
         return _decode(args, latents, device, team)
 
 
 def _decode(args: argparse.Namespace, latents: list[Path], device: torch.device, team: Team) -> int:
     strips = strips_of(args, team)
-    outputs = Outputs(args.out, latents, [args.vae], ".png", overwrite=args.overwrite)
+    outputs = Outputs(args.out, latents, [args.vae], ".png", overwrite=args.overwrite, folder=of_folder(args.latent))
     if len(latents) == 1:
         existing(latents[0])
     vae = load_vae(args.vae, DTYPES[args.dtype], device, args.trust)

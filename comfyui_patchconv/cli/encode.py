@@ -14,7 +14,7 @@ from ..files.tensors import existing
 from ..files.vae import load_vae
 from ..memory.recorder import Recorder
 from .arguments import DTYPES
-from .options import Choices, add_conversion, inputs_of, say, strips_of
+from .options import Choices, add_conversion, inputs_of, of_folder, say, strips_of
 from .outputs import Outputs
 from .team import Team, device_of, of_all, team_of
 from .vae import encode, scale
@@ -32,14 +32,16 @@ def add(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     """Encode images to ComfyUI's .latent: what VAEEncode and SaveLatent would make, in less memory."""
-    images, device = inputs_of(args.image, *IMAGES), device_of(args.device)
+    images, device = inputs_of(args.image, args.vae, *IMAGES), device_of(args.device)
     with team_of(args.spread, len(images), device) as team:
         return _encode(args, images, device, team)
 
 
 def _encode(args: argparse.Namespace, images: list[Path], device: torch.device, team: Team) -> int:
     strips = strips_of(args, team)
-    outputs = Outputs(args.out, images, [args.vae], ".latent", ".safetensors", overwrite=args.overwrite)
+    outputs = Outputs(
+        args.out, images, [args.vae], ".latent", ".safetensors", overwrite=args.overwrite, folder=of_folder(args.image)
+    )
     if len(images) == 1:
         existing(images[0])
     vae = load_vae(args.vae, DTYPES[args.dtype], device, args.trust)

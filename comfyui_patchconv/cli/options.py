@@ -97,8 +97,9 @@ def add_spread(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def inputs_of(given: Sequence[Path], *suffixes: str) -> list[Path]:
-    """The files that are given, and those of the folders among them whose names end in `suffixes`, in order.
+def inputs_of(given: Sequence[Path], other: Path, *suffixes: str) -> list[Path]:
+    """The files that are given, and those of the folders among them whose names end in `suffixes`, in order, without
+    the `other` one that is read.
 
     Raises ValueError for a folder that has none.
     """
@@ -108,10 +109,16 @@ def inputs_of(given: Sequence[Path], *suffixes: str) -> list[Path]:
             found.append(path)
             continue
         inside = sorted(one for one in path.iterdir() if one.suffix.lower() in suffixes and one.is_file())
+        inside = [one for one in inside if not (other.exists() and one.samefile(other))]
         if not inside:
             raise ValueError(f"{path} is a folder without a file that ends in {' or '.join(suffixes)}: name another.")
         found += inside
     return found
+
+
+def of_folder(given: Sequence[Path]) -> bool:
+    """Whether a folder is among what is given, so that what is written goes to one."""
+    return any(path.is_dir() for path in given)
 
 
 def strips_of(args: argparse.Namespace, team: Team) -> Strips:
