@@ -78,8 +78,8 @@ class Streamed:
 
     budget: may be changed between calls; a schedule is kept as long as it suits. calls: how many had something to
     stream. last: the last that was recorded: a small one that is like another for which eager would do is not. left:
-    whether the last one did all as eager does, for strips would be no help: as much memory, or much longer. sent: bytes
-    that this rank has sent to others of its group.
+    whether the last one did all as eager does, for strips would be no help: as much memory, or much longer. sent,
+    messages: bytes that this rank has sent to others of its group, and in how many pieces.
     """
 
     def __init__(
@@ -101,6 +101,10 @@ class Streamed:
     @property
     def sent(self) -> int:
         return 0 if self._ranks is None else self._ranks.sent
+
+    @property
+    def messages(self) -> int:
+        return 0 if self._ranks is None else self._ranks.messages
 
     def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What `function(*args, **kwargs)` returns."""

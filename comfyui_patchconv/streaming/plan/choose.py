@@ -32,9 +32,14 @@ def choose(
     """
 
     ways = Ways()
+    spare: Optional[int] = None
+    if ranks > 1 and budget is None:  # strips that one process has room for beside its maps are too high for a band
+        alone = Passes(roots, keep, tuning, None, None, held, ways).plan()
+        assert alone is not None
+        spare = alone.peak // ranks
 
     def trial(size: Optional[int], budget: Optional[int], below: Optional[float] = None) -> Optional[Schedule]:
-        return Passes(roots, keep, tuning, budget, size, held, ways, ranks).plan(below)
+        return Passes(roots, keep, tuning, budget, size, held, ways, ranks, spare).plan(below)
 
     first = trial(None, budget)
     assert first is not None

@@ -9,7 +9,7 @@ from ..graph.node import Node
 from .cost import seconds_of
 from .schedule import Apply, Pass, Schedule, Target, Tuning
 from .sweep import Sweep
-from .way import Ways
+from .way import Way, Ways
 
 
 class Passes:
@@ -19,16 +19,17 @@ class Passes:
     for no limit.
     recomputed_from: maps of so many bytes that are cheap to recompute from a smaller one are recomputed wherever they
     are read; None for never. held: bytes that lie on the device already. ranks: how many processes do it together: each
-    stores a band of a map's rows, unless it is stored whole.
+    stores a band of a map's rows, unless it is stored whole. spare: see `Sweep`.
     """
 
     def __init__(
         self, roots: Sequence[Node], keep: Sequence[Node], tuning: Tuning, budget: Optional[int],
         recomputed_from: Optional[int] = None, held: int = 0, ways: Optional[Ways] = None, ranks: int = 1,
+        spare: Optional[int] = None,
     ) -> None:  # fmt: skip
         self.schedule = Schedule()
         self._roots, self._tuning, self._budget, self._recomputed_from = list(roots), tuning, budget, recomputed_from
-        self._held, self._offloaded_bytes, self._ranks = held, 0, ranks
+        self._held, self._offloaded_bytes, self._ranks, self._spare = held, 0, ranks, spare
         self._ways, self._state = ways or Ways(), 0
         self._way = self._ways.steps_to(roots, (), self._state)
         self._final, self._outer = {*roots}, {*keep}
@@ -318,13 +319,16 @@ class Passes:
         key = tuple(roots), tuple((dims or {}).items())
         if key not in self._known_sweeps:
             way = self._ways.way(roots, self._stored, self._state, dims)
-            self._known_sweeps[key] = Sweep(way, self._tuning, self._budget, self._offloaded, self._ranks)
+            self._known_sweeps[key] = self._sweep_along(way)
         return self._known_sweeps[key]
 
     def _sweep_behind(self, first: Sequence[Node], roots: Sequence[Node]) -> Sweep:
         """The one to `roots`, were those `first` stored."""
         way = self._ways.way(roots, {*self._stored, *first}, self._ways.after(self._state, first))
-        return Sweep(way, self._tuning, self._budget, self._offloaded, self._ranks)
+        return self._sweep_along(way)
+
+    def _sweep_along(self, way: Way) -> Sweep:
+        return Sweep(way, self._tuning, self._budget, self._offloaded, self._ranks, self._spare)
 
     # Passes
 

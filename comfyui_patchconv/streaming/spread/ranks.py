@@ -44,8 +44,8 @@ _pasts: WeakKeyDictionary[Any, _Past] = WeakKeyDictionary()
 class Ranks:
     """This process among those of `group`.
 
-    rank, count: which one it is, of how many. sent: bytes sent to others so far. seconds: how long another one may be
-    silent. Raises ValueError where this process is none of the group.
+    rank, count: which one it is, of how many. sent, messages: bytes sent to others so far, and in how many pieces.
+    seconds: how long another one may be silent. Raises ValueError where this process is none of the group.
     """
 
     def __init__(self, group: Any, seconds: float) -> None:
@@ -66,7 +66,7 @@ class Ranks:
         self._past = _pasts.setdefault(group, _Past())
         self._watch: Optional[Watch] = None
         self._before: list[Watch] = []
-        self.sent = 0
+        self.sent = self.messages = 0
 
     # One call
 
@@ -107,6 +107,7 @@ class Ranks:
         if not incoming and not outgoing:
             return
         self.sent += sum(tensor.nbytes for tensor in outgoing.values())
+        self.messages += len(outgoing)
         operations = [
             (peer, dist.P2POp(function, tensor, self._ranks[peer], self._group))
             for function, some in ((dist.irecv, incoming), (dist.isend, outgoing))

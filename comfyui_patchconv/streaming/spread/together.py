@@ -16,7 +16,7 @@ from ..plan.schedule import Pass
 from .bands import Move, band, bands_of, moves_before
 from .ranks import Ranks, bytes_of
 
-_AT_ONCE = 4 << 20
+AT_ONCE = 4 << 20
 """Bytes of a rank's band that are on their way at once while a map is put together."""
 
 
@@ -77,7 +77,7 @@ class Together:
         """Have all rows of a map here, of which each rank has its band."""
         ranks, node = self._ranks, whole.node
         row_bytes = node.bytes // max(rows, 1)
-        at_once = max(_AT_ONCE // max(row_bytes, 1), 1)
+        at_once = max(AT_ONCE // max(row_bytes, 1), 1)
         bands = [band(rows, rank, ranks.count) for rank in range(ranks.count)]
         for begin in range(0, max(last - first for first, last in bands), at_once):
             parts = {
