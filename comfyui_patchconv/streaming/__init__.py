@@ -32,6 +32,9 @@ One decode, from `stream()` to the last strip:
 6. The nodes now have values. When the call ends, `Recorder.finish` makes ordinary tensors of all deferred ones that the
    program still has: the same objects.
 
+Where several ranks make the call (`group`), `spread.agree` has all follow the schedule of rank 0, each rank runs the
+passes of step 5 for a band of the rows, and `spread.together` does around each pass what takes all of them.
+
 `estimate.expect` does 2 to 4 with a copy of the model and inputs that have no values, and says what 5 would take.
 """
 

@@ -63,8 +63,10 @@ class Watch:
                 raise self.fail(self._silent(other, beats))
 
     def _silent(self, other: int, beats: int) -> str:
-        what = "has not been heard of" if beats else "did not come to this call"
-        return f"rank {other} {what} for {self._seconds:g} s: see what it said last, and start all ranks again."
+        then = "see what it said last, and start all ranks again."
+        if beats:
+            return f"rank {other} has not been heard of for {self._seconds:g} s: {then}"
+        return f"rank {other} did not come to this call for {self._seconds:g} s: {then}"
 
     def failure(self) -> Optional[str]:
         """What the first rank that failed has said; None while there is none."""
