@@ -42,6 +42,8 @@ BENCHMARKS = {
         *("streaming.py", "--name", "streaming_4096", "--sizes", "4096", "--methods", "bounded", "--rounds", "1"),
     ],
     "streaming_video": ["streaming_video.py"],
+    "spread": ["spread.py", "measured"],
+    "spread_reckoned": ["spread.py", "reckoned"],
     "upscale": ["upscale.py"],
     "architectures": ["architectures.py"],
     "overhead_planning": ["overhead.py", "planning"],

@@ -51,6 +51,7 @@ STREAMING: dict[str, set[str]] = {
     "plan": {"graph"},
     "record": {"graph", "errors"},
     "execute": {"graph", "plan", "errors"},
+    "spread": {"graph", "plan", "execute", "errors"},
 }
 """The same inside of `streaming`; modules beside these rooms join them."""
 

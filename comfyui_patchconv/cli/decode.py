@@ -6,15 +6,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..files.images import save_image
 from ..files.latents import load_latent
 from ..files.tensors import existing
 from ..files.vae import load_vae
 from ..memory.recorder import Recorder
 from .arguments import DTYPES
-from .failures import each
-from .options import Choices, add_conversion, default_device, say, strips_of
+from .options import Choices, add_conversion, inputs_of, of_folder, say, strips_of
 from .outputs import Outputs
+from .team import Team, device_of, of_all, team_of
 from .vae import check_channels, decode
 
 
@@ -32,22 +34,29 @@ def add(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     """Decode latents to PNGs: the pictures that the host would make, in less memory."""
-    strips = strips_of(args)
-    outputs = Outputs(args.out, args.latent, [args.vae], ".png", overwrite=args.overwrite)
-    if len(args.latent) == 1:
-        existing(args.latent[0])
-    vae = load_vae(args.vae, DTYPES[args.dtype], args.device or default_device(), args.trust)
+    latents, device = inputs_of(args.latent, args.vae, ".latent", ".safetensors"), device_of(args.device)
+    with team_of(args.spread, len(latents), device) as team:
+        return _decode(args, latents, device, team)
+
+
+def _decode(args: argparse.Namespace, latents: list[Path], device: torch.device, team: Team) -> int:
+    strips = strips_of(args, team)
+    outputs = Outputs(args.out, latents, [args.vae], ".png", overwrite=args.overwrite, folder=of_folder(args.latent))
+    if len(latents) == 1:
+        existing(latents[0])
+    vae = load_vae(args.vae, DTYPES[args.dtype], device, args.trust)
 
     def one(path: Path) -> None:
         latent = load_latent(path)
         check_channels(vae, latent, path)
-        for name, sample in zip(outputs.of(path, len(latent)), latent):
+        for name, sample in zip(team.as_first_has_it(lambda: outputs.of(path, len(latent))), latent):
             if name is None:
                 continue
             choices = Choices()
             with Recorder(vae.device) as recorder:
                 image = decode(vae, sample[None], strips, choices)[0]
-            save_image(name, image)
+            if team.writes:
+                save_image(name, image)
             say(f"{name}: {image.shape[2]}x{image.shape[1]}", recorder, choices)
 
-    return each(args.latent, one)
+    return of_all(team, latents, one)

@@ -6,16 +6,21 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..files.images import load_image
 from ..files.latents import save_latent
 from ..files.tensors import existing
 from ..files.vae import load_vae
 from ..memory.recorder import Recorder
 from .arguments import DTYPES
-from .failures import each
-from .options import Choices, add_conversion, default_device, say, strips_of
+from .options import Choices, add_conversion, inputs_of, of_folder, say, strips_of
 from .outputs import Outputs
+from .team import Team, device_of, of_all, team_of
 from .vae import encode, scale
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+"""What files of a folder are taken for images."""
 
 
 def add(commands: Any) -> None:
@@ -27,14 +32,22 @@ def add(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     """Encode images to ComfyUI's .latent: what VAEEncode and SaveLatent would make, in less memory."""
-    strips = strips_of(args)
-    outputs = Outputs(args.out, args.image, [args.vae], ".latent", ".safetensors", overwrite=args.overwrite)
-    if len(args.image) == 1:
-        existing(args.image[0])
-    vae = load_vae(args.vae, DTYPES[args.dtype], args.device or default_device(), args.trust)
+    images, device = inputs_of(args.image, args.vae, *IMAGES), device_of(args.device)
+    with team_of(args.spread, len(images), device) as team:
+        return _encode(args, images, device, team)
+
+
+def _encode(args: argparse.Namespace, images: list[Path], device: torch.device, team: Team) -> int:
+    strips = strips_of(args, team)
+    outputs = Outputs(
+        args.out, images, [args.vae], ".latent", ".safetensors", overwrite=args.overwrite, folder=of_folder(args.image)
+    )
+    if len(images) == 1:
+        existing(images[0])
+    vae = load_vae(args.vae, DTYPES[args.dtype], device, args.trust)
 
     def one(path: Path) -> None:
-        (name,) = outputs.of(path)
+        (name,) = team.as_first_has_it(lambda: outputs.of(path))
         if name is None:
             return
         image = load_image(path, multiple=scale(vae))
@@ -43,7 +56,8 @@ def _run(args: argparse.Namespace) -> int:
             latent = encode(vae, image, strips, choices)
         if not latent.isfinite().all():
             raise ValueError(f"{name} is not written, the latent holds NaN or infinity: use float32 or bfloat16.")
-        save_latent(name, latent)
+        if team.writes:
+            save_latent(name, latent)
         say(f"{name}: {list(latent.shape)}", recorder, choices)
 
-    return each(args.image, one)
+    return of_all(team, images, one)

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Optional
 
 from ..memory.errors import first_line, is_out_of_memory
+from ..streaming import SpreadError
 
-WRONG_INPUT, OUT_OF_MEMORY, INTERRUPTED = 2, 3, 130
-"""Exit codes; 0 is success."""
+SPREAD, WRONG_INPUT, OUT_OF_MEMORY, INTERRUPTED = 1, 2, 3, 130
+"""Exit codes; 0 is success. SPREAD: of several processes another one failed, or some of their inputs."""
 
 _EXTRAS = {
     **dict.fromkeys(("diffusers", "numpy", "PIL"), "demo"),
@@ -31,6 +32,8 @@ def failure(error: BaseException) -> Optional[tuple[str, int]]:
         extra = _EXTRAS.get(error.name or "")
         found = f"{error.name} is not installed: run pip install 'patchconv[{extra}]'."
         return None if extra is None else (found, WRONG_INPUT)
+    if isinstance(error, SpreadError):
+        return str(error), SPREAD
     if is_out_of_memory(error):
         return f"out of memory ({first_line(error)}): {_LESS_MEMORY}", OUT_OF_MEMORY
     if isinstance(error, (ValueError, OSError)):
@@ -53,17 +56,30 @@ def each(inputs: Sequence[Path], work: Callable[[Path], None]) -> int:
         return 0
     codes: list[int] = []
     for path in inputs:
-        try:
-            work(path)
-        except Exception as error:
-            found = failure(error)
-            if found is None:
-                raise
-            tell(found[0])
-            codes.append(found[1])
+        code = attempt(path, work)
+        if code:
+            codes.append(code)
     if codes:
         tell(f"{len(codes)} of {len(inputs)} failed.")
     return max(codes, default=0)
+
+
+def attempt(path: Path, work: Callable[[Path], None]) -> int:
+    """Do `work` for one of several inputs: 0, or the exit code where it failed, and why is said.
+
+    Raises SpreadError, for without another rank none of the others can be done, and what is a mistake of this program.
+    """
+    try:
+        work(path)
+    except SpreadError:
+        raise
+    except Exception as error:
+        found = failure(error)
+        if found is None:
+            raise
+        tell(found[0])
+        return found[1]
+    return 0
 
 
 def _sentence(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -12,8 +13,10 @@ from ..conv.strip_sizes import DEFAULT_THRESHOLD
 from ..hosts.auto import WORDS
 from ..hosts.modes import Way
 from ..memory.recorder import Recorder
+from ..streaming import USUAL
 from .arguments import DTYPES, device, natural, size
 from .outputs import add_out
+from .team import Team
 from .vae import CHOICES, MB, Strips
 
 
@@ -29,12 +32,13 @@ def add_conversion(parser: argparse.ArgumentParser, given: str, what: str, out: 
         nargs="+",
         required=True,
         metavar="FILE",
-        help=f"{what}; one that fails does not end the others",
+        help=f"{what}, or a folder of them; one that fails does not end the others",
     )
     add_out(parser, out)
     add_strips(parser)
     add_mode(parser)
     add_trust(parser)
+    add_spread(parser)
 
 
 def add_strips(parser: argparse.ArgumentParser) -> None:
@@ -76,13 +80,63 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def strips_of(args: argparse.Namespace) -> Strips:
-    """The options as `Strips`. Raises ValueError for a budget that the mode does not take."""
+def add_spread(parser: argparse.ArgumentParser) -> None:
+    """Add the options of what torchrun starts in several processes."""
+    parser.add_argument(
+        "--spread",
+        choices=("rows", "pictures"),
+        help="under torchrun: rows: each picture over all processes; pictures: a picture each, taken from a common "
+        "list; default: rows of a single picture, else pictures",
+    )
+    parser.add_argument(
+        "--silent-seconds",
+        type=natural,
+        default=int(USUAL.silent_seconds),
+        metavar="SECONDS",
+        help="under torchrun: end where nothing is heard of a process for so long (default: %(default)s)",
+    )
+
+
+def inputs_of(given: Sequence[Path], other: Path, *suffixes: str) -> list[Path]:
+    """The files that are given, and those of the folders among them whose names end in `suffixes`, in order, without
+    the `other` one that is read.
+
+    Raises ValueError for a folder that has none.
+    """
+    found: list[Path] = []
+    for path in given:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(one for one in path.iterdir() if one.suffix.lower() in suffixes and one.is_file())
+        inside = [one for one in inside if not (other.exists() and one.samefile(other))]
+        if not inside:
+            raise ValueError(f"{path} is a folder without a file that ends in {' or '.join(suffixes)}: name another.")
+        found += inside
+    return found
+
+
+def of_folder(given: Sequence[Path]) -> bool:
+    """Whether a folder is among what is given, so that what is written goes to one."""
+    return any(path.is_dir() for path in given)
+
+
+def strips_of(args: argparse.Namespace, team: Team) -> Strips:
+    """The options as `Strips`, for what `team` does.
+
+    Raises ValueError for a budget that the mode does not take, and for a mode in which processes cannot do one picture
+    together.
+    """
+    group = team.group if team.rows else None
+    if group is not None and args.mode not in ("auto", "stream"):
+        raise ValueError(
+            f"--mode is {args.mode} and several processes do one picture together: use stream, or --spread pictures."
+        )
     if args.budget is not None and args.mode not in ("auto", "stream"):
         raise ValueError(
             f"--budget is for --mode auto and stream and the mode is {args.mode}: leave it out, or choose one of them."
         )
-    return Strips(args.mode, args.splits, args.threshold, args.budget)
+    return Strips(args.mode, args.splits, args.threshold, args.budget, group, team.beside, float(args.silent_seconds))
 
 
 class Choices:

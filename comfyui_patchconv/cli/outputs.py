@@ -30,6 +30,7 @@ class Outputs:
     """Where the results of `inputs` go: to the file `out` for one, into the folder `out` for several.
 
     out: may be a folder that is there for one input, too; for several it is made where it is missing.
+    folder: whether the inputs came as one, so that `out` is one too.
     others: files that are read beside the inputs. suffixes: of the files, the first one of those in a folder.
 
     Raises ValueError for an `out` that cannot be one, for two inputs whose results would have one name, and for an
@@ -37,15 +38,18 @@ class Outputs:
     """
 
     def __init__(
-        self, out: Path, inputs: Sequence[Path], others: Sequence[Path], *suffixes: str, overwrite: bool = False
-    ) -> None:
+        self, out: Path, inputs: Sequence[Path], others: Sequence[Path], *suffixes: str, overwrite: bool = False,
+        folder: bool = False,
+    ) -> None:  # fmt: skip
         self.out, self.read, self.suffix, self.overwrite = out, (*inputs, *others), suffixes[0], overwrite
-        self.folder = len(inputs) > 1 or (out.is_dir() and out.suffix.lower() not in suffixes)
+        self.folder = folder or len(inputs) > 1 or (out.is_dir() and out.suffix.lower() not in suffixes)
         self.written: dict[Path, Path] = {}
         if not self.folder:
             check_output(out, *suffixes)
         else:
             check_folder(out)
+            if folder and out.suffix.lower() in suffixes:
+                raise ValueError(f"--out is {out} and the input is a folder: give the name of a folder.")
             names: dict[str, Path] = {}
             for path in inputs:
                 other = names.setdefault(path.stem, path)

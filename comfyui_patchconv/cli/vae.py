@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
+import torch
+import torch.distributed
 from torch import Tensor, nn
 
 from ..conv.patch import patched
@@ -20,7 +22,7 @@ from ..hosts.eager_needs import EagerNeeds
 from ..hosts.estimates import OF_FREE, Needs, needs_of
 from ..hosts.modes import MODES
 from ..memory.usage import free
-from ..streaming import stream
+from ..streaming import USUAL, stream
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -37,13 +39,17 @@ class Strips:
     """How to decode or encode.
 
     mode: one of `CHOICES`. splits, threshold: see `Tiling`. budget: see `streaming.stream`; for `"auto"` None takes
-    what is free.
+    what is free. group: the processes to stream over, whatever the mode; None for this one. beside: how many of a
+    machine's processes take what is free. silent_seconds: see `Tuning`.
     """
 
     mode: str = "auto"
     splits: int = 0
     threshold: int = DEFAULT_THRESHOLD
     budget: Optional[int] = None
+    group: Any = None
+    beside: int = 1
+    silent_seconds: float = USUAL.silent_seconds
 
 
 def decode(
@@ -95,10 +101,13 @@ def _call(
     """What `vae`'s method `name` returns for `input`; most of it is done by `part`, a decoder or encoder."""
     run: Any = getattr(vae, name)
     working: AbstractContextManager[Any] = nullcontext()
-    if strips.mode == "auto":
+    if strips.group is not None:
+        budget = strips.budget if strips.mode == "stream" else strips.budget or _free(vae.device, strips)
+        working = _streamed(part, budget, strips)
+    elif strips.mode == "auto":
         run = _auto(vae, name, part, strips, on_choice)
     elif strips.mode != EAGER:
-        working = _streamed(part, strips.budget) if strips.mode == "stream" else _in_strips(part, strips)
+        working = _streamed(part, strips.budget, strips) if strips.mode == "stream" else _in_strips(part, strips)
     with working, _line_cleared():
         return run(input, return_dict=False)
 
@@ -111,15 +120,32 @@ def _auto(vae: AutoencoderKL, name: str, part: nn.Module, strips: Strips, on_cho
         return needs_of(maps, strips.splits, strips.threshold, input.device.type, input.dtype) if maps else None
 
     def streaming() -> AbstractContextManager[Any]:
-        return _streamed(part, strips.budget or int(OF_FREE * free(vae.device)) or 1)
+        return _streamed(part, strips.budget or _free(vae.device, strips), strips)
+
+    def unused(device: torch.device) -> int:
+        return free(device) // strips.beside
 
     return AutoForward(
-        getattr(vae, name), streaming, needs, free, strips.budget or 0, lambda _: _in_strips(part, strips), on_choice
+        getattr(vae, name),
+        streaming,
+        needs,
+        unused,
+        strips.budget or 0,
+        lambda _: _in_strips(part, strips),
+        on_choice,
     )
 
 
-def _streamed(part: nn.Module, budget: Optional[int]) -> AbstractContextManager[Any]:
-    return stream(part, budget=budget, on_progress=_percent if sys.stderr.isatty() else None)
+def _free(device: torch.device, strips: Strips) -> int:
+    """The budget for what is free: a share of it for each process of this machine."""
+    return int(OF_FREE * free(device) / strips.beside) or 1
+
+
+def _streamed(part: nn.Module, budget: Optional[int], strips: Strips) -> AbstractContextManager[Any]:
+    first = strips.group is None or torch.distributed.get_rank(strips.group) == 0
+    shown = _percent if first and sys.stderr.isatty() else None
+    tuning = replace(USUAL, silent_seconds=strips.silent_seconds)
+    return stream(part, budget=budget, on_progress=shown, tuning=tuning, group=strips.group)
 
 
 def _in_strips(part: nn.Module, strips: Strips) -> AbstractContextManager[Any]:

@@ -32,6 +32,9 @@ One decode, from `stream()` to the last strip:
 6. The nodes now have values. When the call ends, `Recorder.finish` makes ordinary tensors of all deferred ones that the
    program still has: the same objects.
 
+Where several ranks make the call (`group`), `spread.agree` has all follow the schedule of rank 0, each rank runs the
+passes of step 5 for a band of the rows, and `spread.together` does around each pass what takes all of them.
+
 `estimate.expect` does 2 to 4 with a copy of the model and inputs that have no values, and says what 5 would take.
 """
 
@@ -48,17 +51,20 @@ import torch
 from torch import Tensor, nn
 
 from .call import Call, OnProgress, is_map, joins, signature
-from .errors import CannotEstimateError
+from .errors import CannotEstimateError, SpreadError
 from .estimate import Expected, Make, expect, peak_activations
 from .outside import eager_reason, undisturbed
 from .plan.schedule import USUAL, Tuning
+from .spread.ranks import Ranks
 from .target import Entry, methods_of
 
 __all__ = [
+    "USUAL",
     "CannotEstimateError",
     "Expected",
     "Make",
     "OnProgress",
+    "SpreadError",
     "Streamed",
     "Tuning",
     "expect",
@@ -75,12 +81,13 @@ class Streamed:
 
     budget: may be changed between calls; a schedule is kept as long as it suits. calls: how many had something to
     stream. last: the last that was recorded: a small one that is like another for which eager would do is not. left:
-    whether the last one did all as eager does, for strips would be no help: as much memory, or much longer.
+    whether the last one did all as eager does, for strips would be no help: as much memory, or much longer. sent,
+    messages: bytes that this rank has sent to others of its group, and in how many pieces.
     """
 
     def __init__(
         self, budget: Optional[int] = None, report: Optional[dict[str, int]] = None,
-        on_progress: Optional[OnProgress] = None, tuning: Tuning = USUAL,
+        on_progress: Optional[OnProgress] = None, tuning: Tuning = USUAL, group: Any = None,
     ) -> None:  # fmt: skip
         if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget <= 0):
             raise ValueError(f"budget is {budget!r}: give a whole number of bytes above 0, or None for no limit.")
@@ -91,6 +98,16 @@ class Streamed:
         self.left = False
         self._schedules: OrderedDict[Any, Any] = OrderedDict()
         self._eager: OrderedDict[Any, int] = OrderedDict()
+        ranks = None if group is None else Ranks(group, tuning.silent_seconds)
+        self._ranks = ranks if ranks is not None and ranks.count > 1 else None
+
+    @property
+    def sent(self) -> int:
+        return 0 if self._ranks is None else self._ranks.sent
+
+    @property
+    def messages(self) -> int:
+        return 0 if self._ranks is None else self._ranks.messages
 
     def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What `function(*args, **kwargs)` returns."""
@@ -104,20 +121,31 @@ class Streamed:
         if not any(is_map(value) for value in (*args, *kwargs.values())):
             self.calls += any(isinstance(value, Tensor) and not value.numel() for value in (*args, *kwargs.values()))
             return function(*args, **kwargs)
+        if self._ranks is not None:
+            with self._ranks.call():
+                return self._record(function, args, kwargs)
         alike = None if torch.is_grad_enabled() or self.tuning.always else signature(function, args, kwargs)
         if alike in self._eager and self._is_small(self._eager[alike]):
             self.calls += 1
             self.left = True
             return function(*args, **kwargs)
-        self.last = call = Call(self.budget, self.report, self.on_progress, self.tuning, self._schedules)
+        result = self._record(function, args, kwargs)
+        call = self.last
+        if alike is not None and call is not None and not call.in_strips and self._is_small(call.eager_peak):
+            self._eager[alike] = call.eager_peak
+            while len(self._eager) > _MOST:
+                self._eager.popitem(last=False)
+        return result
+
+    def _record(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The same, recorded and run in strips."""
+        self.last = call = Call(
+            self.budget, self.report, self.on_progress, self.tuning, self._schedules, ranks=self._ranks
+        )
         with undisturbed():
             result = call.run(function, args, kwargs)
         self.calls += call.recorder.deferred > 0
         self.left = call.recorder.deferred > 0 and not call.in_strips
-        if alike is not None and not call.in_strips and self._is_small(call.eager_peak):
-            self._eager[alike] = call.eager_peak
-            while len(self._eager) > _MOST:
-                self._eager.popitem(last=False)
         return result
 
     def _is_small(self, eager_peak: int) -> bool:
@@ -139,6 +167,7 @@ def streamed(
     report: Optional[dict[str, int]] = None,
     on_progress: Optional[OnProgress] = None,
     tuning: Tuning = USUAL,
+    group: Any = None,
 ) -> Callable[..., Any]:
     """`function`, with the feature maps among its arguments, and all that is computed from them, in strips.
 
@@ -150,8 +179,14 @@ def streamed(
     report: filled with the operators that were evaluated whole, and how often, and with the reasons why calls ran
     eagerly. on_progress: see `OnProgress`; what it raises ends the call. Raises ValueError for a budget that is not a
     whole number above 0.
+
+    group: a process group of `torch.distributed`, such as `dist.group.WORLD`, whose ranks all make the same calls with
+    equal arguments: each computes and stores a band of the rows of every map, within the least of their budgets, and
+    all get the whole result. None for this process alone. Calls raise SpreadError, which names the rank, where another
+    one fails, is gone, or does not come (`Tuning.silent_seconds`); ValueError is raised for a group that this process
+    is not in.
     """
-    runner = Streamed(budget, report, on_progress, tuning)
+    runner = Streamed(budget, report, on_progress, tuning, group)
 
     @functools.wraps(function, updated=())
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -168,6 +203,7 @@ def stream(
     report: Optional[dict[str, int]] = None,
     on_progress: Optional[OnProgress] = None,
     tuning: Tuning = USUAL,
+    group: Any = None,
 ) -> Iterator[Any]:
     """Within the `with` block, or the decorated function, `target` computes in strips; afterwards it is as it was.
 
@@ -175,7 +211,7 @@ def stream(
     (`vae.decode`). The other arguments are those of `streamed`. Where nothing was streamed, that is said in `report`
     and as a warning. Raises TypeError for another target.
     """
-    runner = Streamed(budget, report, on_progress, tuning)
+    runner = Streamed(budget, report, on_progress, tuning, group)
     entries = [Entry(owner, name, runner.call) for owner, name in methods_of(target)]
     for entry in entries:
         entry.enter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Optional
 from weakref import ref
@@ -16,6 +17,7 @@ from ..memory.allocator import no_collections
 from ..memory.sizes import allocator_bytes
 from .execute.buffers import require_room, room
 from .execute.loop import Loop
+from .execute.share import ALONE
 from .graph.node import Node, ancestors
 from .graph.steps import RowLocal
 from .plan.choose import choose
@@ -24,6 +26,9 @@ from .plan.schedule import Pass, Schedule, Tuning
 from .record.lazy import LazyTensor
 from .record.memory import is_ordinary
 from .record.recorder import Recorder
+from .spread.agree import Offer, agree, at_home, program_of, sum_of
+from .spread.ranks import Ranks
+from .spread.together import Together
 
 OnProgress = Callable[[int, int], None]
 """Called after each strip with the work done and the work in all, in bytes of maps computed (0: not known)."""
@@ -34,6 +39,7 @@ _SLOWER = 1.25
 
 class Call:
     """One call of a function. report, on_progress: see `streamed`. schedules: of earlier calls, by what they are for.
+    ranks: who makes it together; None for this process alone.
 
     peak: bytes expected at once, of all segments. work: bytes of maps computed so far. in_strips: whether anything was
     to be computed otherwise than eager does.
@@ -41,7 +47,7 @@ class Call:
 
     def __init__(
         self, budget: Optional[int], report: dict[str, int], on_progress: Optional[OnProgress], tuning: Tuning,
-        schedules: OrderedDict[Any, Any], phantom: bool = False,
+        schedules: OrderedDict[Any, Any], phantom: bool = False, ranks: Optional[Ranks] = None,
     ) -> None:  # fmt: skip
         self.budget, self.report, self.tuning = budget, report, tuning
         self.peak = self.stored = self.offloaded = self.offloaded_at_once = 0
@@ -49,6 +55,7 @@ class Call:
         self.streamed = self.in_strips = False
         self._on_progress, self._schedules, self._phantom = on_progress, schedules, phantom
         self._made: list[ref[Node]] = []
+        self._ranks, self._inputs = ranks, ""
         self.recorder = Recorder(self.evaluate, report, phantom, **({"small": 0} if tuning.always else {}))
 
     def run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -69,15 +76,19 @@ class Call:
 
         given = [enter(value) for value in args]
         named = {name: enter(value) for name, value in kwargs.items()}
-        try:
-            with recorder:
-                result = function(*given, **named)
-        except BaseException:
-            _forsake(recorder)
-            raise
-        del given, named
-        with torch.no_grad():
-            recorder.finish()
+        # What is garbage, and no longer the program's, shall be so on all ranks at once.
+        with nullcontext() if self._ranks is None else no_collections():
+            if self._ranks is not None:
+                self._inputs = sum_of(list(originals.values()))
+            try:
+                with recorder:
+                    result = function(*given, **named)
+            except BaseException:
+                _forsake(recorder)
+                raise
+            del given, named
+            with torch.no_grad():
+                recorder.finish()
         self.eager_peak = recorder.eager_peak
         back = {id(value): originals[id(value)] for value in entered.values()}
         return _with_originals(result, back)
@@ -90,7 +101,7 @@ class Call:
         """Store `roots`: plan the way to them, and run the plan."""
         self._made = [one for one in self._made if one() is not None]
         held = sum(node.bytes for node in (one() for one in self._made) if node is not None)
-        schedule = self._schedule(roots, keep, held)
+        schedule = self._schedule(roots, keep, held) if self._ranks is None else self._agreed(roots, keep, held)
         self.peak, self.stored = max(self.peak, schedule.peak), max(self.stored, schedule.stored)
         self.offloaded += schedule.offloaded
         self.offloaded_at_once = max(self.offloaded_at_once, schedule.offloaded_at_once)
@@ -102,7 +113,8 @@ class Call:
             self.recorder.memory.require_there()
             if schedule.offloaded_at_once and roots[0].device.type == "cpu":
                 require_room(schedule.offloaded_at_once)
-            Loop(schedule, self.recorder.inference, self._progress).run()
+            share = ALONE if self._ranks is None else Together(self._ranks)
+            Loop(schedule, self.recorder.inference, self._progress, share).run()
         for node in (*roots, *keep):
             if node.tensor is not None:
                 if node.home is None:
@@ -110,7 +122,26 @@ class Call:
                 if not self._phantom:  # it may be a view of another that is stored, or of an argument
                     self.recorder.memory.watch(node)
 
-    def _schedule(self, roots: Sequence[Node], keep: Sequence[Node], held: int) -> Schedule:
+    def _agreed(self, roots: Sequence[Node], keep: Sequence[Node], held: int) -> Schedule:
+        """The one that all ranks follow."""
+        assert self._ranks is not None
+        nodes = ancestors(roots)
+        names = _named(nodes)
+        unused = room(max(roots, key=lambda node: node.bytes).device)
+        offer = Offer(program_of(nodes, names, roots, keep), self._inputs, self.budget, held, unused)
+
+        def plan(budget: Optional[int], held: int, room: int) -> Schedule:
+            self.budget = budget
+            return self._schedule(roots, keep, held, lambda: room).renamed(lambda node: names[node])
+
+        there = list(names)
+        return at_home(agree(self._ranks, offer, plan).renamed(lambda number: there[number]))
+
+    def _schedule(
+        self, roots: Sequence[Node], keep: Sequence[Node], held: int, unused: Optional[Callable[[], int]] = None
+    ) -> Schedule:
+        """The schedule of an earlier call that was alike, or a new one. unused: room for what is offloaded; None to
+        look for it."""
         nodes = ancestors(roots)
         names = _named(nodes)
         key = _fingerprint(nodes, names, roots, keep), held
@@ -119,22 +150,25 @@ class Call:
             there = list(names)
             return found.renamed(lambda number: there[number])
         with no_collections():
-            schedule = self._chosen(roots, keep, held)
+            schedule = self._chosen(roots, keep, held, unused)
             self._schedules[key] = self.budget, schedule.renamed(lambda node: names[node])
         while len(self._schedules) > _MOST:
             self._schedules.popitem(last=False)
         return schedule
 
-    def _chosen(self, roots: Sequence[Node], keep: Sequence[Node], held: int) -> Schedule:
+    def _chosen(
+        self, roots: Sequence[Node], keep: Sequence[Node], held: int, unused: Optional[Callable[[], int]]
+    ) -> Schedule:
         device = max(roots, key=lambda node: node.bytes).device
-        schedule = choose(roots, keep, self.tuning, self.budget, held, lambda: room(device))
+        ranks = 1 if self._ranks is None else self._ranks.count
+        schedule = choose(roots, keep, self.tuning, self.budget, held, unused or (lambda: room(device)), ranks)
         if self.tuning.always:
             return schedule
         eager = eager_schedule(roots, keep, held)
         slack = allocator_bytes(device.type)
         with_slack = eager.peak + (slack if eager.peak > slack else 0)
         if self.budget is None or with_slack <= self.budget:
-            better = eager.peak <= schedule.peak or eager.seconds * _SLOWER < schedule.seconds
+            better = eager.peak <= schedule.peak or eager.seconds * _SLOWER < schedule.seconds / ranks
         else:  # neither may fit: eager where it is sure to take less, and more than nothing
             better = slack < eager.peak <= schedule.peak - slack
         return replace(eager, peak=with_slack) if better else schedule

@@ -165,7 +165,7 @@ def test_statistics_of_channels_last(offset: float, outlier: float) -> None:
     x = torch.randn(2, 32, 24, 9) * torch.rand(32, 1, 1) + offset
     x[:, :, 0, 0] += outlier
     x = x.contiguous(memory_format=torch.channels_last)
-    statistics = Statistics(8)
+    statistics = Statistics(8, 2)
     for strip in x.split(5, 2):
         statistics.add(strip.contiguous(memory_format=torch.channels_last))
     groups = x.double().reshape(2, 8, -1)

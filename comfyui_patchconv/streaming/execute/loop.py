@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -15,8 +15,10 @@ from ...memory.errors import is_out_of_memory
 from ...memory.sizes import allocator_bytes
 from ...memory.usage import anonymous
 from ..graph.node import Node, Span, in_order
+from ..graph.steps import Accumulator
 from ..plan.schedule import Apply, Pass, Schedule, Target
 from .buffers import lasting
+from .share import ALONE, Share, Stored
 from .stored import Single, Strips, empty
 from .strips import Parts, Rows, Work
 
@@ -37,12 +39,12 @@ _AUTOCAST: Any = functools.reduce(
 class Loop:
     """Runs `schedule` and stores its results in their nodes.
 
-    inference: whether the caller is in inference mode.
+    inference: whether the caller is in inference mode. share: the part of it that this process does.
     """
 
-    def __init__(self, schedule: Schedule, inference: bool, on_progress: OnProgress) -> None:
-        self._schedule, self._inference, self._on_progress = schedule, inference, on_progress
-        self._stored: dict[Node, Union[Single, Strips]] = {}
+    def __init__(self, schedule: Schedule, inference: bool, on_progress: OnProgress, share: Share = ALONE) -> None:
+        self._schedule, self._inference, self._on_progress, self._share = schedule, inference, on_progress, share
+        self._stored: dict[Node, Stored] = {}
         self._memory = _Memory(schedule)
 
     def run(self) -> None:
@@ -55,7 +57,12 @@ class Loop:
                 if isinstance(step, Apply):
                     self._apply(step)
                 else:
-                    _PassLoop(step, self._stored, self._memory, self._inference, self._on_progress).run()
+                    self._share.before(step, self._stored)
+                    bands = self._share.bands(step)
+                    one_pass = _PassLoop(step, bands, self._stored, self._memory, self._inference, self._on_progress)
+                    one_pass.compute()
+                    self._share.after(step, one_pass.new, one_pass.gathered)
+                    one_pass.finish()
                 for node in step.freed:
                     stored = self._stored.pop(node, None)
                     if stored is not None:
@@ -110,6 +117,7 @@ def _reduced(node: Node, pieces: Sequence[Tensor]) -> Tensor:
 def _as_stored(node: Node, result: Tensor, inference: bool, count: Callable[[int], None]) -> Single:
     single: Single = object.__new__(Single)
     single.node, single.end, single.dim, single._count = node, node.rows, node.dim or 0, count
+    single._rows = node.rows
     count(node.bytes)
     if result.is_inference() != inference or result.shape != node.shape or not in_order(result, node.strides):
         with torch.inference_mode(inference):
@@ -171,32 +179,37 @@ _LOOKS = 8
 
 
 class _PassLoop:
-    """One pass, strip by strip."""
+    """One pass, strip by strip: `compute`, then `finish`.
+
+    bands: the rows of each target that are computed. new, gathered: the maps and the reductions that come of it.
+    """
 
     def __init__(
-        self, one_pass: Pass, stored: dict[Node, Any], memory: _Memory, inference: bool, on_progress: OnProgress
-    ) -> None:
-        self._pass, self._stored, self._memory, self._on_progress = one_pass, stored, memory, on_progress
-        self._inference = inference
-        self._rows = Rows(one_pass)
+        self, one_pass: Pass, bands: dict[Node, Span], stored: dict[Node, Stored], memory: _Memory, inference: bool,
+        on_progress: OnProgress,
+    ) -> None:  # fmt: skip
+        self._pass, self._bands, self._stored, self._memory = one_pass, bands, stored, memory
+        self._inference, self._on_progress = inference, on_progress
+        self._rows = Rows(one_pass, bands)
         self._inside = set(one_pass.order)
         self._lines: dict[Node, Tensor] = {}
         self._rooms: dict[Node, list[Optional[Tensor]]] = {}
         reductions: list[Any] = [node for target in one_pass.targets for node in target.reductions]
-        self._gathered = {node: node.step.start() for node in reductions}
-        self._new: dict[Node, Union[Single, Strips]] = {}
+        self.gathered: dict[Node, Accumulator] = {node: node.step.start() for node in reductions}
+        self.new: dict[Node, Stored] = {}
         for target in one_pass.targets:
             if target.stored and target.node not in stored:
-                self._new[target.node] = self._room_for(target)
+                self.new[target.node] = self._room_for(target)
         self._last_readers = self._readers_at_last()
         device = one_pass.device
         self._cpu = device.type == "cpu"
         self._device = device
 
-    def _room_for(self, target: Target) -> Union[Single, Strips]:
+    def _room_for(self, target: Target) -> Stored:
+        band = self._bands[target.node]
         if target.whole:
-            return Single(target.node, target.offloaded, self._inference, self._memory.count)
-        return Strips(target.node, target.offloaded, self._memory.count)
+            return Single(target.node, target.offloaded, self._inference, self._memory.count, band[0])
+        return Strips(target.node, target.offloaded, self._memory.count, band)
 
     def _readers_at_last(self) -> dict[Node, Node]:
         """For each step, the last one of a strip that reads it."""
@@ -206,8 +219,9 @@ class _PassLoop:
                 last[source] = node
         return last
 
-    def run(self) -> None:
-        height = self._pass.height
+    def compute(self) -> None:
+        """Compute all rows that are wanted."""
+        height = self._rows.height
         first, rows, progress = 0, max(self._pass.strip_rows, 1), 0
         for node in self._pass.keeping:
             node.step.begin()  # type: ignore[union-attr]
@@ -226,7 +240,8 @@ class _PassLoop:
             share = self._pass.work * last // height
             self._on_progress(share - progress)
             first, progress = last, share
-        self._finish()
+        if not height:
+            self._on_progress(self._pass.work)
 
     def _in_parts(self, last: int, parts: Parts) -> None:
         """The strip up to row `last` in parts. Raises what says that memory ran out where single rows do not fit."""
@@ -239,14 +254,15 @@ class _PassLoop:
             else:
                 parts.part += 1
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """The maps and the results of reductions are there for the next step."""
         for node in self._pass.order:
             node.step.end()  # type: ignore[union-attr]
-        for node, gathered in self._gathered.items():
+        for node, gathered in self.gathered.items():
             result = empty(node)
             gathered.result(result)
             self._stored[node] = _as_stored(node, result, self._inference, self._memory.count)
-        self._stored.update(self._new)
+        self._stored.update(self.new)
 
     def _strip(self, wanted: dict[Node, Span], single: bool = False) -> bool:
         """Compute the rows that are wanted; False, and nothing is changed, where memory ran out."""
@@ -273,11 +289,16 @@ class _PassLoop:
         return False
 
     def _give(self, target: Target, first: int, piece: Tensor) -> None:
-        """Rows of a target go where they are wanted."""
+        """Rows of a target go where they are wanted; what lies outside of its band was computed for other steps."""
+        low, high = self._bands[target.node]
+        begin, end = max(first, low), min(first + piece.shape[target.dim], high)
+        if begin >= end:
+            return
+        piece = _rows_of_whole(piece, target.dim, begin - first, end - first)
         for reduction in target.reductions:
-            self._gathered[reduction].add(piece, first, first + piece.shape[target.dim])
-        if target.node in self._new:
-            self._new[target.node].append(piece)
+            self.gathered[reduction].add(piece, begin, end)
+        if target.node in self.new:
+            self.new[target.node].append(piece)
 
     def _read(self, node: Node, dim: int, first: int, last: int) -> Tensor:
         """Rows of a stored map, along any of its dimensions."""

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Optional, Union
 
 import torch
 from torch import Tensor
 
 from ...memory.mapped import MappedFile
-from ..graph.node import Node, dense_strides
+from ..graph.node import Node, Span, dense_strides
 from .buffers import FileBuffer, HostBuffer, buffer_for, is_borrowed, no_room
 
 
 class Strips:
-    """A map as strips of rows along `node.dim`.
+    """Rows `band` of a map, as strips along `node.dim`.
 
     offloaded: they lie in host memory, or in a file where the device is the CPU. count: is told the bytes that they
-    take on the device, as these change.
+    take on the device, as these change. beside: rows of the map that are not of the band, as first row and values,
+    which somebody else stores.
     """
 
-    def __init__(self, node: Node, offloaded: bool, count: Callable[[int], None]) -> None:
-        self.node, self.dim, self.end = node, node.dim or 0, 0
+    def __init__(self, node: Node, offloaded: bool, count: Callable[[int], None], band: Span) -> None:
+        self.node, self.dim, (self.end, last) = node, node.dim or 0, band
+        self.beside: list[tuple[int, Tensor]] = []
         self._count: Callable[[int], None] = (lambda size: None) if offloaded else count
         self._strips: list[tuple[int, int, Tensor]] = []  # first row, rows, values
         self._buffer: Optional[Union[HostBuffer, FileBuffer]] = (
-            buffer_for(node.device, node.bytes, self.dim) if offloaded else None
+            buffer_for(node.device, (last - self.end) * node.row_bytes, self.dim)
+            if offloaded and self.end < last
+            else None
         )
 
     def append(self, strip: Tensor) -> None:
@@ -41,7 +46,12 @@ class Strips:
 
     def read(self, first: int, last: int) -> Tensor:
         """Rows `[first, last)`, on the device: a view where one strip has them all."""
-        parts, buffer, dim = [], self._buffer, self.dim
+        found: list[tuple[int, Tensor]] = []
+        buffer, dim = self._buffer, self.dim
+        for start, values in self.beside:
+            low, high = max(first, start), min(last, start + values.shape[dim])
+            if low < high:
+                found.append((low, values.narrow(dim, low - start, high - low)))
         if buffer is not None:
             buffer.forget(first)
         for start, rows, strip in self._strips:
@@ -54,9 +64,10 @@ class Strips:
             if buffer is not None:
                 strip = buffer.bring(start, strip, self.node.device)
             low, high = max(first - start, 0), min(last, start + rows) - start
-            parts.append(strip if (low, high) == (0, rows) else strip.narrow(dim, low, high - low))
+            found.append((start + low, strip if (low, high) == (0, rows) else strip.narrow(dim, low, high - low)))
         if buffer is not None and last >= self.end:
             buffer.forget(self.end)
+        parts = [values for _, values in (sorted(found, key=itemgetter(0)) if self.beside else found)]
         if not parts:
             shape = [*self.node.shape[:dim], 0, *self.node.shape[dim + 1 :]]
             return torch.empty(shape, dtype=self.node.dtype, device=self.node.device)
@@ -75,11 +86,13 @@ class Single:
     """A map in one tensor, with the strides of eager's: in its node's home, or in a file if `offloaded`, where the
     device is the CPU.
 
-    count: see `Strips`.
+    count: see `Strips`. first: the row from which on rows are appended; what lies outside of these is `put`.
     """
 
-    def __init__(self, node: Node, offloaded: bool, inference: bool, count: Callable[[int], None]) -> None:
-        self.node, self.end = node, 0
+    def __init__(
+        self, node: Node, offloaded: bool, inference: bool, count: Callable[[int], None], first: int = 0
+    ) -> None:
+        self.node, self.end, self._rows = node, first, 0
         self._count: Callable[[int], None] = (lambda size: None) if offloaded else count
         self.dim = node.dim if node.dim is not None else 0
         if node.home is not None:
@@ -93,18 +106,24 @@ class Single:
 
     def append(self, strip: Tensor) -> None:
         rows = strip.shape[self.dim]
-        self.tensor.narrow(self.dim, self.end, rows).copy_(strip)
+        self.put(self.end, strip)
         self.end += rows
-        self._count(rows * self.node.row_bytes)
+
+    def put(self, first: int, rows: Tensor) -> None:
+        """Rows from `first` on."""
+        count = rows.shape[self.dim]
+        self.tensor.narrow(self.dim, first, count).copy_(rows)
+        self._rows += count
+        self._count(count * self.node.row_bytes)
 
     def read(self, first: int, last: int) -> Tensor:
         return self.tensor.narrow(self.dim, first, last - first)
 
     def free(self, before: int) -> None:
         """It is freed as a whole."""
-        if before >= self.end > 0:
-            self._count(-self.end * self.node.row_bytes)
-            self.end = 0
+        if before >= self.end and self._rows:
+            self._count(-self._rows * self.node.row_bytes)
+            self._rows = 0
 
 
 def empty(node: Node) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ..graph.node import Node, Span
@@ -24,16 +24,36 @@ class Work(NamedTuple):
     keep: int
 
 
-class Rows:
-    """How far a pass has come: rows done of each step, and where the rows begin that are kept of it."""
+def reach(one_pass: Pass, bands: Mapping[Node, Span]) -> dict[Node, Span]:
+    """The rows of steps, and of the stored maps that they read by rows, that `bands` of the targets are made of."""
+    found = {node: band for node, band in bands.items() if band[0] < band[1]}
+    for node in reversed(one_pass.order):  # readers before what they read
+        if node not in found or node.step is None:
+            continue
+        sources = [source for source, dim in zip(node.inputs, node.dims) if dim is not None]
+        for source, (low, high) in zip(sources, node.step.needs(*found[node])):
+            if low < high:
+                before = found.get(source, (low, high))
+                found[source] = min(before[0], low), max(before[1], high)
+    return found
 
-    def __init__(self, one_pass: Pass) -> None:
-        self.order, self.recomputed, self.height = one_pass.order, one_pass.recomputed, max(one_pass.height, 1)
+
+class Rows:
+    """How far a pass has come: rows done of each step, and where the rows begin that are kept of it.
+
+    bands: the rows of each target that are wanted. height: of the highest of these.
+    """
+
+    def __init__(self, one_pass: Pass, bands: Mapping[Node, Span]) -> None:
+        self.order, self.recomputed, self.bands = one_pass.order, one_pass.recomputed, bands
+        self.height = max((last - first for first, last in bands.values()), default=0)
         self.roots = {target.node: target.rows for target in one_pass.targets}
         inside = set(self.order)
-        self.done = {node: 0 for node in self.order}
+        reached = reach(one_pass, bands)
+        self.done = {node: reached.get(node, (0, 0))[0] for node in self.order}
+        self._ends = {node: reached.get(node, (0, 0))[1] for node in self.order}
         # Of stored maps that are read for themselves.
-        self.given = {node: 0 for node in self.roots if node not in inside}
+        self.given = {node: bands[node][0] for node in self.roots if node not in inside}
         self.kept: dict[Node, int] = {}
         self._next: dict[Node, int] = {}
         self._rows_of = {
@@ -55,12 +75,12 @@ class Rows:
         return other
 
     def wanted(self, last: int) -> dict[Node, Span]:
-        """The rows of each root up to row `last` of the tallest, and as much of the others."""
+        """The rows of each root up to row `last` of the tallest band, and as much of the others."""
         found = {}
-        for root, rows in self.roots.items():
-            end = rows * last // self.height
+        for root, (first, stop) in self.bands.items():
+            end = first + (stop - first) * last // max(self.height, 1)
             begin = self.given[root] if root in self.given else self.done[root]
-            if begin < end:
+            if first < stop and begin < end:
                 found[root] = (begin, end)
         return found
 
@@ -116,7 +136,7 @@ class Rows:
         low = self.roots.get(source, source.rows)
         for node, place in self._readers.get(source, ()):
             row = self._next[node]
-            if row < node.rows and node.step is not None:
+            if row < self._ends[node] and node.step is not None:
                 low = min(low, node.step.needs(row, row + 1)[place][0])
         return low
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Optional
 
@@ -57,10 +58,12 @@ class Statistics:
     """Mean and variance of each group of channels, strip by strip, merged in float64 (Chan et al. 1979).
 
     Shapes are `[N, groups]`. The pooled variance keeps the term between strips, which an average of variances lacks.
+    batch: N. numbers: of a state.
     """
 
-    def __init__(self, groups: int) -> None:
-        self.groups = groups
+    def __init__(self, groups: int, batch: int) -> None:
+        self.groups, self.batch = groups, batch
+        self.numbers = 1 + 2 * batch * groups
         self.count = 0
         self._mean: Optional[Tensor] = None
         self._squares: Optional[Tensor] = None
@@ -70,7 +73,24 @@ class Statistics:
         batch, channels = strip.shape[:2]
         count = strip.numel() // max(batch * self.groups, 1)
         last = strip.dim() == 4 and strip.stride(1) == 1 < channels and strip.device.type == "cpu"
-        mean, squares = self._of_pixels(strip) if last else self._of_rows(_wide(strip), count)
+        self._merge(count, *(self._of_pixels(strip) if last else self._of_rows(_wide(strip), count)))
+
+    def state(self) -> Tensor:
+        """`[numbers]` in float64, on the CPU: the count, the means, and the sums of squared differences to them."""
+        if self._mean is None or self._squares is None:
+            return torch.zeros(self.numbers, dtype=torch.float64)
+        count = torch.tensor([self.count], dtype=torch.float64)
+        return torch.cat((count, self._mean.reshape(-1).cpu(), self._squares.reshape(-1).cpu()))
+
+    def merge(self, states: Sequence[Tensor], device: torch.device) -> None:
+        """The statistics of what all these states are of, in this order, on `device` where that has float64."""
+        self.count, self._mean, self._squares = 0, None, None
+        for state in states:
+            count, moments = int(state[0]), state[1:].view(2, self.batch, self.groups)
+            if count:
+                self._merge(count, *(moments.to(device) if device.type in ("cpu", "cuda") else moments))
+
+    def _merge(self, count: int, mean: Tensor, squares: Tensor) -> None:
         if self._mean is None or self._squares is None:
             self.count, self._mean, self._squares = count, mean, squares
             return

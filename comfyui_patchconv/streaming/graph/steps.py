@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import lcm, prod
-from typing import Any, Optional
+from typing import Optional, Protocol
 
 import torch
 from torch import Tensor
@@ -52,15 +52,34 @@ class Whole(Step):
         return self.function(pieces)
 
 
-class Reduce(Step):
-    """What comes of all rows and takes little room itself: statistics, means over the image.
+class Accumulator(Protocol):
+    """Gathers a reduction, rows by rows. numbers: how many `state` has, whatever the rows were."""
 
-    `start()` makes an accumulator with `add(piece, first, last)` and `result(like)`, which writes to `like`.
-    """
+    numbers: int
+
+    def add(self, piece: Tensor, first: int, last: int) -> None:
+        """Rows `[first, last)`."""
+        ...
+
+    def state(self) -> Tensor:
+        """What it has gathered, `[numbers]` of 8 bytes each on the CPU; the first is 0 while that is nothing."""
+        ...
+
+    def merge(self, states: Sequence[Tensor]) -> None:
+        """Have gathered what those have whose states these are, in this order, and nothing else."""
+        ...
+
+    def result(self, like: Tensor) -> None:
+        """Write the result to `like`."""
+        ...
+
+
+class Reduce(Step):
+    """What comes of all rows and takes little room itself: statistics, means over the image. `start()` gathers it."""
 
     reduces = True
 
-    def __init__(self, start: Callable[[], Any]) -> None:
+    def __init__(self, start: Callable[[], Accumulator]) -> None:
         self.start = start
 
     def needs(self, first: int, last: int) -> Sequence[Span]:

@@ -21,18 +21,25 @@ def choose(
     budget: Optional[int] = None,
     held: int = 0,
     room: Callable[[], int] = lambda: 1 << 62,
+    ranks: int = 1,
 ) -> Schedule:
     """The schedule for `roots`: the least work of those that stay within `budget`, and that find `room` for what they
     offload.
 
     Where none does, the one that offloads least, or one for a smaller budget that takes less; without a budget,
     the one of the lowest peak. keep, held: see `Passes`. room: bytes that can be offloaded, asked where it matters.
+    ranks: see `Passes`.
     """
 
     ways = Ways()
+    spare: Optional[int] = None
+    if ranks > 1 and budget is None:  # strips that one process has room for beside its maps are too high for a band
+        alone = Passes(roots, keep, tuning, None, None, held, ways).plan()
+        assert alone is not None
+        spare = alone.peak // ranks
 
     def trial(size: Optional[int], budget: Optional[int], below: Optional[float] = None) -> Optional[Schedule]:
-        return Passes(roots, keep, tuning, budget, size, held, ways).plan(below)
+        return Passes(roots, keep, tuning, budget, size, held, ways, ranks, spare).plan(below)
 
     first = trial(None, budget)
     assert first is not None

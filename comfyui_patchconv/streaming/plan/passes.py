@@ -9,7 +9,7 @@ from ..graph.node import Node
 from .cost import seconds_of
 from .schedule import Apply, Pass, Schedule, Target, Tuning
 from .sweep import Sweep
-from .way import Ways
+from .way import Way, Ways
 
 
 class Passes:
@@ -18,16 +18,18 @@ class Passes:
     keep: maps on the way that the program may still ask for behind this schedule. budget: bytes to stay within; None
     for no limit.
     recomputed_from: maps of so many bytes that are cheap to recompute from a smaller one are recomputed wherever they
-    are read; None for never. held: bytes that lie on the device already.
+    are read; None for never. held: bytes that lie on the device already. ranks: how many processes do it together: each
+    stores a band of a map's rows, unless it is stored whole. spare: see `Sweep`.
     """
 
     def __init__(
         self, roots: Sequence[Node], keep: Sequence[Node], tuning: Tuning, budget: Optional[int],
-        recomputed_from: Optional[int] = None, held: int = 0, ways: Optional[Ways] = None,
+        recomputed_from: Optional[int] = None, held: int = 0, ways: Optional[Ways] = None, ranks: int = 1,
+        spare: Optional[int] = None,
     ) -> None:  # fmt: skip
         self.schedule = Schedule()
         self._roots, self._tuning, self._budget, self._recomputed_from = list(roots), tuning, budget, recomputed_from
-        self._held, self._offloaded_bytes = held, 0
+        self._held, self._offloaded_bytes, self._ranks, self._spare = held, 0, ranks, spare
         self._ways, self._state = ways or Ways(), 0
         self._way = self._ways.steps_to(roots, (), self._state)
         self._final, self._outer = {*roots}, {*keep}
@@ -295,7 +297,7 @@ class Passes:
         wanted = [*roots, *self._kept_for_later(roots)]
         best, cut = self._tuning.worth_a_cut * self._sweep(wanted).workspace, None
         for frontier in sweep.way.frontiers:
-            size = sum(node.bytes for node in frontier)
+            size = sum(self._bytes_here(self._target(node)) for node in frontier)
             if size < best and not any(node in self._left for node in frontier):
                 first = [*frontier, *self._kept_for_later(frontier)]
                 behind = [node for node in wanted if node not in first]
@@ -317,13 +319,16 @@ class Passes:
         key = tuple(roots), tuple((dims or {}).items())
         if key not in self._known_sweeps:
             way = self._ways.way(roots, self._stored, self._state, dims)
-            self._known_sweeps[key] = Sweep(way, self._tuning, self._budget, self._offloaded)
+            self._known_sweeps[key] = self._sweep_along(way)
         return self._known_sweeps[key]
 
     def _sweep_behind(self, first: Sequence[Node], roots: Sequence[Node]) -> Sweep:
         """The one to `roots`, were those `first` stored."""
         way = self._ways.way(roots, {*self._stored, *first}, self._ways.after(self._state, first))
-        return Sweep(way, self._tuning, self._budget, self._offloaded)
+        return self._sweep_along(way)
+
+    def _sweep_along(self, way: Way) -> Sweep:
+        return Sweep(way, self._tuning, self._budget, self._offloaded, self._ranks, self._spare)
 
     # Passes
 
@@ -438,20 +443,29 @@ class Passes:
         return [node for node in freed if node not in self._final and node not in self._outer]
 
     def _release(self, node: Node) -> None:
-        if self._stored[node].offloaded:
-            self._offloaded_bytes -= node.bytes
+        target = self._stored[node]
+        if target.offloaded:
+            self._offloaded_bytes -= self._bytes_here(target)
         else:
-            self._held -= node.bytes
+            self._held -= self._bytes_here(target)
+
+    def _bytes_here(self, target: Target) -> int:
+        """Bytes that a process stores of a map, at most."""
+        node = target.node
+        if node.home is not None:
+            return 0
+        return node.bytes if target.whole else -(-node.rows // self._ranks) * node.row_bytes
 
     def _place(self, targets: Sequence[Target], sweep: Sweep, shrinking: Sequence[Node]) -> None:
         """Decide for each new map whether it has to be offloaded."""
         cpu = sweep.way.device.type == "cpu"
-        freed = sum(node.bytes for node in shrinking if not self._stored[node].offloaded)
-        given_back = sum(node.bytes for node in shrinking if self._stored[node].offloaded)
+        shrinks = [self._stored[node] for node in shrinking]
+        freed = sum(self._bytes_here(target) for target in shrinks if not target.offloaded)
+        given_back = sum(self._bytes_here(target) for target in shrinks if target.offloaded)
         growth = offloaded = 0
         held = self._held + sweep.workspace
         for target in targets:
-            size = target.node.bytes if target.node.home is None else 0
+            size = self._bytes_here(target)
             movable = not target.result and (cpu or not target.whole) and target.node.device == sweep.way.device
             given = freed if cpu or not target.whole else 0  # what is one tensor takes its memory at once, but on a CPU
             target.offloaded = movable and size > 0 and not _fits(self._budget, held, given, size)

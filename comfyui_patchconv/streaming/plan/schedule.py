@@ -16,13 +16,15 @@ class Tuning:
     strip_bytes: of all strips of the widest step that are alive at once; None for what suits the device.
     allocator_bytes: what an allocator may keep of freed strips before it is told to hand them back; None for what suits
     the device. always: stream even where eager would take less memory, or a little more memory and less time.
-    worth_a_cut: a pass is split in two where that takes less than this share of its memory.
+    worth_a_cut: a pass is split in two where that takes less than this share of its memory. silent_seconds: after which
+    a rank that nothing is heard of ends the call of all.
     """
 
     strip_bytes: Optional[int] = None
     allocator_bytes: Optional[int] = None
     always: bool = False
     worth_a_cut: float = 0.8
+    silent_seconds: float = 60.0
 
 
 USUAL = Tuning()

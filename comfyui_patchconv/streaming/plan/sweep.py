@@ -46,18 +46,25 @@ class Sweep:
 
     way: its steps. strip_rows: of the rows of the tallest root, how many come at once. line_bytes: of all line buffers.
     workspace: bytes that it takes beside stored maps. keeping: the steps that keep their kernels. offloaded: the stored
-    maps that do not lie on the device.
+    maps that do not lie on the device. ranks: how many processes do it together, each a band of its rows. spare: bytes
+    of which costs may take a part where there is no budget; None for any number.
     """
 
-    def __init__(self, way: Way, tuning: Tuning, budget: Optional[int], offloaded: Collection[Node] = ()) -> None:
+    def __init__(
+        self, way: Way, tuning: Tuning, budget: Optional[int], offloaded: Collection[Node] = (), ranks: int = 1,
+        spare: Optional[int] = None,
+    ) -> None:  # fmt: skip
         self.way, self._tuning, self._budget, self._offloaded = way, tuning, budget, offloaded
+        self._spare = budget if budget is not None else spare
         height = max(way.height, 1)
+        band = -(-height // ranks)
         share = way.widest // height
         suitable = tuning.strip_bytes if tuning.strip_bytes is not None else strip_bytes(way.device.type)
         self._suitable = suitable
         rows = min(max(suitable // _STRIPS_AT_ONCE // max(share, 1), 1), height)
-        self.strip_rows = self._whole_groups(max(rows, self._rows_worth_their_costs(share, height)))
-        single = self.strip_rows >= height  # there is no next strip
+        rows = min(max(rows, self._rows_worth_their_costs(share, height)), band)
+        self.strip_rows = rows if rows == band < height else self._whole_groups(rows)
+        single = self.strip_rows >= band  # there is no next strip
         self.line_bytes = 0 if single else 2 * sum(node.row_bytes * way.shared[node] for node in way.kept)
         self.keeping = self._keeping_kernels()
         self.workspace = self._bytes_beside_maps()
@@ -81,10 +88,10 @@ class Sweep:
                 rows = max(rows, -(-node.step.least_rows * height // max(node.rows, 1)))
         if self._tuning.strip_bytes is None:
             rows = max(rows, self._rows_worth_their_halos(height))
-        if self._budget is not None:
+        if self._spare is not None:
             alive = self._bytes_alive([node.bytes / height for node in self.way.order])
             row_bytes = max(_STRIPS_AT_ONCE * row_bytes, int(alive) + _COPIES * row_bytes)
-            rows = min(rows, self._budget // _SHARE_FOR_COSTS // max(row_bytes, 1))
+            rows = min(rows, self._spare // _SHARE_FOR_COSTS // max(row_bytes, 1))
         return min(rows, height)
 
     def _rows_worth_their_halos(self, height: int) -> int:

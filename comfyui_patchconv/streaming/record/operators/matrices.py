@@ -96,18 +96,19 @@ def _summed_over_rows(call: Call, one: Node, other: Node) -> Node:
     spec = Spec((*batch, m + n, k), tuple(strides), 0, one.dtype)
     step = RowLocal(lambda pieces, first, last: torch.cat((pieces[0], pieces[1].mT), -2), 2, moves=True)
     both = call.recorder.node(step, [one, other], [count - 1, count - 2], spec, call.device, count - 1)
-    return call.node(Reduce(lambda: _Product(m)), [both], [count - 1], None)
+    shape = call.spec.shape
+    return call.node(Reduce(lambda: _Product(m, shape)), [both], [count - 1], None)
 
 
 class _Product:
     """A product of matrices, summed over what is `[…, M + N, rows]` of both: of each strip in single precision at
     least, the sum in double precision where its device has that.
 
-    first: M.
+    first: M. shape: the product's.
     """
 
-    def __init__(self, first: int) -> None:
-        self._first = first
+    def __init__(self, first: int, shape: Sequence[int]) -> None:
+        self._first, self._shape, self.numbers = first, shape, 1 + prod(shape)
         self._value: Optional[Tensor] = None
 
     def add(self, piece: Tensor, first: int, last: int) -> None:
@@ -115,6 +116,15 @@ class _Product:
         one, other = wide.tensor_split((self._first,), -2)
         part = in_float64(one @ other.mT)
         self._value = part if self._value is None else self._value + part
+
+    def state(self) -> Tensor:
+        if self._value is None:
+            return torch.zeros(self.numbers, dtype=torch.float64)
+        return torch.cat((torch.ones(1, dtype=torch.float64), self._value.reshape(-1).cpu()))
+
+    def merge(self, states: Sequence[Tensor]) -> None:
+        parts = [state[1:].view(*self._shape) for state in states if state[0]]
+        self._value = torch.stack(parts).sum(0)
 
     def result(self, like: Tensor) -> None:
         assert self._value is not None

@@ -48,7 +48,8 @@ def _normalised(call: Call, input: Any, groups: int, weight: Any, bias: Any, eps
     batch, channels = input.shape[:2]
     wide = torch.promote_types(call.spec.dtype, torch.float32)
     spec = Spec((4, batch * channels), (batch * channels, 1), 0, wide)
-    reduce = Reduce(lambda: _Line(groups, channels, weight, bias, eps, wide))
+    shape, device = input.shape, call.device
+    reduce = Reduce(lambda: _Line(groups, shape, weight, bias, eps, wide, device))
     reduce.name = call.name
     line = call.recorder.node(reduce, [input], [dim], spec, call.device, None)
     return call.node(RowLocal(_line_by_line, 1, cheap=True), [input, line], [dim, None], dim)
@@ -70,13 +71,22 @@ class _Line:
     """Gathers the statistics of a group norm, and makes of them what each channel is multiplied by and added to."""
 
     def __init__(
-        self, groups: int, channels: int, weight: Optional[Held], bias: Optional[Held], eps: float, dtype: torch.dtype
-    ) -> None:
-        self.statistics = Statistics(groups)
-        self.channels, self.weight, self.bias, self.eps, self.dtype = channels, weight, bias, eps, dtype
+        self, groups: int, shape: Sequence[int], weight: Optional[Held], bias: Optional[Held], eps: float,
+        dtype: torch.dtype, device: torch.device,
+    ) -> None:  # fmt: skip
+        batch, self.channels = shape[:2]
+        self.statistics = Statistics(groups, batch)
+        self.numbers = self.statistics.numbers
+        self.weight, self.bias, self.eps, self.dtype, self.device = weight, bias, eps, dtype, device
 
     def add(self, piece: Tensor, first: int, last: int) -> None:
         self.statistics.add(piece)
+
+    def state(self) -> Tensor:
+        return self.statistics.state()
+
+    def merge(self, states: Sequence[Tensor]) -> None:
+        self.statistics.merge(states, self.device)
 
     def result(self, like: Tensor) -> None:
         """Write it to `like`, `[4, N·C]`: a mean of 0, a variance of 1, the factors, and what is added."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, Optional
 
@@ -50,7 +50,8 @@ def _gathered(call: Call, input: Node, given: dict[str, Any], dims: list[int], d
     correction = given.get("correction", 1 if given.get("unbiased", True) else 0)
     correction = 1 if correction is None else correction
     shape, size = call.spec.shape, prod(input.shape[one] for one in dims)
-    step = Reduce(lambda: _Gathered(name, dims, size, shape, correction))
+    integers, device = not input.dtype.is_floating_point, call.device
+    step = Reduce(lambda: _Gathered(name, dims, size, shape, correction, integers, device))
     step.name = name
     node = call.recorder.node(step, [input], [dim], call.spec, call.device, None)
     return node
@@ -59,32 +60,57 @@ def _gathered(call: Call, input: Node, given: dict[str, Any], dims: list[int], d
 class _Gathered:
     """A reduction, gathered piece by piece: sums in float64, variances merged with the term between pieces."""
 
-    def __init__(self, name: str, dims: list[int], size: int, shape: Any, correction: float) -> None:
+    def __init__(
+        self, name: str, dims: list[int], size: int, shape: Sequence[int], correction: float, integers: bool,
+        device: torch.device,
+    ) -> None:  # fmt: skip
         self.name, self.dims, self.size, self.shape, self.correction = name, dims, size, shape, correction
-        self._count = 0
+        self.numbers = 1 + prod(shape) * (2 if name in ("var", "std") else 1)
+        self._integers, self._device, self._count = integers, device, 0
         self._value: Optional[Tensor] = None
         self._squares: Optional[Tensor] = None
 
     def add(self, piece: Tensor, first: int, last: int) -> None:
         if self.name in ("amax", "amin"):
-            part = getattr(torch, self.name)(piece, self.dims, True)
-            join = torch.maximum if self.name == "amax" else torch.minimum
-            self._value = part if self._value is None else join(self._value, part)
+            self._join(getattr(torch, self.name)(piece, self.dims, True))
             return
-        wide = piece.double() if piece.dtype.is_floating_point and _has_float64(piece) else piece
+        wide = piece.double() if piece.dtype.is_floating_point and _has_float64(piece.device) else piece
         if self.name in ("sum", "mean"):
             part = wide.sum(self.dims, True)
         elif self.name in ("linalg_vector_norm", "norm"):
             part = wide.square().sum(self.dims, True)
         else:
-            self._add_moments(wide)
+            count = prod(wide.shape[dim] for dim in self.dims)
+            squares, mean = torch.var_mean(wide, self.dims, correction=0, keepdim=True)
+            self._join_moments(count, mean, squares * count)
             return
-        self._value = part if self._value is None else self._value + part
+        self._join(part)
 
-    def _add_moments(self, wide: Tensor) -> None:
-        count = prod(wide.shape[dim] for dim in self.dims)
-        squares, mean = torch.var_mean(wide, self.dims, correction=0, keepdim=True)
-        squares = squares * count
+    def state(self) -> Tensor:
+        if self._value is None:
+            return torch.zeros(self.numbers, dtype=torch.float64)
+        parts = [self._value] if self._squares is None else [self._value, self._squares]
+        flat = torch.cat([part.reshape(-1).cpu() for part in parts])
+        flat = flat.double() if flat.is_floating_point() else flat.long().view(torch.float64)  # integers bit by bit
+        return torch.cat((torch.tensor([max(self._count, 1)], dtype=torch.float64), flat))
+
+    def merge(self, states: Sequence[Tensor]) -> None:
+        self._value = self._squares = None
+        for state in states:
+            if not state[0]:
+                continue
+            values = state[1:].view(torch.int64) if self._integers else state[1:]
+            values = values.to(self._device) if _has_float64(self._device) else values
+            if self.name in ("var", "std"):
+                self._join_moments(int(state[0]), *values.view(2, *self.shape))
+            else:
+                self._join(values.view(self.shape))
+
+    def _join(self, part: Tensor) -> None:
+        join = {"amax": torch.maximum, "amin": torch.minimum}.get(self.name, torch.add)
+        self._value = part if self._value is None else join(self._value, part)
+
+    def _join_moments(self, count: int, mean: Tensor, squares: Tensor) -> None:
         if self._value is None or self._squares is None:
             self._count, self._value, self._squares = count, mean, squares
             return
@@ -109,8 +135,8 @@ class _Gathered:
         like.copy_(value.reshape(self.shape))
 
 
-def _has_float64(piece: Tensor) -> bool:
-    return piece.device.type in ("cpu", "cuda", "meta")
+def _has_float64(device: torch.device) -> bool:
+    return device.type in ("cpu", "cuda", "meta")
 
 
 def pooled_to_one(call: Call) -> Optional[Node]:
@@ -123,8 +149,8 @@ def pooled_to_one(call: Call) -> Optional[Node]:
     dim = dim_of(input, (0, 1))
     if dim is None:
         return None
-    size, shape = prod(input.shape[2:]), call.spec.shape
-    step = Reduce(lambda: _Gathered("mean", dims, size, shape, 0))
+    size, shape, device = prod(input.shape[2:]), call.spec.shape, call.device
+    step = Reduce(lambda: _Gathered("mean", dims, size, shape, 0, False, device))
     step.name = call.name
     return call.recorder.node(step, [input], [dim], call.spec, call.device, None)
 

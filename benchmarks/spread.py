@@ -1,0 +1,245 @@
+"""One decode over several processes: what each takes, what it sends to the others, and how long it all takes.
+
+    python benchmarks/spread.py measured [--size 256] [--ranks 1 2 3 4] [--rounds 3]
+    python benchmarks/spread.py reckoned [--sizes 1024 2048] [--ranks 1 2 4 8 16 32 64]
+
+The decoder of Stable Diffusion's VAE at full width, with random weights, in float32.
+
+measured: the ranks are processes of one thread on this machine, which talk over Gloo; each number of them runs in fresh
+processes, whose first decode is not measured. The largest peak of a rank is the kernel's mark of its resident memory
+beyond what was in use before (the weights and the latent), and beside it what was planned. What is sent stands beside
+what is reckoned for it.
+reckoned: nothing is computed. The plan for so many ranks, and the rows that its passes read of others' bands, give each
+rank's peak, bytes and messages; `LINKS` what these take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import torch
+import torch.distributed as dist
+from harness import latent_of, publish, run_fresh
+from torch import Tensor, nn
+
+import comfyui_patchconv.streaming.call as calls_module
+from comfyui_patchconv.files.vae import random_vae
+from comfyui_patchconv.memory.recorder import Recorder
+from comfyui_patchconv.streaming import Streamed, Tuning, expect
+from comfyui_patchconv.streaming.graph.node import Node
+from comfyui_patchconv.streaming.plan.schedule import Pass, Schedule
+from comfyui_patchconv.streaming.spread.bands import band, moves_before
+from comfyui_patchconv.streaming.spread.together import AT_ONCE
+
+MB = 1e6
+ALWAYS = Tuning(always=True)
+
+
+def measured(decoder: nn.Module, latent: Tensor, rounds: int) -> dict[str, Any]:
+    """What one rank found."""
+    runner = Streamed(group=dist.group.WORLD, tuning=ALWAYS)
+
+    def run() -> Tensor:
+        return runner.call(decoder, (latent,), {})
+
+    run()
+    sent, messages, seconds, peaks = runner.sent, runner.messages, [], []
+    for _ in range(rounds):
+        dist.barrier()
+        with Recorder() as recorder:
+            result = run()
+        seconds.append(recorder.seconds)
+        peaks.append(recorder.peak)
+    found = {"sent": (runner.sent - sent) / rounds, "messages": (runner.messages - messages) / rounds}
+    call, error = runner.last, 0.0
+    assert call is not None
+    if dist.get_rank() == 0:
+        eager = decoder(latent)
+        error = float((result - eager).abs().max() / (eager.max() - eager.min()))
+    return found | {"seconds": min(seconds), "peak": max(peaks), "planned": call.peak, "error": error}
+
+
+def worker(case: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each of the ranks found, which share the weights' memory."""
+    torch.set_num_threads(1)
+    decoder, latent, ranks = random_vae().decoder, latent_of(case), case["ranks"]
+    processes = []
+    with tempfile.TemporaryDirectory() as folder:
+        for rank in range(ranks):
+            process = os.fork()
+            if not process:
+                store = dist.FileStore(str(Path(folder, "store")), ranks)  # type: ignore[reportPrivateImportUsage]
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+                with torch.inference_mode():
+                    found = measured(decoder, latent, case["rounds"])
+                Path(folder, f"{rank}.json").write_text(json.dumps(found))
+                dist.destroy_process_group()
+                os._exit(0)
+            processes.append(process)
+        codes = [os.waitpid(process, 0)[1] for process in processes]
+        if any(codes):
+            raise SystemExit(f"a rank ended with {max(codes)}")
+        return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+# Reckoned
+
+
+LINKS = {"NVLink 4": (450e9, 10e-6), "PCIe 4.0 x16": (25e9, 20e-6), "100 Gbit/s": (12.5e9, 50e-6)}
+"""Bytes in a second, one way, and seconds for a message, assumed for each kind of link."""
+
+
+def planned(size: int, ranks: int) -> Schedule:
+    """The schedule of a decode that `ranks` do together."""
+    found: list[Schedule] = []
+    choose = calls_module.choose
+
+    def kept(roots: Any, keep: Any, tuning: Tuning, budget: Any, held: int, room: Any, _: int) -> Schedule:
+        found.append(choose(roots, keep, tuning, budget, held, room, ranks))
+        return found[-1]
+
+    calls_module.choose = kept
+    try:
+        side = size // 8
+        expect(random_vae().decoder, lambda copy, make: copy(make((1, 4, side, side))), device=torch.device("cpu"),
+               tuning=ALWAYS)  # fmt: skip
+    finally:
+        calls_module.choose = choose
+    return found[0]
+
+
+def traffic(schedule: Schedule, ranks: int) -> tuple[list[int], list[int]]:
+    """Bytes and messages that each rank sends for the passes of a schedule: rows beside others' bands, statistics, and
+    its band of what is stored whole."""
+    size, messages = [0] * ranks, [0] * ranks
+    stored: dict[Node, None] = {}
+    for step in schedule.steps:
+        if isinstance(step, Pass):
+            moves = moves_before(step, stored, ranks)
+            for move in moves:
+                size[move.owner] += move.bytes
+            for rank in range(ranks):
+                messages[rank] += len({move.reader for move in moves if move.owner == rank})
+            gathered = [node for target in step.targets for node in target.reductions]
+            whole = [target.node for target in step.targets if target.stored and target.whole]
+            for rank in range(ranks):
+                # A group norm's result is four numbers for each channel, and its state two for each of 32 groups.
+                size[rank] += (ranks - 1) * sum(8 * (1 + 2 * 32) for _ in gathered)
+                messages[rank] += (ranks - 1) * bool(gathered)
+                for node in whole:
+                    first, last = band(node.rows, rank, ranks)
+                    size[rank] += (ranks - 1) * (last - first) * node.row_bytes
+                    messages[rank] += (ranks - 1) * -(-(last - first) // max(AT_ONCE // node.row_bytes, 1))
+            stored |= {target.node: None for target in step.targets if target.stored and not target.whole}
+        for node in step.freed:
+            stored.pop(node, None)
+    return size, messages
+
+
+def publish_reckoned(args: argparse.Namespace) -> None:
+    rows = []
+    for size in args.sizes:
+        one = planned(size, 1).peak
+        for ranks in args.ranks:
+            schedule = planned(size, ranks)
+            sent, messages = (max(found) for found in traffic(schedule, ranks))
+            times = [1e3 * (messages * each + sent / bandwidth) for bandwidth, each in LINKS.values()]
+            peaks = f"{schedule.peak / MB:.0f}", f"{schedule.peak / one:.3f}"
+            rows.append(
+                [f"{size}²", str(ranks), *peaks, f"{sent / MB:.1f}", str(messages), *(f"{t:.2f}" for t in times)]
+            )
+    links = "; ".join(
+        f"{name}: {bandwidth / 1e9:g} GB/s, {1e6 * each:g} µs" for name, (bandwidth, each) in LINKS.items()
+    )
+    publish(
+        "spread_reckoned",
+        "One decode over many devices, reckoned",
+        "A decode by the decoder of Stable Diffusion's VAE at full width, in float32: the peak that is planned for "
+        "each rank, what the rank that sends most sends, and how long its messages take one after the other, were "
+        f"nothing computed meanwhile. Assumed, for a byte one way and for a message: {links}. Nothing of it was run.",
+        ["image", "ranks", "peak MB", "peak / one rank's", "sent MB", "messages", *(f"{name} ms" for name in LINKS)],
+        rows,
+        device="cpu",
+        packages=["diffusers"],
+    )
+
+
+# Both
+
+
+def row(ranks: int, found: list[dict[str, Any]], one: list[dict[str, Any]], reckoned: list[int]) -> list[str]:
+    def most(key: str, of: list[dict[str, Any]] = found) -> float:
+        return max(rank[key] for rank in of)
+
+    sent = [rank["sent"] / MB for rank in found]
+    return [
+        str(ranks),
+        *(f"{most(key) / MB:.1f}" for key in ("peak", "planned")),
+        f"{most('peak') / most('peak', one):.3f}",
+        f"{min(sent):.2f} to {max(sent):.2f}",
+        f"{min(reckoned) / MB:.2f} to {max(reckoned) / MB:.2f}",
+        f"{most('messages'):.0f}",
+        f"{most('seconds'):.2f}",
+        f"{most('seconds', one) / most('seconds'):.2f}",
+        f"{most('error'):.1e}",
+    ]
+
+
+def publish_measured(args: argparse.Namespace) -> None:
+    rows, one = [], []
+    for ranks in args.ranks:
+        case = {"size": args.size, "ranks": ranks, "rounds": args.rounds}
+        found = run_fresh(case, [sys.executable, __file__])
+        print(f"  {case} -> {found}", file=sys.stderr, flush=True)
+        if "error" in found:
+            raise SystemExit(found["error"])
+        one = one or found["ranks"]
+        reckoned, _ = traffic(planned(args.size, ranks), ranks)
+        rows.append(row(ranks, found["ranks"], one, reckoned))
+    publish(
+        "spread",
+        "One decode over several processes",
+        f"A decode of {args.size}² by the decoder of Stable Diffusion's VAE at full width, in float32, over processes "
+        f"of one thread each on one machine of {os.cpu_count()} cores, by Gloo. Peaks are the largest of a rank, "
+        "beyond weights and latent; what is sent is each rank's, the result's band to all others included, and beside "
+        f"it what is reckoned for it. Seconds are the least of {args.rounds} decodes.",
+        [
+            "ranks", "peak MB", "planned MB", "peak / one rank's", "sent MB", "reckoned MB", "messages", "s",
+            "speed / one rank's", "largest error",
+        ],
+        rows,
+        device="cpu",
+        packages=["diffusers"],
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
+    tables = parser.add_subparsers()
+    measures = tables.add_parser("measured")
+    measures.add_argument("--size", type=int, default=256)
+    measures.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4])
+    measures.add_argument("--rounds", type=int, default=3)
+    measures.set_defaults(publish=publish_measured)
+    reckons = tables.add_parser("reckoned")
+    reckons.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048])
+    reckons.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    reckons.set_defaults(publish=publish_reckoned)
+    args = parser.parse_args()
+    if args.worker is not None:
+        print(json.dumps({"ranks": worker(args.worker)}))
+    else:
+        args.publish(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The processes that torchrun started for one command: who they are, who talks, and who does which input."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+
+from ..streaming import SpreadError
+from .failures import SPREAD, attempt, each, failure, tell
+
+_ASKED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun tells each process."""
+
+
+_LONGEST = timedelta(days=7)
+"""Of what one process waits for that another one does alone; one that has ended is noticed at once."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """rank, count: which process this is, of how many. beside: how many of them are on this machine. group: theirs, to
+    stream over; None for one process. rows: whether they do each input together, a band of rows each, rather than one
+    input each."""
+
+    rank: int = 0
+    count: int = 1
+    beside: int = 1
+    group: Any = None
+    rows: bool = True
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes what it makes, and talks."""
+        return self.rank == 0 or not self.rows
+
+    def as_first_has_it(self, make: Callable[[], Any]) -> Any:
+        """What `make` gives, or raises, on rank 0, if they do each input together: files may have come meanwhile.
+
+        The others wait for as long as rank 0 takes. Raises SpreadError where that has ended.
+        """
+        if self.count == 1 or not self.rows:
+            return make()
+        made: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                made[0] = make()
+            except Exception as error:
+                made[1] = error
+        try:
+            dist.broadcast_object_list(made, 0, self.group)
+        except RuntimeError as error:
+            other = "rank 0" if self.rank else "another rank"
+            raise SpreadError(f"{other} has ended: see what it said last, and start all ranks again.") from error
+        if made[1] is not None:
+            raise made[1]
+        return made[0]
+
+
+def launched() -> bool:
+    """Whether several processes were started for this command, as torchrun does."""
+    return all(name in os.environ for name in _ASKED) and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def device_of(wanted: Optional[torch.device]) -> torch.device:
+    """The device of this process: the one that is asked for, else the GPU of its number on this machine, else the
+    CPU."""
+    if wanted is not None and (wanted.type != "cuda" or wanted.index is not None):
+        return wanted
+    found = wanted or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if found.type != "cuda" or not launched():
+        return found
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+
+
+@contextmanager
+def team_of(spread: Optional[str], inputs: int, device: torch.device) -> Iterator[Team]:
+    """Within the block, the processes of this command as a team; what goes wrong there is said once.
+
+    spread: `"rows"` or `"pictures"`; None for rows of a single input, and pictures where there are several. Raises
+    ValueError where several processes were asked for and there is no `torch.distributed`.
+    """
+    if not launched():
+        yield Team()
+        return
+    if not dist.is_available():
+        raise ValueError("this PyTorch is built without torch.distributed: start the command without torchrun.")
+    rank, count, beside = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    nccl = device.type == "cuda" and beside <= torch.cuda.device_count() and dist.is_nccl_available()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if nccl else "gloo", timeout=_LONGEST)
+    team = Team(rank, count, beside, dist.group.WORLD, (spread or ("rows" if inputs == 1 else "pictures")) == "rows")
+    try:
+        with open(os.devnull, "w") as nowhere, ExitStack() as silent:
+            if not team.writes:
+                silent.enter_context(redirect_stdout(nowhere))
+                silent.enter_context(redirect_stderr(nowhere))
+            elif isinstance(sys.stdout, io.TextIOWrapper):
+                sys.stdout.reconfigure(line_buffering=True)  # several print at a time
+            yield team
+    except (Exception, KeyboardInterrupt) as error:
+        found = failure(error)
+        if found is None or rank == _speaker(error):
+            raise
+        raise SystemExit(found[1]) from error
+    finally:
+        with suppress(Exception):  # of a group that is broken
+            dist.destroy_process_group()
+
+
+def _speaker(error: BaseException) -> int:
+    """The rank that says what went wrong: the first one, unless it is that which is gone."""
+    return int(isinstance(error, SpreadError) and str(error).startswith("rank 0 has ended"))
+
+
+def of_all(team: Team, inputs: Sequence[Path], work: Callable[[Path], None]) -> int:
+    """Do `work` for each input, together or each taken by the next process that is free; the exit code.
+
+    One that fails does not end the others, unless it is a rank that failed. Those that failed are named at the end.
+    """
+    if team.count == 1 or team.rows:
+        return each(inputs, work)
+    store: Any = dist.distributed_c10d._get_default_store()
+    failed: list[tuple[Path, int]] = []
+    while True:
+        place = store.add("patchconv next", 1) - 1
+        if place >= len(inputs):
+            break
+        code = attempt(inputs[place], work)
+        if code:
+            failed.append((inputs[place], code))
+    found: list[Any] = [None] * team.count
+    dist.all_gather_object(found, failed)
+    names = [f"{path}" for some in found for path, _ in some]
+    if names and team.rank == 0:
+        tell(f"{len(names)} of {len(inputs)} failed: {', '.join(sorted(names))}.")
+    return SPREAD if names else 0

@@ -1,0 +1,222 @@
+"""Sends to the other ranks of a process group, and receives from them."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Optional
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..errors import SpreadError
+from .watch import Watch
+
+_c10d: Any = dist.distributed_c10d
+
+_FOREVER = timedelta(days=365)
+"""For a wait that `Watch` ends: Gloo closes a connection on which a wait ran out."""
+
+_LOOK = 0.25
+"""Seconds between two looks at who is there, while one waits."""
+
+_ASK = 5e-4
+"""Seconds between two looks at whether it is done, of a device's message."""
+
+
+class _Past:
+    """Of a group: how many calls its ranks have made together, and why they can make no more."""
+
+    def __init__(self) -> None:
+        self.calls, self.failed = 0, ""
+
+
+_pasts: WeakKeyDictionary[Any, _Past] = WeakKeyDictionary()
+
+
+class Ranks:
+    """This process among those of `group`.
+
+    rank, count: which one it is, of how many. sent, messages: bytes sent to others so far, and in how many pieces.
+    seconds: how long another one may be silent. Raises ValueError where this process is none of the group.
+    """
+
+    def __init__(self, group: Any, seconds: float) -> None:
+        if not dist.is_available() or not dist.is_initialized():
+            raise ValueError(
+                f"group is {group!r} and there are no process groups: call torch.distributed.init_process_group first, "
+                "or leave group out."
+            )
+        self.rank = dist.get_rank(group)
+        if self.rank < 0:
+            raise ValueError("group is a process group that this process is not in: call it on its own ranks alone.")
+        self._group, self._seconds = group, seconds
+        self._ranks: list[int] = dist.get_process_group_ranks(group)
+        self.count = len(self._ranks)
+        nccl = dist.get_backend(group) == "nccl"
+        self.device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+        self._asks = nccl  # its works say when they are done
+        self._past = _pasts.setdefault(group, _Past())
+        self._watch: Optional[Watch] = None
+        self._before: list[Watch] = []
+        self.sent = self.messages = 0
+
+    # One call
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Within the block the ranks make one call together: what one raises there ends it for all of them."""
+        if self._past.failed:
+            raise SpreadError(f"the ranks of this group cannot go on: {self._past.failed}")
+        self._past.calls += 1
+        name = f"patchconv {' '.join(map(str, self._ranks))} {self._past.calls}"
+        store = _c10d.PrefixStore(name, _c10d._get_default_store())
+        self._watch = watch = Watch(store, self.rank, self.count, self._seconds)
+        try:
+            yield
+        except SpreadError as error:
+            self._past.failed = str(error)
+            raise
+        except BaseException as error:
+            text = f"rank {self.rank} raised {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            self._past.failed = str(watch.fail(text))
+            raise
+        finally:
+            watch.end()
+            self._watch = None
+        self._before.append(watch)
+        for old in self._before[:-2]:  # all have ended that, who have begun the one before this
+            old.forget()
+        del self._before[:-2]
+
+    # Bytes
+
+    def exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> None:
+        """Send each rank the bytes for it, and fill those that come from each: flat uint8 tensors on `device`.
+
+        Others have to expect the same. Raises SpreadError where that cannot be.
+        """
+        assert self._watch is not None
+        if not incoming and not outgoing:
+            return
+        self.sent += sum(tensor.nbytes for tensor in outgoing.values())
+        self.messages += len(outgoing)
+        operations = [
+            (peer, dist.P2POp(function, tensor, self._ranks[peer], self._group))
+            for function, some in ((dist.irecv, incoming), (dist.isend, outgoing))
+            for peer, tensor in some.items()
+        ]
+        with _disable_current_modes():
+            if self._asks:
+                self._wait_for_device(dist.batch_isend_irecv([operation for _, operation in operations]))
+            else:
+                self._wait([(peer, self._begun(peer, operation)) for peer, operation in operations])
+
+    def _begun(self, peer: int, operation: Any) -> Any:
+        """One message on its way: each by itself, to know whose could not be."""
+        try:
+            return dist.batch_isend_irecv([operation])[0]
+        except RuntimeError as error:
+            raise self._lost(peer) from error
+
+    def _wait(self, works: Sequence[tuple[int, Any]]) -> None:
+        assert self._watch is not None
+        failed: list[tuple[int, Exception]] = []
+        thread = threading.Thread(target=_wait_for_all, args=(works, failed), daemon=True)
+        thread.start()
+        thread.join(_LOOK)
+        while thread.is_alive():
+            self._watch.look()
+            thread.join(_LOOK)
+        if failed:
+            peer, error = failed[0]
+            raise self._lost(peer) from error
+
+    def _wait_for_device(self, works: Sequence[Any]) -> None:
+        assert self._watch is not None
+        looked = time.monotonic()
+        while not all(work.is_completed() for work in works):
+            time.sleep(_ASK)
+            if time.monotonic() - looked > _LOOK:
+                self._watch.look()
+                looked = time.monotonic()
+        for work in works:  # what is computed next waits for it, too
+            work.wait()
+
+    def _lost(self, peer: int) -> SpreadError:
+        """What to raise where nothing goes to a rank or comes from it: what a rank has said, if one has."""
+        assert self._watch is not None
+        return self._watch.fail(
+            f"rank {peer} has ended or cannot be reached from rank {self.rank}: see what it said last, and start all "
+            "ranks again."
+        )
+
+    def of_all(self, mine: Tensor) -> list[Tensor]:
+        """What each rank gave: flat uint8 tensors on `device`, of one size."""
+        others = [rank for rank in range(self.count) if rank != self.rank]
+        found = {rank: torch.empty_like(mine) for rank in others}
+        self.exchange(dict.fromkeys(others, mine), found)
+        return [found.get(rank, mine) for rank in range(self.count)]
+
+    def room(self, size: int) -> Tensor:
+        """Room for so many bytes that come from another rank."""
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    # Objects
+
+    def to_first(self, value: Any) -> list[Any]:
+        """Rank 0 gets what each rank gives; the others get nothing."""
+        if self.rank:
+            self._send([0], value)
+            return []
+        others = range(1, self.count)
+        sizes = {rank: self.room(8) for rank in others}
+        self.exchange({}, sizes)
+        found = {rank: self.room(int(size.view(torch.int64))) for rank, size in sizes.items()}
+        self.exchange({}, found)
+        return [value, *(_loaded(found[rank]) for rank in others)]
+
+    def from_first(self, value: Any) -> Any:
+        """What rank 0 gives."""
+        if not self.rank:
+            self._send(range(1, self.count), value)
+            return value
+        size = self.room(8)
+        self.exchange({}, {0: size})
+        found = self.room(int(size.view(torch.int64)))
+        self.exchange({}, {0: found})
+        return _loaded(found)
+
+    def _send(self, to: Iterable[int], value: Any) -> None:
+        to = list(to)
+        written = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(self.device)
+        size = torch.tensor([written.numel()], dtype=torch.int64).view(torch.uint8).to(self.device)
+        self.exchange(dict.fromkeys(to, size), {})
+        self.exchange(dict.fromkeys(to, written), {})
+
+
+def _wait_for_all(works: Sequence[tuple[int, Any]], failed: list[tuple[int, Exception]]) -> None:
+    for peer, work in works:
+        try:
+            work.wait(_FOREVER)
+        except Exception as error:
+            failed.append((peer, error))
+            return
+
+
+def _loaded(written: Tensor) -> Any:
+    """A value that another rank has written: they trust each other, as the ranks of torch's own collectives do."""
+    return pickle.loads(bytes(written.tolist()))
+
+
+def bytes_of(values: Tensor, device: torch.device) -> Tensor:
+    """The bytes of a tensor on `device`, flat, in the order of its dimensions: a view where they lie so."""
+    dense = values.detach().to(device).contiguous()
+    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)  # a single value may have had any stride

@@ -1,0 +1,106 @@
+"""What the ranks of a group do together around each pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..execute.share import Stored
+from ..execute.stored import Single, Strips
+from ..graph.node import Node, Span
+from ..graph.steps import Accumulator
+from ..plan.schedule import Pass
+from .bands import Move, band, bands_of, moves_before
+from .ranks import Ranks, bytes_of
+
+AT_ONCE = 4 << 20
+"""Bytes of a rank's band that are on their way at once while a map is put together."""
+
+
+class Together:
+    """A `Share`: this rank's bands.
+
+    before: rows beside them come from those that store them, in one message from each. after: what was gathered is
+    merged in the order of the ranks, so that all have the same, and what is stored whole is put together everywhere.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._lent: list[Strips] = []
+
+    def bands(self, one_pass: Pass) -> dict[Node, Span]:
+        return bands_of(one_pass, self._ranks.rank, self._ranks.count)
+
+    def before(self, one_pass: Pass, stored: Mapping[Node, Stored]) -> None:
+        ranks = self._ranks
+        maps = {node: one for node, one in stored.items() if isinstance(one, Strips)}
+        moves = moves_before(one_pass, maps, ranks.count)
+        outgoing: dict[int, list[Tensor]] = {}
+        coming: dict[int, list[Move]] = {}
+        for move in moves:
+            if move.owner == ranks.rank:
+                rows = bytes_of(maps[move.node].read(*move.rows), ranks.device)
+                outgoing.setdefault(move.reader, []).append(rows)
+            elif move.reader == ranks.rank:
+                coming.setdefault(move.owner, []).append(move)
+        incoming = {owner: ranks.room(sum(move.bytes for move in some)) for owner, some in coming.items()}
+        ranks.exchange({reader: torch.cat(parts) for reader, parts in outgoing.items()}, incoming)
+        for owner, some in coming.items():
+            for move, part in zip(some, incoming[owner].split([move.bytes for move in some])):
+                here = maps[move.node]
+                here.beside.append((move.rows[0], _rows_of(part, move.node, here.dim)))
+                self._lent.append(here)
+
+    def after(self, one_pass: Pass, new: Mapping[Node, Stored], gathered: Mapping[Node, Accumulator]) -> None:
+        for strips in self._lent:
+            strips.beside = []
+        self._lent = []
+        if gathered:
+            self._merge(list(gathered.values()))
+        for target in one_pass.targets:
+            whole = new.get(target.node)
+            if isinstance(whole, Single):
+                self._put_together(whole, target.rows)
+
+    def _merge(self, gathered: Sequence[Accumulator]) -> None:
+        """Have each of these gather what those of all ranks have."""
+        sizes = [one.numbers for one in gathered]
+        mine = bytes_of(torch.cat([one.state() for one in gathered]), self._ranks.device)
+        states = [state.cpu().view(torch.float64).split(sizes) for state in self._ranks.of_all(mine)]
+        for place, one in enumerate(gathered):
+            one.merge([state[place] for state in states])
+
+    def _put_together(self, whole: Single, rows: int) -> None:
+        """Have all rows of a map here, of which each rank has its band."""
+        ranks, node = self._ranks, whole.node
+        row_bytes = node.bytes // max(rows, 1)
+        at_once = max(AT_ONCE // max(row_bytes, 1), 1)
+        bands = [band(rows, rank, ranks.count) for rank in range(ranks.count)]
+        for begin in range(0, max(last - first for first, last in bands), at_once):
+            parts = {
+                rank: (first + begin, min(first + begin + at_once, last))
+                for rank, (first, last) in enumerate(bands)
+                if first + begin < last
+            }
+            own = parts.pop(ranks.rank, None)
+            others = [rank for rank in range(ranks.count) if rank != ranks.rank]
+            outgoing = dict.fromkeys(others, bytes_of(whole.read(*own), ranks.device)) if own is not None else {}
+            incoming = {rank: ranks.room((last - first) * row_bytes) for rank, (first, last) in parts.items()}
+            ranks.exchange(outgoing, incoming)
+            for rank, (first, _) in parts.items():
+                whole.put(first, _rows_of(incoming[rank], node, whole.dim))
+
+
+def _rows_of(received: Tensor, node: Node, dim: int) -> Tensor:
+    """Rows of a map from their bytes."""
+    values = received.to(node.device)
+    if values.storage_offset() % node.itemsize:  # it lies behind rows of another type
+        values = values.clone()
+    shape = list(node.shape)
+    shape[dim] = 1
+    rows = values.numel() // max(prod(shape) * node.itemsize, 1)
+    shape[dim] = rows
+    return values.view(node.dtype).view(shape)

@@ -1,0 +1,168 @@
+"""`patchconv decode` and `encode` in several processes, started as torchrun starts them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from processes import LIMIT, Ready, ended
+from safetensors.torch import load_file
+from vae_helpers import random_latent, write_vae
+
+from comfyui_patchconv import cli
+from comfyui_patchconv.files.latents import save_latent
+
+RANKS = 3
+
+LAUNCH = f"""
+import os, socket, sys
+from comfyui_patchconv import cli
+os.setsid()
+with socket.socket() as unused:
+    unused.bind(("127.0.0.1", 0))
+    port = unused.getsockname()[1]
+processes = []
+for rank in range({RANKS}):
+    process = os.fork()
+    if not process:
+        os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                           WORLD_SIZE="{RANKS}", LOCAL_WORLD_SIZE="{RANKS}")
+        sys.exit(cli.main())
+    processes.append(process)
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes))
+"""
+
+
+def arguments(job: str, **options: object) -> list[str]:
+    return [job, *(text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value)))]
+
+
+@pytest.fixture
+def vae(tmp_path: Path) -> Path:
+    return write_vae(tmp_path / "vae.safetensors")
+
+
+@pytest.fixture
+def latents(tmp_path: Path) -> Path:
+    """A folder of them, of several sizes, the first two in one batch."""
+    folder = tmp_path / "latents"
+    folder.mkdir()
+    for place in range(5):
+        batch = random_latent(height=4 + place, width=5).repeat(1 + (not place), 1, 1, 1)
+        save_latent(folder / f"{place}.latent", batch)
+    return folder
+
+
+def pixels(path: Path) -> Any:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def assert_same_pictures(folder: Path, other: Path) -> None:
+    names = sorted(path.name for path in other.iterdir())
+    assert sorted(path.name for path in folder.iterdir()) == names
+    for name in names:
+        assert abs(pixels(folder / name) - pixels(other / name)).max() <= 1
+
+
+def test_one_picture_over_all(ready: Ready, vae: Path, latents: Path, tmp_path: Path) -> None:
+    latent, one, other = latents / "3.latent", tmp_path / "one.png", tmp_path / "other.png"
+    assert cli.main(arguments("decode", vae=vae, latent=latent, out=one, mode="stream", budget="1MB")) == 0
+    done = ready.ended(
+        arguments("decode", vae=vae, latent=latent, out=other, mode="stream", budget="1MB"), LAUNCH, folder=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("other.png: 40x56, ".replace("other.png", str(other)))
+    assert done.stdout.count("\n") == 1
+    difference = abs(pixels(one) - pixels(other))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3  # where rounding goes the other way
+
+
+def test_one_latent_over_all(ready: Ready, vae: Path, tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (72, 64, 3), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / "in.png")
+    options: Any = {"vae": vae, "image": tmp_path / "in.png", "mode": "stream"}
+    assert cli.main(arguments("encode", **options, out=tmp_path / "one.latent")) == 0
+    done = ready.ended(arguments("encode", **options, out=tmp_path / "other.latent"), LAUNCH)
+    assert done.returncode == 0, done.stderr
+    one, other = (load_file(tmp_path / f"{name}.latent")["latent_tensor"] for name in ("one", "other"))
+    torch.testing.assert_close(other, one, rtol=0, atol=1e-5 * float(one.abs().max()))
+
+
+@pytest.mark.parametrize("spread", ["rows", "pictures"])
+def test_a_folder(ready: Ready, vae: Path, latents: Path, tmp_path: Path, spread: str) -> None:
+    """The rest is done where one cannot be read, and what is done is skipped the next time."""
+    assert cli.main(arguments("decode", vae=vae, latent=latents, out=tmp_path / "one")) == 0
+    (latents / "bad.latent").write_text("not a latent at all")
+    given = arguments("decode", vae=vae, latent=latents, out=tmp_path / "other", spread=spread)
+    done = ready.ended(given, LAUNCH)
+    assert done.returncode in (1, 2)
+    assert done.stderr.count("bad.latent is not") == 1
+    assert "1 of 6 failed" in done.stderr
+    assert_same_pictures(tmp_path / "other", tmp_path / "one")
+    changed = {path: path.stat().st_mtime_ns for path in (tmp_path / "other").iterdir()}
+    again = ready.ended(given, LAUNCH)
+    assert again.stdout.count("there already, skipped\n") == 6
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "other").iterdir()} == changed
+
+
+def test_failures_are_listed(ready: Ready, vae: Path, latents: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        (latents / f"{name}.latent").write_text("not a latent at all")
+    done = ready.ended(arguments("decode", vae=vae, latent=latents, out=tmp_path / "out"), LAUNCH)
+    assert done.returncode == 1
+    assert done.stderr.endswith(f"2 of 7 failed: {latents / 'a.latent'}, {latents / 'b.latent'}.\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"mode": "patch"}, "--mode is patch and several processes do one picture together"),
+        ({"latent": "missing.latent"}, "missing.latent does not exist"),
+    ],
+    ids=["mode", "latent"],
+)
+def test_wrong_input_is_said_once(
+    ready: Ready, vae: Path, latents: Path, tmp_path: Path, options: dict[str, str], sentence: str
+) -> None:
+    given = {"vae": vae, "latent": latents / "1.latent", "out": tmp_path / "out.png"} | options
+    done = ready.ended(arguments("decode", **given), LAUNCH)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert sentence in done.stderr
+
+
+@pytest.mark.slow
+def test_killed_and_started_again(ready: Ready, vae: Path, latents: Path, tmp_path: Path) -> None:
+    """By SIGKILL, at any moment: the pictures are those of an undisturbed run, and there is nothing else."""
+    assert cli.main(arguments("decode", vae=vae, latent=latents, out=tmp_path / "one")) == 0
+    given = arguments("decode", vae=vae, latent=latents, out=tmp_path / "other")
+    draw = np.random.default_rng(0)
+    for _ in range(5):
+        running = ready.start(given, LAUNCH)
+        end = time.monotonic() + draw.uniform(0.2, 3)
+        while time.monotonic() < end and not running.has_ended():
+            time.sleep(0.05)
+        if not running.has_ended():
+            os.killpg(running.number, signal.SIGKILL)
+        running.wait()
+    assert ready.ended(given, LAUNCH).returncode == 0
+    assert_same_pictures(tmp_path / "other", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_torchrun(vae: Path, latents: Path, tmp_path: Path) -> None:
+    given = arguments(
+        "decode", vae=vae, latent=latents / "2.latent", out=tmp_path / "out.png", silent_seconds=int(LIMIT)
+    )
+    started = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "comfyui_patchconv"]
+    done = ended([*started, *given])
+    assert done.returncode == 0, done.stderr
+    assert pixels(tmp_path / "out.png").shape == (48, 40, 3)

@@ -1,0 +1,144 @@
+"""Programs that ranks run together: each is a function and its arguments, the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from network_helpers import random_network, run_network
+from torch import Tensor, nn
+from torch.nn import functional as F
+from toys import Decoder, drawn, seeded
+from vae_helpers import small_vae
+
+from streaming.programs import random_program
+from streaming.test_sound import Codec, sound
+
+Case = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def decoder(height: int = 13, width: int = 9) -> Case:
+    return seeded(Decoder), (drawn(1, 4, height, width),)
+
+
+def vae_decoder(height: int = 7, width: int = 5) -> Case:
+    return small_vae().decoder, (drawn(1, 4, height, width),)
+
+
+def vae_encoder(height: int = 72) -> Case:
+    return small_vae().encoder, (drawn(1, 3, height, 40),)
+
+
+def circular(height: int = 11) -> Case:
+    convolutions = seeded(
+        lambda: nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular") for _ in "ab"))
+    )
+    norm = seeded(lambda: nn.GroupNorm(2, 4))
+    return lambda x: convolutions(F.silu(norm(convolutions(x)))).roll((3, 2), (2, 3)), (drawn(2, 4, height, 6),)
+
+
+def video(frames: int = 5, height: int = 11) -> Case:
+    first, last = seeded(lambda: nn.Conv3d(3, 4, 3, padding=(0, 1, 1))), seeded(lambda: nn.Conv3d(4, 3, 3, padding=1))
+    norm = seeded(lambda: nn.GroupNorm(2, 4))
+
+    def run(x: Tensor) -> Tensor:
+        x = first(torch.cat((x[:, :, :1], x[:, :, :1], x), 2))
+        x = F.silu(norm(x)).repeat_interleave(2, 2)[:, :, 1:]
+        return last(F.interpolate(x, scale_factor=(1.0, 2.0, 2.0), mode="nearest"))
+
+    return run, (drawn(1, 3, frames, height, 6),)
+
+
+def codec(length: int = 1201) -> Case:
+    model = seeded(lambda: Codec(4, (2, 3)))
+    return lambda x: model.decode(model.encode(x).repeat(1, 2, 1)), (sound(1, 2, length),)
+
+
+def linear_attention(height: int = 12) -> Case:
+    def run(x: Tensor) -> Tensor:
+        q, k, v = (torch.tanh(x * factor).flatten(2) for factor in (1.0, 2.0, 3.0))
+        return ((v @ k.transpose(1, 2)) @ q).reshape(x.shape)
+
+    return run, (drawn(1, 4, height, 9),)
+
+
+def reductions(height: int = 17) -> Case:
+    convolution = seeded(lambda: nn.Conv2d(4, 4, 3, padding=1))
+
+    def run(x: Tensor) -> list[Tensor]:
+        y = convolution(x)
+        dims = (2, 3)
+        z = (y - y.mean(dims, keepdim=True)) / (y.std(dims, keepdim=True) + 0.1) + y.amax(dims, keepdim=True)
+        whole = (z > 0).long().sum(dims), z.var((0, 2, 3)), z.amin((1, 2)), z.sum(), torch.linalg.vector_norm(z, dim=2)
+        return [F.adaptive_avg_pool2d(z, 1), F.instance_norm(z), *whole]
+
+    return run, (drawn(2, 4, height, 9),)
+
+
+def evaluated_whole(height: int = 11) -> Case:
+    convolution = seeded(lambda: nn.Conv2d(3, 3, 3, padding=1))
+    return lambda x: convolution(convolution(x).cumsum(2).flip(2).sort(-1).values), (drawn(1, 3, height, 8),)
+
+
+def demanded(height: int = 11) -> Case:
+    convolution = seeded(lambda: nn.Conv2d(3, 3, 3, padding=1))
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor, float]:
+        x = convolution(x)
+        high = x.max().item()
+        y = convolution(x * 2 if high > 0 else x)
+        return convolution(y), x, high
+
+    return run, (drawn(1, 3, height, 8),)
+
+
+def several(height: int = 11) -> Case:
+    down = seeded(lambda: nn.Conv2d(3, 6, 3, stride=2, padding=1))
+    same = seeded(lambda: nn.Conv2d(3, 3, 5, padding=2))
+
+    def run(x: Tensor, other: Tensor) -> dict[str, Any]:
+        small, large = down(same(x)), same(x + other)
+        joined = torch.cat((large, x[:, :, 2:5], large[:, :, ::3]), 2)
+        padded = F.pad(F.pad(joined, (1, 1, 2, 3), "reflect"), (0, 0, 1, 2), "replicate")
+        turned = same(padded.transpose(2, 3).contiguous())
+        return {"small": small, "parts": [large, F.conv_transpose2d(large, same.weight, stride=2)], "turned": turned}
+
+    return run, (drawn(1, 3, height, 8), drawn(1, 3, height, 1))
+
+
+def without_norms(height: int = 40) -> Case:
+    many = seeded(lambda: nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(12))))
+    return many, (drawn(1, 3, height, 8),)
+
+
+def written(height: int = 11) -> Case:
+    convolution = seeded(lambda: nn.Conv2d(3, 3, 3, padding=1))
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = convolution(x)
+        y[:, :, 3:7].mul_(2).add_(1)
+        y[:, 1] = y[:, 0]
+        z = convolution(y)
+        x.add_(z)
+        return z, y
+
+    return run, (drawn(1, 3, height, 8),)
+
+
+def network(seed: int, height: int) -> Case:
+    operators, channels = random_network(seed)
+    return lambda x: run_network(operators, x, 2), (drawn(1, channels, height, 7).double(),)
+
+
+def program(seed: int) -> Case:
+    return random_program(seed)
+
+
+CASES: dict[str, Callable[..., Case]] = {
+    make.__name__: make
+    for make in (
+        decoder, vae_decoder, vae_encoder, circular, video, codec, linear_attention, reductions, evaluated_whole,
+        demanded, several, without_norms, written, network, program,
+    )
+}  # fmt: skip

@@ -1,0 +1,145 @@
+"""Ranks that run what they are asked to, one thing after the other, and have nothing left to import.
+
+A line of JSON comes in: the name of a case in `cases`, its arguments, how many ranks run it, and options of `streamed`.
+A line goes out: what each of these ranks found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[3]), str(Path(__file__).parent)]
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+import torch.distributed as dist  # noqa: E402
+from allocations import allocated  # noqa: E402
+from cases import CASES  # noqa: E402
+
+from comfyui_patchconv.streaming import Streamed, Tuning  # noqa: E402
+from comfyui_patchconv.streaming.execute import loop  # noqa: E402
+from streaming.comparing import assert_alike, copied, seed_all, tensors_in  # noqa: E402
+
+RANKS = 4
+c10d: Any = dist
+
+
+@contextmanager
+def rows_at_once(most: int) -> Iterator[None]:
+    """Within the block memory runs out where a strip has more rows of a step."""
+    compute = loop._PassLoop._compute
+
+    def limited(self: Any, works: list[Any]) -> Any:
+        if any(work.rows[1] - work.rows[0] > most for work in works):
+            raise MemoryError("no more")
+        return compute(self, works)
+
+    loop._PassLoop._compute = limited
+    try:
+        yield
+    finally:
+        loop._PassLoop._compute = compute
+
+
+def found(asked: dict[str, Any], groups: dict[int, Any]) -> dict[str, Any]:
+    """What one rank has to say of a case: `error` tells how it differs from eager, and is empty where it does not."""
+    seed_all()
+    function, args = CASES[asked["case"]](*asked.get("arguments", ()))
+    others = copied(args)
+    seed_all()
+    expected = function(*args)
+    always = asked.get("always", True)
+    tuning = Tuning(strip_bytes=asked.get("strip_bytes"), allocator_bytes=asked.get("allocator_bytes"), always=always)
+    budget = asked.get("budget")
+    if isinstance(budget, list):
+        budget = budget[dist.get_rank()]
+    runner = Streamed(budget, tuning=tuning, group=groups[asked["ranks"]])
+    seed_all()
+    short = asked.get("short_of_memory") == dist.get_rank()
+    if asked.get("measured"):
+        result, memory = allocated(lambda: runner.call(function, others, {}))
+        peak = memory.peak
+    else:
+        with rows_at_once(2) if short else nullcontext():
+            result, peak = runner.call(function, others, {}), 0
+    error = ""
+    try:
+        assert_alike(result, expected, asked.get("tolerance"), strides=asked.get("strides", True))
+        assert_alike(others, args, path="arguments")
+    except AssertionError as differs:
+        error = str(differs)
+    written = hashlib.sha256(b"".join(str(one.double().tolist()).encode() for one in tensors_in(result))).hexdigest()
+    call = runner.last
+    assert call is not None
+    return {
+        "error": error, "result": written, "peak": peak, "sent": runner.sent, "planned": call.peak,
+        "offloaded": call.offloaded, "in_strips": call.in_strips, "report": runner.report,
+    }  # fmt: skip
+
+
+def serve(rank: int, store: str, asked: TextIO, answers: TextIO) -> None:
+    """Be a rank until there is nothing more to do."""
+    dist.init_process_group("gloo", store=c10d.FileStore(store, RANKS), rank=rank, world_size=RANKS)
+    groups: dict[int, Any] = {count: dist.new_group(list(range(count))) for count in range(1, RANKS)}
+    groups[RANKS] = dist.group.WORLD
+    for line in asked:
+        wanted = json.loads(line)
+        answer: Any = None
+        if rank < wanted["ranks"]:
+            try:
+                with torch.inference_mode(wanted.get("inference", False)), torch.no_grad():
+                    answer = found(wanted, groups)
+            except Exception:
+                answer = {"error": traceback.format_exc()}
+        print(json.dumps(answer), file=answers, flush=True)
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        asking: list[TextIO] = []
+        answering: list[TextIO] = []
+        processes: list[int] = []
+        for rank in range(RANKS):
+            to_read, to_write = os.pipe()
+            answer_read, answer_write = os.pipe()
+            process = os.fork()
+            if not process:
+                for other in (*asking, *answering):
+                    other.close()
+                os.close(to_write)
+                os.close(answer_read)
+                with open(to_read) as asked, open(answer_write, "w") as answers:
+                    serve(rank, str(Path(folder, "store")), asked, answers)
+                os._exit(0)
+            os.close(to_read)
+            os.close(answer_write)
+            asking.append(open(to_write, "w"))  # noqa: SIM115
+            answering.append(open(answer_read))  # noqa: SIM115
+            processes.append(process)
+        for line in sys.stdin:
+            for one in asking:
+                one.write(line)
+                one.flush()
+            answers = [json.loads(one.readline() or '{"error": "it has ended"}') for one in answering]
+            print(json.dumps([answer for answer in answers if answer is not None]), flush=True)
+        for one in asking:
+            one.close()
+        for process in processes:
+            with suppress(ChildProcessError):
+                os.waitpid(process, 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""One call over several processes: eager's result on all of them, in a part of the memory each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from .conftest import Ranks
+
+COUNTS = pytest.mark.parametrize("count", [2, 3, 4])
+
+
+@COUNTS
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("decoder", 13), ("decoder", 2), ("decoder", 1), ("vae_decoder", 7), ("vae_encoder", 72), ("circular", 11),
+        ("video", 5, 11), ("video", 5, 1), ("codec", 1201), ("linear_attention", 13), ("reductions", 17),
+        ("reductions", 2), ("evaluated_whole", 11), ("demanded", 11), ("several", 11), ("without_norms", 40),
+        ("written", 11),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_as_eager(ranks: Ranks, case: tuple[Any, ...], count: int) -> None:
+    for strip_bytes in (1, 2_000):
+        ranks.run(*case, ranks=count, strip_bytes=strip_bytes)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_networks(ranks: Ranks, seed: int) -> None:
+    for count, height in ((2, 9), (3, 14), (4, 7)):
+        ranks.run("network", seed, height, ranks=count, strip_bytes=400, inference=bool(seed % 2))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_programs(ranks: Ranks, seed: int) -> None:
+    for count in (2, 3):
+        ranks.run("program", seed, ranks=count, strip_bytes=200, strides=False)
+
+
+@COUNTS
+def test_maps_in_files(ranks: Ranks, count: int) -> None:
+    """Each rank keeps what its budget has no room for in a file: the budget is the least of theirs."""
+    found = ranks.run(
+        "decoder", 13, 9, ranks=count, strip_bytes=1, allocator_bytes=0, budget=[40_000, None, 200_000, None]
+    )
+    assert len({one["planned"] for one in found}) == 1
+    assert all(one["offloaded"] > 0 for one in found)
+
+
+def test_a_group_of_one_is_as_none(ranks: Ranks) -> None:
+    (found,) = ranks.run("decoder", ranks=1)
+    assert found["sent"] == 0
+    assert found["in_strips"]
+
+
+@COUNTS
+def test_a_strip_that_does_not_fit_is_halved_where_it_does_not(ranks: Ranks, count: int) -> None:
+    """What is sent stays the same: no other rank notices."""
+    usual = ranks.run("without_norms", ranks=count, strip_bytes=1 << 30)
+    halved = ranks.run("without_norms", ranks=count, strip_bytes=1 << 30, short_of_memory=1)
+    assert [one["sent"] for one in halved] == [one["sent"] for one in usual]
+
+
+def test_eager_where_that_takes_less(ranks: Ranks) -> None:
+    found = ranks.run("decoder", 2, ranks=3, always=False)
+    assert not any(one["in_strips"] for one in found)
+
+
+def test_memory_is_shared_out(ranks: Ranks) -> None:
+    """Each rank takes a part, and little more; no more than what was planned."""
+    ranks.run("vae_decoder", ranks=3)  # what is allocated once
+    peaks = {}
+    for count in (1, 2, 3):
+        found = ranks.run("vae_decoder", 97, 32, ranks=count, strip_bytes=400_000, allocator_bytes=0, measured=True)
+        peaks[count] = max(one["peak"] for one in found)
+        assert all(one["peak"] <= one["planned"] for one in found)
+    assert peaks[2] <= (1 / 2 + 0.05) * peaks[1]
+    assert peaks[3] <= (1 / 3 + 0.05) * peaks[1]
