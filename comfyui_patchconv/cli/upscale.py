@@ -103,7 +103,7 @@ def _upscaled(
     levels = empty_levels((1, channels, scale * picture.height, scale * picture.width), picture.bits)
 
     def run(pixels: Tensor) -> None:
-        # Not returned but copied: a result stays in memory, what is copied need not.
+        # Computed where it is copied to, which is a file where it is large; what is returned would lie in memory.
         levels.copy_(levels_of(model(pixels), picture.bits))
 
     try:
