@@ -50,6 +50,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor, nn
 
+from ..memory.allocator import trim
 from .call import Call, OnProgress, is_map, joins, signature
 from .errors import CannotEstimateError, SpreadError
 from .estimate import Expected, Make, expect, peak_activations
@@ -146,6 +147,8 @@ class Streamed:
             result = call.run(function, args, kwargs)
         self.calls += call.recorder.deferred > 0
         self.left = call.recorder.deferred > 0 and not call.in_strips
+        if call.on_cpu and call.peak > _LARGE:
+            trim()  # the program may make more such calls, as for a video's chunks, and holds what they gave meanwhile
         return result
 
     def _is_small(self, eager_peak: int) -> bool:
@@ -155,6 +158,9 @@ class Streamed:
 
 _SMALL = 64 << 20
 """Bytes at once up to which a call is left to eager that is like one for which eager did: recording it took longer."""
+
+_LARGE = 96 << 20
+"""Bytes at once from which a call takes much longer than the C library takes to hand back what it keeps of them."""
 
 _MOST = 64
 """Such calls that are remembered."""

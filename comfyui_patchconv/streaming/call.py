@@ -42,7 +42,7 @@ class Call:
     ranks: who makes it together; None for this process alone.
 
     peak: bytes expected at once, of all segments. work: bytes of maps computed so far. in_strips: whether anything was
-    to be computed otherwise than eager does.
+    to be computed otherwise than eager does. on_cpu: whether on the CPU.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Call:
         self.budget, self.report, self.tuning = budget, report, tuning
         self.peak = self.stored = self.offloaded = self.offloaded_at_once = 0
         self.work = self.eager_peak = self.planned = 0
-        self.streamed = self.in_strips = False
+        self.streamed = self.in_strips = self.on_cpu = False
         self._on_progress, self._schedules, self._phantom = on_progress, schedules, phantom
         self._made: list[ref[Node]] = []
         self._ranks, self._inputs = ranks, ""
@@ -106,7 +106,9 @@ class Call:
         self.offloaded += schedule.offloaded
         self.offloaded_at_once = max(self.offloaded_at_once, schedule.offloaded_at_once)
         self.planned += schedule.work
-        self.in_strips = self.in_strips or any(isinstance(step, Pass) for step in schedule.steps)
+        passes = [step for step in schedule.steps if isinstance(step, Pass)]
+        self.in_strips = self.in_strips or bool(passes)
+        self.on_cpu = self.on_cpu or any(one.device.type == "cpu" for one in passes)
         if self._phantom:
             store_without_values(roots)
         else:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import ended
 
+from comfyui_patchconv.memory.usage import anonymous
 from comfyui_patchconv.streaming import Tuning
 from comfyui_patchconv.streaming.execute.buffers import FileBuffer, is_borrowed, lasting
 
@@ -46,3 +48,40 @@ def test_memory_that_is_used_again_is_no_strip_to_keep(device: str, dim: int) ->
     assert is_borrowed(line)
     if hasattr(line.untyped_storage(), "resizable"):  # torch 2.1 cannot tell, and copies all
         assert not is_borrowed(torch.empty(1, 4, 3, 5, device=device))
+
+
+_CHUNKS = """
+import gc, torch
+from torch import nn
+from torch.nn import functional as F
+from comfyui_patchconv.memory.usage import anonymous
+from comfyui_patchconv.streaming import Streamed, Tuning
+
+convs = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(12))
+kept = [None] * len(convs)
+
+def chunk(x):
+    for place, conv in enumerate(convs):
+        x, kept[place] = F.silu(conv(x)), x if kept[place] is None else x + kept[place].mean()
+    return x
+
+runner = Streamed(tuning=Tuning(always=True))
+with torch.inference_mode():
+    runner.call(chunk, (torch.randn(1, 16, 64, 64),), {})
+    kept = [None] * len(convs)
+    before = anonymous()
+    for _ in range(3):
+        result = runner.call(chunk, (torch.randn(1, 16, 512, 512),), {})
+        gc.collect()
+    print(anonymous() - before - result.nbytes * (1 + len(kept)))
+"""
+
+
+def test_a_call_of_several_leaves_what_the_program_holds() -> None:
+    """A video's chunks: what is freed once a call is over is no part of what the next one finds."""
+    if not anonymous():
+        pytest.skip("this system does not say what memory is a process's own (no /proc/self/statm)")
+    done = ended(["-c", _CHUNKS])
+    assert done.returncode == 0, done.stderr
+    print(f"left beside what is held: {int(done.stdout) / 1e6:.0f} MB")
+    assert int(done.stdout) < 100e6
