@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comfyui_patchconv.files.tensors import save_tensors
+from comfyui_patchconv.files.vae import GROUPS_NAME
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-WIDTHS, LAYERS, LATENT, GROUPS = (64, 64, 64, 64), 1, 4, 32
-"""Two channels a group at each level: exact copies of channels make Stable Diffusion's widths of them."""
+WIDTHS, LAYERS, LATENT, GROUPS = (64, 64, 64, 64), 1, 4, 16
+"""Four channels in a group of a norm, as at Stable Diffusion's first level: through two, no mean brightness gets."""
 
 STAGES = ((0.0, 64, 2), (0.6, 128, 1), (0.9, 192, 1))
 """From which share of the time on, crops of how many pixels, and how many: norms and attention have to learn what a
@@ -40,7 +41,10 @@ large picture's statistics are, small crops give more steps."""
 SHOWN = "face"
 """The photograph whose latent is written."""
 
-RATE, LEAST_RATE, WARM_UP = 1e-3, 2e-5, 0.01
+REFERENCE, SPREAD = 2.0, 3.0
+"""A constant in every channel to begin with, and what colours of -1 to 1 are multiplied by to be a latent."""
+
+RATE, LEAST_RATE, WARM_UP = 6e-4, 1e-5, 0.02
 KL, SQUARES, DECAY = 1e-5, 2.0, 0.999
 EVALUATED, SIDE, EVERY = 8, 128, 180
 """Crops of each photograph that is held out, their side in pixels, and seconds between two evaluations."""
@@ -62,13 +66,47 @@ def new_vae() -> AutoencoderKL:
         if name.endswith((".conv2", ".to_out.0")):  # blocks add nothing to begin with
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv2d) and module.bias is not None:
-            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
-            nn.init.zeros_(module.bias)
-    with torch.no_grad():  # the log variance: little noise to begin with
-        vae.quant_conv.weight[LATENT:] *= 0.1
-        vae.quant_conv.bias[LATENT:] = -5
+    begin_linear(vae)
     return vae
+
+
+@torch.no_grad()
+def begin_linear(vae: Any) -> None:
+    """Weights by which `vae` makes each 8x8 pixels their mean colour and back, so that training begins with that.
+
+    Each group of a norm holds u + c, u - c, -u + c and -u - c: their mean is 0, whatever u is, they are divided by the
+    root of mean(u²) + c², which c keeps about the same in all pictures, and SiLU(x) - SiLU(-x) is x. Three groups
+    carry colours, the others are random.
+    """
+    width, colours = WIDTHS[0], 3
+    signs, constants = (torch.tensor(each).repeat(GROUPS) for each in ((1.0, 1.0, -1.0, -1.0), (1.0, -1.0, 1.0, -1.0)))
+    passed = math.hypot(REFERENCE, 0.5)  # what norms divide by, for colours of the usual spread
+    encoder, decoder = vae.encoder, vae.decoder
+    for module, gain in ((encoder.conv_in, 1), (decoder.conv_in, 1 / SPREAD)):
+        rows = torch.empty_like(module.weight[::4])
+        nn.init.kaiming_normal_(rows, nonlinearity="linear")
+        rows[:colours] = 0
+        rows[:colours, :colours, 1, 1] = gain * torch.eye(colours)
+        module.weight.copy_(rows.repeat_interleave(4, 0) * signs[:, None, None, None])
+        module.bias.copy_(REFERENCE * constants)
+    for block in encoder.down_blocks[:-1]:
+        conv = block.downsamplers[0].conv
+        conv.weight.zero_()[..., :2, :2] = torch.eye(width)[..., None, None] / 4
+        conv.bias.zero_()
+    for block in decoder.up_blocks[:-1]:
+        conv = block.upsamplers[0].conv
+        conv.weight.zero_()[..., 1, 1] = torch.eye(width)
+        conv.bias.zero_()
+    for module, gain in ((encoder.conv_out, SPREAD), (decoder.conv_out, 1)):
+        module.weight[:colours] = 0
+        for colour in range(colours):
+            module.weight[colour, 4 * colour : 4 * colour + 4, 1, 1] = gain * passed / 2 * signs[:4]
+        module.bias[:colours] = 0
+    encoder.conv_out.weight[LATENT:] = 0
+    for conv in (vae.quant_conv, vae.post_quant_conv):
+        conv.weight.copy_(torch.eye(conv.weight.shape[0])[..., None, None])
+        conv.bias.zero_()
+    vae.quant_conv.bias[LATENT:] = -5  # the log variance: little noise
 
 
 def crops(pictures: list[Tensor], side: int, count: int, generator: torch.Generator) -> Tensor:
@@ -175,7 +213,7 @@ class Training:
         torch.save(state, self.out / "training.tmp")
         (self.out / "training.tmp").replace(self.out / "training.pt")
         half = {name: value.half() for name, value in self.mean.state_dict().items()}
-        save_tensors(self.out / "vae.safetensors", half, {"format": "pt"})
+        save_tensors(self.out / "vae.safetensors", half, {"format": "pt", GROUPS_NAME: str(GROUPS)})
 
 
 def losses(training: Training, pictures: list[Tensor]) -> Iterator[float]:
