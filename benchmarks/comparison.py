@@ -3,8 +3,7 @@
     COMFYUI_PATH=… COMFYUI_PYTHON=… python benchmarks/comparison.py [--size 768] [--tile 512] [--device cuda]
 
 Without COMFYUI_PATH diffusers alone is compared. The VAE is the demo's at Stable Diffusion's full width (`widened.py`):
-hosts load no other width. The photograph is the demo's, which the VAE was not trained on. A difference is to the eager
-decode of the same host.
+hosts load no other width. The photograph is the demo's, which the VAE was not trained on.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ COLUMNS = {
     "comfyui_streamed": "Patch Conv, stream",
     "streamed": "Patch Conv, stream",
 }
-"""From left to right; with ComfyUI its own eager and streamed decode are shown, without it the library's."""
+"""From left to right; the first that is there is what the others are compared with."""
 
 
 def decoded(args: argparse.Namespace, methods: list[str], folder: Path) -> dict[str, tuple[Tensor, dict[str, Any]]]:
@@ -66,19 +65,16 @@ def decoded(args: argparse.Namespace, methods: list[str], folder: Path) -> dict[
 
 def picture(found: dict[str, tuple[Tensor, dict[str, Any]]], args: argparse.Namespace) -> Image.Image:
     """The images in a row, and below each but the first how it differs from eager's."""
-    with_host = "comfyui" in found
-    shown = [method for method in COLUMNS if method in found and not (with_host and method in ("eager", "streamed"))]
-    columns = []
-    for method in shown:
+    columns: list[Column] = []
+    for method in (method for method in COLUMNS if method in found):
         image, measured = found[method]
-        eager, _ = found["comfyui" if method.startswith("comfyui") else "eager"]
         caption = f"{measured['peak'] / 1e6:.0f} MB, {measured['seconds']:.0f} s"
-        reference = None if method == shown[0] else eager
+        reference = columns[0].image if columns else None
         columns.append(Column(COLUMNS[method], image, reference, caption, method.endswith("streamed")))
     height, width = columns[0].image.shape[1:]
     lines = (
-        *(f"A photograph of {width}x{height} pixels,", f"tiles of {args.tile}. The VAE is a small", "one, brought to"),
-        *("Stable Diffusion's full width without", "changing what it computes.", ""),
+        *(f"A photograph of {width}x{height} pixels,", f"tiles of {args.tile}. The VAE is a small one,"),
+        *("brought to Stable Diffusion's width", "without changing what it computes.", ""),
         *("Beside: the difference to eager,", f"{GAIN} times. Errors are relative to", "the range of the image."),
     )
     note = "\n".join(lines)
@@ -92,9 +88,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "comparison.png", help="default: docs/")
     args = parser.parse_args()
-    methods = ["eager", "diffusers_tiled"]
-    host = ["comfyui", "comfyui_tiled", "comfyui_streamed"]
-    methods += host if os.environ.get("COMFYUI_PATH") else ["streamed"]
+    host = ["comfyui", "comfyui_tiled", "diffusers_tiled", "comfyui_streamed"]
+    methods = host if os.environ.get("COMFYUI_PATH") else ["eager", "diffusers_tiled", "streamed"]
     with tempfile.TemporaryDirectory() as folder:
         save_picture(args.out, picture(decoded(args, methods, Path(folder)), args))
 

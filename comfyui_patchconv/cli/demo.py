@@ -162,8 +162,8 @@ def about(settings: Settings) -> str:
         return "Stable Diffusion's VAE with random weights: the figures are true, the colours mean nothing."
     if settings.vae == SMALL_VAE:
         return (
-            "A photograph, by a small VAE that was trained for this demo: Stable Diffusion's at an eighth to a half of\n"
-            "the width, in a fraction of its memory and time. For its own figures: --vae random."
+            "A photograph, by a small VAE that was trained for this demo: Stable Diffusion's at an eighth to a half\n"
+            "of the width, in a fraction of its memory and time. For its own figures: --vae random."
         )
     return f"{settings.latent or 'A synthetic latent'}, by the VAE in {settings.vae}."
 
