@@ -68,7 +68,7 @@ def picture(found: dict[str, tuple[Tensor, dict[str, Any]]], args: argparse.Name
     columns: list[Column] = []
     for method in (method for method in COLUMNS if method in found):
         image, measured = found[method]
-        caption = f"{measured['peak'] / 1e6:.0f} MB, {measured['seconds']:.0f} s"
+        caption = f"{measured['peak'] / 1e6:.0f} MB"
         reference = columns[0].image if columns else None
         columns.append(Column(COLUMNS[method], image, reference, caption, method.endswith("streamed")))
     height, width = columns[0].image.shape[1:]
@@ -78,7 +78,7 @@ def picture(found: dict[str, tuple[Tensor, dict[str, Any]]], args: argparse.Name
         *("Beside: the difference to eager,", f"{GAIN} times. Errors are relative to", "the range of the image."),
     )
     note = "\n".join(lines)
-    return draw(columns, note, foot=f"float32, memory beyond the weights; {machine(args.device)}")
+    return draw(columns, note, foot=f"float32, peak of memory beyond the weights; {machine(args.device)}")
 
 
 def main() -> None:
