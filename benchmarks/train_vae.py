@@ -1,6 +1,6 @@
 """Trains the small VAE of `patchconv demo`: Stable Diffusion's architecture at a fraction of its width.
 
-    python benchmarks/train_vae.py PACKAGES OUT [--minutes 75]
+    python benchmarks/train_vae.py PACKAGES OUT [--minutes 32]
 
 PACKAGES: a folder with the photographs' packages; `photographs.py` says how they come there. OUT: a folder for
 `vae.safetensors`, in half precision by diffusers' names, for `photograph.latent`, a photograph that it never saw, and
@@ -230,7 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packages", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=75, help="of training, beside evaluations (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=32, help="of training, beside evaluations (%(default)s)")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
