@@ -1,6 +1,6 @@
 """Draws docs/comparison.png: one photograph decoded eagerly, in tiles and in strips, and what the last two differ by.
 
-    COMFYUI_PATH=… COMFYUI_PYTHON=… python benchmarks/comparison.py [--size 768] [--tile 512] [--device cuda]
+    COMFYUI_PATH=… COMFYUI_PYTHON=… python benchmarks/comparison.py [--size 512] [--tile 256] [--device cuda]
 
 Without COMFYUI_PATH diffusers alone is compared. The VAE is the demo's at Stable Diffusion's full width (`widened.py`):
 hosts load no other width. The photograph is the demo's, which the VAE was not trained on.
@@ -25,7 +25,7 @@ from torch import Tensor
 from vae_decode import commands_of
 from widened import widened
 
-from comfyui_patchconv.cli.demo import PHOTOGRAPH, SMALL_VAE, filled
+from comfyui_patchconv.cli.demo import PHOTOGRAPH, SMALL_VAE
 from comfyui_patchconv.cli.side_by_side import GAIN, Column, draw
 from comfyui_patchconv.files.images import save_picture
 from comfyui_patchconv.files.latents import load_latent
@@ -42,12 +42,21 @@ COLUMNS = {
 """From left to right; the first that is there is what the others are compared with."""
 
 
+MIDDLE = 38, 84
+"""Row and column of the raccoon's face in the latent."""
+
+
+def part(latent: Tensor, side: int) -> Tensor:
+    """A square of the latent `[1, C, H, W]`, `side` of its pixels wide, with the raccoon's face in the middle."""
+    top, left = (max(min(at - side // 2, n - side), 0) for at, n in zip(MIDDLE, latent.shape[2:]))
+    return latent[..., top : top + side, left : left + side].contiguous()
+
+
 def decoded(args: argparse.Namespace, methods: list[str], folder: Path) -> dict[str, tuple[Tensor, dict[str, Any]]]:
     """The image `[3, H, W]` by each of the methods, each in a process of its own, and what was measured there."""
     weights, file = folder / "vae.safetensors", folder / "latent.pt"
     save_file(widened(load_vae(SMALL_VAE)).state_dict(), weights)
-    latent = load_latent(PHOTOGRAPH)
-    torch.save(filled(latent, args.size // 8, args.size // 8) if args.size else latent, file)
+    torch.save(part(load_latent(PHOTOGRAPH), args.size // 8), file)
     shared: dict[str, Any] = dict(device=args.device, dtype="float32", tile=args.tile)
     shared |= dict(latent=str(file), vae=str(weights), checkout=os.environ.get("COMFYUI_PATH"))
     cases = [shared | dict(method=method, image=str(folder / f"{method}.pt")) for method in methods]
@@ -83,8 +92,8 @@ def picture(found: dict[str, tuple[Tensor, dict[str, Any]]], args: argparse.Name
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, help="pixels of a square part (default: the whole photograph, 1024x768)")
-    parser.add_argument("--tile", type=int, default=512)
+    parser.add_argument("--size", type=int, default=512, help="pixels of a part's sides, up to 768 (%(default)s)")
+    parser.add_argument("--tile", type=int, default=256)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "comparison.png", help="default: docs/")
     args = parser.parse_args()

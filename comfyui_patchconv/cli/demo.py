@@ -208,7 +208,10 @@ def plot(results: dict[str, Optional[Result]], settings: Settings, path: Path) -
         label = f"{name}: peak {result.peak / MB:.0f} MB, {result.seconds:.1f} s"
         series.append(Series(label, colour, points, result.peak / MB))
     image = next(result.image for result in results.values() if result is not None)
-    title = f"Decoding {image.shape[2]}x{image.shape[1]} pixels in {settings.dtype} on {settings.device}"
+    by = "a VAE with random weights" if settings.vae is None else f"the VAE {settings.vae.name}"
+    if settings.vae == SMALL_VAE:
+        by = "the small VAE"
+    title = f"Decoding {image.shape[2]}x{image.shape[1]} pixels by {by}, {settings.dtype} on {settings.device}"
     save_picture(path, lines(title, series, "Time (s)", "Memory in use beyond the weights (MB)"))
 
 
