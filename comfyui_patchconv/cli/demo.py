@@ -21,6 +21,7 @@ from ..files.latents import load_latent
 from ..files.tensors import existing
 from ..files.vae import load_vae, random_vae
 from ..files.whole import check_no_input
+from ..files.words import short
 from ..memory.errors import is_out_of_memory
 from ..memory.recorder import Recorder
 from .arguments import DTYPES
@@ -208,9 +209,10 @@ def plot(results: dict[str, Optional[Result]], settings: Settings, path: Path) -
         label = f"{name}: peak {result.peak / MB:.0f} MB, {result.seconds:.1f} s"
         series.append(Series(label, colour, points, result.peak / MB))
     image = next(result.image for result in results.values() if result is not None)
-    by = "a VAE with random weights" if settings.vae is None else f"the VAE {settings.vae.name}"
-    if settings.vae == SMALL_VAE:
-        by = "the small VAE"
+    if settings.vae is None:
+        by = "Stable Diffusion's VAE"
+    else:
+        by = "the small VAE" if settings.vae == SMALL_VAE else short(settings.vae.name, 30)
     title = f"Decoding {image.shape[2]}x{image.shape[1]} pixels by {by}, {settings.dtype} on {settings.device}"
     save_picture(path, lines(title, series, "Time (s)", "Memory in use beyond the weights (MB)"))
 
