@@ -236,3 +236,12 @@ def test_training_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     for mine, theirs in zip(again.vae.parameters(), training.vae.parameters()):
         assert torch.equal(mine, theirs)
     assert load_vae(tmp_path / "vae.safetensors").config["block_out_channels"] == train_vae.WIDTHS
+
+
+@torch.inference_mode()
+def test_training_begins_with_mean_colours() -> None:
+    vae = train_vae.new_vae().eval()
+    colour = torch.tensor([0.5, -0.5, 0.5])[None, :, None, None].expand(1, 3, 64, 64)
+    latent = vae.encode(colour, return_dict=False)[0].mode()
+    made = vae.decode(latent, return_dict=False)[0]
+    assert (made - colour).abs().max() < 1e-3
