@@ -38,8 +38,7 @@ class Column:
         """The largest difference to the reference, relative to the reference's range; 0 without one."""
         if self.reference is None:
             return 0.0
-        low, high = self.reference.aminmax()
-        return float((self.image - self.reference).abs().max() / (high - low))
+        return float(_error(self.image, self.reference).max())
 
 
 def draw(columns: Sequence[Column], note: str, width: int = 440, foot: str = "") -> Image.Image:
@@ -75,7 +74,12 @@ def _picture(image: Tensor, size: tuple[int, int]) -> Image.Image:
 def _difference(column: Column, size: tuple[int, int]) -> Image.Image:
     """`GAIN` times the difference to the reference, in each colour, black where there is none."""
     assert column.reference is not None
-    low, high = column.reference.aminmax()
-    error = (GAIN * (column.image - column.reference).abs() / (high - low)).clamp(0, 1)
+    error = (GAIN * _error(column.image, column.reference)).clamp(0, 1)
     pixels = (255 * error).round().movedim(0, -1).numpy().astype(np.uint8)
     return Image.fromarray(pixels).resize(size, Image.Resampling.BOX)
+
+
+def _error(image: Tensor, reference: Tensor) -> Tensor:
+    """How far each value of `image` is from `reference`'s, relative to the range of that."""
+    low, high = reference.aminmax()
+    return (image - reference).abs() / (high - low).clamp(min=1e-9)  # one colour has no range
