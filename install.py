@@ -1,7 +1,7 @@
 """Set up what this folder needs.
 
     python install.py               install what is missing from requirements.txt, the host's way (hosts call it so)
-    python install.py demo [ARGS]   set up an environment if needed, then decode an image eager, in strips and streamed
+    python install.py demo [ARGS]   set up an environment if needed, then decode a photograph in tiles and in strips
     python install.py test [ARGS]   the same set-up, then the tests; ARGS go to pytest
 
 Nothing happens at import.

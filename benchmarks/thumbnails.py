@@ -1,4 +1,4 @@
-"""Draws the thumbnails of the example workflows on decoding: pictures of what they do, and of no result.
+"""Draws the thumbnails of the example workflows on decoding: what they do, shown on the demo's photograph.
 
 python benchmarks/thumbnails.py
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import landscapes
-import torch
+import demo_photograph
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,9 +18,8 @@ GROUND, AMBER, PALE = (24, 31, 56), (255, 178, 56), (201, 211, 238)
 SMOOTH = 2  # pixels drawn for each that is kept, on either side
 
 
-def landscape(size: int) -> Image.Image:
-    drawn = F.avg_pool2d(landscapes.draw(landscapes.Scene(), 3 * size), 3)[0]
-    return picture(drawn)
+def photograph(size: int) -> Image.Image:
+    return picture(demo_photograph.photograph()).resize((size, size), Image.Resampling.LANCZOS)
 
 
 def picture(image: Tensor) -> Image.Image:
@@ -29,11 +27,10 @@ def picture(image: Tensor) -> Image.Image:
     return Image.fromarray(image.movedim(0, -1).clamp(0, 1).mul(255).round().byte().numpy())
 
 
-def latent_like(size: int, cells: int) -> Image.Image:
-    """The landscape in `cells`² coloured squares: what a latent holds, as one thinks of it."""
-    coarse = F.adaptive_avg_pool2d(landscapes.draw(landscapes.Scene(), 512), cells)
-    noise = torch.rand(coarse.shape, generator=torch.Generator().manual_seed(0)) - 0.5
-    return picture((coarse + 0.35 * noise)[0]).resize((size, size), Image.Resampling.NEAREST)
+def latent(size: int, cells: int) -> Image.Image:
+    """The photograph's latent in `cells`² coloured squares."""
+    coarse = F.adaptive_avg_pool2d(demo_photograph.latent_colours(), cells)
+    return picture(coarse).resize((size, size), Image.Resampling.NEAREST)
 
 
 def canvas() -> tuple[Image.Image, ImageDraw.ImageDraw]:
@@ -66,10 +63,10 @@ def arrow(draw: ImageDraw.ImageDraw, start: int, end: int, y: int) -> None:
 def decode_large() -> Image.Image:
     image, draw = canvas()
     small, size, y = 130 * SMOOTH, 400 * SMOOTH, HEIGHT * SMOOTH // 2
-    image.paste(latent_like(small, 16), (40 * SMOOTH, y - small // 2))
+    image.paste(latent(small, 24), (40 * SMOOTH, y - small // 2))
     arrow(draw, 190 * SMOOTH, 270 * SMOOTH, y)
     gap = 14 * SMOOTH
-    strips(image, landscape(size), (310 * SMOOTH, y - (size + 4 * gap) // 2), 2, 5, gap)
+    strips(image, photograph(size), (310 * SMOOTH, y - (size + 4 * gap) // 2), 2, 5, gap)
     return image
 
 
@@ -97,7 +94,7 @@ def stream_budget() -> Image.Image:
 def save_latent_decode_later() -> Image.Image:
     image, draw = canvas()
     y, small, size = HEIGHT * SMOOTH // 2, 220 * SMOOTH, 330 * SMOOTH
-    image.paste(latent_like(small, 16), (50 * SMOOTH, y - small // 2))
+    image.paste(latent(small, 24), (50 * SMOOTH, y - small // 2))
     clock, radius = (335 * SMOOTH, y), 34 * SMOOTH
     arrow(draw, 286 * SMOOTH, 388 * SMOOTH, y + 64 * SMOOTH)
     box = (clock[0] - radius, y - radius - 20 * SMOOTH, clock[0] + radius, y + radius - 20 * SMOOTH)
@@ -105,7 +102,7 @@ def save_latent_decode_later() -> Image.Image:
     for dx, dy in ((0, -22), (16, 8)):
         hand = (clock[0], y - 20 * SMOOTH, clock[0] + dx * SMOOTH, y + (dy - 20) * SMOOTH)
         draw.line(hand, fill=AMBER, width=6 * SMOOTH)
-    image.paste(landscape(size), (398 * SMOOTH, y - size // 2))
+    image.paste(photograph(size), (398 * SMOOTH, y - size // 2))
     return image
 
 
@@ -113,11 +110,11 @@ def upscale_image() -> Image.Image:
     """A small picture, coarse, and the same one large and fine, in strips."""
     image, draw = canvas()
     small, size, y = 112 * SMOOTH, 400 * SMOOTH, HEIGHT * SMOOTH // 2
-    coarse = landscape(28).resize((small, small), Image.Resampling.NEAREST)
+    coarse = photograph(28).resize((small, small), Image.Resampling.NEAREST)
     image.paste(coarse, (48 * SMOOTH, y - small // 2))
     arrow(draw, 186 * SMOOTH, 272 * SMOOTH, y)
     gap = 12 * SMOOTH
-    strips(image, landscape(size), (310 * SMOOTH, y - (size + 7 * gap) // 2), 3, 8, gap)
+    strips(image, photograph(size), (310 * SMOOTH, y - (size + 7 * gap) // 2), 3, 8, gap)
     return image
 
 

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from single_conv import patch_conv_module
 
 from comfyui_patchconv import convert_model
-from comfyui_patchconv.files.vae import random_vae
+from comfyui_patchconv.files.vae import load_vae, random_vae
 from comfyui_patchconv.memory.recorder import Recorder
 from comfyui_patchconv.streaming import streamed
 
@@ -60,9 +60,14 @@ WEBUI = {
 }
 
 
-def decoder(method: str, device: str, dtype: torch.dtype, tile: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What decodes a latent `[1, 4, H, W]` to an image `[1, 3, 8H, 8W]` by `method`; tile: pixels, for tiling."""
-    vae: Any = random_vae(0, dtype, device)
+def decoder(
+    method: str, weights: str, device: str, dtype: torch.dtype, tile: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What decodes a latent `[1, 4, H, W]` to an image `[1, 3, 8H, 8W]` by `method`.
+
+    weights: the VAE's file. tile: pixels, for tiling.
+    """
+    vae: Any = load_vae(weights, dtype, device)
     if method == "ours":
         convert_model(vae.decoder, splits=0, predicate=lambda *_: True)
     elif method == "ours_4":
@@ -92,7 +97,7 @@ def replace_convolutions(model: torch.nn.Module, wrapper: Any) -> None:
 def worker(case: dict[str, Any]) -> dict[str, Any]:
     """One decode in this process; the image goes to a file for comparison."""
     latent = latent_of(case).to(case["device"], getattr(torch, case["dtype"]))
-    decode = decoder(case["method"], case["device"], latent.dtype, case["tile"])
+    decode = decoder(case["method"], case["vae"], case["device"], latent.dtype, case["tile"])
     with torch.inference_mode():
         decode(latent[..., :8, :8])  # the libraries' own start-up
         with Recorder(case["device"]) as record:

@@ -13,6 +13,10 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from vae_helpers import small_vae
+
+from comfyui_patchconv.cli.demo import SMALL_VAE
+from comfyui_patchconv.files.vae import load_vae
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -21,6 +25,8 @@ import charts  # noqa: E402
 import harness  # noqa: E402
 import report  # noqa: E402
 import tiles  # noqa: E402
+import train_vae  # noqa: E402
+import widened  # noqa: E402
 from gpu import cases, process, work  # noqa: E402
 
 HEAD = ["image", "method", "peak MB", "s"]
@@ -192,3 +198,50 @@ def test_tiles_of_a_function_of_pixels_are_the_whole() -> None:
     assert (doubled[..., ::2, ::2] - image).abs().max() < 1e-6
     halved = tiles.thrice(lambda part: part[..., ::2, ::2], image, 32, 8, 0.5)
     assert (halved - image[..., ::2, ::2]).abs().max() < 1e-6
+
+
+@torch.inference_mode()
+def test_the_widened_vae_computes_what_the_small_one_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    small = load_vae(SMALL_VAE)
+    wide = widened.widened(small)
+    assert wide.config["block_out_channels"] == (128, 256, 512, 512)
+    latent = 4 * torch.randn(1, 4, 8, 8, generator=generator)
+    image = torch.rand(1, 3, 64, 64, generator=generator) * 2 - 1
+    for method, given in (("decode", latent), ("encode", image)):
+        mine, theirs = (getattr(vae, method)(given, return_dict=False)[0] for vae in (wide, small))
+        if method == "encode":
+            mine, theirs = mine.parameters, theirs.parameters
+        assert (mine - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+def test_a_vae_of_several_widths_is_not_widened() -> None:
+    with pytest.raises(ValueError, match=r"\(32, 32, 64, 64\)"):
+        widened.widened(small_vae())
+
+
+def test_crops_are_pictures_of_the_size_asked_for() -> None:
+    pictures = [torch.rand(3, 50, 70), torch.zeros(3, 40, 40)]
+    made = train_vae.crops(pictures, 32, 5, torch.Generator().manual_seed(0))
+    assert made.shape == (5, 3, 32, 32)
+    assert -1 <= made.min() < made.max() <= 1
+
+
+def test_training_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    training = train_vae.Training(tmp_path, seconds=1e6)
+    training.step([torch.rand(3, 80, 80)])
+    training.save()
+    again = train_vae.Training(tmp_path, seconds=1e6)
+    assert (again.steps, again.elapsed) == (1, training.elapsed)
+    for mine, theirs in zip(again.vae.parameters(), training.vae.parameters()):
+        assert torch.equal(mine, theirs)
+    assert load_vae(tmp_path / "vae.safetensors").config["block_out_channels"] == train_vae.WIDTHS
+
+
+@torch.inference_mode()
+def test_training_begins_with_mean_colours() -> None:
+    vae = train_vae.new_vae().eval()
+    colour = torch.tensor([0.5, -0.5, 0.5])[None, :, None, None].expand(1, 3, 64, 64)
+    latent = vae.encode(colour, return_dict=False)[0].mode()
+    made = vae.decode(latent, return_dict=False)[0]
+    assert (made - colour).abs().max() < 1e-3

@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CORE = {path.relative_to(ROOT).as_posix() for path in (ROOT / "comfyui_patchconv").rglob("*.py")}
+CORE = {
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("**/*.py", "data/*")
+    for path in (ROOT / "comfyui_patchconv").glob(pattern)
+}
 HOSTS_OWN = (".github/", ".gitignore")
 """What only the repository's host has a use for."""
 

@@ -13,7 +13,9 @@ from torch import Tensor
 LEVELS = 4
 
 
-def small_vae(channels: int = 4, quant_conv: bool = True, attention: bool = True, seed: int = 0) -> AutoencoderKL:
+def small_vae(
+    channels: int = 4, quant_conv: bool = True, attention: bool = True, seed: int = 0, groups: int = 32
+) -> AutoencoderKL:
     """An AutoencoderKL of the usual four levels, in widths of 32 and 64."""
     config: dict[str, Any] = {
         "block_out_channels": (32, 32, 64, 64),
@@ -21,6 +23,7 @@ def small_vae(channels: int = 4, quant_conv: bool = True, attention: bool = True
         "up_block_types": ("UpDecoderBlock2D",) * LEVELS,
         "layers_per_block": 1,
         "latent_channels": channels,
+        "norm_num_groups": groups,
         "use_quant_conv": quant_conv,
         "use_post_quant_conv": quant_conv,
         "mid_block_add_attention": attention,

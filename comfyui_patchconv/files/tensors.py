@@ -80,6 +80,17 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     return {name: (dtype, shape) for name, (dtype, shape, _, _) in tensors.items()}
 
 
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What a safetensors file says of itself, by name; nothing for a file of `torch.save`.
+
+    Raises what `safe_open` does for a file that `read_header` refuses.
+    """
+    if Path(path).suffix.lower() in _PICKLES:
+        return {}
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
 def _entry(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
     start, stop = entry["data_offsets"]
     numbers = (*entry["shape"], start, stop)

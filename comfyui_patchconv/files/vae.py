@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .packing import SIDE, Packing
-from .tensors import FLOATS, Header, opened
+from .tensors import FLOATS, Header, opened, read_metadata
 from .words import listed, shape_of, short
 
 if TYPE_CHECKING:
@@ -53,6 +53,9 @@ _LDM_NAMES = (
 
 _GROUPS = 32  # of every group norm; LDM's code has it fixed, and no tensor's shape shows it
 
+GROUPS_NAME = "norm_num_groups"
+"""By this name a safetensors file's metadata says that its norms have another number of groups."""
+
 _LAYOUTS = {
     "ldm": ("encoder.down.{}.block.{}.conv1.weight", "decoder.mid.attn_1.q.weight"),
     "diffusers": ("encoder.down_blocks.{}.resnets.{}.conv1.weight", "decoder.mid_block.attentions.0.group_norm.weight"),
@@ -84,6 +87,8 @@ def load_vae(
         `packing_of`.
     trust: a pickle; see `tensors.unpickled`.
 
+    Norms have 32 groups, or as many as a safetensors file's metadata says by `GROUPS_NAME`.
+
     Raises FileNotFoundError, or ValueError if the file is damaged, has no such VAE, or has tensors that none has.
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -92,7 +97,7 @@ def load_vae(
     header, read = opened(path, trust)
     names = _vae_names(path, header)
     shapes = {name: header[held][1] for name, held in names.items()}
-    layout, config = _detect(path, shapes)
+    layout, config = _detect(path, shapes, _groups(path))
     state = {
         name: _cast(path, held, read(held), torch.float32 if name.startswith(_NORM) else dtype).to(device)
         for name, held in names.items()
@@ -153,8 +158,22 @@ def _cast(path: Path, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def _detect(path: Path, shapes: Shapes) -> tuple[str, dict[str, Any]]:
-    """Layout ("ldm" or "diffusers") of a VAE's tensors, and the `AutoencoderKL` configuration their shapes show."""
+def _groups(path: Path) -> int:
+    """The groups of the norms of the VAE in the file. Raises ValueError where its metadata names no number of them."""
+    said = read_metadata(path).get(GROUPS_NAME, str(_GROUPS))
+    if not re.fullmatch(r"[1-9][0-9]{0,3}", said):
+        raise ValueError(
+            f"{path} says that its norms have {short(said, 20)} groups: leave {GROUPS_NAME} out of its metadata for "
+            f"{_GROUPS}, or say a number from 1 on."
+        )
+    return int(said)
+
+
+def _detect(path: Path, shapes: Shapes, groups: int) -> tuple[str, dict[str, Any]]:
+    """Layout ("ldm" or "diffusers") of a VAE's tensors, and the `AutoencoderKL` configuration their shapes show.
+
+    groups: of its norms.
+    """
     layout = next((name for name, (block, _) in _LAYOUTS.items() if block.format(0, 0) in shapes), None)
     if layout is None:
         raise ValueError(f"{path} has a VAE that is laid out neither as LDM's nor as diffusers': use an image VAE.")
@@ -164,12 +183,12 @@ def _detect(path: Path, shapes: Shapes) -> tuple[str, dict[str, Any]]:
     first, last, inner = "encoder.conv_in.weight", "decoder.conv_out.weight", "decoder.conv_in.weight"
     odd = [name for name in (first, last, inner, *levels) if len(shapes.get(name, ())) != 4 or 0 in shapes[name]]
     if not odd:
-        odd = [name for name in levels if shapes[name][0] % _GROUPS]
+        odd = [name for name in levels if shapes[name][0] % groups]
         odd += [name for name, channels in ((first, shapes[first][1]), (last, shapes[last][0])) if channels != 3]
     if odd:
         raise ValueError(
             f"{path} has a VAE of another kind ({short(odd[0], 60)} has the shape {shape_of(shapes.get(odd[0], ()))}): "
-            f"one for RGB images, with channels in multiples of {_GROUPS}, is needed."
+            f"one for RGB images, with channels in multiples of {groups}, is needed."
         )
     latent = shapes[inner][1]
     quant, post_quant = (f"{part}weight" in shapes for part in (_QUANT, _POST_QUANT))
@@ -184,6 +203,7 @@ def _detect(path: Path, shapes: Shapes) -> tuple[str, dict[str, Any]]:
         [shapes[name][0] for name in levels],
         layers,
         latent=latent,
+        norm_num_groups=groups,
         use_quant_conv=quant,
         use_post_quant_conv=post_quant,
         mid_block_add_attention=attention in shapes,

@@ -67,7 +67,7 @@ class _Pen:
         self._draw.polygon([self._at(point) for point in points], color)
 
     def text(self, point: tuple[float, float], words: str, size: float, color: str, anchor: str) -> None:
-        self._draw.text(self._at(point), words, color, _font(size * _SCALE), anchor)
+        self._draw.text(self._at(point), words, color, font(size * _SCALE), anchor)
 
 
 class _Chart:
@@ -124,7 +124,8 @@ class _Chart:
         self.pen.text((self.right - 4, y - 4 if anchor == "rd" else y + 5), words, 14, color, anchor)
 
 
-def _font(size: float) -> Any:
+def font(size: float) -> Any:
+    """Pillow's own font, `size` pixels high where this Pillow can."""
     try:
         return ImageFont.load_default(size)
     except TypeError:  # Pillow before 10.1 has one size
@@ -162,10 +163,12 @@ def lines(title: str, series: Sequence[Series], across: str, up: str) -> Image.I
     each, _ = steps(farthest, 6)
     for number in range(int(farthest / each + 1e-9) + 1):
         pen.text((at(number * each, 0)[0], bottom + 16), f"{number * each:g}", 14, _MUTED, "mm")
+    columns = len(series) if len(series) < 4 else 2
     for number, one in enumerate(series):
-        start = 14 + number * (WIDTH - 28) / len(series)
-        pen.line([(start, 50), (start + 22, 50)], one.color, 3)
-        pen.text((start + 30, 50), one.label, 15, _INK, "lm")
+        start = 14 + number % columns * (WIDTH - 28) / columns
+        line = 46 + number // columns * 20
+        pen.line([(start, line), (start + 22, line)], one.color, 3)
+        pen.text((start + 30, line), one.label, 15, _INK, "lm")
         if len(one.points) > 1:
             pen.line([at(x, y) for x, y in one.points], one.color, 2)
         if one.level is not None:

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from vae_helpers import ldm_state, random_latent, small_vae, write, write_vae
 
 from comfyui_patchconv import cli
+from comfyui_patchconv.cli import demo
 from comfyui_patchconv.cli import vae as cli_vae
 from comfyui_patchconv.cli.arguments import size as bytes_of
+from comfyui_patchconv.cli.demo import filled
 from comfyui_patchconv.files.images import save_image
 from comfyui_patchconv.files.latents import load_latent, save_latent
 from comfyui_patchconv.hosts.eager_needs import EagerNeeds
@@ -306,7 +308,8 @@ def test_a_wrong_option_of_encode_is_one_sentence(
         ({"size": 8}, "64 to 16384"),
         ({"size": "big"}, "big"),
         ({"size": 64, "out": "file/demo"}, "not a folder"),
-        ({"latent": "none.latent"}, "none.latent does not exist"),
+        ({"vae": "random", "latent": "none.latent"}, "none.latent does not exist"),
+        ({"latent": "in.latent"}, "--vae"),
         ({"vae": "."}, "folder"),
     ],
 )
@@ -359,6 +362,7 @@ import resource, sys
 from comfyui_patchconv import cli
 from comfyui_patchconv import streaming
 from comfyui_patchconv.cli.arguments import size as bytes_of
+from comfyui_patchconv.cli.demo import filled
 from pathlib import Path
 from typing import Any
 import diffusers.models.autoencoders.autoencoder_kl
@@ -387,22 +391,59 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, vae: Path, image: Path, rea
     assert not (tmp_path / "out.latent").exists()
 
 
+def demo_table(said: str) -> tuple[float, ...]:
+    """The largest differences that the demo printed: of tiles, Patch Conv and streaming."""
+    figures = r" +\d+ MB +\d+\.\d s"
+    beside = rf"{figures} +[+-]\d+% memory, [+-]\d+% time"
+    rows = rf"peak memory +time\neager{figures}\ntiles{beside}\nPatch Conv{beside}\nstreaming{beside}\n"
+    assert re.search(rows, said), said
+    found = re.search(
+        r"Largest difference to the eager image: (\S+) \(tiles\), (\S+) \(Patch Conv\), (\S+) \(streaming\);", said
+    )
+    assert found is not None, said
+    return tuple(float(value) for value in found.groups())
+
+
 def test_demo_writes_the_images_and_prints_the_table(tmp_path: Path, vae: Path, ready: Ready) -> None:
     argv = arguments("demo", vae=vae, size=64, threshold=0, splits=3, out="new/folder")
     done = ready.ended(argv, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    figures = r" +\d+ MB +\d+\.\d s"
-    beside = rf"{figures} +[+-]\d+% memory, [+-]\d+% time"
-    rows = rf"peak memory +time\neager{figures}\nPatch Conv{beside}\nstreaming{beside}\n"
-    assert re.search(rows, done.stdout), done.stdout
-    differences = re.search(
-        r"Largest difference to the eager image: (\S+) \(Patch Conv\), (\S+) \(streaming\);", done.stdout
-    )
-    assert differences is not None
-    assert all(float(value) < 1e-4 for value in differences.groups())
+    assert all(value < 1e-4 for value in demo_table(done.stdout)[1:])
     assert pixels(tmp_path / "new" / "folder" / "image.png").shape == (64, 64, 3)
-    assert np.ptp(pixels(tmp_path / "new" / "folder" / "memory.png")) > 100
+    for name in ("memory.png", "comparison.png"):
+        assert np.ptp(pixels(tmp_path / "new" / "folder" / name)) > 100
+
+
+@pytest.mark.slow
+def test_demo_shows_a_photograph_that_tiles_change_and_strips_do_not(tmp_path: Path, ready: Ready) -> None:
+    done = ready.ended(["demo"], folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "small VAE" in done.stdout
+    assert "--vae random" in done.stdout
+    tiles, strips, streaming = demo_table(done.stdout)
+    assert tiles > 0.02
+    assert max(strips, streaming) < 1e-4
+    assert pixels(tmp_path / "demo" / "image.png").shape == (768, 1024, 3)
+
+
+def test_demo_repeats_the_photograph_to_the_size_that_is_asked_for() -> None:
+    latent = torch.arange(6.0).reshape(1, 1, 2, 3)
+    larger = filled(latent, 5, 4)
+    assert larger[0, 0, :, 0].tolist() == [0, 3, 3, 0, 0]
+    assert larger[0, 0, 0].tolist() == [0, 1, 2, 2]
+    assert torch.equal(filled(latent, 1, 2), latent[..., :1, :2])
+
+
+def test_demo_takes_the_small_vae_the_random_one_or_a_file(tmp_path: Path, vae: Path) -> None:
+    parse = cli.parser().parse_args
+    assert demo.settings_of(parse(["demo"])) == demo.Settings()
+    assert demo.Settings().vae == demo.SMALL_VAE
+    assert demo.Settings().latent == demo.PHOTOGRAPH
+    drawn = demo.settings_of(parse(["demo", "--vae", "random"]))
+    assert (drawn.vae, drawn.latent) == (None, None)
+    given = demo.settings_of(parse(arguments("demo", vae=vae, latent="in.latent")))
+    assert (given.vae, given.latent) == (vae, Path("in.latent"))
 
 
 def test_demo_with_a_wrong_file_writes_nothing(tmp_path: Path, vae: Path, ready: Ready) -> None:

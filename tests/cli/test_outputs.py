@@ -218,7 +218,7 @@ def test_an_output_of_a_batch_that_is_an_input_is_refused(
     assert_refused(code, "an input", capsys, tmp_path, before)
 
 
-@pytest.mark.parametrize("name", ["image.png", "memory.png"])
+@pytest.mark.parametrize("name", ["image.png", "memory.png", "comparison.png"])
 def test_the_demo_replaces_no_input(tmp_path: Path, vae: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / name).symlink_to(vae)
     before = content(tmp_path)

@@ -8,13 +8,14 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from vae_helpers import LEVELS, assert_one_sentence, ldm_state, random_latent, small_vae, write
 
 from comfyui_patchconv.cli.vae import Strips, channels, decode, encode, scale
 from comfyui_patchconv.files.latents import load_latent
 from comfyui_patchconv.files.packing import packing_of
-from comfyui_patchconv.files.vae import load_vae
+from comfyui_patchconv.files.vae import GROUPS_NAME, load_vae
 
 
 def flux2_vae() -> Any:
@@ -159,3 +160,29 @@ def test_names_and_shapes_without_end_are_cut(tmp_path: Path, name: str) -> None
         with pytest.raises(ValueError) as caught:
             load_latent(write(path, tensors))
         assert_one_sentence(caught.value, path)
+
+
+def test_the_metadata_says_how_many_groups_norms_have(tmp_path: Path) -> None:
+    vae = small_vae(groups=8)
+    state = {name: value.contiguous() for name, value in vae.state_dict().items()}
+    save_file(state, tmp_path / "vae.safetensors", {GROUPS_NAME: "8"})
+    loaded, latent = load_vae(tmp_path / "vae.safetensors"), random_latent()
+    assert loaded.config["norm_num_groups"] == 8
+    assert torch.equal(decode(loaded, latent), decode(vae, latent))
+    assert not torch.equal(decode(load_vae(write(tmp_path / "other.safetensors", state)), latent), decode(vae, latent))
+
+
+@pytest.mark.parametrize("said", ["0", "-1", "many", "1.5", ""])
+def test_groups_that_are_no_number_are_refused(tmp_path: Path, said: str) -> None:
+    path = tmp_path / "vae.safetensors"
+    save_file({name: value.contiguous() for name, value in small_vae().state_dict().items()}, path, {GROUPS_NAME: said})
+    with pytest.raises(ValueError, match="groups") as raised:
+        load_vae(path)
+    assert_one_sentence(raised.value, path)
+
+
+def test_widths_that_the_groups_do_not_divide_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "vae.safetensors"
+    save_file({name: value.contiguous() for name, value in small_vae().state_dict().items()}, path, {GROUPS_NAME: "48"})
+    with pytest.raises(ValueError, match="multiples of 48"):
+        load_vae(path)
