@@ -96,7 +96,7 @@ class Call:
     def _forsake(self) -> None:
         """The program failed: what it left behind has values all the same, if they can be had.
 
-        Where other ranks took part, who knows nothing of it, it is computed here alone, if somebody asks for it.
+        Where other ranks took part, which know nothing of that, it is computed here alone once somebody asks for it.
         """
         if self._ranks is not None:
             self._ranks = None
@@ -170,7 +170,7 @@ class Call:
         return schedule
 
     def _chosen(
-        self, roots: Sequence[Node], keep: Sequence[Node], held: int, unused: Optional[Callable[[], int]]
+        self, roots: Sequence[Node], keep: Sequence[Node], held: int, unused: Optional[Callable[[], int]] = None
     ) -> Schedule:
         device = max(roots, key=lambda node: node.bytes).device
         ranks = 1 if self._ranks is None else self._ranks.count
