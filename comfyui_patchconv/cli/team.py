@@ -86,7 +86,8 @@ def device_of(wanted: Optional[torch.device]) -> torch.device:
 def team_of(spread: Optional[str], given: Sequence[Path], device: torch.device) -> Iterator[Team]:
     """Within the block, the processes of this command as a team; what goes wrong there is said once.
 
-    spread: `"rows"` or `"pictures"`; None for rows where a single file is `given`, else pictures. Raises ValueError where several processes were asked for and there is no `torch.distributed`.
+    spread: `"rows"` or `"pictures"`; None for rows where a single file is `given`, else pictures. Raises ValueError
+    where several processes were started and there is no `torch.distributed`.
     """
     if not launched():
         yield Team()
