@@ -95,7 +95,7 @@ class Ranks:
             watch.end()
             self._watch = None
         self._before.append(watch)
-        for old in self._before[:-2]:  # all have ended that, who have begun the one before this
+        for old in self._before[:-2]:  # all ranks have ended that, for they have begun the next
             old.forget()
         del self._before[:-2]
 

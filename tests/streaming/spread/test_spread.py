@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from comfyui_patchconv.streaming import Streamed
+
 from .conftest import Ranks
 
 COUNTS = pytest.mark.parametrize("count", [2, 3, 4])
@@ -91,3 +93,8 @@ def test_cut_where_rows_would_be_computed_twice(ranks: Ranks, count: int) -> Non
 @pytest.mark.parametrize("seed", range(12))
 def test_random_networks_with_cuts(ranks: Ranks, seed: int) -> None:
     ranks.run("network", seed, 23, ranks=2 + seed % 3, strip_bytes=400, least_work=0)
+
+
+def test_a_group_where_there_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="there are no process groups: call torch"):
+        Streamed(group="all of them")
