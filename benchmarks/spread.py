@@ -35,8 +35,9 @@ from comfyui_patchconv.files.vae import random_vae
 from comfyui_patchconv.memory.recorder import Recorder
 from comfyui_patchconv.streaming import Streamed, Tuning, expect
 from comfyui_patchconv.streaming.graph.node import Node
+from comfyui_patchconv.streaming.plan.bands import band
 from comfyui_patchconv.streaming.plan.schedule import Pass, Schedule
-from comfyui_patchconv.streaming.spread.bands import band, moves_before
+from comfyui_patchconv.streaming.spread.bands import moves_before
 from comfyui_patchconv.streaming.spread.together import AT_ONCE
 
 MB = 1e6

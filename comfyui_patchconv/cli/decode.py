@@ -34,13 +34,13 @@ def add(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     """Decode latents to PNGs: the pictures that the host would make, in less memory."""
-    latents, device = inputs_of(args.latent, args.vae, ".latent", ".safetensors"), device_of(args.device)
-    with team_of(args.spread, len(latents), device) as team:
-        return _decode(args, latents, device, team)
+    device = device_of(args.device)
+    with team_of(args.spread, args.latent, device) as team:
+        return _decode(args, device, team)
 
 
-def _decode(args: argparse.Namespace, latents: list[Path], device: torch.device, team: Team) -> int:
-    strips = strips_of(args, team)
+def _decode(args: argparse.Namespace, device: torch.device, team: Team) -> int:
+    strips, latents = strips_of(args, team), inputs_of(args.latent, args.vae, ".latent", ".safetensors")
     outputs = Outputs(args.out, latents, [args.vae], ".png", overwrite=args.overwrite, folder=of_folder(args.latent))
     if len(latents) == 1:
         existing(latents[0])

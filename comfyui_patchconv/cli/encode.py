@@ -32,13 +32,13 @@ def add(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     """Encode images to ComfyUI's .latent: what VAEEncode and SaveLatent would make, in less memory."""
-    images, device = inputs_of(args.image, args.vae, *IMAGES), device_of(args.device)
-    with team_of(args.spread, len(images), device) as team:
-        return _encode(args, images, device, team)
+    device = device_of(args.device)
+    with team_of(args.spread, args.image, device) as team:
+        return _encode(args, device, team)
 
 
-def _encode(args: argparse.Namespace, images: list[Path], device: torch.device, team: Team) -> int:
-    strips = strips_of(args, team)
+def _encode(args: argparse.Namespace, device: torch.device, team: Team) -> int:
+    strips, images = strips_of(args, team), inputs_of(args.image, args.vae, *IMAGES)
     outputs = Outputs(
         args.out, images, [args.vae], ".latent", ".safetensors", overwrite=args.overwrite, folder=of_folder(args.image)
     )

@@ -28,9 +28,9 @@ _LONGEST = timedelta(days=7)
 
 @dataclass(frozen=True)
 class Team:
-    """rank, count: which process this is, of how many. beside: how many of them are on this machine. group: theirs, to
-    stream over; None for one process. rows: whether they do each input together, a band of rows each, rather than one
-    input each."""
+    """rank, count: which process this is, of how many. beside: how many of them share the memory of its device. group:
+    theirs, to stream over; None for one process. rows: whether they do each input together, a band of rows each, rather
+    than one input each."""
 
     rank: int = 0
     count: int = 1
@@ -83,11 +83,11 @@ def device_of(wanted: Optional[torch.device]) -> torch.device:
 
 
 @contextmanager
-def team_of(spread: Optional[str], inputs: int, device: torch.device) -> Iterator[Team]:
+def team_of(spread: Optional[str], given: Sequence[Path], device: torch.device) -> Iterator[Team]:
     """Within the block, the processes of this command as a team; what goes wrong there is said once.
 
-    spread: `"rows"` or `"pictures"`; None for rows of a single input, and pictures where there are several. Raises
-    ValueError where several processes were asked for and there is no `torch.distributed`.
+    spread: `"rows"` or `"pictures"`; None for rows where a single file is `given`, else pictures. Raises ValueError
+    where several processes were started and there is no `torch.distributed`.
     """
     if not launched():
         yield Team()
@@ -99,7 +99,9 @@ def team_of(spread: Optional[str], inputs: int, device: torch.device) -> Iterato
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if nccl else "gloo", timeout=_LONGEST)
-    team = Team(rank, count, beside, dist.group.WORLD, (spread or ("rows" if inputs == 1 else "pictures")) == "rows")
+    rows = spread == "rows" if spread else len(given) == 1 and not given[0].is_dir()
+    sharing = beside if device.type != "cuda" else -(-beside // torch.cuda.device_count())
+    team = Team(rank, count, sharing, dist.group.WORLD, rows)
     try:
         with open(os.devnull, "w") as nowhere, ExitStack() as silent:
             if not team.writes:
@@ -120,7 +122,7 @@ def team_of(spread: Optional[str], inputs: int, device: torch.device) -> Iterato
 
 def _speaker(error: BaseException) -> int:
     """The rank that says what went wrong: the first one, unless it is that which is gone."""
-    return int(isinstance(error, SpreadError) and str(error).startswith("rank 0 has ended"))
+    return int(isinstance(error, SpreadError) and str(error).startswith(("rank 0 has ", "rank 0 did not ")))
 
 
 def of_all(team: Team, inputs: Sequence[Path], work: Callable[[Path], None]) -> int:
@@ -131,17 +133,16 @@ def of_all(team: Team, inputs: Sequence[Path], work: Callable[[Path], None]) -> 
     if team.count == 1 or team.rows:
         return each(inputs, work)
     store: Any = dist.distributed_c10d._get_default_store()
-    failed: list[tuple[Path, int]] = []
+    failed: list[str] = []
     while True:
         place = store.add("patchconv next", 1) - 1
         if place >= len(inputs):
             break
-        code = attempt(inputs[place], work)
-        if code:
-            failed.append((inputs[place], code))
+        if attempt(inputs[place], work):
+            failed.append(str(inputs[place]))
     found: list[Any] = [None] * team.count
     dist.all_gather_object(found, failed)
-    names = [f"{path}" for some in found for path, _ in some]
+    names = [name for some in found for name in some]
     if names and team.rank == 0:
         tell(f"{len(names)} of {len(inputs)} failed: {', '.join(sorted(names))}.")
     return SPREAD if names else 0

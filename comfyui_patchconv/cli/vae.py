@@ -39,8 +39,8 @@ class Strips:
     """How to decode or encode.
 
     mode: one of `CHOICES`. splits, threshold: see `Tiling`. budget: see `streaming.stream`; for `"auto"` None takes
-    what is free. group: the processes to stream over, whatever the mode; None for this one. beside: how many of a
-    machine's processes take what is free. silent_seconds: see `Tuning`.
+    what is free. group: the processes to stream over, whatever the mode; None for this one. beside: how many
+    processes share what is free. silent_seconds: see `Tuning`.
     """
 
     mode: str = "auto"

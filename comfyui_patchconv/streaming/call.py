@@ -84,7 +84,7 @@ class Call:
                 with recorder:
                     result = function(*given, **named)
             except BaseException:
-                _forsake(recorder)
+                self._forsake()
                 raise
             del given, named
             with torch.no_grad():
@@ -92,6 +92,20 @@ class Call:
         self.eager_peak = recorder.eager_peak
         back = {id(value): originals[id(value)] for value in entered.values()}
         return _with_originals(result, back)
+
+    def _forsake(self) -> None:
+        """The program failed: what it left behind has values all the same, if they can be had.
+
+        Where other ranks took part, which know nothing of that, it is computed here alone once somebody asks for it.
+        """
+        if self._ranks is not None:
+            self._ranks = None
+            return
+        try:
+            with torch.no_grad():
+                self.recorder.finish()
+        except Exception:  # the program's own error is the one to tell
+            return
 
     def begin(self) -> None:
         """A call of its own begins, as an estimate counts several: what was stored before is none of it."""
@@ -159,7 +173,7 @@ class Call:
         return schedule
 
     def _chosen(
-        self, roots: Sequence[Node], keep: Sequence[Node], held: int, unused: Optional[Callable[[], int]]
+        self, roots: Sequence[Node], keep: Sequence[Node], held: int, unused: Optional[Callable[[], int]] = None
     ) -> Schedule:
         device = max(roots, key=lambda node: node.bytes).device
         ranks = 1 if self._ranks is None else self._ranks.count
@@ -232,15 +246,6 @@ def store_without_values(nodes: Sequence[Node]) -> None:
     with _disable_current_modes():
         for node in nodes:
             node.store(torch.empty_strided(node.shape, node.strides, dtype=node.dtype, device="meta"))
-
-
-def _forsake(recorder: Recorder) -> None:
-    """The program failed: what it left behind has values all the same, if they can be had."""
-    try:
-        with torch.no_grad():
-            recorder.finish()
-    except Exception:  # the program's own error is the one to tell
-        return
 
 
 def _with_originals(value: Any, originals: dict[int, Tensor], depth: int = 8) -> Any:

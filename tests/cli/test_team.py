@@ -24,6 +24,12 @@ RANKS = 3
 LAUNCH = f"""
 import os, socket, sys
 from comfyui_patchconv import cli
+
+def end(code):  # at once: taking all of a copied process apart takes longer than the test
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
 os.setsid()
 with socket.socket() as unused:
     unused.bind(("127.0.0.1", 0))
@@ -34,9 +40,9 @@ for rank in range({RANKS}):
     if not process:
         os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
                            WORLD_SIZE="{RANKS}", LOCAL_WORLD_SIZE="{RANKS}")
-        sys.exit(cli.main())
+        end(cli.main())
     processes.append(process)
-sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes))
+end(max(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes))
 """
 
 
@@ -126,14 +132,17 @@ def test_failures_are_listed(ready: Ready, vae: Path, latents: Path, tmp_path: P
     [
         ({"mode": "patch"}, "--mode is patch and several processes do one picture together"),
         ({"latent": "missing.latent"}, "missing.latent does not exist"),
+        ({"latent": "empty"}, "empty is a folder without a file that ends in .latent or .safetensors"),
+        ({"silent-seconds": "0"}, "silent_seconds is 0: give a number of seconds above 0"),
     ],
-    ids=["mode", "latent"],
+    ids=["mode", "latent", "folder", "seconds"],
 )
 def test_wrong_input_is_said_once(
     ready: Ready, vae: Path, latents: Path, tmp_path: Path, options: dict[str, str], sentence: str
 ) -> None:
+    (tmp_path / "empty").mkdir()
     given = {"vae": vae, "latent": latents / "1.latent", "out": tmp_path / "out.png"} | options
-    done = ready.ended(arguments("decode", **given), LAUNCH)
+    done = ready.ended(arguments("decode", **given), LAUNCH, folder=tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert sentence in done.stderr

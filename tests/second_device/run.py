@@ -7,7 +7,9 @@ device at once, beyond the weights, and what was expected. An error is told in w
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+import torch.distributed as dist
 from device import register
 from model_zoo import CASES, draw_weights, image, kl
 from network_helpers import random_network, run_network
 from patch_ddpm_helpers import FEW, TALL, randomised
+from streaming.spread.toys import Decoder, drawn, seeded
 from torch import Tensor, nn
 
 from comfyui_patchconv import PartialConv2d, PConv2d, Tiling, convert_model
@@ -119,6 +123,39 @@ def layers(counter: Any) -> Answer:
     return answer
 
 
+def ranks(counter: Any) -> Answer:
+    """A decode over two processes, which send each other what lies on the device."""
+    model, latent = seeded(Decoder), drawn(1, 4, 13, 9)
+    expected = model(latent)
+    model.to(SECOND)
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        for rank in range(2):
+            process = os.fork()
+            if not process:
+                answer = of_rank(rank, Path(folder, "store"), model, latent.to(SECOND), expected)
+                Path(folder, f"{rank}.json").write_text(json.dumps(answer))
+                os._exit(0)
+            processes.append(process)
+        for process in processes:
+            os.waitpid(process, 0)
+        return {
+            f"rank {rank}, {name}": value
+            for rank in range(2)
+            for name, value in json.loads(Path(folder, f"{rank}.json").read_text()).items()
+        }
+
+
+def of_rank(rank: int, store: Path, model: nn.Module, latent: Tensor, expected: Tensor) -> Answer:
+    files: Any = dist
+    dist.init_process_group("gloo", store=files.FileStore(str(store), 2), rank=rank, world_size=2)
+    answer = {}
+    for budget in (None, 1):
+        run = streamed(model, budget=budget, tuning=SMALL, group=dist.group.WORLD)
+        answer[f"budget {budget}"] = difference(run(latent), expected)
+    return answer
+
+
 def pixel_models(counter: Any) -> Answer:
     """Sampling: noise comes from the CPU's generator whatever the device, so that a seed gives one image."""
     answer = {}
@@ -173,4 +210,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with torch.inference_mode():
-        print(json.dumps({part.__name__: part(counted) for part in (models, networks, layers, pixel_models, peaks)}))
+        print(
+            json.dumps(
+                {part.__name__: part(counted) for part in (models, networks, layers, ranks, pixel_models, peaks)}
+            )
+        )

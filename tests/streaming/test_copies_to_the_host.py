@@ -90,7 +90,7 @@ def map_like(values: Tensor) -> Node:
 def a_map(strips: int) -> tuple[Strips, Tensor]:
     """A map of strips of two rows, and its values."""
     values = torch.randn(1, 3, 2 * strips, 4)
-    found = Strips(map_like(values), offloaded=True, count=lambda size: None)
+    found = Strips(map_like(values), offloaded=True, count=lambda size: None, band=(0, 2 * strips))
     for first in range(0, 2 * strips, 2):
         found.append(values[:, :, first : first + 2].clone())
     return found, values
@@ -134,7 +134,7 @@ def test_strips_that_were_freed_leave_the_others(late: Late) -> None:
 def test_a_part_of_other_memory_is_copied_before_that_changes(late: Late) -> None:
     line = torch.ones(1, 1, 5, 4)
     part = line.narrow(-2, 0, 2)
-    found = Strips(map_like(part), offloaded=True, count=lambda size: None)
+    found = Strips(map_like(part), offloaded=True, count=lambda size: None, band=(0, 2))
     found.append(part)
     line.zero_()
     assert found.read(0, 2).unique().item() == 1.0

@@ -48,9 +48,10 @@ def schedules_of(recomputed_from: Optional[int]) -> Any:
     """In the place of `choose`: no choice, but what is recomputed wherever it is read is given."""
 
     def plan(
-        roots: Sequence[Node], keep: Sequence[Node], tuning: Tuning, budget: Optional[int], held: int, room: Any
-    ) -> Schedule:
-        schedule = Passes(roots, keep, tuning, budget, recomputed_from, held).plan()
+        roots: Sequence[Node], keep: Sequence[Node], tuning: Tuning, budget: Optional[int], held: int, room: Any,
+        ranks: int,
+    ) -> Schedule:  # fmt: skip
+        schedule = Passes(roots, keep, tuning, budget, recomputed_from, held, ranks=ranks).plan()
         assert schedule is not None
         return schedule
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ..graph.node import Node, Span
+from ..plan.bands import reach
 from ..plan.schedule import Pass
 
 
@@ -24,20 +25,6 @@ class Work(NamedTuple):
     keep: int
 
 
-def reach(one_pass: Pass, bands: Mapping[Node, Span]) -> dict[Node, Span]:
-    """The rows of steps, and of the stored maps that they read by rows, that `bands` of the targets are made of."""
-    found = {node: band for node, band in bands.items() if band[0] < band[1]}
-    for node in reversed(one_pass.order):  # readers before what they read
-        if node not in found or node.step is None:
-            continue
-        sources = [source for source, dim in zip(node.inputs, node.dims) if dim is not None]
-        for source, (low, high) in zip(sources, node.step.needs(*found[node])):
-            if low < high:
-                before = found.get(source, (low, high))
-                found[source] = min(before[0], low), max(before[1], high)
-    return found
-
-
 class Rows:
     """How far a pass has come: rows done of each step, and where the rows begin that are kept of it.
 
@@ -49,7 +36,7 @@ class Rows:
         self.height = max((last - first for first, last in bands.values()), default=0)
         self.roots = {target.node: target.rows for target in one_pass.targets}
         inside = set(self.order)
-        reached = reach(one_pass, bands)
+        reached = reach(one_pass.order, bands)
         self.done = {node: reached.get(node, (0, 0))[0] for node in self.order}
         self._ends = {node: reached.get(node, (0, 0))[1] for node in self.order}
         # Of stored maps that are read for themselves.

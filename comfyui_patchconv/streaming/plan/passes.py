@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, Optional
 
 from ..graph.node import Node
+from .bands import cut_for
 from .cost import seconds_of
 from .schedule import Apply, Pass, Schedule, Target, Tuning
 from .sweep import Sweep
@@ -154,6 +155,8 @@ class Passes:
         """One pass to targets and to what else of it later steps read, or two where that takes less."""
         nodes = [target.node for target in targets]
         self._cut(nodes)
+        if self._ranks > 1:
+            self._cut_for_bands(nodes)
         self._run_pass(targets + [self._target(node) for node in self._kept_for_later(nodes)])
 
     def _origin(self, node: Node, nodes: Sequence[Node]) -> Node:
@@ -306,6 +309,13 @@ class Passes:
                     best, cut = peak, frontier
         if cut is not None:
             self._store([node for node in cut if not self._is_there(node)])
+
+    def _cut_for_bands(self, roots: Sequence[Node]) -> None:
+        """Where ranks would compute many rows at the edges of their bands twice, store what lies between beforehand."""
+        order = self._steps_to(roots)
+        between = cut_for(order, roots, self._ranks) if order else None
+        if between is not None and not any(node in self._left for node in between):
+            self._store(between)
 
     def _steps_to(self, nodes: Sequence[Node]) -> list[Node]:
         """The steps that lead to `nodes` from what is stored by now."""

@@ -5,15 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple
 
-from ..execute.strips import reach
 from ..graph.node import Node, Span
+from ..plan.bands import band, reach
 from ..plan.schedule import Pass
-
-
-def band(rows: int, rank: int, ranks: int) -> Span:
-    """The rows of a map of so many that are `rank`'s: as many as any other's, or one more. Some have none if there are
-    more ranks than rows."""
-    return rows * rank // ranks, rows * (rank + 1) // ranks
 
 
 def bands_of(one_pass: Pass, rank: int, ranks: int) -> dict[Node, Span]:
@@ -38,7 +32,7 @@ def moves_before(one_pass: Pass, stored: Collection[Node], ranks: int) -> list[M
     """What has to move before a pass, in the order in which each rank packs it. stored: the maps that lie in bands."""
     found = []
     for reader in range(ranks):
-        read = reach(one_pass, bands_of(one_pass, reader, ranks))
+        read = reach(one_pass.order, bands_of(one_pass, reader, ranks))
         for node in stored:
             if node not in read:
                 continue

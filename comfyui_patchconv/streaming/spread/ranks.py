@@ -19,8 +19,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..errors import SpreadError
 from .watch import Watch
 
-_c10d: Any = dist.distributed_c10d
-
 _FOREVER = timedelta(days=365)
 """For a wait that `Watch` ends: Gloo closes a connection on which a wait ran out."""
 
@@ -45,7 +43,8 @@ class Ranks:
     """This process among those of `group`.
 
     rank, count: which one it is, of how many. sent, messages: bytes sent to others so far, and in how many pieces.
-    seconds: how long another one may be silent. Raises ValueError where this process is none of the group.
+    seconds: how long another one may be silent. Raises ValueError where this process is none of the group, and for no
+    seconds.
     """
 
     def __init__(self, group: Any, seconds: float) -> None:
@@ -54,6 +53,8 @@ class Ranks:
                 f"group is {group!r} and there are no process groups: call torch.distributed.init_process_group first, "
                 "or leave group out."
             )
+        if not seconds > 0:
+            raise ValueError(f"silent_seconds is {seconds:g}: give a number of seconds above 0.")
         self.rank = dist.get_rank(group)
         if self.rank < 0:
             raise ValueError("group is a process group that this process is not in: call it on its own ranks alone.")
@@ -77,7 +78,8 @@ class Ranks:
             raise SpreadError(f"the ranks of this group cannot go on: {self._past.failed}")
         self._past.calls += 1
         name = f"patchconv {' '.join(map(str, self._ranks))} {self._past.calls}"
-        store = _c10d.PrefixStore(name, _c10d._get_default_store())
+        c10d: Any = dist.distributed_c10d
+        store = c10d.PrefixStore(name, c10d._get_default_store())
         self._watch = watch = Watch(store, self.rank, self.count, self._seconds)
         try:
             yield
@@ -85,14 +87,15 @@ class Ranks:
             self._past.failed = str(error)
             raise
         except BaseException as error:
-            text = f"rank {self.rank} raised {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            said = " ".join(str(error).split())[:500]
+            text = f"rank {self.rank} raised {type(error).__name__}{f': {said}' if said else '.'}"
             self._past.failed = str(watch.fail(text))
             raise
         finally:
             watch.end()
             self._watch = None
         self._before.append(watch)
-        for old in self._before[:-2]:  # all have ended that, who have begun the one before this
+        for old in self._before[:-2]:  # all ranks have ended that, for they have begun the next
             old.forget()
         del self._before[:-2]
 

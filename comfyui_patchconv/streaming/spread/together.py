@@ -12,8 +12,9 @@ from ..execute.share import Stored
 from ..execute.stored import Single, Strips
 from ..graph.node import Node, Span
 from ..graph.steps import Accumulator
+from ..plan.bands import band
 from ..plan.schedule import Pass
-from .bands import Move, band, bands_of, moves_before
+from .bands import Move, bands_of, moves_before
 from .ranks import Ranks, bytes_of
 
 AT_ONCE = 4 << 20

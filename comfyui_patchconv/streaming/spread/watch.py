@@ -40,14 +40,17 @@ class Watch:
                     return
 
     def end(self) -> None:
-        """The call is over."""
+        """The call is over for this rank: another one may still wait for a third, and shall not miss this one."""
+        with suppress(Exception):
+            self._store.add(f"ended {self._rank}", 1)
         self._over.set()
         self._beat.join(self._seconds)
 
     def forget(self) -> None:
         """No rank makes this call any more: what this one has in the store can go."""
         with suppress(Exception):  # not all stores can
-            self._store.delete_key(f"beat {self._rank}")
+            for name in ("beat", "ended"):
+                self._store.delete_key(f"{name} {self._rank}")
 
     def look(self) -> None:
         """Raises SpreadError if a rank has failed, or has been silent for too long."""
@@ -59,7 +62,7 @@ class Watch:
             beats = self._read(f"beat {other}")
             if beats != count:
                 self._heard[other] = beats, now
-            elif now - when > self._seconds:
+            elif now - when > self._seconds and not self._read(f"ended {other}"):
                 raise self.fail(self._silent(other, beats))
 
     def _silent(self, other: int, beats: int) -> str:

@@ -29,9 +29,11 @@ from cases import CASES  # noqa: E402
 
 from comfyui_patchconv.streaming import Streamed, Tuning  # noqa: E402
 from comfyui_patchconv.streaming.execute import loop  # noqa: E402
+from comfyui_patchconv.streaming.plan import bands as plan_bands  # noqa: E402
 from streaming.comparing import assert_alike, copied, seed_all, tensors_in  # noqa: E402
 
 RANKS = 4
+least_work = plan_bands._LEAST_WORK
 c10d: Any = dist
 
 
@@ -66,6 +68,7 @@ def found(asked: dict[str, Any], groups: dict[int, Any]) -> dict[str, Any]:
         budget = budget[dist.get_rank()]
     runner = Streamed(budget, tuning=tuning, group=groups[asked["ranks"]])
     seed_all()
+    plan_bands._LEAST_WORK = asked.get("least_work", least_work)
     short = asked.get("short_of_memory") == dist.get_rank()
     if asked.get("measured"):
         result, memory = allocated(lambda: runner.call(function, others, {}))
@@ -83,8 +86,8 @@ def found(asked: dict[str, Any], groups: dict[int, Any]) -> dict[str, Any]:
     call = runner.last
     assert call is not None
     return {
-        "error": error, "result": written, "peak": peak, "sent": runner.sent, "planned": call.peak,
-        "offloaded": call.offloaded, "in_strips": call.in_strips, "report": runner.report,
+        "error": error, "result": written, "peak": peak, "sent": runner.sent, "messages": runner.messages,
+        "planned": call.peak, "offloaded": call.offloaded, "in_strips": call.in_strips, "report": runner.report,
     }  # fmt: skip
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from comfyui_patchconv.conv.geometry import Axis
-from comfyui_patchconv.streaming.execute.strips import reach
 from comfyui_patchconv.streaming.graph.node import Node
 from comfyui_patchconv.streaming.graph.steps import Convolve
-from comfyui_patchconv.streaming.plan.schedule import Pass, Target
-from comfyui_patchconv.streaming.spread.bands import band, bands_of, moves_before
+from comfyui_patchconv.streaming.plan import bands
+from comfyui_patchconv.streaming.plan.bands import band, reach
+from comfyui_patchconv.streaming.plan.choose import choose
+from comfyui_patchconv.streaming.plan.schedule import Pass, Target, Tuning
+from comfyui_patchconv.streaming.spread.bands import bands_of, moves_before
 
 
 def node(rows: int, kernel: int = 3, *inputs: Node) -> Node:
@@ -37,9 +40,9 @@ def a_pass(rows: int, kernels: tuple[int, ...]) -> tuple[Pass, Node]:
 
 @given(st.integers(0, 40), st.integers(1, 9))
 def test_each_row_is_one_ranks(rows: int, ranks: int) -> None:
-    bands = [band(rows, rank, ranks) for rank in range(ranks)]
-    assert [row for first, last in bands for row in range(first, last)] == list(range(rows))
-    sizes = [last - first for first, last in bands]
+    found = [band(rows, rank, ranks) for rank in range(ranks)]
+    assert [row for first, last in found for row in range(first, last)] == list(range(rows))
+    sizes = [last - first for first, last in found]
     assert max(sizes) - min(sizes) <= 1
 
 
@@ -48,7 +51,7 @@ def test_what_a_rank_reads_is_its_own_or_comes(rows: int, ranks: int, kernels: l
     one_pass, source = a_pass(rows, tuple(kernels))
     moves = moves_before(one_pass, [source], ranks)
     for rank in range(ranks):
-        first, last = reach(one_pass, bands_of(one_pass, rank, ranks)).get(source, (0, 0))
+        first, last = reach(one_pass.order, bands_of(one_pass, rank, ranks)).get(source, (0, 0))
         own = set(range(*band(rows, rank, ranks)))
         coming = [row for move in moves if move.reader == rank for row in range(*move.rows)]
         assert len(coming) == len(set(coming))
@@ -67,3 +70,26 @@ def test_only_halos_move(ranks: int) -> None:
     assert len(moves) == 2 * (ranks - 1)
     assert {move.rows[1] - move.rows[0] for move in moves} == {2}
     assert {move.bytes for move in moves} == {2 * 4 * 4}
+
+
+def test_few_rows_are_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred convolutions, one behind the other, over bands of 64 rows: what lies between some of them is stored."""
+    monkeypatch.setattr(bands, "_LEAST_WORK", 0)
+    cpu, rows, ranks = torch.device("cpu"), 256, 4
+    last = node(rows)
+    last.tensor = "the input"
+    last.device = cpu
+    for _ in range(100):
+        last = node(rows, 3, last)
+        last.device = cpu
+    schedule = choose([last], [], Tuning(always=True), None, 0, ranks=ranks)
+    passes = [step for step in schedule.steps if isinstance(step, Pass)]
+    assert 1 < len(passes) < 20
+    computed = sum(
+        high - low
+        for one_pass in passes
+        for one, (low, high) in reach(one_pass.order, bands_of(one_pass, 1, ranks)).items()
+        if one in one_pass.order
+    )
+    assert computed <= (1 + bands._TWICE) * 100 * rows / ranks
+    assert len(choose([last], [], Tuning(always=True), None, 0).steps) == 1

@@ -11,6 +11,7 @@ from processes import ended
 
 SAID = {
     "raises": "rank 1 raised KeyError: 'no such key'",
+    "fails_in_its_code": "rank 1 raised LookupError: nothing is there",
     "runs_out_of_room": "rank 1 raised OSError: no room for",
     "is_killed": "rank 1 has ended or cannot be reached from rank",
     "has_left": "rank 1 has ended or cannot be reached from rank",

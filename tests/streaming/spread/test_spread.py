@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from comfyui_patchconv.streaming import Streamed
+
 from .conftest import Ranks
 
 COUNTS = pytest.mark.parametrize("count", [2, 3, 4])
@@ -78,3 +80,21 @@ def test_memory_is_shared_out(ranks: Ranks) -> None:
         assert all(one["peak"] <= one["planned"] for one in found)
     assert peaks[2] <= (1 / 2 + 0.05) * peaks[1]
     assert peaks[3] <= (1 / 3 + 0.05) * peaks[1]
+
+
+@COUNTS
+def test_cut_where_rows_would_be_computed_twice(ranks: Ranks, count: int) -> None:
+    cut = ranks.run("without_norms", ranks=count, strip_bytes=1, least_work=0)
+    usual = ranks.run("without_norms", ranks=count, strip_bytes=1)
+    assert [one["messages"] for one in cut] > [one["messages"] for one in usual]
+    ranks.run("several", ranks=count, strip_bytes=1, least_work=0)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_networks_with_cuts(ranks: Ranks, seed: int) -> None:
+    ranks.run("network", seed, 23, ranks=2 + seed % 3, strip_bytes=400, least_work=0)
+
+
+def test_a_group_where_there_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="there are no process groups: call torch"):
+        Streamed(group="all of them")

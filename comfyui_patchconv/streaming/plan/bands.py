@@ -1,0 +1,72 @@
+"""Bands of rows, one for each of several ranks: what they are made of, and where a pass of theirs should be two."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
+from typing import Optional
+
+from ..graph.node import Node, Span
+
+_TWICE = 0.25
+"""The share of its work that a rank may do for rows beyond its band, which another one computes, too."""
+
+_LEAST_WORK = 1 << 28
+"""Multiplications that a rank would do a second time, below which one more exchange of rows takes longer."""
+
+
+def band(rows: int, rank: int, ranks: int) -> Span:
+    """The rows of a map of so many that are `rank`'s: as many as any other's, or one more. Some have none if there are
+    more ranks than rows."""
+    return rows * rank // ranks, rows * (rank + 1) // ranks
+
+
+def reach(order: Sequence[Node], bands: Mapping[Node, Span]) -> dict[Node, Span]:
+    """The rows of steps, and of the stored maps that these read by rows, that `bands` of targets are made of."""
+    found = {node: rows for node, rows in bands.items() if rows[0] < rows[1]}
+    for node in reversed(order):  # readers before what they read
+        if node not in found or node.step is None:
+            continue
+        sources = [source for source, dim in zip(node.inputs, node.dims) if dim is not None]
+        for source, (low, high) in zip(sources, node.step.needs(*found[node])):
+            if low < high:
+                before = found.get(source, (low, high))
+                found[source] = min(before[0], low), max(before[1], high)
+    return found
+
+
+def cut_for(order: Sequence[Node], roots: Collection[Node], ranks: int) -> Optional[list[Node]]:
+    """What to store before a pass to `roots`, so that its ranks compute few rows twice; None where they do.
+
+    order: its steps. A pass of many convolutions, one behind the other, reads further beyond a band the more they are.
+    """
+    rank = ranks // 2
+    read = reach(order, {root: band(root.rows, rank, ranks) for root in roots})
+    once, twice = [], []
+    for node in order:
+        first, last = band(node.rows, rank, ranks)
+        low, high = read.get(node, (first, first))
+        work = node.row_bytes // max(node.itemsize, 1) * (node.step.work if node.step is not None else 1)
+        once.append((last - first) * work)
+        twice.append(max(high - low - (last - first), 0) * work)
+    if sum(twice) <= max(_TWICE * sum(once), _LEAST_WORK):
+        return None
+    after = [list(accumulate(reversed(each)))[::-1] for each in (twice, once)]  # from each step on
+    first = next(place for place in range(1, len(order)) if after[0][place] <= _TWICE * after[1][place])
+    places = range(first, (first + len(order)) // 2 + 1)
+    sizes = _bytes_between(order)
+    place = min((place for place in places if place < len(order)), key=lambda place: (sizes[place], place))
+    later = set(order[place:])
+    between = {source: None for node in order[place:] for source in node.inputs if source not in later}
+    inside = set(order[:place])
+    return [node for node in (*between, *roots) if node in inside] or None
+
+
+def _bytes_between(order: Sequence[Node]) -> list[int]:
+    """Of each place in the order, the bytes of the maps before it that steps from there on read."""
+    last = {source: place for place, node in enumerate(order) for source in node.inputs}
+    change = [0] * (len(order) + 1)
+    for place, node in enumerate(order):
+        change[place + 1] += node.bytes
+        change[last.get(node, place) + 1] -= node.bytes
+    return list(accumulate(change))
