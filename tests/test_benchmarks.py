@@ -240,7 +240,7 @@ def test_training_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
 
 @torch.inference_mode()
 def test_training_begins_with_mean_colours() -> None:
-    vae = train_vae.new_vae().eval()
+    vae: Any = train_vae.new_vae().eval()
     colour = torch.tensor([0.5, -0.5, 0.5])[None, :, None, None].expand(1, 3, 64, 64)
     latent = vae.encode(colour, return_dict=False)[0].mode()
     made = vae.decode(latent, return_dict=False)[0]

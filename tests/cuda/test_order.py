@@ -129,7 +129,7 @@ def test_the_host_does_not_wait_within_a_sweep(gpu: torch.device, part: str, mon
         input = drawn(gpu, *((1, 4, 12, 8) if part == "decode" else (1, 3, 96, 64)))
     else:
         function, input = padded(part), drawn(gpu, 1, 4, 256, 192)
-    runner, passes, run = Streamed(tuning=SMALL), [], loop._PassLoop.run
+    runner, passes, run = Streamed(tuning=SMALL), [], loop._PassLoop.compute
 
     def guarded(one_pass: Any) -> None:
         with no_waiting():
@@ -138,7 +138,7 @@ def test_the_host_does_not_wait_within_a_sweep(gpu: torch.device, part: str, mon
 
     with torch.inference_mode():
         expected = runner.call(function, (input,), {})  # libraries may wait when they start
-        monkeypatch.setattr(loop._PassLoop, "run", guarded)
+        monkeypatch.setattr(loop._PassLoop, "compute", guarded)
         result = runner.call(function, (input,), {})
     assert passes
     assert apart(result, expected.double())[0] <= 1e-5

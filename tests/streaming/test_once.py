@@ -253,7 +253,7 @@ def a_batch_norm_that_trains(wrap: Wrap) -> Call:
 
 def what_reads_a_norm_that_trains(wrap: Wrap) -> Call:
     """Its statistics before and after, by the program and by norms that do not train."""
-    norms = nn.BatchNorm2d(4), nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+    norms: Any = nn.BatchNorm2d(4), nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
 
     def run(x: Tensor) -> Any:
         y, read = c(x), []

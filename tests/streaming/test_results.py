@@ -280,11 +280,11 @@ def test_what_is_in_a_result_twice_is_one_object() -> None:
 @pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
 def test_a_weak_reference_to_a_map_ends_no_call(tuning: Tuning) -> None:
     """torch refuses to make another object of one that its own weak references show."""
-    found = []
+    found, weak = [], getattr(torch._C, "_WeakTensorRef")  # noqa: B009 - it has no public name
 
     def program(x: Tensor) -> Tensor:
         y = F.conv2d(x, WEIGHT, padding=1)
-        found.append(torch._C._WeakTensorRef(y))
+        found.append(weak(y))
         return y
 
     result = streamed(program, tuning=tuning)(X)
@@ -694,10 +694,9 @@ def of_attention(x: Tensor) -> Any:
     heads = q.unflatten(2, (2, 2)).transpose(1, 2)
     parts = torch.cat((q, q * 2, q), 2).chunk(3, 2)
     split = [part.unflatten(2, (2, 2)).transpose(1, 2) for part in parts]
-    return [
-        F.scaled_dot_product_attention(*three)
-        for three in ([q] * 3, [heads] * 3, [heads.contiguous()] * 3, split, [heads, split[1], heads.contiguous()])
-    ]
+    own = heads.contiguous()
+    given = [q] * 3, [heads] * 3, [own] * 3, split, [heads, split[1], own]
+    return [F.scaled_dot_product_attention(query, key, value) for query, key, value in given]
 
 
 def of_reductions(x: Tensor) -> Any:
