@@ -164,7 +164,8 @@ def machine(device: str) -> str:
 
 def _place(device: str) -> str:
     name = torch.cuda.get_device_name() if device == "cuda" else _processor()
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _processor() -> str:
