@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from processes import ended
+from torch import Tensor
+from torch.nn import functional as F
 
 from comfyui_patchconv.memory.usage import anonymous
-from comfyui_patchconv.streaming import Tuning
+from comfyui_patchconv.streaming import Tuning, streamed
+from comfyui_patchconv.streaming.execute import loop
 from comfyui_patchconv.streaming.execute.buffers import FileBuffer, is_borrowed, lasting
 
 SMALL = Tuning(strip_bytes=20_000, allocator_bytes=0, always=True)
@@ -48,6 +53,35 @@ def test_memory_that_is_used_again_is_no_strip_to_keep(device: str, dim: int) ->
     assert is_borrowed(line)
     if hasattr(line.untyped_storage(), "resizable"):  # torch 2.1 cannot tell, and copies all
         assert not is_borrowed(torch.empty(1, 4, 3, 5, device=device))
+
+
+def test_what_a_pass_held_is_freed_before_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its line buffers, and the maps that it stored and nothing reads any more."""
+    passes: list[Any] = []
+    alive: list[int] = []
+    finish, apply = loop._PassLoop.finish, loop.Loop._apply
+
+    def finished(one_pass: Any) -> None:
+        passes.append(weakref.ref(one_pass))
+        finish(one_pass)
+
+    def applied(self: Any, step: Any) -> None:
+        alive.append(sum(one() is not None for one in passes))
+        apply(self, step)
+
+    monkeypatch.setattr(loop._PassLoop, "finish", finished)
+    monkeypatch.setattr(loop.Loop, "_apply", applied)
+    weight = torch.randn(4, 4, 3, 3)
+
+    def program(x: Tensor) -> Tensor:
+        return F.conv2d(torch.fft.irfft2(torch.fft.rfft2(F.conv2d(x, weight))), weight)
+
+    x = torch.randn(1, 4, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(streamed(program, tuning=SMALL)(x), program(x), atol=1e-3)
+    assert passes
+    assert alive
+    assert not any(alive)
 
 
 _CHUNKS = """

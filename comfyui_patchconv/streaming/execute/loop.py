@@ -57,12 +57,7 @@ class Loop:
                 if isinstance(step, Apply):
                     self._apply(step)
                 else:
-                    self._share.before(step, self._stored)
-                    bands = self._share.bands(step)
-                    one_pass = _PassLoop(step, bands, self._stored, self._memory, self._inference, self._on_progress)
-                    one_pass.compute()
-                    self._share.after(step, one_pass.new, one_pass.gathered)
-                    one_pass.finish()
+                    self._sweep(step)
                 for node in step.freed:
                     stored = self._stored.pop(node, None)
                     if stored is not None:
@@ -72,6 +67,14 @@ class Loop:
         for node, stored in self._stored.items():
             if isinstance(stored, Single):
                 node.store(stored.tensor)
+
+    def _sweep(self, step: Pass) -> None:
+        self._share.before(step, self._stored)
+        bands = self._share.bands(step)
+        one_pass = _PassLoop(step, bands, self._stored, self._memory, self._inference, self._on_progress)
+        one_pass.compute()
+        self._share.after(step, one_pass.new, one_pass.gathered)
+        one_pass.finish()
 
     def _apply(self, step: Apply) -> None:
         node = step.node
