@@ -3,7 +3,8 @@
     python benchmarks/architectures.py [NAMES …] [--size 256] [--rounds 1]
 
 Each runs whole and streamed, in processes of their own. Memory is what was measured beyond the weights and the input;
-where eager takes only a few megabytes, what the libraries take beside it says little.
+where eager takes only a few megabytes, what the libraries take beside it says little. Each row is kept as soon as it is
+there; the rows of those that are not named stay as they were kept, where they are of the same size.
 """
 
 from __future__ import annotations
@@ -19,12 +20,16 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent), str(Path(__file__).parents[1] / "tests")]
 
 import torch
-from harness import publish, rounds
+from harness import keep, kept_rows, publish, result_of, rounds
 from upscale_architectures import ARCHITECTURES, first, made  # pyright: ignore[reportMissingImports]
 from upscale_helpers import require_spandrel  # pyright: ignore[reportMissingImports]
 
 from comfyui_patchconv.memory.recorder import Recorder
 from comfyui_patchconv.streaming import Streamed
+
+HEAD = (
+    "architecture", "eager MB", "streamed MB", "memory / eager", "eager s", "time / eager", "error", "evaluated whole",
+)  # fmt: skip
 
 
 def worker(case: dict[str, Any]) -> dict[str, Any]:
@@ -66,34 +71,31 @@ def main() -> None:
     if args.worker:
         print(json.dumps(worker(json.loads(args.worker))))
         return
-    rows = []
+    table = {
+        "name": "architectures",
+        "title": f"Architectures of upscale models, {args.size}² input",
+        "what": "Each at small widths with random weights, run whole and streamed in a process of its own, on one "
+        "thread. Memory is the peak beyond the weights and the input, the error is relative to the range of the result, "
+        "and the last column names the operators that streaming evaluated whole.",
+        "head": [*HEAD],
+        "device": "cpu",
+        "packages": ["spandrel"],
+    }
+    found = {kept[0]: kept for kept in kept_rows("architectures", table["title"])}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.names or ARCHITECTURES:
             files = [Path(folder, f"{streamed}.pt") for streamed in (False, True)]
             shared = dict(name=name, size=args.size)
             cases = [shared | dict(streamed=bool(number), result=str(file)) for number, file in enumerate(files)]
             eager, ours = rounds(cases, [[sys.executable, __file__]] * 2, args.rounds)
-            rows.append(row(name, eager, ours, files))
-    publish(
-        "architectures",
-        f"Architectures of upscale models, {args.size}² input",
-        "Each at small widths with random weights, run whole and streamed in a process of its own, on one thread. Peak "
-        "is memory beyond the weights and the input, the error is relative to the range of the result, and the last "
-        "column names the operators that streaming evaluated whole.",
-        [
-            "architecture",
-            "eager MB",
-            "streamed MB",
-            "memory / eager",
-            "eager s",
-            "time / eager",
-            "error",
-            "evaluated whole",
-        ],
-        rows,
-        device="cpu",
-        packages=["spandrel"],
-    )
+            made = row(name, eager, ours, files)
+            found[made[0]] = made
+            keep("architectures", result_of(**table, rows=_sorted(found)))
+    publish(**table, rows=_sorted(found))
+
+
+def _sorted(found: dict[str, list[str]]) -> list[list[str]]:
+    return [found[name] for name in sorted(found, key=str.casefold)]
 
 
 if __name__ == "__main__":

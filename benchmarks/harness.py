@@ -64,11 +64,24 @@ def publish(
         name, title, what, head, rows, device=device, bars=bars, packages=packages, versions=versions,
         environment=environment,
     )  # fmt: skip
+    path = keep(name, result, folder)
+    print(f"{what}\n{machine(device)}\n\n{table(result.head, result.rows)}\n\nKept in {path}", flush=True)
+    return path
+
+
+def keep(name: str, result: Result, folder: Path = RESULTS) -> Path:
+    """Write a table to `folder`/NAME.json."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")
-    print(f"{what}\n{machine(device)}\n\n{table(result.head, result.rows)}\n\nKept in {path}", flush=True)
     return path
+
+
+def kept_rows(name: str, title: str, folder: Path = RESULTS) -> list[list[str]]:
+    """The rows of the table that was kept as `name`, if it has this title; none otherwise."""
+    path = folder / f"{name}.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found["rows"] if found.get("title") == title else []
 
 
 def result_of(

@@ -1,4 +1,4 @@
-"""Small random convolutional networks."""
+"""Small convolutional networks: random ones, and one for a video's frames."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -101,3 +101,21 @@ def run_network(operators: list[Any], x: Tensor, holds: int) -> Tensor:
         maps.append(operator(maps[-1], maps[max(len(maps) - holds, 0)].clone()))
         del maps[: max(len(maps) - holds - 1, 0)]
     return maps[-1]
+
+
+class Frames(nn.Module):
+    """Convolutions over frames, each of which keeps its last two for the next chunk."""
+
+    def __init__(self, layers: int = 4, channels: int = 8) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv3d(channels, channels, 3, padding=(0, 1, 1)) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = [x.new_zeros(*x.shape[:2], 2, *x.shape[3:]) for _ in self.layers]
+        results = []
+        for chunk in x.split(2, 2):
+            for index, layer in enumerate(self.layers):
+                frames = torch.cat([kept[index], chunk], 2)
+                kept[index], chunk = frames[:, :, -2:], F.silu(layer(frames))
+            results.append(chunk[:, :1])
+        return torch.cat(results, 2)

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from device import register
 from model_zoo import CASES, draw_weights, image, kl
-from network_helpers import random_network, run_network
+from network_helpers import Frames, random_network, run_network
 from patch_ddpm_helpers import FEW, TALL, randomised
 from streaming.spread.toys import Decoder, drawn, seeded
 from torch import Tensor, nn
@@ -182,20 +182,25 @@ def pixel_models(counter: Any) -> Answer:
 
 
 def peaks(counter: Any) -> Answer:
-    """What a decode and an encode take at once, and what their plans say."""
+    """What a decode, an encode and a video's frames take at once, and what their plans say."""
     answer = {}
-    model: Any = draw_weights(kl(4)).to(SECOND)
-    latent, pixels = image(4, 96, 64).to(SECOND), image(3, 192, 128).to(SECOND)
-    for method, input in (("decode", latent), ("encode", pixels)):
-        function = getattr(model, method)
+    vae: Any = draw_weights(kl(4)).to(SECOND)
+    frames = Frames().to(SECOND)
+    cases = (
+        (vae, "decode", image(4, 96, 64)),
+        (vae, "encode", image(3, 192, 128)),
+        (frames, "forward", image(8, 48, 96, 64)),
+    )
+    for model, method, input in cases:
+        input = input.to(SECOND)
 
         def run(copy: Any, make: Any, method: str = method, input: Tensor = input) -> Any:
             return getattr(copy, method)(make(input.shape))
 
         free = expect(model, run, device=torch.device(SECOND), tuning=SMALL).peak
-        for share in (None, 2, 4):
+        for share in (None, 2, 4, 12):
             budget = None if share is None else free // share
-            with stream(function, budget=budget, tuning=SMALL):
+            with stream(getattr(model, method), budget=budget, tuning=SMALL):
                 before = counter.now()
                 counter.reset_peak()
                 getattr(model, method)(input)

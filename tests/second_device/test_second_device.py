@@ -57,4 +57,5 @@ def test_it_takes_what_plans_say(answers: dict[str, dict[str, Any]]) -> None:
     for name, figures in answers["peaks"].items():
         print(name, figures)
         assert 0.5 * figures["plan"] < figures["peak"] <= 1.05 * figures["plan"]
-    assert any(figures["offloaded"] for figures in answers["peaks"].values())
+    for method in ("decode", "encode", "forward"):
+        assert any(figures["offloaded"] for name, figures in answers["peaks"].items() if name.startswith(method))

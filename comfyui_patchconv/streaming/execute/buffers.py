@@ -175,21 +175,23 @@ def is_borrowed(strip: Tensor) -> bool:
     return not own or storage.nbytes() > strip.numel() * strip.element_size()
 
 
-def lasting(like: Tensor, dim: int = -2) -> Tensor:
+def lasting(like: Tensor) -> Tensor:
     """An empty tensor as `like` that a map cannot mistake for a strip of its own (`is_borrowed`): in more memory
-    than it needs, by a row along `dim`, or on the CPU in the system's, where that is possible.
+    than it needs, by a value, or on the CPU in the system's, where that is possible.
 
     It outlives the temporary tensors around it, between which it would leave gaps that the allocator cannot use.
     """
     flags = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
     if like.device.type != "cpu" or not flags or not like.nbytes:
-        shape = list(like.shape)
-        shape[dim] += 1
-        return like.new_empty(shape).narrow(dim, 0, like.shape[dim])
+        return dense(like.new_empty(like.numel() + 1)[:-1], like)
     try:
         mapped = mmap.mmap(-1, like.nbytes, flags=flags)
     except OSError as error:
         raise MemoryError(f"The system gives no {like.nbytes / 1e6:.0f} MB more ({error}).") from error
-    room = torch.frombuffer(mapped, dtype=like.dtype)
+    return dense(torch.frombuffer(mapped, dtype=like.dtype), like)
+
+
+def dense(room: Tensor, like: Tensor) -> Tensor:
+    """`room`, of one dimension, in the shape of `like` and in its order, without gaps."""
     strides = dense_strides(like.shape, like.stride())
     return room.view(like.shape) if strides is None else room.as_strided(like.shape, strides)

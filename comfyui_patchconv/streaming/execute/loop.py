@@ -17,7 +17,7 @@ from ...memory.usage import anonymous
 from ..graph.node import Node, Span, in_order
 from ..graph.steps import Accumulator
 from ..plan.schedule import Apply, Pass, Schedule, Target
-from .buffers import lasting
+from .lines import Lines
 from .share import ALONE, Share, Stored
 from .stored import Single, Strips, empty
 from .strips import Parts, Rows, Work
@@ -195,8 +195,7 @@ class _PassLoop:
         self._inference, self._on_progress = inference, on_progress
         self._rows = Rows(one_pass, bands)
         self._inside = set(one_pass.order)
-        self._lines: dict[Node, Tensor] = {}
-        self._rooms: dict[Node, list[Optional[Tensor]]] = {}
+        self._lines = Lines(one_pass.order, one_pass.away, one_pass.device)
         reductions: list[Any] = [node for target in one_pass.targets for node in target.reductions]
         self.gathered: dict[Node, Accumulator] = {node: node.step.start() for node in reductions}
         self.new: dict[Node, Stored] = {}
@@ -269,13 +268,13 @@ class _PassLoop:
 
     def _strip(self, wanted: dict[Node, Span], single: bool = False) -> bool:
         """Compute the rows that are wanted; False, and nothing is changed, where memory ran out."""
-        ahead, lines = self._rows.copy(), dict(self._lines)
+        ahead, lines = self._rows.copy(), self._lines.state()
         try:
             pieces = self._compute(ahead.advance(wanted))
         except (RuntimeError, MemoryError) as error:
             if single or not is_out_of_memory(error):
                 raise
-            self._lines = lines
+            self._lines.go_back(lines)
         else:
             self._rows = ahead
             for target in self._pass.targets:
@@ -320,7 +319,7 @@ class _PassLoop:
         for work in works:
             node, (start, high) = work.node, work.rows
             dim = node.dim or 0
-            line = self._lines.get(node)
+            line = self._lines.read(node)
             piece: Optional[Tensor] = line
             if start < high:
                 piece = self._rows_of(work, there)
@@ -343,21 +342,9 @@ class _PassLoop:
         """Keep the rows that the next strip reads again."""
         node, end = work.node, work.begin + piece.shape[dim]
         if work.keep >= end or node in self._pass.recomputed:
-            self._lines.pop(node, None)
-            return
-        rows = piece.narrow(dim, work.keep - work.begin, end - work.keep)
-        if rows is not self._lines.get(node):
-            self._lines[node] = self._other_room(node, rows, dim).copy_(rows)
-
-    def _other_room(self, node: Node, rows: Tensor, dim: int) -> Tensor:
-        """Room for `rows` of a step: of the two parts that take turns, the one that does not hold its line."""
-        pair = self._rooms.setdefault(node, [None, None])
-        line = self._lines.get(node)
-        index = int(line is not None and pair[0] is not None and line.data_ptr() == pair[0].data_ptr())
-        room = pair[index]
-        if room is None or room.shape[dim] < rows.shape[dim]:
-            room = pair[index] = lasting(rows, dim)
-        return room.narrow(dim, 0, rows.shape[dim])
+            self._lines.drop(node)
+        elif work.rows[0] < work.rows[1] or work.keep > work.begin:
+            self._lines.keep(node, piece.narrow(dim, work.keep - work.begin, end - work.keep), dim)
 
     def _rows_of(self, work: Work, there: dict[Node, tuple[int, Tensor]]) -> Tensor:
         node = work.node

@@ -369,7 +369,7 @@ class Passes:
         }
         shrinking = [node for node in freed if node in read and not self._stored[node].whole]
         self._held += sum(node.bytes for node in reductions)
-        self._place(stored, sweep, shrinking)
+        away = self._place(stored, sweep, shrinking)
         for node in freed:
             self._release(node)
         strips = -(-sweep.way.height // max(sweep.strip_rows, 1))
@@ -385,8 +385,9 @@ class Passes:
                 shrinking=shrinking,
                 freed=freed,
                 work=sweep.way.work,
-                line_bytes=sweep.line_bytes,
-                workspace=sweep.workspace,
+                line_bytes=sweep.line_bytes - sum(away.values()),
+                away=away,
+                workspace=sweep.workspace - sweep.bytes_saved(away),
             )
         )
         self.schedule.work += sweep.way.work
@@ -466,8 +467,9 @@ class Passes:
             return 0
         return node.bytes if target.whole else -(-node.rows // self._ranks) * node.row_bytes
 
-    def _place(self, targets: Sequence[Target], sweep: Sweep, shrinking: Sequence[Node]) -> None:
-        """Decide for each new map whether it has to be offloaded."""
+    def _place(self, targets: Sequence[Target], sweep: Sweep, shrinking: Sequence[Node]) -> dict[Node, int]:
+        """Decide for each new map whether it has to be offloaded. Gives the line buffers that have to be as well, by
+        their steps: for want of room beside maps that have to stay. They come and go with every strip."""
         cpu = sweep.way.device.type == "cpu"
         shrinks = [self._stored[node] for node in shrinking]
         freed = sum(self._bytes_here(target) for target in shrinks if not target.offloaded)
@@ -487,9 +489,14 @@ class Passes:
             else:
                 held += size
                 growth += size
-        self._note(growth - freed, offloaded - given_back, sweep.workspace)
+        over = 0 if self._budget is None else self._held + max(growth - freed, 0) + sweep.workspace - self._budget
+        away = sweep.lines_away(over) if over > 0 else {}
+        self.schedule.offloaded += sum(away.values())
+        beside = offloaded - given_back + sum(away.values())
+        self._note(growth - freed, beside, sweep.workspace - sweep.bytes_saved(away))
         self._held += growth
         self._offloaded_bytes += offloaded
+        return away
 
     def _note(self, growth: int, offloaded: int, workspace: int) -> None:
         """What is held grows by `growth` bytes now, what is offloaded by `offloaded`, and `workspace` bytes are in

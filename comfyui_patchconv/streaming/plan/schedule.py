@@ -65,7 +65,8 @@ class Pass:
     once. recomputed: steps that are computed from stored maps for each strip rather than kept between strips. keeping:
     steps that keep their kernels. shrinking: stored maps that are freed row by row as they are read. freed: stored maps
     that are freed behind it. work: bytes of maps that it computes. line_bytes: of the rows that are kept between
-    strips. workspace: bytes beside stored maps.
+    strips, on the device. away: the steps whose rows are kept away from it, with their bytes. workspace: bytes beside
+    stored maps.
     """
 
     targets: list[Target]
@@ -79,6 +80,7 @@ class Pass:
     freed: list[Node]
     work: int
     line_bytes: int
+    away: dict[Node, int]
     workspace: int
 
     def renamed(self, name: Callable[[Any], Any]) -> Pass:
@@ -89,7 +91,8 @@ class Pass:
         ]
         lists = {key: [name(node) for node in getattr(self, key)] for key in ("order", "keeping", "shrinking", "freed")}
         recomputed = {name(node) for node in self.recomputed}
-        return replace(self, targets=targets, recomputed=recomputed, **lists)
+        away = {name(node): size for node, size in self.away.items()}
+        return replace(self, targets=targets, recomputed=recomputed, away=away, **lists)
 
 
 @dataclass

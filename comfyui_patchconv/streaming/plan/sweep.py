@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Optional
 
 from ...memory.sizes import allocator_bytes, strip_bytes
@@ -40,6 +40,9 @@ _KERNEL_BYTES = 20 << 20
 _AT_ONCE = 2
 """Strips of a map that leave at once: one is copied while the device computes the next."""
 
+_LINES_ON_THE_WAY = 2
+"""Line buffers, of two parts each, of which rows leave or come: those of two steps leave, and those of two come."""
+
 
 class Sweep:
     """A pass in strips within a budget: how many rows at once, and what that takes.
@@ -65,9 +68,29 @@ class Sweep:
         rows = min(max(rows, self._rows_worth_their_costs(share, height)), band)
         self.strip_rows = rows if rows == band < height else self._whole_groups(rows)
         single = self.strip_rows >= band  # there is no next strip
-        self.line_bytes = 0 if single else 2 * sum(node.row_bytes * way.shared[node] for node in way.kept)
+        self._lines = {} if single else {node: 2 * node.row_bytes * way.shared[node] for node in way.kept}
+        self.line_bytes = sum(self._lines.values())
         self.keeping = self._keeping_kernels()
         self.workspace = self._bytes_beside_maps()
+
+    def lines_away(self, size: int) -> dict[Node, int]:
+        """The steps whose line buffers would have to be offloaded for it to take `size` bytes less, or all that help,
+        with the bytes of each: the largest, as few as will do."""
+        cpu = self.way.device.type == "cpu"
+        found: dict[Node, int] = {}
+        for node in sorted(self._lines, key=self._lines.__getitem__, reverse=True):
+            if not found and not cpu:
+                size += _LINES_ON_THE_WAY * self._lines[node]
+            if size <= 0 or not self._lines[node]:
+                break
+            found[node] = self._lines[node]
+            size -= self._lines[node]
+        return found
+
+    def bytes_saved(self, away: Mapping[Node, int]) -> int:
+        """By how much less it takes where the line buffers of these steps are offloaded."""
+        on_the_way = 0 if self.way.device.type == "cpu" else _LINES_ON_THE_WAY * max(away.values(), default=0)
+        return sum(away.values()) - on_the_way
 
     def rows_at_once(self, node: Node) -> int:
         """Rows of `node` that come at once, at most."""

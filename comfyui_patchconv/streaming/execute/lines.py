@@ -1,0 +1,159 @@
+"""Line buffers: the rows of a step that a strip leaves for the next one, on the device or away from it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
+from typing import Optional, Union
+
+import torch
+from torch import Tensor
+
+from ...memory.errors import is_out_of_memory
+from ...memory.mapped import ALIGNED, MappedFile
+from ..graph.node import Node
+from .buffers import AT_ONCE, dense, lasting, no_room
+from .copies import Arrival, copies_of
+
+
+class Lines:
+    """The line buffers of one pass.
+
+    order: its steps. away: those whose rows do not lie on the device, with the bytes that each of these takes.
+
+    Each step has two parts that take turns, so that a strip that fails leaves what it found.
+    """
+
+    def __init__(self, order: Sequence[Node], away: Mapping[Node, int], device: torch.device) -> None:
+        self._lines: dict[Node, Tensor] = {}
+        self._rooms: dict[Node, list[Optional[Tensor]]] = {}
+        self._away: Union[_InFile, _InHostMemory] = (
+            _InFile(away.values()) if device.type == "cpu" else _InHostMemory(device)
+        )
+        elsewhere = [node for node in order if node in away]
+        self._following = dict(zip(elsewhere, [*elsewhere[1:], None]))
+
+    def state(self) -> dict[Node, Tensor]:
+        """What is kept now, to go back to."""
+        return dict(self._lines)
+
+    def go_back(self, state: dict[Node, Tensor]) -> None:
+        """Have what was kept at an earlier `state`, that of the strip before."""
+        self._lines = state
+        self._away.settle()
+
+    def read(self, node: Node) -> Optional[Tensor]:
+        """The rows that are kept of a step, on the device; None for none."""
+        line = self._lines.get(node)
+        if line is None or node not in self._following:
+            return line
+        rows = self._away.bring(node, line)
+        following = self._following[node]
+        if following is not None and following in self._lines:
+            self._away.expect(following, self._lines[following])
+        return rows
+
+    def keep(self, node: Node, rows: Tensor, dim: int) -> None:
+        """Keep these rows of a step, which lie along `dim`, in the place of those that were kept before."""
+        pair = self._rooms.setdefault(node, [None, None])
+        line = self._lines.get(node)
+        index = int(line is not None and pair[0] is not None and line.data_ptr() == pair[0].data_ptr())
+        room = pair[index]
+        if node in self._following:
+            if room is None or room.nbytes < rows.nbytes:
+                room = pair[index] = self._away.room(rows.nbytes)
+            self._lines[node] = kept = dense(room[: rows.nbytes].view(rows.dtype), rows)
+            self._away.leave(node, kept, rows)
+        else:
+            if room is None or room.shape[dim] < rows.shape[dim]:
+                room = pair[index] = lasting(rows)
+            self._lines[node] = room.narrow(dim, 0, rows.shape[dim]).copy_(rows)
+
+    def drop(self, node: Node) -> None:
+        """No row of a step is read again."""
+        self._lines.pop(node, None)
+
+
+class _InFile:
+    """Rows in one file without a name, where the host is the device. sizes: bytes of each step's."""
+
+    def __init__(self, sizes: Collection[int]) -> None:
+        self._left = sum(sizes) + 2 * ALIGNED * len(sizes)
+        self._file = MappedFile(self._left, no_room) if sizes else None
+
+    def room(self, size: int) -> Tensor:
+        """So many bytes, which nothing else uses."""
+        if self._file is None or size > self._left:  # of a strip that had to be halved more rows may be kept
+            return lasting(torch.empty(size, dtype=torch.uint8))
+        self._left -= -(-size // ALIGNED) * ALIGNED
+        return self._file.empty((size,), torch.uint8)
+
+    def leave(self, node: Node, kept: Tensor, rows: Tensor) -> None:
+        """Have the values of `rows` in `kept`, a part of a room."""
+        kept.copy_(rows)
+
+    def bring(self, node: Node, line: Tensor) -> Tensor:
+        """What was kept, on the device."""
+        return line
+
+    def expect(self, node: Node, line: Tensor) -> None:
+        """The system reads ahead by itself."""
+
+    def settle(self) -> None:
+        """All are there."""
+
+
+class _InHostMemory:
+    """Rows in host memory. They leave while the device goes on, and come while it reads those of the step before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._copies = device, copies_of(device)
+        self._leaving: deque[tuple[Node, Tensor, Arrival]] = deque()
+        self._coming: dict[Node, tuple[Tensor, Arrival]] = {}
+
+    def room(self, size: int) -> Tensor:
+        """So many bytes, which nothing else uses."""
+        return self._copies.room(torch.empty(size, dtype=torch.uint8, device=self._device))
+
+    def leave(self, node: Node, kept: Tensor, rows: Tensor) -> None:
+        """Have the values of `rows` in `kept`, a part of a room, once all are settled or brought."""
+        self._wait(AT_ONCE - 1)
+        rows = dense(rows.new_empty(rows.numel()), rows).copy_(rows)  # which nothing writes to until it has left
+        self._leaving.append((node, rows, self._copies.start(kept, rows)))
+
+    def bring(self, node: Node, line: Tensor) -> Tensor:
+        """What was kept, on the device."""
+        if node not in self._coming:
+            self._start(node, line)
+        rows, arrival = self._coming.pop(node)
+        self._copies.await_on_device(arrival)
+        return rows
+
+    def expect(self, node: Node, line: Tensor) -> None:
+        """This will be brought next: it may come now, where there is room."""
+        try:
+            self._start(node, line)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+
+    def settle(self) -> None:
+        """Wait for all that are on their way; what came for nothing is freed."""
+        self._wait(0)
+        for _, arrival in self._coming.values():
+            arrival.synchronize()
+        self._coming.clear()
+
+    def _start(self, node: Node, line: Tensor) -> None:
+        if any(one is node for one, _, _ in self._leaving):
+            self._wait(0)
+        rows = torch.empty_like(line, device=self._device)
+        self._coming[node] = rows, self._copies.start(rows, line)
+
+    def _wait(self, but_for: int) -> None:
+        """Wait until no more than so many are leaving."""
+        while len(self._leaving) > but_for:
+            self._leaving.popleft()[2].synchronize()
+
+    def __del__(self) -> None:
+        self.settle()  # what is on its way writes to memory that is freed now

@@ -1,0 +1,136 @@
+"""Line buffers that lie away from the device: of a video's frames, where the budget has no room for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conv_helpers import assert_same
+from model_zoo import image
+from network_helpers import Frames
+from processes import ended
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from comfyui_patchconv.memory.usage import anonymous
+from comfyui_patchconv.streaming import Streamed, Tuning
+from comfyui_patchconv.streaming.execute.lines import Lines
+from comfyui_patchconv.streaming.graph.node import Node
+from comfyui_patchconv.streaming.record.operators import convolution
+
+SMALL = Tuning(strip_bytes=20_000, allocator_bytes=0, always=True)
+
+
+def called(model: nn.Module, x: Tensor, budget: Any = None) -> tuple[Tensor, Any]:
+    runner = Streamed(budget, tuning=SMALL)
+    with torch.no_grad():
+        result = runner.call(model, (x,), {})
+    assert runner.last is not None
+    return result, runner.last
+
+
+def test_a_budget_without_room_for_them_has_them_in_a_file() -> None:
+    """To the same values; a budget that has room leaves them where they are."""
+    model, x = Frames(), image(8, 24, 48, 32)
+    expected, free = called(model, x)
+    result, roomy = called(model, x, free.peak)
+    assert roomy.offloaded == 0
+    assert_same(result, expected, 1e-6)
+    result, tight = called(model, x, free.peak // 2)
+    assert_same(result, expected, 1e-6)
+    assert 0 < tight.peak <= free.peak // 2
+    result, tightest = called(model, x, 1)
+    assert_same(result, expected, 1e-6)
+    assert tightest.peak < tight.peak
+    assert 0 < tight.offloaded < tightest.offloaded  # as few as will do
+
+
+def test_more_frames_take_no_more_than_their_result() -> None:
+    model, long = Frames(), image(8, 64, 96, 32)
+    expected, free = called(model, long)
+    _, few = called(model, long[:, :, :8], 1)
+    result, bounded = called(model, long, 1)
+    assert_same(result, expected, 1e-6)
+    assert bounded.peak - few.peak <= result.nbytes
+    assert bounded.peak < free.peak / 2
+
+
+def test_strips_that_do_not_fit_leave_the_lines_that_they_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory runs out in the middle of every strip of more than one row: halves are tried, to the same values."""
+    model, x = Frames(), image(8, 8, 48, 32)
+    expected, free = called(model, x)
+    calls = 0
+
+    def limited(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls % 7 == 0 and x.shape[-2] > 3:
+            raise MemoryError
+        return F.conv3d(x, *args, **kwargs)
+
+    monkeypatch.setattr(convolution, "_CONVOLVE", (F.conv1d, F.conv2d, limited))
+    result, tight = called(model, x, free.peak // 2)
+    assert tight.offloaded
+    assert calls > 7
+    assert_same(result, expected, 1e-6)
+
+
+_OWN = """
+import torch
+from comfyui_patchconv.memory.usage import anonymous
+from comfyui_patchconv.streaming import streamed
+from network_helpers import Frames
+
+torch.set_num_threads(1)
+model, x = Frames(channels=16), torch.randn(1, 16, 96, 96, 96)
+most = 0
+
+def strip(done, planned):
+    global most
+    most = max(most, anonymous())
+
+with torch.no_grad():
+    streamed(model, budget=48 << 20)(x[:, :, :4])  # what a first call allocates for good
+    for budget in (None, 48 << 20):
+        most, before = 0, anonymous()
+        streamed(model, budget=budget, on_progress=strip)(x)
+        print((most - before) >> 20)
+"""
+
+
+def test_lines_in_a_file_are_no_memory_of_the_process() -> None:
+    if not anonymous():
+        pytest.skip("this system does not say what memory is a process's own (no /proc/self/statm)")
+    done = ended(["-c", _OWN], PYTHONPATH=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    free, bounded = map(int, done.stdout.split())
+    print(f"MiB of its own: {free} without a budget, {bounded} with one of 48")
+    assert bounded <= 48 < free
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("away", [True, False])
+def test_two_parts_take_turns(away: bool, dtype: torch.dtype) -> None:
+    """What an earlier state has is there until the next but one is kept, wherever it lies, and whatever its layout."""
+    device = torch.device("cpu")
+    node = Node(
+        None, (), (), shape=(1, 4, 9, 5), strides=(180, 45, 5, 1), dtype=dtype, device=device, itemsize=4, dim=2
+    )
+    lines = Lines([node], {node: 2 * 3 * 4 * 5 * 4} if away else {}, device)
+    assert lines.read(node) is None
+    first = torch.randn(1, 4, 3, 5).to(dtype)
+    second = torch.randn(1, 4, 2, 5).to(dtype).contiguous(memory_format=torch.channels_last)
+    lines.keep(node, first, 2)
+    state = lines.state()
+    lines.keep(node, second, 2)
+    found = lines.read(node)
+    assert found is not None
+    assert torch.equal(found, second)
+    lines.go_back(state)
+    found = lines.read(node)
+    assert found is not None
+    assert torch.equal(found, first)
+    lines.drop(node)
+    assert lines.read(node) is None
