@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -240,3 +240,38 @@ def test_attention_with_a_mask(option: dict[str, Any]) -> None:
 
     block, x = Block(attend), image()
     assert_same(streamed(block.forward, tuning=SMALL)(x), block(x), 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [
+        ("bhid,bhjd->bhij", ((2, 64, 5, 4), (2, 64, 5, 4))),
+        ("b h i j, b h j d -> b h i d", ((64, 4, 5, 5), (64, 4, 5, 3))),
+        ("bchw,bchw->bhw", ((1, 3, 40, 6), (1, 3, 40, 6))),
+        ("bchw,dc->bdhw", ((1, 3, 40, 6), (5, 3))),
+        ("dc,bchw,h->bdhw", ((5, 3), (1, 3, 40, 6), (40,))),
+        ("bchw,bchw->bchw", ((1, 3, 40, 6), (1, 1, 40, 1))),
+        ("bchw,h->bwhc", ((1, 3, 40, 6), (40,))),
+        ("bic,bjc->bij", ((1, 40, 3), (1, 40, 3))),
+    ],
+)
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "deferred"])
+def test_sums_of_products_come_in_rows(equation: str, shapes: Sequence[tuple[int, ...]], stored: bool) -> None:
+    """Windows that attend, each by itself, channels that are mixed: along whatever letter the factors come in rows."""
+    first, *others = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+
+    def run(x: Tensor) -> Tensor:
+        return torch.einsum(equation, x if stored else x.sin(), *others) + 1
+
+    report: dict[str, int] = {}
+    result = streamed(run, report=report, tuning=Tuning(1, allocator_bytes=0, always=True))(first)
+    assert_same(result, run(first), 1e-12)
+    assert report == {}
+
+
+@pytest.mark.parametrize("equation", ["bchw,bchw->", "...hw,...hw->...h", "bchw,bdhw", "bic,bjc->bij", "bii,bii->bi"])
+def test_sums_of_other_products_are_evaluated_whole(equation: str) -> None:
+    """Of all rows, of letters that are not named, of one factor twice: once by rows, once whole."""
+    x = torch.randn(1, 40, 40, *((6,) if "w" in equation else ()), dtype=torch.float64)
+    run = streamed(lambda x: torch.einsum(equation, x, x) + 1, tuning=Tuning(1, allocator_bytes=0, always=True))
+    assert_same(run(x), torch.einsum(equation, x, x) + 1, 1e-12)

@@ -154,6 +154,54 @@ def _along(one: Any, other: Any, shape: Sequence[int]) -> Optional[int]:
     return None
 
 
+def einsum(call: Call) -> Optional[Node]:
+    """Along one letter of the result: rows of the factors that have it, all of those that do not."""
+    given = call.given()
+    factors = given["tensors"]
+    before, arrow, after = given["equation"].replace(" ", "").partition("->")
+    letters = before.split(",")
+    if not arrow or "." in before + after or len(letters) != len(factors):
+        return None
+    places = [
+        [one.index(letter) if letter in one and factor.shape[one.index(letter)] != 1 else None for letter in after]
+        for one, factor in zip(letters, factors)
+    ]
+    dim = _dim_of_sums(factors, places, call.spec.shape)
+    if dim is None or any(one.count(after[dim]) > 1 for one in letters):
+        return None
+    along = [place[dim] for place in places]
+    whole = [factor for factor, place in zip(factors, along) if isinstance(factor, Node) and place is None]
+    if any(factor is one for factor, place in zip(factors, along) if place is not None for one in whole):
+        return None
+    made = [
+        call.recorder.source(factor.tensor) if isinstance(factor, Held) and place is not None else factor
+        for factor, place in zip(factors, along)
+    ]
+    inputs, apply = over((given["equation"], made), {})
+    dims = [place for factor, place in zip(made, along) if isinstance(factor, Node)]
+    func = call.func
+    step = RowLocal(lambda pieces, first, last: apply(func, pieces), sum(place is not None for place in dims))
+    sides = {
+        letter: side for one, factor in zip(letters, factors) for letter, side in zip(one, factor.shape) if side != 1
+    }
+    step.work = prod(side for letter, side in sides.items() if letter not in after)
+    return call.node(step, inputs, dims, dim)
+
+
+def _dim_of_sums(factors: Any, places: Sequence[Sequence[Optional[int]]], shape: Sequence[int]) -> Optional[int]:
+    """Along which a sum of products comes in rows: as a factor does already, else as a tensor of its shape would.
+
+    places: of each factor, the dimension that is this one of the result's, for each of these.
+    """
+    for factor, place in zip(factors, places):
+        fixed = fixed_dim(factor) if isinstance(factor, Node) else None
+        if fixed is not None and fixed in place:
+            return place.index(fixed)
+    nodes = [place for factor, place in zip(factors, places) if isinstance(factor, Node)]
+    alone = [dim for dim in range(len(shape)) if all(place[dim] is None for place in nodes)]
+    return default_dim(shape, alone)
+
+
 def scaled_dot_product(call: Call) -> Optional[Node]:
     """Attention of queries `[…, pixels, C]`: any rows of them with all keys and values, and their rows of a mask."""
     given = {"dropout_p": 0.0, "is_causal": False, "attn_mask": None, "enable_gqa": False} | call.given()
@@ -218,5 +266,6 @@ def _windows(call: Call, query: Node, key: Any, value: Any, mask: Any, dim: int)
 TABLE: dict[str, Callable[[Call], Optional[Node]]] = {
     "linear": linear,
     **dict.fromkeys(("matmul", "bmm", "mm", "baddbmm", "addmm"), product),
+    "einsum": einsum,
     "scaled_dot_product_attention": scaled_dot_product,
 }
