@@ -297,3 +297,33 @@ def test_what_eager_refuses_is_refused_where_it_is_called(name: str) -> None:
         expected, actual = run(x), streamed(run, tuning=SMALL)(x)
     assert actual[0] == expected[0] == "refused"
     assert_same(actual[1], expected[1], 1e-5)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda table, y: table.type_as(y),
+        lambda table, y: table.double().type_as(y),
+        lambda table, y: table.to(y),
+        lambda table, y: table.half().to(y),
+        lambda table, y: table[:1, :1].expand_as(y),
+        lambda table, y: table.flatten(1).view_as(y),
+        lambda table, y: table.permute(3, 2, 1, 0).reshape_as(y),
+    ],
+)
+def test_tables_that_look_like_a_map_leave_it_deferred(run: Any) -> None:
+    """A mask of its type, a bias of its shape: what the map holds does not matter."""
+    table, x = torch.randn(1, 4, 64, 8), torch.randn(1, 4, 64, 8)
+
+    def program(x: Tensor) -> Tensor:
+        y = F.silu(x)
+        return convolved(y + run(table, y))
+
+    report: dict[str, int] = {}
+    runner = Streamed(report=report, tuning=Tuning(1, allocator_bytes=0, always=True))
+    with torch.no_grad():
+        result = runner.call(program, (x,), {})
+    assert_same(result, program(x), 1e-6)
+    assert report == {}
+    assert runner.last is not None
+    assert runner.last.stored == result.nbytes  # the map itself was never stored

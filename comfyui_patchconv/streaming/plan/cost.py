@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Optional
 
 from ..graph.node import Node
 
@@ -16,12 +17,14 @@ _PRODUCT = 2e-11
 """Seconds for a multiplication and an addition."""
 
 
-def seconds_of(order: Iterable[Node], strips: int = 1, extra_rows: float = 0.0) -> float:
-    """Of computing the maps of `order`, each in so many strips. extra_rows: the share of rows computed twice."""
+def seconds_of(order: Iterable[Node], strips: int = 1, twice: Optional[Mapping[Node, int]] = None) -> float:
+    """Of computing the maps of `order`, each in so many strips. twice: of a map, the rows that a strip computes though
+    the one before it had them."""
     total = 0.0
     for node in order:
         if node.step is not None:
             elements = node.bytes // max(node.itemsize, 1)
             each = elements * node.step.work * _PRODUCT + (0.0 if node.step.moves else node.bytes * _BYTE)
-            total += each * (1 + (extra_rows if node.step.cheap else 0.0)) + strips * _STEP
+            more = (strips - 1) * twice.get(node, 0) / max(node.rows, 1) if twice else 0.0
+            total += each * (1 + more) + strips * _STEP
     return total

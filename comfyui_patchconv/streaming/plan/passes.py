@@ -391,7 +391,8 @@ class Passes:
             )
         )
         self.schedule.work += sweep.way.work
-        self.schedule.seconds += seconds_of(sweep.way.order, strips, 2 / max(sweep.strip_rows, 2))
+        twice = {node: sweep.way.shared[node] for node in sweep.way.recomputed}
+        self.schedule.seconds += seconds_of(sweep.way.order, strips, twice)
 
     def _with_reductions(self, targets: Sequence[Target]) -> list[Target]:
         """Targets, and what else of their pass goes by that reductions are wanted of."""

@@ -40,6 +40,9 @@ from .shapes import Spec, load, specs_of
 from .values import Evaluate
 from .writes import Writes
 
+_AS_ANOTHER = frozenset({"expand_as", "reshape_as", "to", "type_as", "view_as"})
+"""What gives its first argument the looks of another, whose values it does not read."""
+
 _LARGE = 1 << 20
 """Bytes of an ordinary map from which what a decoder does to maps is deferred, though no argument is."""
 
@@ -155,6 +158,8 @@ class Recorder(Writes, TorchDispatchMode):
                 return self.now(func, args, kwargs)
             if operator.name in operators.LIKE:
                 return self._like(func, operator, args, kwargs)
+            if operator.name in _AS_ANOTHER and not isinstance(args[0], LazyTensor):
+                return func(args[0], *mapped(_alike, args[1:]), **mapped(_alike, kwargs))
             if operator.looks or (operator.draws and draws(func, args, kwargs)):
                 return self.now(func, args, kwargs)
             unsaid = written_unsaid(func, args, kwargs)
@@ -254,3 +259,11 @@ class Recorder(Writes, TorchDispatchMode):
         node = self.node(None, (), (), specs, made.device, None)
         node.tensor = made
         return self.own(node, specs)
+
+
+def _alike(value: Any) -> Any:
+    """What looks like a deferred tensor, and takes no memory; anything else as it is."""
+    if not isinstance(value, LazyTensor):
+        return value
+    spec = spec_of(value)
+    return torch.empty((), dtype=spec.dtype, device=value.view_.device).expand(spec.shape)
