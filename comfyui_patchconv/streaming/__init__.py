@@ -51,7 +51,7 @@ import torch
 from torch import Tensor, nn
 
 from ..memory.allocator import trim
-from .call import Call, OnProgress, is_map, joins, signature
+from .call import Call, OnProgress, arguments, is_map, joins, signature
 from .errors import CannotEstimateError, SpreadError
 from .estimate import Expected, Make, expect, peak_activations
 from .outside import eager_reason, undisturbed
@@ -99,6 +99,7 @@ class Streamed:
         self.left = False
         self._schedules: OrderedDict[Any, Any] = OrderedDict()
         self._eager: OrderedDict[Any, int] = OrderedDict()
+        self._large: OrderedDict[Any, int] = OrderedDict()
         ranks = None if group is None else Ranks(group, tuning.silent_seconds)
         self._ranks = ranks if ranks is not None and ranks.count > 1 else None
 
@@ -125,17 +126,20 @@ class Streamed:
         if self._ranks is not None:
             with self._ranks.call():
                 return self._record(function, args, kwargs)
-        alike = None if torch.is_grad_enabled() or self.tuning.always else signature(function, args, kwargs)
+        given = arguments(function, args, kwargs)
+        looked_at = given not in self._large and not torch.is_grad_enabled() and not self.tuning.always
+        alike = signature(function, given) if looked_at else None
         if alike in self._eager and self._is_small(self._eager[alike]):
             self.calls += 1
             self.left = True
             return function(*args, **kwargs)
         result = self._record(function, args, kwargs)
         call = self.last
-        if alike is not None and call is not None and not call.in_strips and self._is_small(call.eager_peak):
-            self._eager[alike] = call.eager_peak
-            while len(self._eager) > _MOST:
-                self._eager.popitem(last=False)
+        if alike is not None and call is not None:
+            if call.eager_peak > _SMALL:
+                _remember(self._large, given, call.eager_peak)
+            elif not call.in_strips and self._is_small(call.eager_peak):
+                _remember(self._eager, alike, call.eager_peak)
         return result
 
     def _record(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -154,6 +158,12 @@ class Streamed:
     def _is_small(self, eager_peak: int) -> bool:
         """Whether a call that did as eager does takes so little that one like it need not be looked at."""
         return eager_peak <= (_SMALL if self.budget is None else min(self.budget, _SMALL))
+
+
+def _remember(calls: OrderedDict[Any, int], key: Any, eager_peak: int) -> None:
+    calls[key] = eager_peak
+    while len(calls) > _MOST:
+        calls.popitem(last=False)
 
 
 _SMALL = 64 << 20

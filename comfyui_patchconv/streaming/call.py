@@ -213,14 +213,25 @@ def joins(args: Any, kwargs: Any) -> bool:
     return any(isinstance(value, LazyTensor) for value in (*args, *kwargs.values()))
 
 
-def signature(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """What two calls of a method of a module have in common if they are alike: the module and all that is set in it,
-    what the arguments are, and what tensors look like. None for a call that may be like no other."""
+def arguments(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """What two calls of a method of a module have in common if their arguments are alike. None for a call that may be
+    like no other."""
     module = getattr(function, "__self__", function)
     if not isinstance(module, nn.Module):
         return None
-    state = tuple(_looks(part.__dict__) for part in module.modules())
-    key = ref(module), getattr(function, "__func__", None), state, _looks(args), _looks(kwargs)
+    return _hashable((ref(module), getattr(function, "__func__", None), _looks(args), _looks(kwargs)))
+
+
+def signature(function: Callable[..., Any], given: Any) -> Any:
+    """What they have in common if all that is set in the module is alike, too, and what tensors look like. given: their
+    `arguments`. None for a call that may be like no other."""
+    if given is None:
+        return None
+    module: Any = getattr(function, "__self__", function)
+    return _hashable((given, tuple(_looks(part.__dict__) for part in module.modules())))
+
+
+def _hashable(key: Any) -> Any:
     try:
         hash(key)
     except TypeError:
