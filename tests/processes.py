@@ -21,6 +21,34 @@ LIMIT = 1800.0
 COMMAND_LINE = "import sys; from comfyui_patchconv import cli; sys.exit(cli.main())"
 
 
+RANKS = 3
+
+LAUNCH = f"""
+import os, socket, sys
+from comfyui_patchconv import cli
+
+def end(code):  # at once: taking all of a copied process apart takes longer than the test
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+os.setsid()
+with socket.socket() as unused:
+    unused.bind(("127.0.0.1", 0))
+    port = unused.getsockname()[1]
+processes = []
+for rank in range({RANKS}):
+    process = os.fork()
+    if not process:
+        os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                           WORLD_SIZE="{RANKS}", LOCAL_WORLD_SIZE="{RANKS}")
+        end(cli.main())
+    processes.append(process)
+end(max(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes))
+"""
+"""Runs the command line in so many processes, as torchrun does."""
+
+
 def environment(**more: object) -> dict[str, str]:
     """For a process that finds this package, and before it what PYTHONPATH in `more` names."""
     folders = [more.pop("PYTHONPATH", ""), Path(__file__).parents[1], os.environ.get("PYTHONPATH", "")]

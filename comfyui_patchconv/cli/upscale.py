@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from ..hosts.streamed import StreamedForward
 from ..hosts.upscale import check_model, name_of
 from ..memory.recorder import Recorder
 from ..memory.usage import free
+from ..streaming import USUAL
 from .arguments import DTYPES, device, size
-from .failures import each
-from .options import add_trust, default_device, say
+from .encode import IMAGES
+from .options import add_spread, add_trust, inputs_of, of_folder, say
 from .outputs import Outputs, add_out
+from .team import Team, device_of, of_all, team_of
 
 _SUPPORTED = {torch.float16: "supports_half", torch.bfloat16: "supports_bfloat16"}
 """What says whether a model can be computed in a precision."""
@@ -41,7 +44,7 @@ def add(commands: Any) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="PNG, JPEG, WebP, TIFF …; one that fails does not end the others",
+        help="PNG, JPEG, WebP, TIFF …, or a folder of them; one that fails does not end the others",
     )
     add_out(parser, "PNG or TIFF to write, 8 or 16 bits a channel as the image has")
     parser.add_argument("--device", type=device, default=None, help="default: cuda if there is one, else cpu")
@@ -58,32 +61,41 @@ def add(commands: Any) -> None:
         help="keep: the alpha channel, smoothly scaled (default); drop: the colours alone",
     )
     add_trust(parser)
+    add_spread(parser)
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
     """Upscale pictures with a model, each as a whole: no tiles, no seams."""
-    outputs = Outputs(args.out, args.image, [args.model], *SUFFIXES, overwrite=args.overwrite)
-    if len(args.image) == 1:
-        existing(args.image[0])
+    where = device_of(args.device)
+    with team_of(args.spread, args.image, where) as team:
+        return _upscale(args, where, team)
+
+
+def _upscale(args: argparse.Namespace, where: torch.device, team: Team) -> int:
+    images = inputs_of(args.image, args.model, *IMAGES)
+    outputs = Outputs(args.out, images, [args.model], *SUFFIXES, overwrite=args.overwrite, folder=of_folder(args.image))
+    if len(images) == 1:
+        existing(images[0])
     model = load_upscaler(args.model, args.trust)
     check_model(model)
-    dtype, where = DTYPES[args.dtype], args.device or default_device()
+    dtype = DTYPES[args.dtype]
     _check_precision(model, dtype)
     model.model.to(where, dtype)
-    watched = sys.stderr.isatty()
+    run = _Streamed(args, team)
 
     def one(path: Path) -> None:
-        (name,) = outputs.of(path)
+        (name,) = team.as_first_has_it(lambda: outputs.of(path))
         if name is None:
             return
         picture = open_picture(path)
         with Recorder(where) as recorder:
-            levels = _upscaled(model, picture, args.budget or 0, where, dtype, watched)
-            save_levels(name, levels, picture, args.alpha == "keep")
+            levels = run(model, picture, where, dtype)
+            if team.writes:
+                save_levels(name, levels, picture, args.alpha == "keep")
         say(f"{name}: {levels.shape[3]}x{levels.shape[2]}", recorder)
 
-    return each(args.image, one)
+    return of_all(team, images, one)
 
 
 def _check_precision(model: Any, dtype: torch.dtype) -> None:
@@ -95,23 +107,35 @@ def _check_precision(model: Any, dtype: torch.dtype) -> None:
         raise ValueError(f"This upscale model ({name}) takes {model.input_channels} channels: choose one for 3 or 1.")
 
 
-def _upscaled(
-    model: Any, picture: Picture, budget: int, where: torch.device, dtype: torch.dtype, watched: bool
-) -> Tensor:
-    """The levels `[1, C, H, W]` of `picture`, upscaled; see `levels_of`."""
-    channels, scale = model.input_channels, int(model.scale)
-    levels = empty_levels((1, channels, scale * picture.height, scale * picture.width), picture.bits)
+class _Streamed:
+    """Upscales pictures as the options have it, for what `team` does."""
 
-    def run(pixels: Tensor) -> None:
-        # Computed where it is copied to, which is a file where it is large; what is returned would lie in memory.
-        levels.copy_(levels_of(model(pixels), picture.bits))
+    def __init__(self, args: argparse.Namespace, team: Team) -> None:
+        self._budget, self._beside = args.budget or 0, team.beside
+        self._group = team.group if team.rows else None
+        self._tuning = replace(USUAL, silent_seconds=float(args.silent_seconds))
+        self._watched = sys.stderr.isatty() and team.rank == 0 and (team.rows or team.count == 1)
 
-    try:
-        StreamedForward(run, budget, free, _percent if watched else None)(picture.pixels(channels).to(where, dtype))
-    finally:
-        if watched:
-            print(end="\r\x1b[K", file=sys.stderr, flush=True)
-    return levels
+    def __call__(self, model: Any, picture: Picture, where: torch.device, dtype: torch.dtype) -> Tensor:
+        """The levels `[1, C, H, W]` of `picture`, upscaled; see `levels_of`."""
+        channels, scale = model.input_channels, int(model.scale)
+        levels = empty_levels((1, channels, scale * picture.height, scale * picture.width), picture.bits)
+
+        def run(pixels: Tensor) -> None:
+            # Computed where it is copied to, which is a file where it is large; what is returned would lie in memory.
+            levels.copy_(levels_of(model(pixels), picture.bits))
+
+        shown = _percent if self._watched else None
+        streamed = StreamedForward(run, self._budget, self._free, shown, group=self._group, tuning=self._tuning)
+        try:
+            streamed(picture.pixels(channels).to(where, dtype))
+        finally:
+            if self._watched:
+                print(end="\r\x1b[K", file=sys.stderr, flush=True)
+        return levels
+
+    def _free(self, device: torch.device) -> int:
+        return free(device) // self._beside
 
 
 def _percent(done: int, work: int) -> None:

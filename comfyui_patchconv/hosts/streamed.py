@@ -9,7 +9,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from ..streaming import OnProgress, Streamed, joins
+from ..streaming import USUAL, OnProgress, Streamed, Tuning, joins
 from .clones import StandIn
 from .estimates import OF_FREE, StreamEstimate
 
@@ -37,19 +37,19 @@ class StreamedForward(StandIn):
     free on a device. on_progress: see `OnProgress`. on_call: called when one more call is about to be streamed.
     on_miss: called with the bytes that a call was expected to take, where these are more than the budget. switch: while
     it is off nothing is streamed. on_left: called after each call with whether it did as eager does, for strips would
-    be no help.
+    be no help. group: processes to stream over; None for this one. tuning: see `Tuning`.
     """
 
     def __init__(
         self, forward: Callable[..., Any], budget: int, free: Callable[[torch.device], int],
         on_progress: Optional[OnProgress] = None, on_call: Optional[Callable[[], None]] = None,
         on_miss: Optional[Callable[[int], None]] = None, switch: Optional[Switch] = None,
-        on_left: Optional[Callable[[bool], None]] = None,
+        on_left: Optional[Callable[[bool], None]] = None, group: Any = None, tuning: Tuning = USUAL,
     ) -> None:  # fmt: skip
         self.forward, self.budget, self.free = forward, budget, free
         self.on_progress, self.on_call, self.on_miss, self.on_left = on_progress, on_call, on_miss, on_left
         self.switch = switch or Switch(True)
-        self._streamed = Streamed(on_progress=on_progress)
+        self._streamed = Streamed(on_progress=on_progress, tuning=tuning, group=group)
 
     def start(self) -> None:
         """Begin a decode or encode, here or on a clone for another device: it may take what is free now."""

@@ -12,38 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import LIMIT, Ready, ended
+from processes import LAUNCH, LIMIT, Ready, ended
 from safetensors.torch import load_file
 from vae_helpers import random_latent, write_vae
 
 from comfyui_patchconv import cli
 from comfyui_patchconv.files.latents import save_latent
-
-RANKS = 3
-
-LAUNCH = f"""
-import os, socket, sys
-from comfyui_patchconv import cli
-
-def end(code):  # at once: taking all of a copied process apart takes longer than the test
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-os.setsid()
-with socket.socket() as unused:
-    unused.bind(("127.0.0.1", 0))
-    port = unused.getsockname()[1]
-processes = []
-for rank in range({RANKS}):
-    process = os.fork()
-    if not process:
-        os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-                           WORLD_SIZE="{RANKS}", LOCAL_WORLD_SIZE="{RANKS}")
-        end(cli.main())
-    processes.append(process)
-end(max(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes))
-"""
 
 
 def arguments(job: str, **options: object) -> list[str]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import LAUNCH, LIMIT, ended
 from safetensors.torch import save_file
 from upscale_helpers import require_spandrel
 from upscale_weights import compact, esrgan
@@ -237,3 +238,33 @@ def test_half_precision(tmp_path: Path, model: Path) -> None:
     image = noise(32, 24)
     run(model, tmp_path / "out.png", written(tmp_path / "in.png", image), options=("--dtype", "bfloat16"))
     assert np.abs(levels(tmp_path / "out.png").astype(int) - whole(model, image).astype(int)).mean() < 4
+
+
+def test_one_picture_over_several_processes(tmp_path: Path, model: Path) -> None:
+    """The first of them writes, and the picture is that of one."""
+    picture = written(tmp_path / "in.png", noise(61, 24))
+    run(model, tmp_path / "one.png", picture)
+    script = f"from upscale_helpers import require_spandrel\nrequire_spandrel()\n{LAUNCH}"
+    given = ["upscale", "--model", model, "--image", picture, "--device", "cpu", "--silent-seconds", int(LIMIT)]
+    done = ended(["-c", script, *given, "--out", tmp_path / "other.png"], PYTHONPATH=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("other.png: 48x122") == 1
+    assert_same(levels(tmp_path / "other.png"), levels(tmp_path / "one.png"))
+
+
+def test_a_folder_over_several_processes(tmp_path: Path, model: Path) -> None:
+    """A picture each; what is there is skipped, and one that fails is named."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for place in range(4):
+        written(folder / f"{place}.png", noise(20 + place, 12))
+    (folder / "bad.png").write_text("no picture")
+    script = f"from upscale_helpers import require_spandrel\nrequire_spandrel()\n{LAUNCH}"
+    given = ["upscale", "--model", model, "--image", folder, "--out", out, "--device", "cpu"]
+    done = ended(["-c", script, *given], PYTHONPATH=Path(__file__).parents[1])
+    assert done.returncode == 1
+    assert f"1 of 5 failed: {folder / 'bad.png'}." in done.stderr
+    assert sorted(path.name for path in out.iterdir()) == [f"{place}.png" for place in range(4)]
+    assert levels(out / "3.png").shape == (46, 24, 3)
+    again = ended(["-c", script, *given], PYTHONPATH=Path(__file__).parents[1])
+    assert again.stdout.count("there already, skipped") == 4
