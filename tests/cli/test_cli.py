@@ -417,14 +417,14 @@ def test_demo_writes_the_images_and_prints_the_table(tmp_path: Path, vae: Path, 
 
 @pytest.mark.slow
 def test_demo_shows_a_photograph_that_tiles_change_and_strips_do_not(tmp_path: Path, ready: Ready) -> None:
-    done = ready.ended(["demo"], folder=tmp_path)
+    done = ready.ended(arguments("demo", size=576), folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "small VAE" in done.stdout
     assert "--vae random" in done.stdout
     tiles, strips, streaming = demo_table(done.stdout)
     assert tiles > 0.02
     assert max(strips, streaming) < 1e-4
-    assert pixels(tmp_path / "demo" / "image.png").shape == (768, 1024, 3)
+    assert pixels(tmp_path / "demo" / "image.png").shape == (576, 576, 3)
 
 
 def test_demo_repeats_the_photograph_to_the_size_that_is_asked_for() -> None:
