@@ -14,10 +14,14 @@ from processes import ended
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from comfyui_patchconv.conv.geometry import Axis
 from comfyui_patchconv.memory.usage import anonymous
 from comfyui_patchconv.streaming import Streamed, Tuning
 from comfyui_patchconv.streaming.execute.lines import Lines
 from comfyui_patchconv.streaming.graph.node import Node
+from comfyui_patchconv.streaming.graph.steps import Convolve
+from comfyui_patchconv.streaming.plan.sweep import Sweep
+from comfyui_patchconv.streaming.plan.way import Way
 from comfyui_patchconv.streaming.record.operators import convolution
 
 SMALL = Tuning(strip_bytes=20_000, allocator_bytes=0, always=True)
@@ -134,3 +138,30 @@ def test_two_parts_take_turns(away: bool, dtype: torch.dtype) -> None:
     assert torch.equal(found, first)
     lines.drop(node)
     assert lines.read(node) is None
+
+
+@pytest.mark.parametrize(("steps", "device", "helps"), [(2, "cpu", True), (2, "cuda", False), (9, "cuda", True)])
+def test_lines_leave_only_where_that_helps(steps: int, device: str, helps: bool) -> None:
+    """On their way to and from a device some of them are there twice: of a few that is more than all of them."""
+
+    def node(*inputs: Node) -> Node:
+        step = Convolve(Axis.of(3, 1, 1, 1), 64, 2, lambda pieces: pieces[0])
+        return Node(
+            step if inputs else None, inputs, (2,) * len(inputs), shape=(1, 8, 64, 64),
+            strides=(8 * 64 * 64, 64 * 64, 64, 1), dtype=torch.float32, device=torch.device(device), itemsize=4, dim=2,
+        )  # fmt: skip
+
+    source = node()
+    source.tensor = True
+    order = [node(source)]
+    for _ in range(steps - 1):
+        order.append(node(order[-1]))
+    sweep = Sweep(Way([order[-1]], order, {}), Tuning(1), budget=1)
+    assert sweep.line_bytes == (steps - 1) * 2 * 2 * 8 * 64 * 4
+    away = sweep.lines_away(1 << 40)
+    assert bool(away) == helps
+    assert sweep.bytes_saved(away) > 0 or not helps
+    assert sweep.lines_away(0) == {}
+    few = sweep.lines_away(1)
+    assert sweep.bytes_saved(few) >= int(helps)
+    assert len(few) <= len(away)

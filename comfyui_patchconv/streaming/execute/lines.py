@@ -113,7 +113,7 @@ class _InHostMemory:
 
     def room(self, size: int) -> Tensor:
         """So many bytes, which nothing else uses."""
-        return self._copies.room(torch.empty(size, dtype=torch.uint8, device=self._device))
+        return self._copies.room(torch.empty(size, dtype=torch.uint8, device="meta"))
 
     def leave(self, node: Node, kept: Tensor, rows: Tensor) -> None:
         """Have the values of `rows` in `kept`, a part of a room, once all are settled or brought."""

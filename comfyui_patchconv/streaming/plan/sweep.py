@@ -85,7 +85,7 @@ class Sweep:
                 break
             found[node] = self._lines[node]
             size -= self._lines[node]
-        return found
+        return found if self.bytes_saved(found) > 0 else {}
 
     def bytes_saved(self, away: Mapping[Node, int]) -> int:
         """By how much less it takes where the line buffers of these steps are offloaded."""
