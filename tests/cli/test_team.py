@@ -128,9 +128,9 @@ def test_killed_and_started_again(ready: Ready, vae: Path, latents: Path, tmp_pa
     assert cli.main(arguments("decode", vae=vae, latent=latents, out=tmp_path / "one")) == 0
     given = arguments("decode", vae=vae, latent=latents, out=tmp_path / "other")
     draw = np.random.default_rng(0)
-    for _ in range(5):
+    for kill in range(20):
         running = ready.start(given, LAUNCH)
-        end = time.monotonic() + draw.uniform(0.2, 3)
+        end = time.monotonic() + draw.uniform(0.1, 0.3 + kill / 8)
         while time.monotonic() < end and not running.has_ended():
             time.sleep(0.05)
         if not running.has_ended():
