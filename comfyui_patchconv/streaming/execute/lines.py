@@ -27,9 +27,9 @@ class Lines:
     def __init__(self, order: Sequence[Node], away: Mapping[Node, int], device: torch.device) -> None:
         self._lines: dict[Node, Tensor] = {}
         self._rooms: dict[Node, list[Optional[Tensor]]] = {}
-        self._away: Union[_InFile, _InHostMemory] = (
-            _InFile(away.values()) if device.type == "cpu" else _InHostMemory(device)
-        )
+        self._away: Union[_InFile, _InHostMemory, None] = None
+        if away:
+            self._away = _InFile(away.values()) if device.type == "cpu" else _InHostMemory(device)
         elsewhere = [node for node in order if node in away]
         self._following = dict(zip(elsewhere, [*elsewhere[1:], None]))
 
@@ -40,12 +40,13 @@ class Lines:
     def go_back(self, state: dict[Node, Tensor]) -> None:
         """Have what was kept at an earlier `state`, that of the strip before."""
         self._lines = state
-        self._away.settle()
+        if self._away is not None:
+            self._away.settle()
 
     def read(self, node: Node) -> Optional[Tensor]:
         """The rows that are kept of a step, on the device; None for none."""
         line = self._lines.get(node)
-        if line is None or node not in self._following:
+        if line is None or self._away is None or node not in self._following:
             return line
         rows = self._away.bring(node, line)
         following = self._following[node]
@@ -59,7 +60,7 @@ class Lines:
         line = self._lines.get(node)
         index = int(line is not None and pair[0] is not None and line.data_ptr() == pair[0].data_ptr())
         room = pair[index]
-        if node in self._following:
+        if self._away is not None and node in self._following:
             if room is None or room.nbytes < rows.nbytes:
                 room = pair[index] = self._away.room(rows.nbytes)
             self._lines[node] = kept = dense(room[: rows.nbytes].view(rows.dtype), rows)
@@ -79,11 +80,11 @@ class _InFile:
 
     def __init__(self, sizes: Collection[int]) -> None:
         self._left = sum(sizes) + 2 * ALIGNED * len(sizes)
-        self._file = MappedFile(self._left, no_room) if sizes else None
+        self._file = MappedFile(self._left, no_room)
 
     def room(self, size: int) -> Tensor:
         """So many bytes, which nothing else uses."""
-        if self._file is None or size > self._left:  # of a strip that had to be halved more rows may be kept
+        if size > self._left:  # of a strip that had to be halved more rows may be kept
             return lasting(torch.empty(size, dtype=torch.uint8))
         self._left -= -(-size // ALIGNED) * ALIGNED
         return self._file.empty((size,), torch.uint8)
@@ -107,9 +108,9 @@ class _InHostMemory:
     """Rows in host memory. They leave while the device goes on, and come while it reads those of the step before."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._copies = device, copies_of(device)
         self._leaving: deque[tuple[Node, Tensor, Arrival]] = deque()
         self._coming: dict[Node, tuple[Tensor, Arrival]] = {}
+        self._device, self._copies = device, copies_of(device)
 
     def room(self, size: int) -> Tensor:
         """So many bytes, which nothing else uses."""
