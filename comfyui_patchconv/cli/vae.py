@@ -18,6 +18,7 @@ from ..conv.strip_sizes import DEFAULT_THRESHOLD
 from ..conv.tiling import OnStrip
 from ..files.packing import packing_of
 from ..files.vaes import traits_of
+from ..files.vaes.family import Missing
 from ..hosts.auto import AutoForward, OnChoice
 from ..hosts.eager_needs import EagerNeeds
 from ..hosts.estimates import OF_FREE, Needs, needs_of
@@ -136,7 +137,9 @@ class Half:
 
 
 def _call(half: Half, input: Tensor, strips: Strips, on_choice: Optional[OnChoice]) -> Any:
-    """What `half` makes of `input`."""
+    """What `half` makes of `input`. Raises ValueError where the VAE's file has no such half."""
+    if isinstance(half.part, Missing):
+        raise ValueError(half.part.why)
     run: Any = half
     input = input.to(half.vae.dtype)
     working: AbstractContextManager[Any] = nullcontext()

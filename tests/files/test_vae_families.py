@@ -140,8 +140,9 @@ def test_one_with_a_wrong_tensor_is_refused_whichever_it_is(tmp_path: Path, name
     )
     for key, change in list(zip(state, changes))[:: max(len(state) // 25, 1)]:
         changed = change(state[key])
-        if changed.shape == state[key].shape and changed.dtype == state[key].dtype:
-            continue
+        same = changed.shape == state[key].shape and changed.dtype == state[key].dtype
+        if same or (changed.dim() == 5 and key.endswith((".qkv.conv.weight", ".proj.conv.weight"))):
+            continue  # diffusers' conversion takes sides of 1 away
         write(path, {**state, key: changed})
         refused(path)
 
@@ -179,8 +180,8 @@ def test_one_of_two_parts_is_refused_by_the_others_name(tmp_path: Path, name: st
 def test_a_tensor_in_two_layouts_is_refused(tmp_path: Path) -> None:
     _, path = stored(ALL["Wan 2.1"], "diffusers", tmp_path)
     state = load_state(path)
-    write(path, {**state, "conv1.weight": state["quant_conv.weight"]})
-    refused(path, "conv1.weight", "quant_conv.weight", "one layout")
+    write(path, {**state, "decoder.conv1.weight": state["decoder.conv_in.weight"].clone()})
+    refused(path, "decoder.conv1.weight", "decoder.conv_in.weight", "one layout")
 
 
 def load_state(path: Path) -> dict[str, Tensor]:

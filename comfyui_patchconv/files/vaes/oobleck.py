@@ -21,7 +21,11 @@ PARTS = ("encoder.", "decoder.")
 _RATE, _OTHER_RATE = 44100, {1920: 48000}
 """Samples a second; and by the samples to a latent's one, where it is another (ACE-Step's)."""
 
-_NORM = renaming((r"\.parametrizations\.weight\.original0$", ".weight_g"), (r"\.original1$", ".weight_v"))
+_NORM = renaming(
+    (r"\.parametrizations\.weight\.original0$", ".weight_g"),
+    (r"\.parametrizations\.weight\.original1$", ".weight_v"),
+)
+"""Weight norm as torch has it since 2.0; diffusers has the older one."""
 
 _UNIT = ("snake1", "conv1", "snake2", "conv2")
 
