@@ -33,6 +33,7 @@ def save_video(path: str | os.PathLike[str], frames: Tensor, rate: float) -> Non
     ModuleNotFoundError without `av`.
     """
     import av  # pyright: ignore[reportMissingImports]
+    from av.error import FFmpegError  # pyright: ignore[reportMissingImports]
 
     path = Path(path)
     container, codec, pixels, options = _KINDS[path.suffix.lower()]
@@ -51,5 +52,5 @@ def save_video(path: str | os.PathLike[str], frames: Tensor, rate: float) -> Non
 
     try:
         write_whole(path, write)
-    except av.FFmpegError as error:
+    except FFmpegError as error:
         raise OSError(f"{path} cannot be written ({short(str(error))}): use another name, or PNG.") from None
