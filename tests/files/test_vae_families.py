@@ -42,7 +42,7 @@ def with_time(latent: Tensor, vae: Any) -> Tensor:
     return latent[:, :, None] if "Wan" in type(vae).__name__ or "Qwen" in type(vae).__name__ else latent
 
 
-@pytest.mark.parametrize("mode", ["plain", "patch", "stream", "auto"])
+@pytest.mark.parametrize("mode", ["plain", "patch", "stream"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
@@ -60,6 +60,20 @@ def test_a_family_decodes_as_diffusers_does(tmp_path: Path, name: str, layout: s
     assert expected.std() > 1e-3
     assert expected.shape[2:] == tuple(side * scale(vae) for side in latent.shape[2:])
     assert_same(decode(vae, latent, Strips(mode, splits=3, threshold=0)), expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_family_decodes_in_half_precision(tmp_path: Path, name: str) -> None:
+    _, path = stored(ALL[name], "diffusers", tmp_path)
+    exact, vae = load_vae(path), load_vae(path, torch.bfloat16)
+    latent = random(*ALL[name].shape)
+    with torch.no_grad():
+        expected = decode(exact, latent)
+        errors = [
+            (decode(vae, latent, Strips(mode)).float() - expected).square().mean() for mode in ("plain", "stream")
+        ]
+    assert errors[0] < 0.1 * expected.square().mean()
+    assert errors[1] <= 1.2 * errors[0]
 
 
 @pytest.mark.parametrize("mode", ["plain", "patch", "stream"])
@@ -125,7 +139,7 @@ def test_one_that_lacks_a_tensor_is_refused_whichever_it_is(tmp_path: Path, name
     _, path = stored(ALL[name], layout, tmp_path)
     state = load_state(path)
     optional = ("vae_scale", "vae_shift", "num_batches_tracked")
-    for lacking in [key for key in state if not key.endswith(optional)][:: max(len(state) // 25, 1)]:
+    for lacking in [key for key in state if not key.endswith(optional)][:: max(len(state) // 9, 1)]:
         write(path, {key: value for key, value in state.items() if key != lacking})
         refused(path)
 
@@ -138,7 +152,7 @@ def test_one_with_a_wrong_tensor_is_refused_whichever_it_is(tmp_path: Path, name
     changes = cycle(
         [lambda v: v[:1].repeat(2, *[1] * (v.dim() - 1)), lambda v: v[None], lambda v: v.int(), lambda v: v[:0]]
     )
-    for key, change in list(zip(state, changes))[:: max(len(state) // 25, 1)]:
+    for key, change in list(zip(state, changes))[:: max(len(state) // 9, 1)]:
         changed = change(state[key])
         same = changed.shape == state[key].shape and changed.dtype == state[key].dtype
         if same or (changed.dim() == 5 and key.endswith((".qkv.conv.weight", ".proj.conv.weight"))):
