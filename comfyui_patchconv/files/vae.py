@@ -85,8 +85,8 @@ def _recognised(path: Path, header: Header) -> tuple[Family, VaeFile]:
         if family is not None:
             return family, VaeFile(path, shapes, held, read_metadata(path))
     raise ValueError(
-        f"{path} has no VAE with an encoder and a decoder (first of its tensors: {listed(header)}): give a VAE "
-        "file, or a checkpoint that has one built in."
+        f"{path} has no VAE that is known here (first of its tensors: {listed(header)}): give a VAE file, or a "
+        "checkpoint that has one built in."
     )
 
 

@@ -17,6 +17,7 @@ from vae_helpers import assert_one_sentence, small_vae, write
 from comfyui_patchconv.cli.vae import Strips, channels, decode, encode, scale
 from comfyui_patchconv.files.packing import packing_of
 from comfyui_patchconv.files.vae import load_vae, medium_of
+from comfyui_patchconv.files.vaes import traits_of
 
 pytestmark = pytest.mark.filterwarnings("error:Nothing was streamed")
 
@@ -39,7 +40,7 @@ def random(*shape: int, seed: int = 1) -> Tensor:
 
 
 def with_time(latent: Tensor, vae: Any) -> Tensor:
-    return latent[:, :, None] if "Wan" in type(vae).__name__ or "Qwen" in type(vae).__name__ else latent
+    return latent[:, :, None] if traits_of(vae).medium == "video" else latent
 
 
 @pytest.mark.parametrize("mode", ["plain", "patch", "stream"])
@@ -233,6 +234,30 @@ def test_an_older_diffusers_that_lacks_an_argument_is_named(tmp_path: Path, monk
     refused(path, "since 0.35")
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["decoder.conv_in.conv.weight", "encoder.conv_in.conv.weight", "post_quant_conv.weight"],  # HunyuanVideo
+        ["decoder.up_blocks.0.res_blocks.0.conv1.conv.weight", "encoder.conv_in.conv.weight"],  # LTX
+        ["decoder.1.weight", "decoder.22.bias", "encoder.0.weight"],  # TAEHV
+    ],
+    ids=["HunyuanVideo", "LTX", "TAEHV"],
+)
+def test_one_of_a_family_that_is_not_known_is_refused(tmp_path: Path, names: list[str]) -> None:
+    path = write(tmp_path / "vae.safetensors", {name: torch.zeros(8, 4, 3, 3, 3) for name in names})
+    refused(path, "no VAE that is known", names[0])
+
+
+def test_a_library_that_diffusers_lacks_is_not_taken_for_its_age(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, path = stored(ALL["TAESD"], "diffusers", tmp_path)
+    monkeypatch.delitem(sys.modules, CLASSES["TAESD"], raising=False)
+    monkeypatch.setitem(sys.modules, "dataclasses", None)
+    with pytest.raises(ModuleNotFoundError, match="dataclasses"):
+        load_vae(path)
+
+
 # TAESD's names and halves
 
 
@@ -298,6 +323,7 @@ def test_half_of_a_taesd_does_what_it_can(tmp_path: Path) -> None:
     theirs, encoder, decoder = halves(tmp_path)
     encoder.unlink()
     vae, latent = load_vae(decoder), random(1, 4, 6, 5)
+    assert scale(vae) == 8
     for mode in ("plain", "patch", "stream", "auto"):
         assert_same(decode(vae, latent, Strips(mode, 3, 0)), theirs.decode(latent * 0.18215).sample, 1e-5)
     for mode in ("plain", "patch", "stream", "auto"):

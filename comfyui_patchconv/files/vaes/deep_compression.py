@@ -132,7 +132,7 @@ def _level(file: VaeFile, shapes: Shapes, part: str) -> _Level:
     residual = numbered(shapes, f"{part}.{{}}.conv1.weight", first)
     attention = numbered(shapes, f"{part}.{{}}.attn.to_q.weight", first)
     blocks = residual or attention
-    widths = [shapes[name][1] for name in blocks[:1] if len(shapes[name]) in (2, 4)]
+    widths = [shapes[name][1] for name in blocks[:1] if len(shapes[name]) in (2, 4) and 0 not in shapes[name]]
     if blocks and not widths:
         raise file.other_kind("a DC-AE", blocks[0], "one for RGB images is needed")
     scale = f"{part}.{first}.attn.to_qkv_multiscale"

@@ -80,8 +80,11 @@ class Kind:
         for module in self.modules:
             try:
                 return getattr(importlib.import_module(module), self.name)
-            except (ImportError, AttributeError):
+            except AttributeError:
                 continue
+            except ModuleNotFoundError as error:
+                if not (error.name or "").startswith("diffusers."):  # what diffusers needs is missing
+                    raise
         raise self.too_old(path)
 
     def too_old(self, path: Path) -> ValueError:

@@ -48,6 +48,9 @@ def plan(file: VaeFile) -> Plan:
             widths, blocks, first, last = _stages(file, part, layers[part])
             config |= {f"{part}_block_out_channels": widths, f"num_{part}_blocks": blocks}
             config["latent_channels"] = last if part == "encoder" else first
+            other = "encoder" if part == "decoder" else "decoder"  # which may be missing
+            config.setdefault(f"{other}_block_out_channels", widths[::-1])
+            config.setdefault(f"num_{other}_blocks", blocks[::-1])
     scale, shift = (1.0, 0.0) if apart else _of_model(file.path, config["latent_channels"])
     for name in apart:
         if any(size != 1 for size in file.shapes[name]):
@@ -103,7 +106,7 @@ def _stages(file: VaeFile, part: str, layers: _Layers) -> tuple[tuple[int, ...],
     convolutions = [place for place, (is_block, _) in enumerate(order) if not is_block]
     if len(convolutions) < 2 or convolutions[0] or convolutions[-1] != len(order) - 1:
         raise ValueError(
-            f"{file.path} has a TAESD whose {part} neither begins nor ends with a convolution: it is incomplete, "
+            f"{file.path} has a TAESD whose {part} does not begin and end with a convolution: it is incomplete, "
             "download or export it again."
         )
     widths = tuple(order[place][1][0] for place in convolutions[:-1])

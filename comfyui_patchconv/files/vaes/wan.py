@@ -80,12 +80,9 @@ def plan(file: VaeFile) -> Plan:
     patch = {3: None, 12: 2}.get(channels, 0)
     if patch == 0 or shapes[last][0] != channels:
         raise file.other_kind("a VAE", names[first if patch == 0 else last], _WIDTH)
-    odd = next((block for level in levels for block in level.blocks if len(shapes[block]) != 5), None)
-    odd = odd or next(
-        (level.blocks[-1] for level in levels if level.blocks and shapes[level.blocks[-1]][0] % base), None
-    )
-    if odd is not None:
-        raise file.other_kind("a VAE", names[odd], _WIDTH)
+    for block in (block for level in levels for block in level.blocks):
+        if len(shapes[block]) != 5 or 0 in shapes[block] or shapes[block][0] % base:
+            raise file.other_kind("a VAE", names[block], _WIDTH)
     widths = [shapes[level.blocks[-1]][0] // base for level in levels if level.blocks]
     if len(widths) < 2 or len(widths) != len(levels):
         raise ValueError(
