@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Optional
 
 import torch
 from torch import Tensor
@@ -30,13 +30,27 @@ _LOUD = 5.0
 def quieter(sound: Tensor) -> Tensor:
     """`sound` `[C, L]`, in place as loud as ComfyUI's VAE Decode Audio has it: five standard deviations above 1 become
     1."""
-    count, sums, squares = max(sound.numel() - 1, 1), 0.0, 0.0
-    for part in sound.split(_AT_ONCE, 1):
-        wide = part.double()
-        sums, squares = sums + float(wide.sum()), squares + float(wide.square().sum())
-    deviation = max(squares - sums**2 / max(sound.numel(), 1), 0.0) / count
-    loud = _LOUD * deviation**0.5
+    parts, count = sound.split(_AT_ONCE, 1), max(sound.numel(), 2)
+    mean = sum(float(part.double().sum()) for part in parts) / count
+    squares = sum(float(part.double().sub_(mean).square_().sum()) for part in parts)
+    loud = _LOUD * (squares / (count - 1)) ** 0.5
     return sound.div_(loud) if loud > 1 else sound
+
+
+class _Watched:
+    """A file for libsndfile, which calls it back and cannot take an exception. failed: the error of a write; None for
+    none."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.seek, self.tell = file, file.seek, file.tell
+        self.failed: Optional[OSError] = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.failed = error
+            return 0
 
 
 def save_sound(path: str | os.PathLike[str], sound: Tensor, rate: int) -> None:
@@ -55,12 +69,15 @@ def save_sound(path: str | os.PathLike[str], sound: Tensor, rate: int) -> None:
     kind = "FLAC" if suffix == ".flac" else "WAV" if sound.numel() * sound.element_size() < _LONG else "RF64"
 
     def write(file: BinaryIO) -> None:
+        watched: Any = _Watched(file)
         try:
-            with soundfile.SoundFile(file, "w", rate, len(sound), _SUBTYPES[suffix], format=kind) as opened:
+            with soundfile.SoundFile(watched, "w", rate, len(sound), _SUBTYPES[suffix], format=kind) as opened:
                 for part in sound.split(_AT_ONCE, 1):
                     opened.write(part.clamp(-1, 1).T.contiguous().numpy() if suffix == ".flac" else part.T.numpy())
-        except soundfile.SoundFileError as error:
-            raise OSError(short(str(error))) from None
+        except (AssertionError, soundfile.SoundFileError) as error:
+            raise watched.failed or OSError(short(str(error))) from None
+        if watched.failed is not None:  # when it was closed
+            raise watched.failed
 
     with torch.no_grad():
         write_whole(path, write)

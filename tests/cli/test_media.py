@@ -12,6 +12,7 @@ import pytest
 import torch
 from conv_helpers import assert_same
 from PIL import Image
+from processes import Ready
 from torch import Tensor
 from vae_families import ALL
 from vae_helpers import write
@@ -237,6 +238,30 @@ def test_a_sound_that_holds_nan_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="NaN"):
         save_sound(tmp_path / "out.wav", torch.full((2, 9), torch.nan), 44100)
     assert not list(tmp_path.iterdir())
+
+
+FULL = """
+import resource, signal, sys
+from comfyui_patchconv import cli
+import diffusers.models.autoencoders.autoencoder_kl_wan, diffusers.models.autoencoders.autoencoder_oobleck
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize("out", ["out.wav", "out.flac", "out.mp4", "out.mkv", "out.png"])
+def test_a_full_disk_is_one_sentence(tmp_path: Path, out: str, ready: Ready) -> None:
+    module = {".wav": "soundfile", ".flac": "soundfile", ".png": "PIL"}.get(Path(out).suffix, "av")
+    pytest.importorskip(module, reason=f"{module} is not installed: pip install {module}")
+    name, shape = ("Oobleck", (1, 8, 300)) if module == "soundfile" else ("Wan 2.1", (1, 16, 2, 9, 8))
+    _, vae, latent = case(tmp_path, name, *shape)
+    argv = ["decode", "--vae", str(vae), "--latent", str(latent), "--out", out, "--device", "cpu"]
+    done = ready.ended(argv, FULL, tmp_path)
+    assert done.returncode == 2, done.stderr
+    first = "out-0001.png" if out == "out.png" else out
+    assert re.fullmatch(rf"patchconv: {first} cannot be written \(File too large\)[^\n]+\n", done.stderr), done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.latent", "vae.safetensors"]
 
 
 # What is refused
