@@ -20,7 +20,7 @@ _MODULES = ("diffusers.models.autoencoders.autoencoder_dc",)
 
 KIND = Kind("AutoencoderDC", "0.32", _MODULES)
 
-KIND_LITE = Kind("AutoencoderDC", "0.36", _MODULES)
+KIND_LITE = Kind("AutoencoderDC", "0.35", _MODULES)
 
 PARTS = ("encoder.", "decoder.")
 
