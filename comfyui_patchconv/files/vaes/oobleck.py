@@ -57,6 +57,8 @@ def plan(file: VaeFile) -> Plan:
             raise file.other_kind(
                 "a sound's VAE", names[name], "an even kernel, and a multiple of its width, is needed"
             )
+    if 2 * shapes[inner][1] != width:  # the encoder makes a mean and a deviation, together as many as its first layer
+        raise file.other_kind("a sound's VAE", names[inner], f"latents of {width // 2} channels are needed")
     ratios = [shapes[name][2] // 2 for name in samplers]
     config: dict[str, Any] = {
         "encoder_hidden_size": width,
