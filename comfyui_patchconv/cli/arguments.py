@@ -39,6 +39,14 @@ def number(text: str) -> float:
     return found
 
 
+def rate(text: str) -> float:
+    """Frames a second, above 0 and at most 1000."""
+    found = number(text)
+    if not 0 < found <= 1000:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1000 frames a second")
+    return found
+
+
 def size(text: str) -> int:
     """Bytes of `2GiB`, `1.5 GB`, `800MB` or a bare number."""
     try:

@@ -1,4 +1,4 @@
-"""`patchconv decode`: latents to images."""
+"""`patchconv decode`: latents to images, videos and sounds."""
 
 from __future__ import annotations
 
@@ -8,55 +8,61 @@ from typing import Any
 
 import torch
 
-from ..files.images import save_image
 from ..files.latents import load_latent
 from ..files.tensors import existing
-from ..files.vae import load_vae
-from ..memory.recorder import Recorder
-from .arguments import DTYPES
-from .options import Choices, add_conversion, inputs_of, of_folder, say, strips_of
+from ..files.vae import load_vae, medium_of
+from .arguments import DTYPES, rate
+from .made import FORMATS, Decoding, check_installed, formats_of
+from .options import add_conversion, inputs_of, of_folder, strips_of
 from .outputs import Outputs
 from .team import Team, device_of, of_all, team_of
-from .vae import check_channels, decode
+from .vae import check_channels
+
+LATENTS = (".latent", ".safetensors", ".pt")
+"""What files of a folder are taken for latents."""
 
 
 def add(commands: Any) -> None:
     """Add the command to `commands`, an argparse parser's subparsers."""
-    parser = commands.add_parser("decode", help="latents to images", description=_run.__doc__)
+    parser = commands.add_parser("decode", help="latents to images, videos and sounds", description=_run.__doc__)
     add_conversion(
         parser,
         "--latent",
-        "ComfyUI's .latent, or safetensors files of one tensor",
-        "PNG to write, numbered if a latent is a batch",
+        "ComfyUI's .latent, or files of one tensor, .safetensors or .pt",
+        "PNG to write, numbered if there are several; of a video PNG, MP4 or MKV; of a sound FLAC or WAV",
+    )
+    parser.add_argument(
+        "--format",
+        choices=sorted({suffix[1:] for suffixes in FORMATS.values() for suffix in suffixes}),
+        help="of files in a FOLDER; default: png, and flac for sounds",
+    )
+    parser.add_argument(
+        "--fps", type=rate, help="frames a second of an MP4 or MKV; default: what the VAE's model makes"
     )
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Decode latents to PNGs: the pictures that the host would make, in less memory."""
+    """Decode latents to PNGs, videos or sounds: those that the host would make, in less memory."""
     device = device_of(args.device)
     with team_of(args.spread, args.latent, device) as team:
         return _decode(args, device, team)
 
 
 def _decode(args: argparse.Namespace, device: torch.device, team: Team) -> int:
-    strips, latents = strips_of(args, team), inputs_of(args.latent, args.vae, ".latent", ".safetensors")
-    outputs = Outputs(args.out, latents, [args.vae], ".png", overwrite=args.overwrite, folder=of_folder(args.latent))
+    strips, latents = strips_of(args, team), inputs_of(args.latent, args.vae, *LATENTS)
+    medium = medium_of(args.vae, args.trust)
+    formats = formats_of(medium, args.format)
+    outputs = Outputs(args.out, latents, [args.vae], *formats, overwrite=args.overwrite, folder=of_folder(args.latent))
     if len(latents) == 1:
         existing(latents[0])
+    check_installed(outputs.suffix_of(latents[0]))
     vae = load_vae(args.vae, DTYPES[args.dtype], device, args.trust)
+    decoding = Decoding(vae, strips, outputs, team, args.fps)
 
     def one(path: Path) -> None:
-        latent = load_latent(path)
+        latent = load_latent(path, medium, args.trust)
         check_channels(vae, latent, path)
-        for name, sample in zip(team.as_first_has_it(lambda: outputs.of(path, len(latent))), latent):
-            if name is None:
-                continue
-            choices = Choices()
-            with Recorder(vae.device) as recorder:
-                image = decode(vae, sample[None], strips, choices)[0]
-            if team.writes:
-                save_image(name, image)
-            say(f"{name}: {image.shape[2]}x{image.shape[1]}", recorder, choices)
+        decoding.of(path, latent)
 
     return of_all(team, latents, one)

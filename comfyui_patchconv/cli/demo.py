@@ -20,6 +20,7 @@ from ..files.images import save_image, save_picture
 from ..files.latents import load_latent
 from ..files.tensors import existing
 from ..files.vae import load_vae, random_vae
+from ..files.vaes import traits_of
 from ..files.whole import check_no_input
 from ..files.words import short
 from ..memory.errors import is_out_of_memory
@@ -307,6 +308,8 @@ def _send(sender: Connection, settings: Settings, mode: str) -> None:
 def _measure(settings: Settings, mode: str) -> Result:
     dtype = DTYPES[settings.dtype]
     vae = load_vae(settings.vae, dtype, trust=settings.trust) if settings.vae else random_vae(dtype=dtype)
+    if traits_of(vae).medium == "sound" or not hasattr(vae, "enable_tiling"):
+        raise ValueError(f"{settings.vae} is of sounds, or diffusers has no tiles for it: use patchconv decode.")
     if settings.latent is not None:
         latent = load_latent(settings.latent)[:1]
         check_channels(vae, latent, settings.latent)

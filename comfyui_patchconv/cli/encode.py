@@ -11,7 +11,7 @@ import torch
 from ..files.images import load_image
 from ..files.latents import save_latent
 from ..files.tensors import existing
-from ..files.vae import load_vae
+from ..files.vae import load_vae, medium_of
 from ..memory.recorder import Recorder
 from .arguments import DTYPES
 from .options import Choices, add_conversion, inputs_of, of_folder, say, strips_of
@@ -39,6 +39,10 @@ def _run(args: argparse.Namespace) -> int:
 
 def _encode(args: argparse.Namespace, device: torch.device, team: Team) -> int:
     strips, images = strips_of(args, team), inputs_of(args.image, args.vae, *IMAGES)
+    if medium_of(args.vae, args.trust) == "sound":
+        raise ValueError(
+            f"--vae is {args.vae}, which is of sounds: encode takes images, give the VAE of an image model."
+        )
     outputs = Outputs(
         args.out, images, [args.vae], ".latent", ".safetensors", overwrite=args.overwrite, folder=of_folder(args.image)
     )

@@ -18,6 +18,8 @@ _EXTRAS = {
     **dict.fromkeys(("accelerate", "tqdm"), "train"),
     "h5py": "keras",
     **dict.fromkeys(("spandrel", "torchvision", "pyvips"), "upscale"),
+    "soundfile": "sound",
+    "av": "video",
 }
 """Which extra brings what may not be installed."""
 

@@ -25,7 +25,9 @@ def add_conversion(parser: argparse.ArgumentParser, given: str, what: str, out: 
 
     given, what: the option that names them, and what they are. out: what is written.
     """
-    parser.add_argument("--vae", type=Path, required=True, help="VAE or checkpoint, LDM or diffusers layout")
+    parser.add_argument(
+        "--vae", type=Path, required=True, help="VAE or checkpoint, in its authors' layout or diffusers'"
+    )
     parser.add_argument(
         given,
         type=Path,

@@ -60,13 +60,13 @@ class Outputs:
         for path in inputs:
             check_no_input(self._name(path), self.read)
 
-    def of(self, path: Path, count: int = 1) -> list[Optional[Path]]:
-        """The files for the results of the input `path`, numbered if there are several; None for what is skipped.
+    def of(self, path: Path, count: int = 1, parts: int = 1) -> list[Optional[Path]]:
+        """The files for the results of the input `path`, numbered where there are several; None for what is
+        skipped. count, parts: results, and the parts of each: all of the first result, all of the second …
 
         Raises ValueError where that would replace an input, or the results of another one.
         """
-        name = self._name(path)
-        names = [name] if count == 1 else [name.with_stem(f"{name.stem}-{one:04}") for one in range(1, count + 1)]
+        names = self._names(path, count, parts)
         for each in names:
             check_no_input(each, self.read)
             other = self.written.setdefault(each, path)
@@ -76,12 +76,28 @@ class Outputs:
             return list(names)
         self.out.mkdir(exist_ok=True)
         kept = [each for each in names if each.exists() and not self.overwrite]
-        for each in kept:
-            print(f"{each}: there already, skipped")
+        if len(kept) == len(names) > 1 and parts > 1:
+            print(f"{kept[0]} to {kept[-1].name}: there already, skipped")
+        elif parts == 1:
+            for each in kept:
+                print(f"{each}: there already, skipped")
         return [None if each in kept else each for each in names]
+
+    def suffix_of(self, path: Path) -> str:
+        """How the names of the files for the input `path` end."""
+        return self._name(path).suffix.lower()
+
+    def _names(self, path: Path, count: int, parts: int) -> list[Path]:
+        name = self._name(path)
+        results = [name] if count == 1 else [_numbered(name, number) for number in range(count)]
+        return [_numbered(one, part) if parts > 1 else one for one in results for part in range(parts)]
 
     def _name(self, path: Path) -> Path:
         return self.out / f"{path.stem}{self.suffix}" if self.folder else self.out
+
+
+def _numbered(name: Path, number: int) -> Path:
+    return name.with_stem(f"{name.stem}-{number + 1:04}")
 
 
 def check_output(path: Path, *suffixes: str, option: str = "--out") -> None:

@@ -1,8 +1,8 @@
-"""Flux.2's latents: four pixels of the VAE's own make one of four times the channels, normalised."""
+"""Latents as hosts keep them, where they are not the VAE's own: Flux.2's, and those that a TAESD decodes."""
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Optional, Union
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,11 +14,13 @@ _EPS = 1e-4
 
 
 class Packing(nn.Module):
-    """Between a VAE's own latents `[B, C, h, w]` and packed ones `[B, 4 * C, h / 2, w / 2]`, as hosts keep them.
+    """Flux.2's, between the VAE's own latents `[B, C, h, w]` and packed ones `[B, 4 * C, h / 2, w / 2]`: four pixels
+    make one, normalised.
 
     mean, variance: of the packed latents, `[4 * C]`; used in float32, whatever the VAE computes in.
     """
 
+    side = SIDE
     mean: Tensor
     deviation: Tensor
 
@@ -41,7 +43,28 @@ class Packing(nn.Module):
         return F.pixel_shuffle(latent.float() * self.deviation + self.mean, SIDE)
 
 
-def packing_of(vae: nn.Module) -> Optional[Packing]:
-    """What `load_vae` found in the file of a VAE whose latents are packed; None for others."""
+class Scaling(nn.Module):
+    """Between what a TAESD decodes, latents as a diffusion model has them, and those of the VAE that it stands for.
+
+    channels: of both. scale, shift: the TAESD's are `(latent - shift) * scale`.
+    """
+
+    side = 1
+
+    def __init__(self, channels: int, scale: float, shift: float) -> None:
+        super().__init__()
+        self.channels, self.scale, self.shift = channels, scale, shift
+
+    def pack(self, latent: Tensor) -> Tensor:
+        """The VAE's latent of a TAESD's."""
+        return latent.float() / self.scale + self.shift
+
+    def unpack(self, latent: Tensor) -> Tensor:
+        """A TAESD's latent of the VAE's."""
+        return (latent.float() - self.shift) * self.scale
+
+
+def packing_of(vae: nn.Module) -> Optional[Union[Packing, Scaling]]:
+    """What `load_vae` found of a VAE whose latents hosts keep in another form; None for others."""
     found = getattr(vae, "packing", None)
-    return found if isinstance(found, Packing) else None
+    return found if isinstance(found, (Packing, Scaling)) else None

@@ -129,7 +129,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def _no_room(size: int, why: object) -> str:
     return (
-        f"{tempfile.gettempdir()} has no room for the {size_of(size)} of the picture ({why}): free some, or set TMPDIR "
+        f"{tempfile.gettempdir()} has no room for the {size_of(size)} of the result ({why}): free some, or set TMPDIR "
         "to another folder."
     )
 

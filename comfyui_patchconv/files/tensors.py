@@ -120,6 +120,8 @@ def opened(path: Path, trust: bool = False) -> tuple[Header, Callable[[str], Ten
     content = unpickled(existing(path), mmap=True, trust=trust)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
+    if isinstance(content, Tensor):  # saved alone
+        content = {"tensor": content}
     pairs = content.items() if isinstance(content, dict) else ()
     tensors = {str(name): value for name, value in pairs if isinstance(value, Tensor) and _is_usable(value)}
     header = {name: (_CODES.get(value.dtype, str(value.dtype)), tuple(value.shape)) for name, value in tensors.items()}

@@ -1,76 +1,31 @@
-"""VAE weights from files: which tensors make a VAE, in which layout, and what its configuration is."""
+"""VAEs from files: recognised by their tensors' names and shapes, checked, and made by diffusers.
+
+`vaes/` has a module for each family: the names and shapes that it has in files, and what its configuration is.
+"""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Sequence
-from itertools import count, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .packing import SIDE, Packing
 from .tensors import FLOATS, Header, opened, read_metadata
-from .words import listed, shape_of, short
+from .vaes import of_names
+from .vaes.family import COUNTER, Family, Medium, Plan, State, VaeFile, check_state
+from .vaes.halves import Read, joined
+from .vaes.kl import GROUPS_NAME, random_vae
+from .words import listed, short
 
-if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+__all__ = ["GROUPS_NAME", "load_vae", "medium_of", "random_vae"]
 
-Shapes = dict[str, tuple[int, ...]]
-
-State = dict[str, Tensor]
-
-_PREFIXES = ("", "first_stage_model.", "vae.")
-
-_QUANT, _POST_QUANT, _NORM = "quant_conv.", "post_quant_conv.", "bn."
-
-_PARTS = ("encoder.", "decoder.", _QUANT, _POST_QUANT, _NORM)
-
-_INSIDE = {"encoder.quant_conv.": _QUANT, "decoder.post_quant_conv.": _POST_QUANT}
-"""Where the authors of Flux.2 have convolutions that others have beside encoder and decoder."""
+_PREFIXES = ("", "first_stage_model.", "vae.", "pretransform.model.")
+"""What checkpoints have before the names of a VAE's tensors."""
 
 _OF_TRAINING = ("loss.", "model_ema.")
 """What LDM's trainings leave beside a VAE, and no decode uses."""
-
-_MEAN, _VARIANCE = "bn.running_mean", "bn.running_var"
-
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-_LDM_NAMES = (
-    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
-    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
-    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
-    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
-    (r"\.(down|up)\.(\d+)\.block\.", r".\1_blocks.\2.resnets."),
-    (r"\.(down|up)\.(\d+)\.(down|up)sample\.", r".\1_blocks.\2.\3samplers.0."),
-    (r"\.norm_out\.", ".conv_norm_out."),
-    (r"\.nin_shortcut\.", ".conv_shortcut."),
-)
-
-_GROUPS = 32  # of every group norm; LDM's code has it fixed, and no tensor's shape shows it
-
-GROUPS_NAME = "norm_num_groups"
-"""By this name a safetensors file's metadata says that its norms have another number of groups."""
-
-_LAYOUTS = {
-    "ldm": ("encoder.down.{}.block.{}.conv1.weight", "decoder.mid.attn_1.q.weight"),
-    "diffusers": ("encoder.down_blocks.{}.resnets.{}.conv1.weight", "decoder.mid_block.attentions.0.group_norm.weight"),
-}
-
-
-def random_vae(seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> AutoencoderKL:
-    """Stable Diffusion's VAE, its real architecture with weights drawn from `seed`; the global generator is kept."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would set those of the GPUs too
-        vae = AutoencoderKL(**_config((128, 256, 512, 512), layers=2, latent=4))
-    nn.Module.to(vae, device=device, dtype=dtype)  # diffusers' own `to` warns of every cast
-    return vae.requires_grad_(False).eval()
 
 
 def load_vae(
@@ -78,74 +33,111 @@ def load_vae(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     trust: bool = False,
-) -> AutoencoderKL:
-    """The image VAE in the file `path`, ready for inference. Only its own tensors are read.
+) -> Any:
+    """The VAE in the file `path`, a module of diffusers, ready for inference. Only its own tensors are read.
 
-    path: a VAE, or a whole checkpoint that has one, in LDM layout (`decoder.mid.attn_1…`: ComfyUI, Automatic1111) or
-        diffusers layout (`decoder.mid_block.attentions.0…`), with any number of latent channels. safetensors, or a
-        pickle (.ckpt, .pt, .pth, .bin) as far as `torch.load(weights_only=True)` reads it. Flux.2's has a
-        `packing_of`.
+    path: a VAE, or a whole checkpoint that has one, in its authors' layout, which ComfyUI and Automatic1111 use (LDM's,
+        with any number of latent channels), or in diffusers'; docs/command_line.md has the families. safetensors, or a
+        pickle (.ckpt, .pt, .pth, .bin) as far as `torch.load(weights_only=True)` reads it. Flux.2's and TAESD's have a
+        `packing_of`. Of a TAESD's two files the other one is read too, if it lies beside this one.
     trust: a pickle; see `tensors.unpickled`.
 
-    Norms have 32 groups, or as many as a safetensors file's metadata says by `GROUPS_NAME`.
+    Group norms of an AutoencoderKL have 32 groups, or as many as a safetensors file's metadata says by `GROUPS_NAME`.
 
-    Raises FileNotFoundError, or ValueError if the file is damaged, has no such VAE, or has tensors that none has.
+    Raises FileNotFoundError, or ValueError if the file is damaged, has no VAE that is known, has tensors that none has,
+    or needs a newer diffusers.
     """
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
     path = Path(path)
-    header, read = opened(path, trust)
-    names = _vae_names(path, header)
-    shapes = {name: header[held][1] for name, held in names.items()}
-    layout, config = _detect(path, shapes, _groups(path))
-    state = {
-        name: _cast(path, held, read(held), torch.float32 if name.startswith(_NORM) else dtype).to(device)
-        for name, held in names.items()
-    }
-    mean, variance = state.pop(_MEAN, None), state.pop(_VARIANCE, None)
-    if layout == "ldm":
-        state = _from_ldm(state, len(config["block_out_channels"]))
-    state = _today(state)
-    with torch.device("meta"):
-        vae = AutoencoderKL(**config)
-    _check_state(path, state, vae)
-    vae.load_state_dict(state, assign=True)
-    if mean is not None and variance is not None:
-        if variance.min() < 0:
-            raise ValueError(f"{path}: {names[_VARIANCE]} has negative values: it is damaged, download it again.")
-        vae.add_module("packing", Packing(mean, variance))
+    header, read = _opened(path, trust)
+    family, file = _recognised(path, header)
+    _check_parts(family, file)
+    plan = family.plan(file)
+    names = _names(file, plan, header)
+    vae: Any = plan.build(file)
+    check_state(path, _without_values(file, names, plan), vae)
+    state, apart = _read(file, names, plan, read, dtype, device)
+    vae.load_state_dict(plan.converted(state), strict=False, assign=True)  # strictly checked above
+    for module in vae.modules():
+        counter = getattr(module, COUNTER, None)
+        if counter is not None and counter.is_meta:
+            setattr(module, COUNTER, torch.zeros_like(counter, device=device))
+    plan.finish(vae, apart)
     return vae.requires_grad_(False).eval()
 
 
-def _vae_names(path: Path, header: Header) -> dict[str, str]:
-    """The names of the VAE's tensors in the file, by their names in a VAE's own."""
+def medium_of(path: str | os.PathLike[str], trust: bool = False) -> Medium:
+    """What the VAE in the file `path` makes, by the names of its tensors. Raises what `load_vae` raises for them."""
+    header, _ = _opened(Path(path), trust)
+    return _recognised(Path(path), header)[0].MEDIUM
+
+
+def _opened(path: Path, trust: bool) -> tuple[Header, Read]:
+    header, read = opened(path, trust)
+    return joined(path, header, read, trust)
+
+
+def _recognised(path: Path, header: Header) -> tuple[Family, VaeFile]:
+    """The family of the VAE in a file, and its tensors. Raises ValueError where there is none that is known."""
     for prefix in _PREFIXES:
-        if f"{prefix}decoder.conv_in.weight" in header and f"{prefix}encoder.conv_in.weight" in header:
-            break
-    else:
-        raise ValueError(
-            f"{path} has no VAE with an encoder and a decoder (first of its tensors: {listed(header)}): give a VAE "
-            "file, or a checkpoint that has one built in."
-        )
-    own = {name[len(prefix) :]: name for name in header if name.startswith(prefix)}
-    unknown = [held for name, held in own.items() if not name.startswith((*_PARTS, *_OF_TRAINING))]
+        held = {name[len(prefix) :]: name for name in header if name.startswith(prefix)}
+        shapes = {name: header[full][1] for name, full in held.items()}
+        family = of_names(shapes)
+        if family is not None:
+            return family, VaeFile(path, shapes, held, read_metadata(path))
+    raise ValueError(
+        f"{path} has no VAE that is known here (first of its tensors: {listed(header)}): give a VAE file, or a "
+        "checkpoint that has one built in."
+    )
+
+
+def _check_parts(family: Family, file: VaeFile) -> None:
+    """Raises ValueError for a tensor that is of no part of a VAE of this family."""
+    unknown = [held for name, held in file.held.items() if not name.startswith((*family.PARTS, *_OF_TRAINING))]
     if unknown:
         raise ValueError(
-            f"{path} has tensors beside its VAE's that may change what it makes ({listed(unknown)}): give a file "
+            f"{file.path} has tensors beside its VAE's that may change what it makes ({listed(unknown)}): give a file "
             "without them, or the VAE of a model that is known here."
         )
-    names: dict[str, str] = {}
-    for name, held in own.items():
+
+
+def _names(file: VaeFile, plan: Plan, header: Header) -> list[str]:
+    """The tensors that are read. Raises ValueError for one that is there twice, or of a type that is of no use."""
+    names = [name for name in file.held if name not in plan.left and not name.startswith(_OF_TRAINING)]
+    seen: dict[str, str] = {}
+    for name in names:
+        held = file.held[name]
         dtype, _ = header[held]
-        if name.startswith(_OF_TRAINING) or name == "bn.num_batches_tracked":
-            continue
         if dtype not in FLOATS:
             raise ValueError(
-                f"{path}: {short(held)} is of type {short(dtype, 20)}: float32, float16 or bfloat16 can be used."
+                f"{file.path}: {short(held)} is of type {short(dtype, 20)}: float32, float16 or bfloat16 can be used."
             )
-        inside = next((part for part in _INSIDE if name.startswith(part)), "")
-        names[_INSIDE.get(inside, "") + name[len(inside) :]] = held
+        other = seen.setdefault(plan.rename(name), held)
+        if other != held:
+            raise ValueError(
+                f"{file.path} has {short(other, 60)} and {short(held, 60)}, which are the same tensor of a VAE: give a "
+                "file in one layout."
+            )
     return names
+
+
+def _without_values(file: VaeFile, names: list[str], plan: Plan) -> State:
+    """The tensors as the VAE is to have them, of which only shapes are known yet."""
+    shapes = {name: file.shapes[name] for name in names if name not in plan.apart}
+    return plan.converted({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+
+
+def _read(
+    file: VaeFile, names: list[str], plan: Plan, read: Read, dtype: torch.dtype, device: torch.device | str
+) -> tuple[State, State]:
+    """The values of the VAE's tensors by the file's names, and of those apart, which stay in float32."""
+    state: State = {}
+    apart: State = {}
+    for name in names:
+        held = file.held[name]
+        separate = name in plan.apart
+        value = _cast(file.path, held, read(held), torch.float32 if separate else dtype).to(device)
+        (apart if separate else state)[name] = value
+    return state, apart
 
 
 def _cast(path: Path, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -156,116 +148,3 @@ def _cast(path: Path, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
             raise ValueError(f"{path}: {short(name)} has values that {dtype} cannot hold: use float32 or bfloat16.")
         raise ValueError(f"{path}: {short(name)} holds NaN or infinity: it is damaged, download or export it again.")
     return cast
-
-
-def _groups(path: Path) -> int:
-    """The groups of the norms of the VAE in the file. Raises ValueError where its metadata names no number of them."""
-    said = read_metadata(path).get(GROUPS_NAME, str(_GROUPS))
-    if not re.fullmatch(r"[1-9][0-9]{0,3}", said):
-        raise ValueError(
-            f"{path} says that its norms have {short(said, 20)} groups: leave {GROUPS_NAME} out of its metadata for "
-            f"{_GROUPS}, or say a number from 1 on."
-        )
-    return int(said)
-
-
-def _detect(path: Path, shapes: Shapes, groups: int) -> tuple[str, dict[str, Any]]:
-    """Layout ("ldm" or "diffusers") of a VAE's tensors, and the `AutoencoderKL` configuration their shapes show.
-
-    groups: of its norms.
-    """
-    layout = next((name for name, (block, _) in _LAYOUTS.items() if block.format(0, 0) in shapes), None)
-    if layout is None:
-        raise ValueError(f"{path} has a VAE that is laid out neither as LDM's nor as diffusers': use an image VAE.")
-    block, attention = _LAYOUTS[layout]
-    levels = list(takewhile(shapes.__contains__, (block.format(level, 0) for level in count())))
-    layers = len(list(takewhile(shapes.__contains__, (block.format(0, layer) for layer in count()))))
-    first, last, inner = "encoder.conv_in.weight", "decoder.conv_out.weight", "decoder.conv_in.weight"
-    odd = [name for name in (first, last, inner, *levels) if len(shapes.get(name, ())) != 4 or 0 in shapes[name]]
-    if not odd:
-        odd = [name for name in levels if shapes[name][0] % groups]
-        odd += [name for name, channels in ((first, shapes[first][1]), (last, shapes[last][0])) if channels != 3]
-    if odd:
-        raise ValueError(
-            f"{path} has a VAE of another kind ({short(odd[0], 60)} has the shape {shape_of(shapes.get(odd[0], ()))}): "
-            f"one for RGB images, with channels in multiples of {groups}, is needed."
-        )
-    latent = shapes[inner][1]
-    quant, post_quant = (f"{part}weight" in shapes for part in (_QUANT, _POST_QUANT))
-    if quant != post_quant:
-        there, missing = (_QUANT, _POST_QUANT) if quant else (_POST_QUANT, _QUANT)
-        raise ValueError(
-            f"{path} has {there}weight and no {missing}weight, which belong together: it is incomplete, download or "
-            "export it again."
-        )
-    _check_norm(path, shapes, latent)
-    return layout, _config(
-        [shapes[name][0] for name in levels],
-        layers,
-        latent=latent,
-        norm_num_groups=groups,
-        use_quant_conv=quant,
-        use_post_quant_conv=post_quant,
-        mid_block_add_attention=attention in shapes,
-    )
-
-
-def _check_norm(path: Path, shapes: Shapes, latent: int) -> None:
-    """Raises ValueError for a batch norm of the latent that is not Flux.2's, which packs 2x2 pixels into one."""
-    found = {name: shape for name, shape in shapes.items() if name.startswith(_NORM)}
-    wanted = dict.fromkeys((_MEAN, _VARIANCE), (latent * SIDE**2,))
-    if found and found != wanted:
-        held = ", ".join(f"{short(name, 40)} {shape_of(shape)}" for name, shape in list(found.items())[:2])
-        raise ValueError(
-            f"{path} normalises its latent in another way than Flux.2's VAE (it has {held}): {_MEAN} and {_VARIANCE} "
-            f"of {latent * SIDE**2} channels each can be used."
-        )
-
-
-def _config(widths: Sequence[int], layers: int, latent: int, **rest: Any) -> dict[str, Any]:
-    return {
-        "block_out_channels": tuple(widths),
-        "layers_per_block": layers,
-        "latent_channels": latent,
-        "norm_num_groups": _GROUPS,
-        "sample_size": 512,  # diffusers tiles by it
-        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
-        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
-        **rest,
-    }
-
-
-def _from_ldm(state: State, levels: int) -> State:
-    """The tensors of an LDM VAE by diffusers' names; LDM counts the decoder's levels from the image's side."""
-
-    def renamed(name: str) -> str:
-        for pattern, replacement in _LDM_NAMES:
-            name = re.sub(pattern, replacement, name, flags=re.ASCII)
-        return re.sub(r"(?<=\.up_blocks\.)\d{1,3}", lambda level: str(levels - 1 - int(level[0])), name)
-
-    return {renamed(name): value for name, value in state.items()}
-
-
-def _today(state: State) -> State:
-    """Attention as diffusers has it since 0.18: published VAEs still have `query` and `proj_attn`, LDM convolutions."""
-    pattern = re.compile(rf"(?<=attentions\.0\.)({'|'.join(_OLD_ATTENTION)})(?=\.)")
-    renamed = {pattern.sub(lambda match: _OLD_ATTENTION[match[0]], name): value for name, value in state.items()}
-    return {
-        name: value.flatten(1) if ".attentions.0.to_" in name and value.dim() > 2 else value
-        for name, value in renamed.items()
-    }
-
-
-def _check_state(path: Path, state: State, vae: AutoencoderKL) -> None:
-    """Raises ValueError unless `state` has exactly the tensors of `vae`, in its shapes."""
-    expected = vae.state_dict()
-    missing, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()
-    if missing or unknown:
-        what, names = ("lacks", missing) if missing else ("has tensors that no such VAE has:", unknown)
-        raise ValueError(f"{path} {what} {listed(sorted(names))}: it is incomplete, or a VAE of another kind.")
-    for name, value in expected.items():
-        if state[name].shape != value.shape:
-            raise ValueError(
-                f"{path}: {name} has the shape {shape_of(state[name].shape)} where {list(value.shape)} is needed: it "
-                "is a VAE of another kind."
-            )

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from processes import LAUNCH, LIMIT, Ready, ended
 from safetensors.torch import load_file
-from vae_helpers import random_latent, write_vae
+from vae_families import ALL
+from vae_helpers import random_latent, write, write_vae
 
 from comfyui_patchconv import cli
 from comfyui_patchconv.files.latents import save_latent
@@ -74,6 +75,29 @@ def test_one_latent_over_all(ready: Ready, vae: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     one, other = (load_file(tmp_path / f"{name}.latent")["latent_tensor"] for name in ("one", "other"))
     torch.testing.assert_close(other, one, rtol=0, atol=1e-5 * float(one.abs().max()))
+
+
+@pytest.mark.parametrize(("name", "shape"), [("Wan 2.1", (1, 16, 3, 12, 5)), ("Oobleck", (1, 8, 3000))])
+def test_one_video_and_one_sound_over_all(ready: Ready, tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+    case, latent = ALL[name], torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    if name == "Oobleck":
+        pytest.importorskip("soundfile", reason="soundfile is not installed: pip install soundfile")
+    save_latent(tmp_path / "in.latent", latent)
+    vae = write(tmp_path / "vae.safetensors", case.make().state_dict())
+    suffix = "png" if name == "Wan 2.1" else "wav"
+    given: Any = {"vae": vae, "latent": tmp_path / "in.latent", "mode": "stream"}
+    assert cli.main(arguments("decode", **given, out=tmp_path / f"one.{suffix}")) == 0
+    done = ready.ended(arguments("decode", **given, out=tmp_path / f"other.{suffix}"), LAUNCH)
+    assert done.returncode == 0, done.stderr
+    if suffix == "wav":
+        import soundfile  # pyright: ignore[reportMissingImports]
+
+        one, other = (torch.from_numpy(soundfile.read(tmp_path / f"{of}.wav")[0]) for of in ("one", "other"))
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-5 * float(one.abs().max()))
+        return
+    frames = sorted(path.name for path in tmp_path.glob("one-*.png"))
+    assert len(frames) == 5
+    assert all(abs(pixels(tmp_path / one) - pixels(tmp_path / f"other{one[3:]}")).max() <= 1 for one in frames)
 
 
 @pytest.mark.parametrize("spread", ["rows", "pictures"])

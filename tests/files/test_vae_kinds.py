@@ -14,7 +14,7 @@ from vae_helpers import LEVELS, assert_one_sentence, ldm_state, random_latent, s
 
 from comfyui_patchconv.cli.vae import Strips, channels, decode, encode, scale
 from comfyui_patchconv.files.latents import load_latent
-from comfyui_patchconv.files.packing import packing_of
+from comfyui_patchconv.files.packing import Packing, packing_of
 from comfyui_patchconv.files.vae import GROUPS_NAME, load_vae
 
 
@@ -81,7 +81,7 @@ def test_the_statistics_stay_in_float32(tmp_path: Path) -> None:
     theirs = flux2_vae()
     vae = load_vae(write(tmp_path / "flux2.safetensors", theirs.state_dict()), torch.bfloat16)
     packing = packing_of(vae)
-    assert packing is not None
+    assert isinstance(packing, Packing)
     assert torch.equal(packing.mean.flatten(), theirs.bn.running_mean)
     assert vae.dtype == torch.bfloat16
     assert load_latent(write(tmp_path / "x.latent", {"samples": packing.pack(random_latent(8, 1, 4, 4))})).shape == (

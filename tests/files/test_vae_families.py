@@ -1,0 +1,340 @@
+"""VAEs of every family, from files in each layout: recognised, the same as diffusers' in each way, or refused."""
+
+from __future__ import annotations
+
+import sys
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conv_helpers import assert_same
+from torch import Tensor
+from vae_families import ALL, IMAGES, Case, oobleck_names
+from vae_helpers import assert_one_sentence, small_vae, write
+
+from comfyui_patchconv.cli.vae import Strips, channels, decode, encode, scale
+from comfyui_patchconv.files.packing import packing_of
+from comfyui_patchconv.files.vae import load_vae, medium_of
+from comfyui_patchconv.files.vaes import traits_of
+
+pytestmark = pytest.mark.filterwarnings("error:Nothing was streamed")
+
+LAYOUTS = ("diffusers", "authors'")
+
+
+def stored(case: Case, layout: str, folder: Path) -> tuple[Any, Path]:
+    """The VAE of a case, and a file that holds it in a layout."""
+    theirs = case.make()
+    state = theirs.state_dict()
+    if layout != "diffusers":
+        if case.authors is None:
+            pytest.skip("its authors have diffusers' layout")
+        state = case.authors(state)
+    return theirs, write(folder / case.name, state)
+
+
+def random(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def with_time(latent: Tensor, vae: Any) -> Tensor:
+    return latent[:, :, None] if traits_of(vae).medium == "video" else latent
+
+
+@pytest.mark.parametrize("mode", ["plain", "patch", "stream"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
+def test_a_family_decodes_as_diffusers_does(tmp_path: Path, name: str, layout: str, mode: str) -> None:
+    case = ALL[name]
+    theirs, path = stored(case, layout, tmp_path)
+    vae, latent = load_vae(path), random(*case.shape)
+    assert channels(vae) == latent.shape[1]
+    packing = packing_of(vae)
+    own = latent if packing is None else packing.unpack(latent)
+    expected = theirs.decode(with_time(own, theirs)).sample
+    expected = expected[:, :, 0] if expected.dim() == 5 else expected
+    if name == "Stage A":  # which has pixels from 0 to 1
+        expected = expected * 2 - 1
+    assert expected.std() > 1e-3
+    assert expected.shape[2:] == tuple(side * scale(vae) for side in latent.shape[2:])
+    assert_same(decode(vae, latent, Strips(mode, splits=3, threshold=0)), expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_family_decodes_in_half_precision(tmp_path: Path, name: str) -> None:
+    _, path = stored(ALL[name], "diffusers", tmp_path)
+    exact, vae = load_vae(path), load_vae(path, torch.bfloat16)
+    latent = random(*ALL[name].shape)
+    with torch.no_grad():
+        expected = decode(exact, latent)
+        errors = [
+            (decode(vae, latent, Strips(mode)).float() - expected).square().mean() for mode in ("plain", "stream")
+        ]
+    assert errors[0] < 0.1 * expected.square().mean()
+    assert errors[1] <= 1.2 * errors[0]
+
+
+@pytest.mark.parametrize("mode", ["plain", "patch", "stream"])
+@pytest.mark.parametrize("name", IMAGES)
+@torch.no_grad()
+def test_a_family_encodes_as_diffusers_does(tmp_path: Path, name: str, mode: str) -> None:
+    case = IMAGES[name]
+    theirs, path = stored(case, "diffusers", tmp_path)
+    vae = load_vae(path)
+    image = random(1, 3, 5 * scale(vae), 4 * scale(vae)).clamp(-1, 1)
+    given = (image + 1) / 2 if name == "Stage A" else image
+    found = theirs.encode(with_time(given, theirs), return_dict=False)[0]
+    expected = found if isinstance(found, Tensor) else found.mode()
+    packing = packing_of(vae)
+    latent = encode(vae, image, Strips(mode, splits=3, threshold=0))
+    assert latent.shape[1] == channels(vae)
+    assert_same(latent, expected if packing is None else packing.pack(expected), 1e-5)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_medium_is_known_from_the_names_alone(tmp_path: Path, name: str) -> None:
+    _, path = stored(ALL[name], "diffusers", tmp_path)
+    wanted = "sound" if name == "Oobleck" else "video" if name.startswith(("Wan", "Qwen")) else "image"
+    assert medium_of(path) == wanted
+
+
+@pytest.mark.parametrize("prefix", ["first_stage_model.", "pretransform.model."])
+@pytest.mark.parametrize("name", ["Wan 2.1", "Oobleck"])
+def test_a_checkpoint_has_a_vae_built_in(tmp_path: Path, name: str, prefix: str) -> None:
+    case = ALL[name]
+    assert case.authors is not None
+    theirs = case.make()
+    state = {prefix + key: value for key, value in case.authors(theirs.state_dict()).items()}
+    vae = load_vae(write(tmp_path / "all.safetensors", {**state, "model.layer.weight": torch.zeros(3)}))
+    latent = random(*case.shape)
+    with torch.no_grad():
+        expected = theirs.decode(with_time(latent, theirs)).sample.reshape(decode(vae, latent).shape)
+    assert_same(decode(vae, latent), expected, 1e-5)
+
+
+def test_weight_norm_of_either_kind_is_made_once(tmp_path: Path) -> None:
+    theirs = ALL["Oobleck"].make()
+    vae = load_vae(write(tmp_path / "sound.safetensors", oobleck_names(theirs.state_dict(), "new")))
+    latent = random(1, 8, 21)
+    assert not [name for name, _ in vae.named_parameters() if name.endswith(("weight_g", "weight_v"))]
+    with torch.no_grad():
+        assert_same(decode(vae, latent), theirs.decode(latent).sample, 1e-5)
+
+
+# What is refused
+
+
+def refused(path: Path, *words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        load_vae(path)
+    assert_one_sentence(caught.value, path)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ALL)
+def test_one_that_lacks_a_tensor_is_refused_whichever_it_is(tmp_path: Path, name: str, layout: str) -> None:
+    _, path = stored(ALL[name], layout, tmp_path)
+    state = load_state(path)
+    optional = ("vae_scale", "vae_shift", "num_batches_tracked")
+    for lacking in [key for key in state if not key.endswith(optional)][:: max(len(state) // 9, 1)]:
+        write(path, {key: value for key, value in state.items() if key != lacking})
+        refused(path)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ALL)
+def test_one_with_a_wrong_tensor_is_refused_whichever_it_is(tmp_path: Path, name: str, layout: str) -> None:
+    _, path = stored(ALL[name], layout, tmp_path)
+    state = {key: value for key, value in load_state(path).items() if not key.endswith("num_batches_tracked")}
+    changes = cycle(
+        [lambda v: v[:1].repeat(2, *[1] * (v.dim() - 1)), lambda v: v[None], lambda v: v.int(), lambda v: v[:0]]
+    )
+    for key, change in list(zip(state, changes))[:: max(len(state) // 9, 1)]:
+        changed = change(state[key])
+        same = changed.shape == state[key].shape and changed.dtype == state[key].dtype
+        if same or (changed.dim() == 5 and key.endswith((".qkv.conv.weight", ".proj.conv.weight"))):
+            continue  # diffusers' conversion takes sides of 1 away
+        write(path, {**state, key: changed})
+        refused(path)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ALL)
+def test_one_with_a_tensor_too_many_is_refused_by_its_name(tmp_path: Path, name: str, layout: str) -> None:
+    _, path = stored(ALL[name], layout, tmp_path)
+    write(path, {**load_state(path), "adapter.weight": torch.zeros(4)})
+    refused(path, "adapter.weight")
+    inside = "up_blocks.adapter.weight" if name == "Stage A" else "decoder.adapter.weight"
+    if name not in ("TAESD", "TAEF1"):
+        write(path, {**load_state(path), inside: torch.zeros(4)})
+    refused(path, "adapter.weight")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_one_that_is_not_finite_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
+    _, path = stored(ALL[name], "diffusers", tmp_path)
+    state = load_state(path)
+    key = next(key for key, value in state.items() if key.endswith(("conv_in.weight", "conv1.bias", "0.weight")))
+    state[key].view(-1)[0] = torch.nan
+    write(path, state)
+    refused(path, f"{key} holds NaN")
+
+
+@pytest.mark.parametrize("name", ["Wan 2.1", "Wan 2.2", "Qwen-Image"])
+@pytest.mark.parametrize("missing", ["quant_conv.", "post_quant_conv.", "encoder.", "decoder."])
+def test_one_of_two_parts_is_refused_by_the_others_name(tmp_path: Path, name: str, missing: str) -> None:
+    _, path = stored(ALL[name], "diffusers", tmp_path)
+    write(path, {key: value for key, value in load_state(path).items() if not key.startswith(missing)})
+    refused(path, f"no {missing}")
+
+
+def test_a_tensor_in_two_layouts_is_refused(tmp_path: Path) -> None:
+    _, path = stored(ALL["Wan 2.1"], "diffusers", tmp_path)
+    state = load_state(path)
+    write(path, {**state, "decoder.conv1.weight": state["decoder.conv_in.weight"].clone()})
+    refused(path, "decoder.conv1.weight", "decoder.conv_in.weight", "one layout")
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+CLASSES = {
+    "TAESD": "diffusers.models.autoencoders.autoencoder_tiny",
+    "Wan 2.1": "diffusers.models.autoencoders.autoencoder_kl_wan",
+    "DC-AE, by pixels": "diffusers.models.autoencoders.autoencoder_dc",
+    "HunyuanImage": "diffusers.models.autoencoders.autoencoder_kl_hunyuanimage",
+    "Oobleck": "diffusers.models.autoencoders.autoencoder_oobleck",
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_an_older_diffusers_is_named(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, path = stored(ALL[name], "diffusers", tmp_path)
+    monkeypatch.setitem(sys.modules, CLASSES[name], None)
+    refused(path, "diffusers has since 0.", "pip install -U diffusers")
+
+
+def test_an_older_diffusers_that_lacks_an_argument_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.models.autoencoders import autoencoder_kl_wan
+
+    _, path = stored(ALL["Wan 2.2"], "diffusers", tmp_path)
+    kind = autoencoder_kl_wan.AutoencoderKLWan
+
+    def older(base_dim: int, z_dim: int, dim_mult: list[int], num_res_blocks: int, temperal_downsample: Any) -> Any:
+        return kind(base_dim=base_dim, z_dim=z_dim)
+
+    monkeypatch.setattr(autoencoder_kl_wan, "AutoencoderKLWan", older)
+    refused(path, "since 0.35")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["decoder.conv_in.conv.weight", "encoder.conv_in.conv.weight", "post_quant_conv.weight"],  # HunyuanVideo
+        ["decoder.up_blocks.0.res_blocks.0.conv1.conv.weight", "encoder.conv_in.conv.weight"],  # LTX
+        ["decoder.1.weight", "decoder.22.bias", "encoder.0.weight"],  # TAEHV
+    ],
+    ids=["HunyuanVideo", "LTX", "TAEHV"],
+)
+def test_one_of_a_family_that_is_not_known_is_refused(tmp_path: Path, names: list[str]) -> None:
+    path = write(tmp_path / "vae.safetensors", {name: torch.zeros(8, 4, 3, 3, 3) for name in names})
+    refused(path, "no VAE that is known", names[0])
+
+
+def test_a_library_that_diffusers_lacks_is_not_taken_for_its_age(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, path = stored(ALL["TAESD"], "diffusers", tmp_path)
+    monkeypatch.delitem(sys.modules, CLASSES["TAESD"], raising=False)
+    monkeypatch.setitem(sys.modules, "dataclasses", None)
+    with pytest.raises(ModuleNotFoundError, match="dataclasses"):
+        load_vae(path)
+
+
+# TAESD's names and halves
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_taesds_name_says_of_which_model_it_is(tmp_path: Path, layout: str) -> None:
+    theirs, path = stored(ALL["TAESD"], layout, tmp_path)
+    latent = random(1, 4, 6, 5)
+    for name, factor in (("taesd.safetensors", 0.18215), ("taesdxl_v1.safetensors", 0.13025)):
+        vae = load_vae(path.rename(tmp_path / name))
+        path = tmp_path / name
+        with torch.no_grad():
+            assert_same(decode(vae, latent), theirs.decode(latent * factor).sample, 1e-5)
+    for name in ("other.safetensors", "taesdxyz.safetensors", "taesd3.safetensors"):
+        path = path.rename(tmp_path / name)
+        refused(path, "taesd", "name")
+    (tmp_path / "taesdxl").mkdir()
+    assert load_vae(path.rename(tmp_path / "taesdxl" / "diffusion_pytorch_model.safetensors")) is not None
+
+
+def test_a_scale_in_the_file_goes_before_its_name(tmp_path: Path) -> None:
+    theirs, _ = stored(ALL["TAESD"], "diffusers", tmp_path)
+    case, latent = ALL["TAESD"], random(1, 4, 6, 5)
+    assert case.authors is not None
+    state = {**case.authors(theirs.state_dict()), "vae_scale": torch.tensor(0.5), "vae_shift": torch.tensor(0.25)}
+    vae = load_vae(write(tmp_path / "any.safetensors", state))
+    with torch.no_grad():
+        assert_same(decode(vae, latent), theirs.decode((latent - 0.25) * 0.5).sample, 1e-5)
+    for scale_of_it, word in ((torch.tensor(0.0), "0"), (torch.ones(2), "one number")):
+        refused(write(tmp_path / "any.safetensors", {**state, "vae_scale": scale_of_it}), "vae_scale", word)
+
+
+def halves(folder: Path, suffix: str = ".safetensors") -> tuple[Any, Path, Path]:
+    """A TAESD, and the authors' files of its encoder and decoder."""
+    case = ALL["TAESD"]
+    assert case.authors is not None
+    theirs = case.make()
+    state, paths = case.authors(theirs.state_dict()), []
+    for part in ("encoder", "decoder"):
+        before = f"taesd_{part}."
+        own = {name[len(before) :]: value for name, value in state.items() if name.startswith(before)}
+        path = folder / f"taesd_{part}{suffix}"
+        if suffix == ".safetensors":
+            write(path, own)
+        else:
+            torch.save(own, path)
+        paths.append(path)
+    return theirs, paths[0], paths[1]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@torch.no_grad()
+def test_a_taesds_two_files_are_read_as_one(tmp_path: Path, suffix: str) -> None:
+    theirs, encoder, decoder = halves(tmp_path, suffix)
+    latent, image = random(1, 4, 6, 5), random(1, 3, 48, 40).clamp(-1, 1)
+    for path in (encoder, decoder):
+        vae = load_vae(path)
+        assert_same(decode(vae, latent), theirs.decode(latent * 0.18215).sample, 1e-5)
+        assert_same(encode(vae, image), theirs.encode(image).latents / 0.18215, 1e-5)
+
+
+@torch.no_grad()
+def test_half_of_a_taesd_does_what_it_can(tmp_path: Path) -> None:
+    theirs, encoder, decoder = halves(tmp_path)
+    encoder.unlink()
+    vae, latent = load_vae(decoder), random(1, 4, 6, 5)
+    assert scale(vae) == 8
+    for mode in ("plain", "patch", "stream", "auto"):
+        assert_same(decode(vae, latent, Strips(mode, 3, 0)), theirs.decode(latent * 0.18215).sample, 1e-5)
+    for mode in ("plain", "patch", "stream", "auto"):
+        with pytest.raises(ValueError, match="encoder beside it") as caught:
+            encode(vae, random(1, 3, 16, 16), Strips(mode, 3, 0))
+        assert_one_sentence(caught.value, decoder)
+
+
+def test_another_file_in_the_place_of_a_half_is_named(tmp_path: Path) -> None:
+    _, encoder, decoder = halves(tmp_path)
+    write(encoder, small_vae().state_dict())
+    with pytest.raises(ValueError, match="no TAESD's encoder") as caught:
+        load_vae(decoder)
+    assert_one_sentence(caught.value, encoder)
