@@ -49,8 +49,11 @@ class Family:
 KL = "comfy.ldm.models.autoencoder.AutoencoderKL"
 ENGINE = "comfy.ldm.models.autoencoder.AutoencodingEngine"
 LTX = "comfy.ldm.lightricks.vae.causal_video_autoencoder.VideoVAE"
-LTX_CHUNK = 1 << 20
-"""Bytes of a map from which a narrow LTX goes on in chunks of frames, so few that it does with small ones too."""
+LTX_CHUNK = 1 << 27
+"""Bytes of a map from which LTX goes on in chunks of frames, on a device of 24 GB."""
+
+LTX_SMALL_CHUNK = 1 << 20
+"""The same of a narrow one, which small maps exceed."""
 
 _IMAGE = {
     "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
@@ -359,8 +362,9 @@ def build(family: Family, narrow: bool = False, device: str = "meta") -> torch.n
         kind: Any = _named(family.path)
         if family.needs and family.name == "ACE-Step" and not is_there(family.needs):
             raise ImportError(f"{family.needs} is not installed")
-        if family.path == LTX:
-            _chunks(narrow)
+        module: Any = importlib.import_module(LTX.rpartition(".")[0])
+        if hasattr(module, "get_max_chunk_size"):  # it asks the device
+            module.get_max_chunk_size = lambda device: LTX_SMALL_CHUNK if narrow else LTX_CHUNK
         with torch.device("cpu" if family.name in _COMPUTING else device):
             model = kind(**options)
             if narrow and family.name == "MiniMax H3":
@@ -381,19 +385,6 @@ def halves(family: Family) -> list[str]:
 
 _COMPUTING = ("Cosmos", "ACE-Step", "LTX audio", "MMAudio")
 """What looks at values when it is built: wavelets, filters of a spectrogram."""
-
-_usual_chunk: list[Any] = []
-
-
-def _chunks(narrow: bool) -> None:
-    """Have LTX go on in chunks of frames where the host would, or in small ones."""
-    module: Any = importlib.import_module(LTX.rpartition(".")[0])
-    if not hasattr(module, "get_max_chunk_size"):
-        return
-    if not _usual_chunk:
-        _usual_chunk.append(module.get_max_chunk_size)
-    module.get_max_chunk_size = (lambda device: LTX_CHUNK) if narrow else _usual_chunk[0]
-
 
 def _named(path: str) -> Any:
     """An object of the host's by its dotted name."""

@@ -145,7 +145,7 @@ def test_resampling_is_deferred(resample: Callable[[Tensor], Tensor], tuning: Tu
 
 
 @all_tunings
-@pytest.mark.parametrize("size", [(4, 3), (2, 2), (12, 6)], ids=str)
+@pytest.mark.parametrize("size", [(4, 3), (2, 2), (3, 6)], ids=str)
 def test_windows_side_by_side_are_deferred(size: tuple[int, int], tuning: Tuning) -> None:
     """As MageVAE takes an image apart and puts it together again; others are evaluated whole, and right."""
     report: dict[str, int] = {}
