@@ -386,6 +386,7 @@ def halves(family: Family) -> list[str]:
 _COMPUTING = ("Cosmos", "ACE-Step", "LTX audio", "MMAudio")
 """What looks at values when it is built: wavelets, filters of a spectrogram."""
 
+
 def _named(path: str) -> Any:
     """An object of the host's by its dotted name."""
     module, _, name = path.rpartition(".")

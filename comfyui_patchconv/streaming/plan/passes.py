@@ -207,7 +207,7 @@ class Passes:
                 continue
             parts = [reader for reader in outside if self._is_part(reader)]
             smaller = parts == outside and sum(part.bytes for part in parts) <= node.bytes
-            wanted = parts if smaller and node not in self._outer else [self._narrow(node, inside)]
+            wanted = parts if smaller and node not in self._outer else [node]
             size = sum(one.bytes for one in wanted)
             if self._is_cheap(node, kept):
                 if freeable is None:
@@ -219,19 +219,6 @@ class Passes:
                     kept[one] = None
                     found.append(one)
         return found
-
-    def _narrow(self, node: Node, inside: Collection[Node]) -> Node:
-        """What to keep for `node`: the map of half its bytes or less that a few cheap steps of this pass make it of, as
-        of one in half precision; else itself."""
-        source = node
-        while source not in self._outer and source.step is not None and source.step.cheap and source not in self._left:
-            rows = source.by_rows
-            if len(rows) != 1 or len(source.inputs) != 1 or rows[0][0] not in inside or rows[0][1] != rows[0][0].dim:
-                break
-            source = rows[0][0]
-            if 2 * source.bytes <= node.bytes:
-                return source
-        return node
 
     def _made_of_left(
         self, node: Node, outside: Sequence[Node], inside: Collection[Node], kept: dict[Node, None]
