@@ -1,11 +1,10 @@
 """What streaming does for every autoencoder that ComfyUI can load: memory counted at the size that people use, the
 error and what was evaluated whole of a narrow one that ran.
 
-    COMFYUI_PATH=… COMFYUI_PYTHON=… python benchmarks/autoencoders.py [NAMES …] [--device cuda]
+    COMFYUI_PATH=… COMFYUI_PYTHON=… python benchmarks/autoencoders.py [NAMES …] [--device meta]
 
 COMFYUI_PATH is a checkout, COMFYUI_PYTHON the Python that runs it, this one by default. A class that the checkout has
-not is left out. Each is counted and run in a process of its own, with random weights; no device is needed to count for
-it.
+not is left out, and so are encoders of sounds that need torchaudio where that cannot be imported.
 """
 
 from __future__ import annotations
@@ -39,32 +38,45 @@ HEAD = ["family", "what", "half", "size", "eager MB", "streamed MB", "memory / e
 
 
 def worker(case: dict[str, Any]) -> dict[str, Any]:
-    """The halves of one family, by the name of their method; nothing where the checkout has none."""
+    """Of each family that is asked for, its halves by the name of their method, or the error in its way; of what the
+    checkout has not, nothing."""
     torch.set_num_threads(1)
     sys.path[:0] = [os.environ["COMFYUI_PATH"]]
     prepare()
     sys.argv = ["autoencoders", "--cpu", *FLAGS]
     importlib.import_module("comfy.options").enable_args_parsing()
     importlib.import_module("comfy.sd")
-    family = next(one for one in FAMILIES if one.name == case["name"])
 
     def load(name: str) -> Any:
         return importlib.import_module(f"comfyui_patchconv.{name}")
 
-    try:
-        return {method: row(load, family, method, case["device"]) for method in halves(family)}
-    except NotHereError as error:
-        print(error, file=sys.stderr)
-        return {}
+    found: dict[str, Any] = {}
+    for family in FAMILIES:
+        if case["names"] and family.name not in case["names"]:
+            continue
+        for method in halves(family):
+            try:
+                one = row(load, family, method, case["device"])
+            except NotHereError as error:
+                print(error, file=sys.stderr, flush=True)
+                break
+            except Exception as error:
+                one = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+            print(f"{family.name} {method} -> {one}", file=sys.stderr, flush=True)
+            found.setdefault(family.name, {})[method] = one
+    return found
 
 
 def cells(family: Family, method: str, found: dict[str, Any]) -> list[str]:
     """The cells of one half."""
     head = [family.name, family.what, method, family.size]
+    other = "" if found.get("device") != "cpu" else " (for a CPU)"
+    if "error" in found:
+        return [*head, found["error"], *[""] * 4]
     if found["in_strips"] is None:
         return [*head, "", "left alone: it has no convolution", *[""] * 3]
     eager, streamed = found["eager"], found["streamed"]
-    figures = [f"{eager / 1e6:.0f}", f"{streamed / 1e6:.0f}" if found["in_strips"] else "as eager"]
+    figures = [f"{eager / 1e6:.0f}{other}", f"{streamed / 1e6:.0f}" if found["in_strips"] else "as eager"]
     whole = sorted({*found["whole"], *found["ran"]["whole"]})
     return [*head, *figures, f"{streamed / eager:.2f}", f"{found['ran']['error']:.0e}", ", ".join(whole) or "nothing"]
 
@@ -72,7 +84,9 @@ def cells(family: Family, method: str, found: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAMES", help="such as Mochi; all by default")
-    parser.add_argument("--device", default="cuda", help="to count for; default: cuda")
+    parser.add_argument(
+        "--device", default="meta", help="to count for: cpu, cuda, or meta, a GPU that is not here; default: meta"
+    )
     parser.add_argument("--name", default="autoencoders", help="of what is kept; default: autoencoders")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -82,20 +96,15 @@ def main() -> None:
     if "COMFYUI_PATH" not in os.environ:
         parser.error("COMFYUI_PATH is not set: it names the ComfyUI checkout whose classes are counted.")
     python = os.environ.get("COMFYUI_PYTHON", sys.executable)
-    rows = []
-    for family in FAMILIES:
-        if args.names and family.name not in args.names:
-            continue
-        found = run_fresh(dict(name=family.name, device=args.device), [python, __file__])
-        print(f"  {family.name} -> {found}", file=sys.stderr, flush=True)
-        if "error" in found:
-            rows.append([family.name, family.what, "", family.size, found["error"], *[""] * 4])
-            continue
-        rows += [cells(family, method, one) for method, one in found.items()]
+    found = run_fresh(dict(names=args.names, device=args.device), [python, __file__])
+    if "error" in found:
+        parser.exit(1, f"{found['error']}\n")
+    families = [family for family in FAMILIES if family.name in found]
+    rows = [cells(family, method, one) for family in families for method, one in found[family.name].items()]
     publish(
         args.name,
         "Every autoencoder that ComfyUI can load",
-        "MB beside the weights, counted for a CUDA device at the size and in the type that people use, as Patch Conv "
+        "MB beside the weights, counted for a GPU at the size and in the type that people use, as Patch Conv "
         "(VAE) streams it: nothing was run at these sizes. The error is that of a narrow one with random weights that "
         "ran in strips on a CPU in float32, relative to the range of eager's result. The last column names the "
         "operators that streaming evaluates whole.",

@@ -25,6 +25,7 @@ class Family:
     float32. size: of what people make with it, in words; latent, pixels: of that, as decode and encode get it; None
     where it has no such half. options: of its class, as the host builds it. narrow: those that differ in a narrow one;
     small_latent, small_pixels: what that is run on. needs: packages beside the host's, without which it cannot encode.
+    gain: of its drawn weights: those of many residuals would end in values that are cut off.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Family:
     small_latent: Optional[Shape] = None
     small_pixels: Optional[Shape] = None
     needs: str = ""
+    gain: float = 1.0
 
     def shape(self, method: str, small: bool = False) -> Optional[Shape]:
         """What `method`, `"decode"` or `"encode"`, gets; None where there is no such half."""
@@ -228,15 +230,15 @@ FAMILIES = (
     ),
     Family(
         "LTX-Video 0.9", "videos", LTX, "bfloat16", "97 frames of 768x512", (1, 128, 13, 16, 24), (1, 3, 97, 512, 768),
-        {"version": 0}, {}, (1, 128, 2, 4, 4), (1, 3, 9, 128, 128),
+        {"version": 0}, {}, (1, 128, 2, 2, 2), (1, 3, 9, 64, 64),
     ),
     Family(
         "LTX-Video 0.9.1", "videos, with timesteps", LTX, "bfloat16", "97 frames of 768x512", (1, 128, 13, 16, 24),
-        (1, 3, 97, 512, 768), {"version": 1}, {}, (1, 128, 2, 4, 4), (1, 3, 9, 128, 128),
+        (1, 3, 97, 512, 768), {"version": 1}, {}, (1, 128, 2, 2, 2), (1, 3, 9, 64, 64),
     ),
     Family(
         "LTX-Video 0.9.5", "videos, with timesteps", LTX, "bfloat16", "97 frames of 768x512", (1, 128, 13, 16, 24),
-        (1, 3, 97, 512, 768), {"version": 2}, {}, (1, 128, 2, 4, 4), (1, 3, 9, 128, 128),
+        (1, 3, 97, 512, 768), {"version": 2}, {}, (1, 128, 2, 2, 2), (1, 3, 9, 64, 64),
     ),
     Family(
         "LTX 2.4", "videos, by neighbourhood attention",
@@ -258,7 +260,7 @@ FAMILIES = (
     ),
     Family(
         "MiniMax H3", "videos, in tiles of its own", "comfy.ldm.minimax.vae.MiniMaxH3VideoVAE", "float16",
-        "56 frames of 768x448", (1, 24, 17, 28, 48), (1, 3, 56, 448, 768), {}, {}, (1, 24, 7, 4, 4), (1, 3, 22, 64, 64),
+        "56 frames of 768x448", (1, 24, 17, 28, 48), (1, 3, 56, 448, 768), {}, {}, (1, 24, 7, 4, 4), (1, 3, 22, 32, 32),
     ),
     Family(
         "TAEHV of Wan 2.1 and HunyuanVideo", "videos", "comfy.taesd.taehv.TAEHV", "bfloat16", "81 frames of 832x480",
@@ -311,12 +313,12 @@ FAMILIES = (
     Family(
         "MMAudio", "sounds, as spectrograms", "comfy.ldm.mmaudio.vae.autoencoder.AudioAutoencoder", "float32",
         "3 minutes", (1, 20, 5625), (1, 2, 180 * 44100), {"mode": "16k"}, {}, (1, 20, 40), (1, 2, 44100),
-        needs="torchaudio",
+        needs="torchaudio", gain=0.5,
     ),
     Family(
         "MiniMax H3 audio", "sounds", "comfy.ldm.minimax.audio_vae.MiniMaxH3AudioVAE", "float32", "3 minutes",
         (1, 32, 2, 7200), (1, 2, 180 * 32000), {},
-        {"encoder_dim": 8, "latent_dim": 64, "decoder_dim": 128}, (1, 32, 2, 40), (1, 2, 32000),
+        {"encoder_dim": 8, "latent_dim": 64, "decoder_dim": 128}, (1, 32, 2, 40), (1, 2, 32000), gain=0.5,
     ),
     Family(
         "MiniMax Music 3", "sounds", "comfy.ldm.minimax_music.dav.MiniMaxMusic3DAV", "float32", "3 minutes",
@@ -397,15 +399,16 @@ def _named(path: str) -> Any:
         return getattr(getattr(importlib.import_module(owner), kind), name)
 
 
-def draw(model: torch.nn.Module) -> None:
-    """Seeded values for all that a checkpoint has, such that every layer's output stays alive."""
+def draw(model: torch.nn.Module, gain: float = 1.0) -> None:
+    """Seeded values for all that a checkpoint has, such that every layer's output stays alive. gain: see `Family`."""
     generator = torch.Generator().manual_seed(0)
     for name, value in model.state_dict().items():
         if not value.is_floating_point():
             continue
         drawn = torch.randn(value.shape, generator=generator)
-        drawn /= max(drawn[0].numel(), 1) ** 0.5 if value.dim() > 1 else 10
-        value.copy_(drawn + (1.0 if value.dim() == 1 and not name.endswith("bias") else 0.0))
+        drawn *= gain / max(drawn[0].numel(), 1) ** 0.5 if value.dim() > 1 else 0.1
+        usual = -2.0 if name.endswith("alpha") else 0.0 if name.endswith("bias") else 1.0  # slow waves in a snake
+        value.copy_(drawn + (usual if value.dim() == 1 else 0.0))
 
 
 def result_of(model: Any, method: str, input: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ def test_halves_of_all_families(checkout: Path) -> None:
     assert sum(not found for found in answer.values()) >= 25
 
 
+@pytest.mark.slow
 def test_no_autoencoder_takes_more_than_eager(checkout: Path) -> None:
     """Every one that this ComfyUI can build, both ways, counted at the size that people use; and a narrow one of each
     in strips, equal to eager."""
