@@ -23,7 +23,8 @@ METHODS = {"decode": "decoder", "encode": "encoder"}
 def counted(load: Callable[[str], Any], family: Family, method: str, device: str) -> dict[str, Any]:
     """Bytes beside weights, `eager` and `streamed` as ComfyUI's node would have it, the operators that are evaluated
     `whole`, and whether anything is computed `in_strips`: None for a half without convolutions, which the node leaves
-    alone, and of which nothing is counted; `device`: what it was counted for after all. Raises what building and counting raise."""
+    alone, and of which nothing is counted; `device`: what it was counted for after all. Raises what building and
+    counting raise."""
     shape = family.shape(method)
     assert shape is not None
     model, halves = build(family), load("hosts.halves")
