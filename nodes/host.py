@@ -68,7 +68,7 @@ RELIABLE = "comfy_decode_estimate_is_reliable"
 def try_without_tiles(vae: Any) -> None:
     """Have the host begin a decode by `vae`, a copy that may be streamed, whatever its estimate says: what does not fit
     is offloaded, and no tiles are needed."""
-    if getattr(vae.first_stage_model, RELIABLE, False):
+    if hasattr(vae.first_stage_model, RELIABLE):  # whatever it says: another copy's patch may be on the model now
         vae.patcher.add_object_patch(RELIABLE, False)
 
 
