@@ -23,7 +23,7 @@ def half_of(name: str) -> str:
     for part in name.split("."):
         if "decoder" in part:
             return "decoder"
-        if "encoder" in part or part in _OF_ENCODER:
+        if "encoder" in part.replace("autoencoder", "") or part in _OF_ENCODER:
             return "encoder"
     return "decoder"
 

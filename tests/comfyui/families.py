@@ -230,15 +230,15 @@ FAMILIES = (
     ),
     Family(
         "LTX-Video 0.9", "videos", LTX, "bfloat16", "97 frames of 768x512", (1, 128, 13, 16, 24), (1, 3, 97, 512, 768),
-        {"version": 0}, {}, (1, 128, 2, 2, 2), (1, 3, 9, 64, 64),
+        {"version": 0}, {}, (1, 128, 2, 4, 4), (1, 3, 9, 128, 128),
     ),
     Family(
         "LTX-Video 0.9.1", "videos, with timesteps", LTX, "bfloat16", "97 frames of 768x512", (1, 128, 13, 16, 24),
-        (1, 3, 97, 512, 768), {"version": 1}, {}, (1, 128, 2, 2, 2), (1, 3, 9, 64, 64),
+        (1, 3, 97, 512, 768), {"version": 1}, {}, (1, 128, 2, 4, 4), (1, 3, 9, 128, 128),
     ),
     Family(
         "LTX-Video 0.9.5", "videos, with timesteps", LTX, "bfloat16", "97 frames of 768x512", (1, 128, 13, 16, 24),
-        (1, 3, 97, 512, 768), {"version": 2}, {}, (1, 128, 2, 2, 2), (1, 3, 9, 64, 64),
+        (1, 3, 97, 512, 768), {"version": 2}, {}, (1, 128, 2, 4, 4), (1, 3, 9, 128, 128),
     ),
     Family(
         "LTX 2.4", "videos, by neighbourhood attention",
@@ -339,10 +339,6 @@ through nodes of its own."""
 
 class NotHereError(Exception):
     """This ComfyUI, or what stands beside it, has no such autoencoder."""
-
-
-WITHOUT_CONVOLUTIONS = ("LTX 2.4", "MiniMax H3")
-"""Families with a half that is a transformer."""
 
 
 def family_of(name: str) -> Family:
