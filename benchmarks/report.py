@@ -5,7 +5,8 @@
 
 Each leaves docs/benchmarks/NAME.json (see `harness.publish`), so they may run on different days and machines.
 `vae_decode` needs the hosts that docs/numbers.md's table has: COMFYUI_PATH and COMFYUI_PYTHON, WEBUI_PATH and
-WEBUI_PYTHON, TILED_VAE_PATH; `comparison.py` draws README.md's first picture, and is run by itself.
+WEBUI_PYTHON, TILED_VAE_PATH, and `autoencoders` the first two; `comparison.py` draws README.md's first picture, and is
+run by itself.
 
 In README.md and the pages of docs/ the lines between `<!-- benchmark: NAME; COLUMNS -->` and `<!-- /benchmark -->` are
 replaced. COLUMNS, parted by semicolons, are columns in the order wanted, all of them by default; `COLUMN=VALUE` keeps
@@ -42,6 +43,7 @@ BENCHMARKS = {
         *("streaming.py", "--name", "streaming_4096", "--sizes", "4096", "--methods", "bounded", "--rounds", "1"),
     ],
     "streaming_video": ["streaming_video.py"],
+    "autoencoders": ["autoencoders.py"],
     "spread": ["spread.py", "measured"],
     "spread_reckoned": ["spread.py", "reckoned"],
     "upscale": ["upscale.py"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from importlib import import_module
 from inspect import signature
@@ -57,3 +59,21 @@ def follow_changes(patcher: Any) -> None:
     patcher.remove_callbacks_with_key(CallbacksMP.ON_CLONE, "patchconv")
     patcher.add_callback_with_key(CallbacksMP.ON_CLONE, "patchconv", follow)
     patcher.set_injections("patchconv", [PatcherInjection(inject, eject)])
+
+
+RELIABLE = "comfy_decode_estimate_is_reliable"
+"""A model's attribute: whether the host goes to tiles at once where an estimate is more than what is free."""
+
+
+def try_without_tiles(vae: Any) -> None:
+    """Have the host begin a decode by `vae`, a copy that may be streamed, whatever its estimate says: what does not fit
+    is offloaded, and no tiles are needed."""
+    if hasattr(vae.first_stage_model, RELIABLE):  # whatever it says: another copy's patch may be on the model now
+        vae.patcher.add_object_patch(RELIABLE, False)
+
+
+def outside_recording() -> AbstractContextManager[Any]:
+    """Make a context whose allocations the host does not record (`pause_malloc_graph`, ComfyUI 0.38): it ends the
+    process where one that began in a block of a model is there when the block ends, as a stored map is."""
+    pause = getattr(sys.modules.get("comfy.model_prefetch"), "pause_malloc_graph", None)
+    return nullcontext() if pause is None else pause()

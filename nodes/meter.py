@@ -22,6 +22,7 @@ from ..comfyui_patchconv.hosts.modes import Way
 from ..comfyui_patchconv.memory.recorder import Recorder
 from ..comfyui_patchconv.units import size_of
 from .front_end import Messenger
+from .host import outside_recording
 
 _log = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ class Meter:
 
 
 class Measured(StandIn):
-    """Stands in for a VAE's `decode` or `encode`, `forward`, and measures it."""
+    """Stands in for a VAE's `decode` or `encode`, `forward`, and measures it. The host records no allocation of it."""
 
     def __init__(self, forward: Callable[..., Any], meter: Meter, eager: Callable[[], int]) -> None:
         self.forward, self.meter, self.eager = forward, meter, eager
@@ -150,7 +151,7 @@ class Measured(StandIn):
         samples = 1
         if args and isinstance(args[0], Tensor):
             samples, self.meter.device = args[0].shape[0], args[0].device  # a clone may be on another one
-        with self.meter.measuring(lambda: samples * self.eager()):
+        with self.meter.measuring(lambda: samples * self.eager()), outside_recording():
             return self.forward(*args, **kwargs)
 
 

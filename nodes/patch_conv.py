@@ -24,7 +24,7 @@ from ..comfyui_patchconv.hosts.modes import MODES
 from ..comfyui_patchconv.hosts.numbers import check_number
 from ..comfyui_patchconv.hosts.streamed import StreamedAtOnce, StreamedForward, Switch
 from ..comfyui_patchconv.units import GIB, MILLION
-from .host import MODEL_CATEGORY, VAE_CATEGORY, advanced, follow_changes, schema
+from .host import MODEL_CATEGORY, RELIABLE, VAE_CATEGORY, advanced, follow_changes, schema, try_without_tiles
 from .meter import Measured, Meter, measure_sampling
 from .progress import AnyProgress, Progress, Strips
 
@@ -252,6 +252,8 @@ def stream_half(
         counts = dict(splits=strips.splits, threshold=strips.threshold)
         estimate = AutoEstimate(vae, method, host, total=total, **counts, **options)
     setattr(vae, f"memory_used_{method}", estimate)
+    if method == "decode":
+        try_without_tiles(vae)
     if key != method:
         patcher.add_object_patch(method, StreamedAtOnce(patcher.get_model_object(method), part, estimate))
     if strips is not None and isinstance(estimate, AutoEstimate):
@@ -301,6 +303,8 @@ def leave(vae: Any, half: str, method: str) -> None:
     measured = vae.patcher.object_patches.get(method)
     if isinstance(measured, Measured):
         vae.patcher.add_object_patch(method, measured.forward)
+    if method == "decode":
+        vae.patcher.object_patches.pop(RELIABLE, None)
     for key, patch in list(vae.patcher.object_patches.items()):
         if isinstance(patch, (StreamedForward, AutoForward)) and key in (
             method,

@@ -160,24 +160,35 @@ class StreamEstimate(Estimate):
         return self._at_once.setdefault(key, False)
 
     def _count(self, sample: tuple[int, ...], dtype: torch.dtype) -> float:
-        expected = self._expect(self.part, sample, dtype)
+        return self.expected(sample, dtype).peak
+
+    def expected(
+        self, sample: tuple[int, ...], dtype: torch.dtype, report: Optional[dict[str, int]] = None
+    ) -> Expected:
+        """Count all that an input of shape `sample` takes, streamed by the part or all at once, whichever takes less.
+        report: filled with the operators that are evaluated whole. Raises what the VAE's code raises."""
+        of_part: dict[str, int] = {}
+        of_all: dict[str, int] = {}
+        expected = self._expect(self.part, sample, dtype, of_part)
         chosen, at_once = expected, False
         if self.part not in ("", self.method) and expected.calls != 1:
             # No call: the method runs what is inside the part by itself. Several: it decodes in chunks.
             with suppress(Exception):
-                chosen = self._expect("", sample, dtype)
+                chosen = self._expect("", sample, dtype, of_all)
                 at_once = chosen.peak < expected.peak or not expected.calls
                 at_once = at_once and (not expected.work or chosen.work <= _MORE_WORK * expected.work)
         chosen = chosen if at_once else expected
         key = (sample[1:], dtype)
         self._work[key], self._at_once[key] = chosen.work, at_once
         self._eager.learn((sample, dtype), expected.eager)
-        return chosen.peak
+        if report is not None:
+            report.update(of_all if at_once else of_part)
+        return chosen
 
-    def _expect(self, part: str, sample: tuple[int, ...], dtype: torch.dtype) -> Expected:
+    def _expect(self, part: str, sample: tuple[int, ...], dtype: torch.dtype, report: dict[str, int]) -> Expected:
         return expect(
             self.model, self._run(sample, dtype), part=part, budget=self.budget, device=self.device, dtype=dtype,
-            attributes=HOST_ATTRIBUTES,
+            attributes=HOST_ATTRIBUTES, report=report,
         )  # fmt: skip
 
 

@@ -6,8 +6,8 @@ from torch import nn
 
 HALVES = ("decoder", "encoder")
 
-_OF_ENCODER = ("quant_conv", "in_block", "down_blocks")
-"""Encoder parts that do not say so: of the KL VAEs, and of Stable Cascade's stage A."""
+_OF_ENCODER = ("quant_conv", "in_block", "down_blocks", "pre_block", "mean_proj", "logs_proj")
+"""Encoder parts that do not say so: of the KL VAEs, of Stable Cascade's stage A, and of MiniMax H3's sounds."""
 
 _ENCODER_OUTPUT = "conv1"
 """Behind Wan's encoder, beside it in the model; `conv2` is in front of the decoder."""
@@ -23,7 +23,7 @@ def half_of(name: str) -> str:
     for part in name.split("."):
         if "decoder" in part:
             return "decoder"
-        if "encoder" in part or part in _OF_ENCODER:
+        if "encoder" in part.replace("autoencoder", "") or part in _OF_ENCODER:
             return "encoder"
     return "decoder"
 

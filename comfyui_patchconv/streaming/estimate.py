@@ -33,13 +33,14 @@ Make = Callable[..., Tensor]
 class Expected:
     """peak: bytes at once, beyond weights and the input. offloaded: bytes of maps that do not fit. work: bytes of
     maps computed in strips, in all `calls` of the streamed part. eager: bytes of the activations without us, the input
-    among them."""
+    among them. in_strips: whether anything is computed otherwise than eager does."""
 
     peak: int
     offloaded: int
     work: int
     calls: int
     eager: int
+    in_strips: bool
 
 
 def expect(
@@ -52,15 +53,17 @@ def expect(
     budget: Optional[int] = None,
     attributes: Optional[dict[str, Any]] = None,
     tuning: Tuning = USUAL,
+    report: Optional[dict[str, int]] = None,
 ) -> Expected:
     """What `run(copy, make)` takes on `device`, `copy` being a copy of `model`, where it is streamed within `budget`.
 
     part: the method of it that is streamed alone, as `"decoder.forward"`; what the rest of `run` holds meanwhile counts
     beside: frames that are done, frames kept for the next call. dtype: of floating-point weights and of what `make`
-    makes; None for their own, and float32. attributes: set on each module of the copy that has them. `model` is neither
-    run nor changed. Raises whatever `run` raises: code that looks at values cannot be counted.
+    makes; None for their own, and float32. attributes: set on each module of the copy that has them. report: as of
+    `streamed`, of the whole of `run`. `model` is neither run nor changed. Raises whatever `run` raises: code that looks
+    at values cannot be counted.
     """
-    counted = _Counted(budget, tuning)
+    counted = _Counted(budget, tuning, report)
     return _recorded(model, run, counted, device, dtype, attributes, part, streams=not part).expected()
 
 
@@ -108,8 +111,8 @@ def _recorded(
 class _Counted:
     """One run that is counted."""
 
-    def __init__(self, budget: Optional[int], tuning: Tuning) -> None:
-        self.call = Call(budget, {}, None, tuning, OrderedDict(), phantom=True)
+    def __init__(self, budget: Optional[int], tuning: Tuning, report: Optional[dict[str, int]] = None) -> None:
+        self.call = Call(budget, {} if report is None else report, None, tuning, OrderedDict(), phantom=True)
         self.peak = self.calls = 0
         self._outside = True
         self._evaluate = self.call.evaluate
@@ -147,9 +150,9 @@ class _Counted:
         self.peak, self.call.recorder.peak_since = max(self.peak, self.call.peak), 0
 
     def expected(self) -> Expected:
-        recorder = self.call.recorder
+        call, recorder = self.call, self.call.recorder
         peak = max(self.peak, recorder.peak_since) if self.calls else recorder.eager_peak
-        return Expected(peak, self.call.offloaded, self.call.planned, self.calls, recorder.eager_peak)
+        return Expected(peak, call.offloaded, call.planned, self.calls, recorder.eager_peak, call.in_strips)
 
     def _store_held(self) -> None:
         """What the program has when a call begins or ends is there."""

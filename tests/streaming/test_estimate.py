@@ -286,3 +286,22 @@ def test_dropout_in_place_that_drops_nothing_stores_nothing(rate: float) -> None
     assert runner.last is not None
     assert runner.last.stored == result.nbytes
     assert runner.report == {}
+
+
+def test_what_is_evaluated_whole_is_named_and_strips_are_told() -> None:
+    """As a streamed call does: of an operator that no row is known of, and of one that is small."""
+
+    def run(copy: Any, make: Make, side: int) -> Tensor:
+        return torch.fft.rfft2(copy(make((1, 4, side, side)))).abs()
+
+    model = nn.Conv2d(4, 8, 3, padding=1)
+    report: dict[str, int] = {}
+    whole = expect(model, lambda copy, make: run(copy, make, 512), device=CPU, report=report)
+    assert [name for name in report if "fft" in name]
+    assert whole.peak > 0
+    layers = nn.Sequential(model, nn.SiLU(), nn.Conv2d(8, 4, 3, padding=1))
+    large, small = (
+        expect(layers, lambda copy, make, side=side: copy(make((1, 4, side, side))), device=CPU) for side in (2048, 8)
+    )
+    assert large.in_strips
+    assert not small.in_strips

@@ -145,6 +145,24 @@ def test_resampling_is_deferred(resample: Callable[[Tensor], Tensor], tuning: Tu
 
 
 @all_tunings
+@pytest.mark.parametrize("size", [(4, 3), (2, 2), (3, 6)], ids=str)
+def test_windows_side_by_side_are_deferred(size: tuple[int, int], tuning: Tuning) -> None:
+    """As MageVAE takes an image apart and puts it together again; others are evaluated whole, and right."""
+    report: dict[str, int] = {}
+
+    def run(x: Tensor) -> Tensor:
+        tokens = F.unfold(x * 2, size, stride=size).transpose(1, 2)
+        return F.fold(F.silu(tokens).transpose(1, 2).contiguous(), x.shape[2:], size, stride=size).neg()
+
+    x = torch.randn(2, 3, 12, 6)
+    assert_same(streamed(run, report=report, tuning=tuning)(x), run(x), 1e-6)
+    assert not report
+    overlapping = lambda x: F.fold(F.unfold(x * 2, 3, padding=1).sin(), x.shape[2:], 3, padding=1)  # noqa: E731
+    assert_same(streamed(overlapping, report=report, tuning=tuning)(x), overlapping(x), 1e-6)
+    assert set(report) == {"im2col", "col2im"}
+
+
+@all_tunings
 @pytest.mark.parametrize(
     "convolution",
     [

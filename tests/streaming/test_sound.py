@@ -349,3 +349,40 @@ def test_linear_attention_stores_little() -> None:
     maps = 4 * 32 * 512 * 2048
     assert expected.peak < 2 * maps  # queries, and strips
     assert expected.eager > 5 * maps
+
+
+def test_linear_attention_in_single_precision_stores_half_of_it() -> None:
+    """Counted: of queries that are widened for it, as in ACE-Step, what they are widened from is stored."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.out = nn.Conv2d(4, 96, 3, padding=1), nn.Conv2d(32, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(linear_attention(self.into(x).float()).to(x.dtype))
+
+    def run(copy: Any, make: Make) -> Any:
+        return copy(make((1, 4, 512, 2048), torch.bfloat16, counted=False))
+
+    expected = expect(Attention(), run, device=CPU, dtype=torch.bfloat16)
+    queries = 4 * 32 * 512 * 2048
+    assert expected.peak < 1.1 * queries  # half of that, and strips
+    assert expected.eager > 5 * queries
+
+
+@pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
+def test_views_of_what_is_widened(tuning: Tuning) -> None:
+    """Parts, other shapes and orders, behind a write and before it: the values that eager has, in eager's memory."""
+    into = nn.Conv2d(4, 12, 3, padding=1).to(torch.bfloat16)
+
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        x = into(x)
+        wide = x.float()
+        first, second = wide.reshape(1, 2, 6, -1).chunk(2, 1)
+        turned = wide.transpose(-1, -2)[:, ::2].relu()
+        second.mul_(2)
+        x.add_(1)
+        return first.exp(), wide + 1, turned, x, second.sum(-1), wide.double()[:, 3:5]
+
+    assert_as_eager(run, sound(1, 4, 8, 21).to(torch.bfloat16), tuning=tuning, memory=True)

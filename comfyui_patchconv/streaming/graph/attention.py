@@ -55,13 +55,15 @@ def least_rows(width: int, device: torch.device) -> int:
 def makes_scores(queries: Union[Tensor, Shape], keys: Union[Tensor, Shape], values: Union[Tensor, Shape]) -> bool:
     """Whether the kernel that torch chooses for them has the whole matrix of scores in memory.
 
-    Of a CUDA device that is not here to be asked, or of torch 2.1, which cannot be asked, it is not expected for heads
-    of a multiple of 8 channels, which the memory-efficient kernel takes.
+    Of a CUDA device that is not here to be asked, for which the meta device stands in an estimate, or of torch 2.1,
+    which cannot be asked, it is not expected for heads of a multiple of 8 channels, which the memory-efficient kernel
+    takes.
     """
-    if queries.device.type != "cuda":
+    if queries.device.type not in ("cuda", "meta"):
         return queries.device.type != "cpu"
     cuda: Any = torch.backends.cuda
-    if not torch.cuda.is_available() or not hasattr(cuda, "SDPAParams"):
+    here = queries.device.type == "cuda" and torch.cuda.is_available()
+    if not here or not hasattr(cuda, "SDPAParams"):
         return queries.shape[-1] % 8 != 0
     one: Any = tuple(
         torch.empty((), dtype=value.dtype, device=value.device).expand(value.shape)

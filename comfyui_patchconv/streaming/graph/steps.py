@@ -37,6 +37,14 @@ class RowLocal(Step):
         return self.function(pieces, first, last)
 
 
+class Cast(RowLocal):
+    """Another type or device. widens: the values are what they were, in more bytes."""
+
+    def __init__(self, function: Callable[[Pieces, int, int], Tensor], widens: bool) -> None:
+        super().__init__(function, 1, cheap=True)
+        self.widens = widens
+
+
 class Whole(Step):
     """An operator of which nothing is known but its result's shape: `function` of all of its inputs at once."""
 

@@ -24,7 +24,7 @@ _ROWS_TO_A_HALO = 4
 """New rows of a strip to each that a convolution reads once more: with fewer, joining them to those kept takes as long
 as convolving them. RealESRGAN x4plus has strips of three rows in its body where its tail alone is looked at."""
 
-_STRIPS_LEFT = 16
+_STRIPS_LEFT = 20
 """Strips that are left of a map of few rows, such as the bands of a spectrogram: with fewer nothing is saved."""
 
 _STEP_BYTES_ELSEWHERE = 4 << 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from itertools import accumulate
 from math import prod
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..graph.node import Node
-from ..graph.steps import Overlay, Pick, RowLocal, Whole
+from ..graph.steps import Cast, Overlay, Pick, RowLocal, Whole
 from .memory import Held
-from .operators.arranging import regrouped
+from .operators.arranging import regrouped, widens
 from .operators.common import default_dim, dim_of, fixed_dim
 from .shapes import Spec
 
@@ -55,6 +56,12 @@ def build(recorder: Any, view: Any, parent: Node, args: Sequence[Any]) -> Option
         return None if shown is None else recorder.source(shown)
     if name in _SAME and spec.shape == parent.shape:
         return parent
+    if isinstance(parent.step, Cast) and parent.step.widens:  # of half the bytes: it may have to be stored
+        narrow = parent.inputs[0]
+        other = copy.copy(view)
+        other.spec = spec._replace(dtype=narrow.dtype)
+        shown = build(recorder, other, narrow, args)
+        return None if shown is None else cast(recorder, shown, spec)
     if parent.dim is None or 0 in spec.shape:
         return None
     if name in _REGROUPING:
@@ -291,7 +298,7 @@ def cast(recorder: Any, node: Node, spec: Spec) -> Node:
     dtype, dim = spec.dtype, dim_of(node)
     if dim is None:
         return _whole(recorder, lambda pieces: pieces[0].to(dtype), [node], spec)
-    step = RowLocal(lambda pieces, first, last: pieces[0].to(dtype), 1, cheap=True)
+    step = Cast(lambda pieces, first, last: pieces[0].to(dtype), widens(node, dtype))
     return _plain(recorder, step, [node], [dim], spec, dim)
 
 

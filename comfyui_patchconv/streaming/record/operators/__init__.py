@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...graph.node import Node
 from ..shapes import Spec
-from . import arranging, convolution, matrices, norms, pools, reductions, resample
+from . import arranging, convolution, kitchen, matrices, norms, pools, reductions, resample
 from .common import AsCalled, Call, over, row_local
 
 __all__ = ["FILLED", "LIKE", "MADE", "OF_MAPS", "OF_PARAMETERS", "build", "build_several", "fill_like", "knows", "over"]
@@ -60,6 +60,9 @@ _TABLE: dict[str, Callable[[Call], Optional[Node]]] = {
     },
 }
 
+_TABLES = {"aten": _TABLE, "comfy_kitchen": kitchen.TABLE}
+"""By the namespace of operators."""
+
 OF_MAPS = frozenset(
     """
     conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d group_norm native_group_norm
@@ -80,7 +83,7 @@ def knows(func: Any) -> bool:
 @cache
 def _builder(func: Any) -> Optional[Callable[[Call], Optional[Node]]]:
     """What makes the node of a call of `func`."""
-    return _TABLE.get(func.overloadpacket.__name__) if func.namespace == "aten" else None
+    return _TABLES.get(func.namespace, {}).get(func.overloadpacket.__name__)
 
 
 def build(

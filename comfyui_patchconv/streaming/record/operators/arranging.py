@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...graph.node import Node
-from ...graph.steps import Join, Regroup, Resample, RowLocal
+from ...graph.steps import Cast, Join, Regroup, Resample, RowLocal
 from ..memory import Held
 from .common import Call, candidates, default_dim, dim_of, fixed_dim, row_local
 from .resample import gathered_rows
@@ -59,9 +59,11 @@ def stack(call: Call) -> Optional[Node]:
 
 
 def repeat(call: Call) -> Optional[Node]:
+    """`repeat`, and `tile`, which may name the last dimensions alone."""
     input, times = call.args[0], call.args[1]
     if not isinstance(input, Node):
         return None
+    times = [*(1,) * (len(input.shape) - len(times)), *times]
     added = len(times) - len(input.shape)
     dim = dim_of(input, [place - added for place, one in enumerate(times) if one != 1])
     if dim is None or added < 0:
@@ -129,7 +131,7 @@ def along_a_dimension(call: Call) -> Optional[Node]:
 TABLE: dict[str, Callable[[Call], Optional[Node]]] = {
     **dict.fromkeys(("cat", "concat", "concatenate"), join),
     "stack": stack,
-    "repeat": repeat,
+    **dict.fromkeys(("repeat", "tile"), repeat),
     "repeat_interleave": repeat_interleave,
     "roll": roll,
     **dict.fromkeys(
@@ -150,8 +152,16 @@ def cast(call: Call) -> Optional[Node]:
     dim, dtype, device = dim_of(input), call.spec.dtype, call.device
     if dim is None:
         return None
-    step = RowLocal(lambda pieces, first, last: pieces[0].to(device, dtype), 1, cheap=True)
+    step = Cast(
+        lambda pieces, first, last: pieces[0].to(device, dtype), device == input.device and widens(input, dtype)
+    )
     return call.node(step, [input], [dim], dim)
+
+
+def widens(input: Node, dtype: torch.dtype) -> bool:
+    """Whether values of `input` are the same in a type of more bytes."""
+    floating = input.dtype.is_floating_point and dtype.is_floating_point
+    return floating and torch.promote_types(input.dtype, dtype) == dtype != input.dtype
 
 
 TABLE.update(dict.fromkeys(("to", "_to_copy", "type_as", "float", "double", "half", "bfloat16"), cast))

@@ -239,7 +239,7 @@ def scaled_dot_product(call: Call) -> Optional[Node]:
     step = RowLocal(run, sum(one is not None for one in dims))
     step.work = 2 * keys
     step.workspace = attention.bytes_of_scores(*(_like(one, call) for one in (query, key, value))) if count == 4 else 0
-    step.least_rows = attention.least_rows(1, call.device)
+    step.least_rows = attention.least_rows(prod(query.shape[:-2]), call.device)
     return call.node(step, inputs, dims, dim)
 
 

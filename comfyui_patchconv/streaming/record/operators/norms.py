@@ -49,7 +49,7 @@ def _normalised(call: Call, input: Any, groups: int, weight: Any, bias: Any, eps
     wide = torch.promote_types(call.spec.dtype, torch.float32)
     spec = Spec((4, batch * channels), (batch * channels, 1), 0, wide)
     shape, device = input.shape, call.device
-    reduce = Reduce(lambda: _Line(groups, shape, weight, bias, eps, wide, device))
+    reduce = Reduce(lambda: Line(groups, shape, weight, bias, eps, wide, device))
     reduce.name = call.name
     line = call.recorder.node(reduce, [input], [dim], spec, call.device, None)
     return call.node(RowLocal(_line_by_line, 1, cheap=True), [input, line], [dim, None], dim)
@@ -67,7 +67,7 @@ def _line_by_line(pieces: Sequence[Tensor], first: int, last: int) -> Tensor:
     return result.to(piece.dtype)
 
 
-class _Line:
+class Line:
     """Gathers the statistics of a group norm, and makes of them what each channel is multiplied by and added to."""
 
     def __init__(

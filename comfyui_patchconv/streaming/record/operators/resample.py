@@ -1,4 +1,4 @@
-"""Upsampling, shuffles and pads."""
+"""Upsampling, shuffles, windows and pads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ...graph.node import Node
 from ...graph.steps import Pad, Resample, RowLocal
-from .common import Call, dim_of
+from .common import Call, dim_of, each, fixed_dim
 
 _SMOOTH = {"bilinear": 1, "trilinear": 1, "linear": 1, "bicubic": 2}
 """Upsampling that mixes rows, and how many rows beside its own an output row may read."""
@@ -77,6 +77,30 @@ def shuffle(call: Call) -> Optional[Node]:
     return call.node(step, [input], [dim], dim)
 
 
+def windows(call: Call) -> Optional[Node]:
+    """`unfold` and `fold` (`im2col`, `col2im`) of windows that lie side by side: rows of an image to one of windows."""
+    given, func = call.given(), call.func
+    input = given["self"]
+    height, width = each(given["kernel_size"], 2)
+    usual = each(given["stride"], 2) == [height, width] and each(given["padding"], 2) == [0, 0]
+    usual = usual and each(given["dilation"], 2) == [1, 1]
+    folds = call.name == "col2im"
+    image = call.spec.shape if folds else input.shape
+    if not isinstance(input, Node) or len(image) != 4 or not usual or image[2] % height or image[3] % width:
+        return None
+    if fixed_dim(input) not in (None, 2) or input.shape[2] < 2:
+        return None
+    across = image[3] // width  # windows of one row
+    options = [height, width], [1, 1], [0, 0], [height, width]
+
+    def run(piece: Tensor) -> Tensor:
+        size = [[piece.shape[2] // across * height, image[3]]] if folds else []
+        return func(piece, *size, *options)
+
+    up, down = (height, across) if folds else (across, height)
+    return call.node(Resample(up, down, input.shape[2], 2, run, cheap=True), [input], [2], 2)
+
+
 def pad(call: Call) -> Optional[Node]:
     """`pad` and the operators that it is made of, in all modes."""
     given = call.given()
@@ -137,6 +161,7 @@ def gathered_rows(
 
 TABLE: dict[str, Callable[[Call], Optional[Node]]] = {
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle"), shuffle),
+    **dict.fromkeys(("im2col", "col2im"), windows),
     **dict.fromkeys(
         (
             "pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
