@@ -21,23 +21,23 @@ METHODS = {"decode": "decoder", "encode": "encoder"}
 
 
 def counted(load: Callable[[str], Any], family: Family, method: str, device: str) -> dict[str, Any]:
-    """Bytes beside weights, `eager` and `streamed` as ComfyUI's node would have it, the operators that are evaluated
-    `whole`, and whether anything is computed `in_strips`: None for a half without convolutions, which the node leaves
-    alone, and of which nothing is counted; `device`: what it was counted for after all. Raises what building and
-    counting raise."""
+    """Bytes beside weights, `eager` and `streamed` as ComfyUI's node would have it, and `tight` with a budget of a
+    quarter of eager's, the operators that are evaluated `whole`, and whether anything is computed `in_strips`: None for
+    a half without convolutions, which the node leaves alone, and of which nothing is counted; `device`: what it was
+    counted for after all. Raises what building and counting raise."""
     shape = family.shape(method)
     assert shape is not None
     model, halves = build(family), load("hosts.halves")
     convolutions = load("conv.patch").convolutions(model, predicate=lambda *_: True)
     if not any(halves.half_of(name) == METHODS[method] for name, _ in convolutions):
-        return {"eager": 0, "streamed": 0, "in_strips": None, "whole": [], "device": device}
+        return {"eager": 0, "streamed": 0, "tight": 0, "in_strips": None, "whole": [], "device": device}
     part = halves.part_of(model, METHODS[method], method)
     dtype, whole = getattr(torch, family.dtype), dict[str, int]()
     kind = load("hosts.estimates").StreamEstimate
 
-    def expected(device: str) -> Any:
+    def expected(device: str, budget: int = 0) -> Any:
         holder = SimpleNamespace(first_stage_model=model, device=device)
-        return kind(holder, method, _unknown, budget=0, part=part).expected(shape, dtype, whole)
+        return kind(holder, method, _unknown, budget=budget, part=part).expected(shape, dtype, whole)
 
     try:
         found = expected(device)
@@ -46,9 +46,10 @@ def counted(load: Callable[[str], Any], family: Family, method: str, device: str
             raise
         device, found = "cpu", expected("cpu")  # its code looks at a tensor that it makes on the device
     streamed = found.peak if found.in_strips else found.eager
+    tight = expected(device, budget=max(found.eager // 4, 1)).peak
     return {
-        "eager": found.eager, "streamed": streamed, "in_strips": found.in_strips, "whole": sorted(whole),
-        "device": device,
+        "eager": found.eager, "streamed": streamed, "tight": tight, "in_strips": found.in_strips,
+        "whole": sorted(whole), "device": device,
     }  # fmt: skip
 
 
