@@ -383,6 +383,7 @@ def test_views_of_what_is_widened(tuning: Tuning) -> None:
         turned = wide.transpose(-1, -2)[:, ::2].relu()
         second.mul_(2)
         x.add_(1)
-        return first.exp(), wide + 1, turned, x, second.sum(-1), wide.double()[:, 3:5]
+        eight = (x * 2).to(torch.float8_e4m3fn).float()[:, 1:3] + 1  # a type that is promoted to none
+        return first.exp(), wide + 1, turned, x, second.sum(-1), wide.double()[:, 3:5], eight
 
     assert_as_eager(run, sound(1, 4, 8, 21).to(torch.bfloat16), tuning=tuning, memory=True)

@@ -57,7 +57,7 @@ def build(recorder: Any, view: Any, parent: Node, args: Sequence[Any]) -> Option
     if name in _SAME and spec.shape == parent.shape:
         return parent
     if isinstance(parent.step, Cast) and parent.step.widens:  # of half the bytes: it may have to be stored
-        narrow = parent.inputs[0]
+        narrow = next(iter(parent.inputs))
         other = copy.copy(view)
         other.spec = spec._replace(dtype=narrow.dtype)
         shown = build(recorder, other, narrow, args)

@@ -161,7 +161,8 @@ def cast(call: Call) -> Optional[Node]:
 def widens(input: Node, dtype: torch.dtype) -> bool:
     """Whether values of `input` are the same in a type of more bytes."""
     floating = input.dtype.is_floating_point and dtype.is_floating_point
-    return floating and torch.promote_types(input.dtype, dtype) == dtype != input.dtype
+    larger = dtype.itemsize > input.itemsize > 1  # types of 8 bits are promoted to none
+    return floating and larger and torch.promote_types(input.dtype, dtype) == dtype
 
 
 TABLE.update(dict.fromkeys(("to", "_to_copy", "type_as", "float", "double", "half", "bfloat16"), cast))
