@@ -12,9 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ALIGNED = 64
-"""Bytes at whose multiples the empty parts of a file begin."""
-
 _ZEROS = 1 << 20
 """Bytes that are written at once where room can be taken by writing alone."""
 
@@ -41,8 +38,7 @@ class MappedFile:
             self._file.close()
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The next part of the file as a tensor without values. It begins where any type of values may."""
-        self._end = -(-self._end // ALIGNED) * ALIGNED
+        """The next part of the file as a tensor without values."""
         self._take(torch.Size(shape).numel() * dtype.itemsize)
         return self._next(shape, dtype)
 

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from ...memory.errors import is_out_of_memory
-from ...memory.mapped import ALIGNED, MappedFile
+from ...memory.mapped import MappedFile
 from ..graph.node import Node
 from .buffers import AT_ONCE, dense, lasting, no_room
 from .copies import Arrival, copies_of
+
+
+_ALIGNED = 64
+"""Bytes of which the parts of a file are multiples, so that each begins where any type of values may."""
 
 
 class Lines:
@@ -79,14 +83,15 @@ class _InFile:
     """Rows in one file without a name, where the host is the device. sizes: bytes of each step's."""
 
     def __init__(self, sizes: Collection[int]) -> None:
-        self._left = sum(sizes) + 2 * ALIGNED * len(sizes)
+        self._left = sum(sizes) + 2 * _ALIGNED * len(sizes)
         self._file = MappedFile(self._left, no_room)
 
     def room(self, size: int) -> Tensor:
         """So many bytes, which nothing else uses."""
+        size = -(-size // _ALIGNED) * _ALIGNED
         if size > self._left:  # of a strip that had to be halved more rows may be kept
             return lasting(torch.empty(size, dtype=torch.uint8))
-        self._left -= -(-size // ALIGNED) * ALIGNED
+        self._left -= size
         return self._file.empty((size,), torch.uint8)
 
     def leave(self, node: Node, kept: Tensor, rows: Tensor) -> None:
