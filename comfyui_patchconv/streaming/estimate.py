@@ -7,8 +7,11 @@ are made for real, so that no cache is left with anything but ordinary tensors.
 from __future__ import annotations
 
 import copy
+import random
+import sys
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -96,7 +99,7 @@ def _recorded(
             empty = torch.empty(tuple(shape), dtype=dtype, device="meta")
             return recorder.phantom_of(Spec.of(empty), device, counted)
 
-    with torch.no_grad(), recorder, no_collections():
+    with _same_randomness(device), torch.no_grad(), recorder, no_collections():
         if part:
             owner, _, name = part.rpartition(".")
             module = copied.get_submodule(owner)
@@ -106,6 +109,21 @@ def _recorded(
             counted.streamed()
         del result
     return counted
+
+
+@contextmanager
+def _same_randomness(device: torch.device) -> Iterator[None]:
+    """What the block draws leaves no trace: the noise of the real call is that of a call that was not counted."""
+    python, numpy = random.getstate(), sys.modules.get("numpy")
+    drawn = None if numpy is None else numpy.random.get_state()
+    on_device = [device] if device.type == "cuda" and torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=on_device):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(drawn)
 
 
 class _Counted:

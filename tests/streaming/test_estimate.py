@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any, Optional
 
+import numpy as np
 import pytest
 import torch
 from model_zoo import draw_weights, hunyuan, image, kl
@@ -305,3 +307,19 @@ def test_what_is_evaluated_whole_is_named_and_strips_are_told() -> None:
     )
     assert large.in_strips
     assert not small.in_strips
+
+
+def test_nothing_is_drawn() -> None:
+    """An encoder that samples has, once it was counted, the noise that it has without."""
+
+    class Sampling(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            noise = torch.randn(x.shape) * random.random() * float(np.random.rand())
+            return F.conv2d(x, torch.ones(4, 4, 3, 3), padding=1) + noise
+
+    def states() -> list[Any]:
+        return [torch.get_rng_state().tolist(), random.getstate(), *map(str, np.random.get_state())]
+
+    before = states()
+    expect(Sampling(), lambda copy, make: copy(make((1, 4, 64, 64))), device=torch.device("cpu"))
+    assert states() == before

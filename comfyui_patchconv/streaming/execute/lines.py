@@ -15,7 +15,6 @@ from ..graph.node import Node
 from .buffers import AT_ONCE, dense, lasting, no_room
 from .copies import Arrival, copies_of
 
-
 _ALIGNED = 64
 """Bytes of which the parts of a file are multiples, so that each begins where any type of values may."""
 
