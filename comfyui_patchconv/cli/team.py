@@ -99,6 +99,7 @@ def team_of(spread: Optional[str], given: Sequence[Path], device: torch.device) 
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if nccl else "gloo", timeout=_LONGEST)
+    dist.barrier()  # torch has a lot to say where one process ends while another is still on its way in
     rows = spread == "rows" if spread else len(given) == 1 and not given[0].is_dir()
     sharing = beside if device.type != "cuda" else -(-beside // torch.cuda.device_count())
     team = Team(rank, count, sharing, dist.group.WORLD, rows)
