@@ -265,5 +265,5 @@ def _alike(value: Any) -> Any:
     """What looks like a deferred tensor, and takes no memory; anything else as it is."""
     if not isinstance(value, LazyTensor):
         return value
-    spec = spec_of(value)
+    spec = value.view_.spec
     return torch.empty((), dtype=spec.dtype, device=value.view_.device).expand(spec.shape)
