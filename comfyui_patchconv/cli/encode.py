@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..files.images import load_image
+from ..files.images import IMAGES, load_image
 from ..files.latents import save_latent
 from ..files.tensors import existing
 from ..files.vae import load_vae, medium_of
@@ -18,9 +18,6 @@ from .options import Choices, add_conversion, inputs_of, of_folder, say, strips_
 from .outputs import Outputs
 from .team import Team, device_of, of_all, team_of
 from .vae import encode, scale
-
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-"""What files of a folder are taken for images."""
 
 
 def add(commands: Any) -> None:

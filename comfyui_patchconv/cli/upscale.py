@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files.images import IMAGES
 from ..files.pictures import SUFFIXES, Picture, empty_levels, levels_of, open_picture, save_levels
 from ..files.tensors import existing
 from ..files.upscalers import load_upscaler
@@ -20,7 +21,6 @@ from ..memory.recorder import Recorder
 from ..memory.usage import free
 from ..streaming import USUAL
 from .arguments import DTYPES, device, size
-from .encode import IMAGES
 from .options import add_spread, add_trust, inputs_of, of_folder, say
 from .outputs import Outputs, add_out
 from .team import Team, device_of, of_all, team_of

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+"""What files of a folder are taken for images."""
+
+
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """The image in the file `path`, upright, with 8 bits a channel.
 
