@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from comfyui_patchconv.streaming import call
+from comfyui_patchconv.streaming.plan.eagerly import eager_schedule
+
 from .comparing import copied, seed_all
 from .programs import Settings, check, random_program, settings_of
 
@@ -26,6 +29,14 @@ def test_a_random_program_gives_and_leaves_what_eager_does(seed: int) -> None:
 def test_a_random_program_in_strips_of_one_row_gives_what_eager_does(seed: int, budget: int | None) -> None:
     program, inputs = random_program(seed)
     check(program, inputs, Settings(strip_bytes=1, budget=budget, mode="no_grad", calls=2))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seed", range(2_000, 2_060))
+def test_a_random_program_by_eagers_schedule_gives_what_eager_does(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(call, "choose", lambda roots, keep, tuning, budget, held, *_: eager_schedule(roots, keep, held))
+    program, inputs = random_program(seed)
+    check(program, inputs, settings_of(seed))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -14,7 +14,7 @@ from ...memory.allocator import keep_freed_blocks, release, trim
 from ...memory.errors import is_out_of_memory
 from ...memory.sizes import allocator_bytes
 from ...memory.usage import anonymous
-from ..graph.node import Node, Span, in_order
+from ..graph.node import Node, Span, dense_strides, in_order
 from ..graph.steps import Accumulator
 from ..plan.schedule import Apply, Pass, Schedule, Target
 from .lines import Lines
@@ -46,6 +46,7 @@ class Loop:
         self._schedule, self._inference, self._on_progress, self._share = schedule, inference, on_progress, share
         self._stored: dict[Node, Stored] = {}
         self._memory = _Memory(schedule)
+        self._shared: set[int] = set()  # memory of maps that others show too
 
     def run(self) -> None:
         """Do all of it. Raises what operators raise; of memory that runs out only where a single row does not fit."""
@@ -78,31 +79,51 @@ class Loop:
 
     def _apply(self, step: Apply) -> None:
         node = step.node
+        sources = node.eager.inputs() if node.eager is not None and step.eagerly else node.inputs
+        pieces = [_whole(source, self._stored) for source in sources]
         with torch.inference_mode(self._inference), torch.no_grad():
-            result = self._eagerly(node) if step.eagerly else self._at_once(node)
+            result = self._eagerly(step, pieces) if step.eagerly else self._at_once(node, pieces)
         if node.step is not None:
             node.step.end()
         self._stored[node] = _as_stored(node, result, self._inference, self._memory.count)
         self._on_progress(step.work)
 
-    def _eagerly(self, node: Node) -> Tensor:
+    def _eagerly(self, step: Apply, pieces: Sequence[Tensor]) -> Tensor:
         """What the program's own operator gives."""
-        assert node.eager is not None
-        return node.eager.compute([_whole(source, self._stored) for source in node.eager.inputs()])
+        eager = step.node.eager
+        assert eager is not None
+        if step.in_place and eager.written is not None:
+            written = _whole(eager.written, self._stored)
+            one_each = dense_strides(written.shape, written.stride()) is not None  # not one value for many places
+            if one_each and _memory_of(written) not in self._shared:
+                return eager.compute(pieces, in_place=True)
+        return self._own(eager.compute(pieces), pieces)
 
-    def _at_once(self, node: Node) -> Tensor:
+    def _own(self, result: Tensor, pieces: Sequence[Tensor]) -> Tensor:
+        """What an operator gave, of which it is known from now on whether that is what it was given."""
+        memory = _memory_of(result)
+        if memory in map(_memory_of, pieces):
+            self._shared.add(memory)
+        else:
+            self._shared.discard(memory)  # of a map that is freed
+        return result
+
+    def _at_once(self, node: Node, pieces: Sequence[Tensor]) -> Tensor:
         """All rows of a step."""
         assert node.step is not None
-        pieces = [_whole(source, self._stored) for source in node.inputs]
         if node.step.takes_all:
-            return node.step.compute(0, 1, pieces)
+            return self._own(node.step.compute(0, 1, pieces), pieces)
         if node.step.reduces:
             return _reduced(node, pieces)
         spans = iter(node.step.needs(0, node.rows))
         pieces = [
             piece if dim is None else _rows_of_whole(piece, dim, *next(spans)) for piece, dim in zip(pieces, node.dims)
         ]
-        return node.step.compute(0, node.rows, pieces)
+        return self._own(node.step.compute(0, node.rows, pieces), pieces)
+
+
+def _memory_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _rows_of_whole(piece: Tensor, dim: int, first: int, last: int) -> Tensor:

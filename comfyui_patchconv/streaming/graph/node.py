@@ -50,14 +50,17 @@ class Step:
 
 
 class Eager(Protocol):
-    """An operator as the program called it."""
+    """An operator as the program called it. written: the node in whose memory it has its result, as operators have that
+    write to their argument; None where it takes memory for it."""
+
+    written: Optional[Node]
 
     def inputs(self) -> Sequence[Node]:
         """The nodes among its arguments."""
         ...
 
-    def compute(self, pieces: Sequence[Any]) -> Any:
-        """What it gives for the values of these."""
+    def compute(self, pieces: Sequence[Any], in_place: bool = False) -> Any:
+        """What it gives for the values of these. in_place: those of `written` are lost."""
         ...
 
 

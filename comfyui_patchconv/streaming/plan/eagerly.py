@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Optional
 
 from ..graph.node import Node
 from .cost import seconds_of
@@ -25,14 +26,17 @@ def eager_schedule(roots: Sequence[Node], keep: Sequence[Node], held: int = 0) -
         for source in sources[node]:
             last[source] = node
     schedule = Schedule()
+    shared = {source for node in way if _shares(node) for source in (node, *sources[node])}
     for node in way:
-        held += 0 if _shares(node) else node.bytes
-        schedule.peak = max(schedule.peak, held + _copies(node, sources[node]))
-        schedule.stored = max(schedule.stored, held)
         freed = [source for source in sources[node] if last[source] is node and source not in outer]
         freed = [source for source in freed if source.tensor is None]
-        held -= sum(0 if _shares(source) else source.bytes for source in freed)
-        schedule.steps.append(Apply(node, freed, node.bytes, eagerly=node.eager is not None))
+        written = _written(node)
+        in_place = written in freed and written not in shared
+        held += 0 if _shares(node) or in_place else node.bytes
+        schedule.peak = max(schedule.peak, held + _copies(node, sources[node]))
+        schedule.stored = max(schedule.stored, held)
+        held -= sum(0 if _shares(one) or (in_place and one is written) else one.bytes for one in freed)
+        schedule.steps.append(Apply(node, freed, node.bytes, node.eager is not None, in_place))
         schedule.work += node.bytes
     schedule.seconds = seconds_of(way)
     return schedule
@@ -49,6 +53,15 @@ def _copies(node: Node, sources: Sequence[Node]) -> int:
         return 0
     copied = node.bytes + max((source.bytes for source in sources), default=0) + node.step.weight_bytes
     return copied if node.step.widened == 1 else 2 * node.step.widened * copied  # wider, and in its order
+
+
+def _written(node: Node) -> Optional[Node]:
+    """The map whose memory an operator was called to write its result to, and could: it looks the same."""
+    written = None if node.eager is None else node.eager.written
+    if written is None or (written.step is not None and written.step.moves):  # that may show memory of others
+        return None
+    looks = written.shape, written.strides, written.dtype, written.device
+    return written if looks == (node.shape, node.strides, node.dtype, node.device) else None
 
 
 def _shares(node: Node) -> bool:

@@ -97,12 +97,14 @@ class Pass:
 
 @dataclass
 class Apply:
-    """An operator applied to all of its inputs. freed: as of `Pass`. eagerly: it is the program's own."""
+    """An operator applied to all of its inputs. freed: as of `Pass`. eagerly: it is the program's own. in_place: it has
+    its result in the memory of the map that it was called to write to."""
 
     node: Node
     freed: list[Node]
     work: int
     eagerly: bool = False
+    in_place: bool = False
 
     def renamed(self, name: Callable[[Any], Any]) -> Apply:
         """The same for another node."""

@@ -53,7 +53,7 @@ class Writes(Values):
             if spec.alias == 0:  # dropout of nothing
                 return True
             operands = self.operands(args)
-            node = operators.build(self, operator.functional, operands, kwargs, spec, view.device)
+            node = operators.build(self, operator.functional, operands, kwargs, spec, view.device, func)
             if node is None:
                 node = self.whole(operator.functional, operands, kwargs, spec, view.device)
             if spec.dtype != view.spec.dtype:

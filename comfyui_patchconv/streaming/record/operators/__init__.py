@@ -87,15 +87,18 @@ def _builder(func: Any) -> Optional[Callable[[Call], Optional[Node]]]:
 
 
 def build(
-    recorder: Any, func: Any, args: Any, kwargs: dict[str, Any], spec: Spec, device: torch.device
+    recorder: Any, func: Any, args: Any, kwargs: dict[str, Any], spec: Spec, device: torch.device, writing: Any = None
 ) -> Optional[Node]:
-    """The node of what `func` returns, row by row or as a reduction; None if it needs all of its arguments."""
+    """The node of what `func` returns, row by row or as a reduction; None if it needs all of its arguments.
+
+    writing: the operator that the program called, where that writes the result to its first argument.
+    """
     builder = _builder(func)
     if builder is None or 0 in spec.shape:
         return None
     node = builder(Call(recorder, func, args, kwargs, spec, device))
     if node is not None and node.eager is None and not convolution.has_better(node):
-        node.eager = AsCalled(func, args, kwargs)
+        node.eager = AsCalled(func, args, kwargs, writing)
     return node
 
 

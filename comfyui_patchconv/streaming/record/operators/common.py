@@ -65,20 +65,22 @@ def over(args: Any, kwargs: dict[str, Any]) -> tuple[list[Node], Callable[[Any, 
 
 
 class AsCalled:
-    """An operator as the program called it, its tensors nodes or held."""
+    """An operator as the program called it, its tensors nodes or held. writing: the one that does the same to its first
+    argument, if the program called that."""
 
-    __slots__ = ("args", "func", "kwargs")
+    __slots__ = ("args", "func", "kwargs", "writing", "written")
 
-    def __init__(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        self.func, self.args, self.kwargs = func, args, kwargs
+    def __init__(self, func: Any, args: Any, kwargs: dict[str, Any], writing: Any = None) -> None:
+        self.func, self.args, self.kwargs, self.writing = func, args, kwargs, writing
+        self.written: Optional[Node] = args[0] if writing is not None else None
 
     def inputs(self) -> Sequence[Node]:
         """The nodes among its arguments."""
         return over(self.args, self.kwargs)[0]
 
-    def compute(self, pieces: Sequence[Tensor]) -> Tensor:
-        """What it gives for the values of these."""
-        return over(self.args, self.kwargs)[1](self.func, pieces)
+    def compute(self, pieces: Sequence[Tensor], in_place: bool = False) -> Tensor:
+        """What it gives for the values of these. in_place: those of `written` are lost."""
+        return over(self.args, self.kwargs)[1](self.writing if in_place else self.func, pieces)
 
 
 # Not functions within `over` that call themselves: such a one is a circle, and what it holds stays for a while.
