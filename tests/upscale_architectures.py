@@ -64,11 +64,23 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 """By module and class: what makes it small."""
 
 
-def made(name: str) -> nn.Module:
-    """One of them, with the random weights that it begins with, and noise where these are zero."""
+FULL: dict[str, dict[str, Any]] = {
+    "Compact.Compact": {},
+    "DRUNet.DRUNet": dict(in_nc=3, out_nc=3),
+    "DnCNN.DnCNN": dict(in_nc=3, out_nc=3, act_mode="R"),
+    "MoSR.MoSR": {},
+    "PLKSR.PLKSR": {},
+    "SPAN.SPAN": dict(num_in_ch=3, num_out_ch=3),
+}
+"""Those of convolutions alone whose own widths a CPU computes in a minute: what else makes them as published."""
+
+
+def made(name: str, full: bool = False) -> nn.Module:
+    """One of them, with the random weights that it begins with, and noise where these are zero. full: as published."""
     torch.manual_seed(0)
     module, kind = name.split(".")
-    model: nn.Module = getattr(import_module(f"spandrel.architectures.{module}"), kind)(**ARCHITECTURES[name])
+    settings = FULL[name] if full else ARCHITECTURES[name]
+    model: nn.Module = getattr(import_module(f"spandrel.architectures.{module}"), kind)(**settings)
     for parameter in model.parameters():
         if parameter.dim() and not bool(parameter.any()):
             nn.init.normal_(parameter, std=0.05)

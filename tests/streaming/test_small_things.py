@@ -35,6 +35,20 @@ def heads(x: Tensor, count: int) -> Tensor:
     return x.reshape(2, count, 4 // count, -1).transpose(2, 3)
 
 
+def picked_and_changed(y: Tensor) -> Tensor:
+    index = torch.tensor([2, 1, 0, 3])
+    picked = y[:, index]
+    index.fill_(0)
+    return picked + y[:, index]
+
+
+def or_raised(function: Callable[[], Tensor]) -> Any:
+    try:
+        return function()
+    except IndexError as error:
+        return torch.tensor(len(str(error)))
+
+
 def written_real(z: Tensor) -> Tensor:
     z.real.mul_(3)
     return z
@@ -70,6 +84,15 @@ SMALL: dict[str, Function] = {
     "pad by a module": lambda x: nn.ZeroPad2d((1, 0, 2, 0))(nn.ReflectionPad2d(1)(c(x))),
     "pad tokens": lambda x: F.pad(c(x).flatten(2), (1, 1), "replicate"),
     # repetitions and choices
+    "channels by a list": lambda x: c(c(x)[:, [2, 1, 0, 3]]),
+    "channels by a tensor that changes": lambda x: picked_and_changed(c(x)),
+    "channels by a mask": lambda x: c(x)[:, torch.tensor([True, False, True, True])] * 2,
+    "columns by a list": lambda x: c(x)[..., [3, -1, 0]] * 2,
+    "rows by a list": lambda x: c(x)[:, :, [5, 1, 1]] * 2,
+    "places by two lists": lambda x: c(x)[:, [0, 2], [1, 3]] * 2,
+    "places far apart by two lists": lambda x: c(x)[[0], :, [1]] * 2,
+    "channels by a table": lambda x: c(x)[:, torch.tensor([[0, 1], [2, 3]])] * 2,
+    "channels that are not there": lambda x: or_raised(lambda: c(x)[:, [4]]),
     "repeat_interleave by a tensor": lambda x: torch.repeat_interleave(c(x), torch.tensor([1, 2, 0, 3]), dim=1) * 2,
     "repeat_interleave of rows by a tensor": lambda x: c(x).repeat_interleave(torch.arange(9) % 3, 2),
     "repeat_interleave with its size": lambda x: torch.repeat_interleave(c(x), torch.tensor([2, 1]), 0, output_size=3),
@@ -595,7 +618,7 @@ def holds_back(function: Function) -> dict[str, int]:
 DEFERRED: list[str] = [
     "prelu", "prelu of one", "prelu of a module", "adaptive pool to one", "a gate from the left",
     "a gate from the right", "a gate of pixels", "pad by nothing", "upsampling that two read",
-    "nested calls",
+    "nested calls", "channels by a list", "columns by a list",
 ]  # fmt: skip
 
 

@@ -35,7 +35,7 @@ from .arguments import (
 from .lazy import LazyTensor, View, recorder_of
 from .memory import is_ordinary
 from .program import SMALL
-from .schema import Operator, draws, gives_back, operator_of, written_unsaid
+from .schema import Operator, draws, gives_back, looks, operator_of, written_unsaid
 from .shapes import Spec, load, specs_of
 from .values import Evaluate
 from .writes import Writes
@@ -160,7 +160,7 @@ class Recorder(Writes, TorchDispatchMode):
                 return self._like(func, operator, args, kwargs)
             if operator.name in _AS_ANOTHER and not isinstance(args[0], LazyTensor):
                 return func(args[0], *mapped(_alike, args[1:]), **mapped(_alike, kwargs))
-            if operator.looks or (operator.draws and draws(func, args, kwargs)):
+            if looks(func, args) or (operator.draws and draws(func, args, kwargs)):
                 return self.now(func, args, kwargs)
             unsaid = written_unsaid(func, args, kwargs)
             if unsaid:

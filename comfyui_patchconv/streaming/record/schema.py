@@ -62,6 +62,29 @@ def operator_of(func: Any) -> Operator:
     return Operator(name, names, written, functional, looks, may_draw, reshapes)
 
 
+def looks(func: Any, args: Any) -> bool:
+    """Whether an operator needs values: an index does not that is whole numbers, known to be within reach."""
+    operator = operator_of(func)
+    return operator.looks and not (operator.name == "index" and _is_within_reach(args[0].shape, args[1]))
+
+
+def _is_within_reach(shape: Any, indices: Any) -> bool:
+    """Whether eager takes such indices of a tensor of `shape`; False where they would have to be asked for on a device,
+    or are deferred."""
+    for side, index in zip(shape, indices):
+        if index is None:
+            continue
+        if type(index) is not torch.Tensor or index.device.type != "cpu" or index.dtype not in _WHOLE_NUMBERS:
+            return False
+        if index.numel() and not -side <= int(index.min()) <= int(index.max()) < side:
+            return False
+    return True
+
+
+_WHOLE_NUMBERS = frozenset({torch.int8, torch.int16, torch.int32, torch.int64})
+"""Types that indices have; those of truth values and uint8 tell places by their values."""
+
+
 def draws(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     """Whether an operator that can draw random numbers does: dropout of nothing, or in evaluation, does not."""
     given = dict(zip(operator_of(func).names, args)) | kwargs

@@ -128,7 +128,16 @@ def along_a_dimension(call: Call) -> Optional[Node]:
     return row_local(call, excluded=[dim % len(input.shape) for dim in dims], aligned=False)
 
 
+def indexed(call: Call) -> Optional[Node]:
+    """`x[:, [2, 1, 0]]`: places along one dimension, which is none that rows lie along."""
+    input, indices = call.args
+    places = [place for place, index in enumerate(indices) if index is not None]
+    alone = len(places) == 1 and isinstance(indices[places[0]], Held) and len(indices[places[0]].shape) == 1
+    return row_local(call, excluded=places, aligned=False) if alone and isinstance(input, Node) else None
+
+
 TABLE: dict[str, Callable[[Call], Optional[Node]]] = {
+    "index": indexed,
     **dict.fromkeys(("cat", "concat", "concatenate"), join),
     "stack": stack,
     **dict.fromkeys(("repeat", "tile"), repeat),
