@@ -75,9 +75,9 @@ def main() -> None:
     table = {
         "name": "architectures",
         "title": f"Architectures of upscale models, {args.size}² input",
-        "what": "Each at small widths with random weights, or full as published, run whole and streamed in a process of its own, on one "
-        "thread. Memory is the peak beyond the weights and the input, the error is relative to the range of the "
-        "result, and the last column names the operators that streaming evaluated whole.",
+        "what": "Each at small widths with random weights, or full as published, run whole and streamed in a process "
+        "of its own, on one thread. Memory is the peak beyond the weights and the input, the error is relative to the "
+        "range of the result, and the last column names the operators that streaming evaluated whole.",
         "head": [*HEAD],
         "device": "cpu",
         "packages": ["spandrel"],
