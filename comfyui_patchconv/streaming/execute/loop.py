@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Optional
 
 import torch
@@ -15,8 +15,9 @@ from ...memory.errors import is_out_of_memory
 from ...memory.sizes import allocator_bytes
 from ...memory.usage import anonymous
 from ..graph.node import Node, Span, in_order
-from ..graph.steps import Accumulator
+from ..graph.steps import Accumulator, Convolve, Reduce
 from ..plan.schedule import Apply, Pass, Schedule, Target
+from .kernels import Chain, Kernels, chains_of
 from .lines import Lines
 from .share import ALONE, Share, Stored
 from .stored import Single, Strips, empty
@@ -37,7 +38,7 @@ _AUTOCAST: Any = functools.reduce(
 
 
 class Loop:
-    """Runs `schedule` and stores its results in their nodes.
+    """Runs `schedule` and stores its results in their nodes. Raises ValueError for `PATCHCONV_KERNELS` that are none.
 
     inference: whether the caller is in inference mode. share: the part of it that this process does.
     """
@@ -46,6 +47,8 @@ class Loop:
         self._schedule, self._inference, self._on_progress, self._share = schedule, inference, on_progress, share
         self._stored: dict[Node, Stored] = {}
         self._memory = _Memory(schedule)
+        devices = {step.device for step in schedule.steps if isinstance(step, Pass)}
+        self._kernels = {device: Kernels(device) for device in devices}
 
     def run(self) -> None:
         """Do all of it. Raises what operators raise; of memory that runs out only where a single row does not fit."""
@@ -71,7 +74,9 @@ class Loop:
     def _sweep(self, step: Pass) -> None:
         self._share.before(step, self._stored)
         bands = self._share.bands(step)
-        one_pass = _PassLoop(step, bands, self._stored, self._memory, self._inference, self._on_progress)
+        one_pass = _PassLoop(
+            step, bands, self._stored, self._memory, self._inference, self._on_progress, self._kernels[step.device]
+        )
         one_pass.compute()
         self._share.after(step, one_pass.new, one_pass.gathered)
         one_pass.finish()
@@ -189,7 +194,7 @@ class _PassLoop:
 
     def __init__(
         self, one_pass: Pass, bands: dict[Node, Span], stored: dict[Node, Stored], memory: _Memory, inference: bool,
-        on_progress: OnProgress,
+        on_progress: OnProgress, kernels: Kernels,
     ) -> None:  # fmt: skip
         self._pass, self._bands, self._stored, self._memory = one_pass, bands, stored, memory
         self._inference, self._on_progress = inference, on_progress
@@ -202,8 +207,13 @@ class _PassLoop:
         for target in one_pass.targets:
             if target.stored and target.node not in stored:
                 self.new[target.node] = self._room_for(target)
-        self._last_readers = self._readers_at_last()
         device = one_pass.device
+        self._kernels = kernels
+        self._wanted = {target.node for target in one_pass.targets}
+        self._gathering = {target.node for target in one_pass.targets if any(map(_gathers_moments, target.reductions))}
+        self._chains = chains_of(one_pass.order, self._wanted, one_pass.recomputed)
+        self._computed_as = {link.node: node for node, chain in self._chains.items() for link in chain.links}
+        self._last_readers = self._readers_at_last()
         self._cpu = device.type == "cpu"
         self._device = device
 
@@ -217,8 +227,10 @@ class _PassLoop:
         """For each step, the last one of a strip that reads it."""
         last: dict[Node, Node] = {}
         for node in self._pass.order:
+            reader = self._computed_as.get(node, node)
             for source in node.inputs:
-                last[source] = node
+                if source not in last or last[source].serial < reader.serial:
+                    last[source] = reader
         return last
 
     def compute(self) -> None:
@@ -270,7 +282,7 @@ class _PassLoop:
         """Compute the rows that are wanted; False, and nothing is changed, where memory ran out."""
         ahead, lines = self._rows.copy(), self._lines.state()
         try:
-            pieces = self._compute(ahead.advance(wanted))
+            strip = self._compute(ahead.advance(wanted))
         except (RuntimeError, MemoryError) as error:
             if single or not is_out_of_memory(error):
                 raise
@@ -279,8 +291,8 @@ class _PassLoop:
             self._rows = ahead
             for target in self._pass.targets:
                 node = target.node
-                if node in pieces:
-                    self._give(target, *pieces.pop(node))
+                if node in strip.roots:
+                    self._give(target, *strip.roots.pop(node), strip.moments.get(node))
                 elif node in wanted and node not in self._inside:
                     first, last = wanted[node]
                     self._give(target, first, self._read(node, target.dim, first, last))
@@ -290,15 +302,25 @@ class _PassLoop:
         release(self._device)
         return False
 
-    def _give(self, target: Target, first: int, piece: Tensor) -> None:
-        """Rows of a target go where they are wanted; what lies outside of its band was computed for other steps."""
+    def _give(self, target: Target, first: int, piece: Tensor, moments: Optional[Tensor] = None) -> None:
+        """Rows of a target go where they are wanted; what lies outside of its band was computed for other steps.
+
+        moments: of all of them, where they were gathered already.
+        """
         low, high = self._bands[target.node]
         begin, end = max(first, low), min(first + piece.shape[target.dim], high)
         if begin >= end:
             return
-        piece = _rows_of_whole(piece, target.dim, begin - first, end - first)
+        if (begin, end) != (first, first + piece.shape[target.dim]):
+            piece, moments = piece.narrow(target.dim, begin - first, end - begin), None
         for reduction in target.reductions:
-            self.gathered[reduction].add(piece, begin, end)
+            gathered: Any = self.gathered[reduction]
+            if _gathers_moments(reduction):
+                moments = moments if moments is not None else self._kernels.moments(piece, target.dim)
+                if moments is not None:
+                    gathered.add_moments(moments, piece.numel())
+                    continue
+            gathered.add(piece, begin, end)
         if target.node in self.new:
             self.new[target.node].append(piece)
 
@@ -311,32 +333,40 @@ class _PassLoop:
             return stored.tensor.narrow(dim, first, last - first)
         return stored.read(first, last)
 
-    def _compute(self, works: list[Work]) -> dict[Node, tuple[int, Tensor]]:
-        """One strip; the new rows of each target among it, and the first of them."""
-        there: dict[Node, tuple[int, Tensor]] = {}
-        roots: dict[Node, tuple[int, Tensor]] = {}
-        wanted = {target.node for target in self._pass.targets}
+    def _compute(self, works: list[Work]) -> _Strip:
+        """One strip."""
+        strip = _Strip({work.node: work for work in works})
+        there = strip.there
         for work in works:
             node, (start, high) = work.node, work.rows
+            if self._computed_as.get(node, node) is not node:  # with a later step
+                continue
             dim = node.dim or 0
             line = self._lines.read(node)
             piece: Optional[Tensor] = line
             if start < high:
-                piece = self._rows_of(work, there)
-                if node in wanted:
-                    roots[node] = (start, piece)
+                piece = self._rows_of(work, strip)
+                if node in self._wanted:
+                    strip.roots[node] = (start, piece)
+                elif line is None:
+                    strip.own.add(node)
                 if line is not None:
                     piece = torch.cat((line, piece), dim)
-            if piece is None:
-                continue
-            there[node] = (work.begin, piece)
-            self._keep(work, piece, dim)
-            if self._cpu and start < high:
-                self._memory.computed((high - start) * node.row_bytes, self._pass.workspace)
-            for source in dict.fromkeys(node.inputs):
+            if piece is not None:
+                there[node] = (work.begin, piece)
+                self._keep(work, piece, dim)
+                if self._cpu and start < high:
+                    self._memory.computed((high - start) * node.row_bytes, self._pass.workspace)
+            for source in self._sources(node):
                 if self._last_readers[source] is node:
                     there.pop(source, None)
-        return roots
+        return strip
+
+    def _sources(self, node: Node) -> Iterable[Node]:
+        """What is read when `node` is computed, each map once."""
+        chain = self._chains.get(node)
+        steps = [node] if chain is None else [link.node for link in chain.links]
+        return dict.fromkeys(source for step in steps for source in step.inputs)
 
     def _keep(self, work: Work, piece: Tensor, dim: int) -> None:
         """Keep the rows that the next strip reads again."""
@@ -346,26 +376,76 @@ class _PassLoop:
         elif work.rows[0] < work.rows[1] or work.keep > work.begin:
             self._lines.keep(node, piece.narrow(dim, work.keep - work.begin, end - work.keep), dim)
 
-    def _rows_of(self, work: Work, there: dict[Node, tuple[int, Tensor]]) -> Tensor:
+    def _rows_of(self, work: Work, strip: _Strip) -> Tensor:
         node = work.node
+        chain = self._chains.get(node)
+        if chain is not None:
+            return self._rows_of_chain(chain, work, strip)
         pieces, spans = [], iter(work.needs)
         for source, dim in zip(node.inputs, node.dims):
-            if dim is None:
-                pieces.append(_whole(source, self._stored))
-                continue
-            low, high = next(spans)
-            if source in self._inside:
-                if low >= high or source not in there:
-                    pieces.append(_no_rows(source, dim))
-                    continue
-                begin, piece = there[source]
-                assert low >= begin  # what lies before it is gone
-                whole = low == begin and high - low == piece.shape[dim]
-                pieces.append(piece if whole else piece.narrow(dim, low - begin, high - low))
+            if source in strip.padded:
+                next(spans)
+                pieces.append(strip.there[source][1])
             else:
-                pieces.append(self._read(source, dim, low, high))
+                pieces.append(self._piece(source, dim, *((0, 0) if dim is None else next(spans)), strip))
+        if node.inputs and node.inputs[0] in strip.padded:
+            assert isinstance(node.step, Convolve)
+            return node.step.call(pieces)
         assert node.step is not None
         return node.step.compute(*work.rows, pieces)
+
+    def _rows_of_chain(self, chain: Chain, work: Work, strip: _Strip) -> Tensor:
+        """The same of the last step of a chain."""
+        edges, reader = None, strip.works.get(chain.convolution) if chain.convolution is not None else None
+        if reader is not None and reader.needs and reader.needs[0] == work.rows:
+            step: Any = reader.node.step
+            edges = step.edges(*reader.rows)
+
+        def read(source: Node, dim: Optional[int], first: int, last: int) -> Tensor:
+            return self._piece(source, dim, first, last, strip)
+
+        own = chain.overwrites and chain.source in strip.own
+        done = self._kernels.compute(chain, *work.rows, read, own, edges, work.node in self._gathering)
+        if done.padded:
+            strip.padded.add(work.node)
+        if done.moments is not None:
+            strip.moments[work.node] = done.moments
+        return done.rows
+
+    def _piece(self, source: Node, dim: Optional[int], low: int, high: int, strip: _Strip) -> Tensor:
+        """Rows `[low, high)` of what a step reads along `dim`; all of it where that is None."""
+        if dim is None:
+            return _whole(source, self._stored)
+        if source not in self._inside:
+            return self._read(source, dim, low, high)
+        if low >= high or source not in strip.there:
+            return _no_rows(source, dim)
+        begin, piece = strip.there[source]
+        assert low >= begin  # what lies before it is gone
+        whole = low == begin and high - low == piece.shape[dim]
+        return piece if whole else piece.narrow(dim, low - begin, high - low)
+
+
+class _Strip:
+    """What a strip has computed so far.
+
+    works: what it does for each step. there: of each step that is still read, the first row and the rows. roots: the
+    same of the new rows of each target. own: the steps whose rows lie in memory that nothing else has. padded: those
+    whose rows a convolution's padding lies around. moments: of the new rows of targets.
+    """
+
+    def __init__(self, works: dict[Node, Work]) -> None:
+        self.works = works
+        self.there: dict[Node, tuple[int, Tensor]] = {}
+        self.roots: dict[Node, tuple[int, Tensor]] = {}
+        self.own: set[Node] = set()
+        self.padded: set[Node] = set()
+        self.moments: dict[Node, Tensor] = {}
+
+
+def _gathers_moments(reduction: Node) -> bool:
+    """Whether a reduction is the statistics of a norm, of a map as it is."""
+    return isinstance(reduction.step, Reduce) and reduction.step.moments
 
 
 def _no_rows(node: Node, dim: int) -> Tensor:

@@ -50,7 +50,10 @@ class Step:
 
 
 class Eager(Protocol):
-    """An operator as the program called it."""
+    """An operator as the program called it. args, kwargs: its tensors are nodes, or held."""
+
+    args: Any
+    kwargs: dict[str, Any]
 
     def inputs(self) -> Sequence[Node]:
         """The nodes among its arguments."""
