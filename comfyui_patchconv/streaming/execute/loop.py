@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -283,44 +283,50 @@ class _PassLoop:
         ahead, lines = self._rows.copy(), self._lines.state()
         try:
             strip = self._compute(ahead.advance(wanted))
+            new = [rows for target in self._pass.targets for rows in self._new_rows(target, strip, wanted)]
         except (RuntimeError, MemoryError) as error:
             if single or not is_out_of_memory(error):
                 raise
             self._lines.go_back(lines)
         else:
+            del strip
             self._rows = ahead
-            for target in self._pass.targets:
-                node = target.node
-                if node in strip.roots:
-                    self._give(target, *strip.roots.pop(node), strip.moments.get(node))
-                elif node in wanted and node not in self._inside:
-                    first, last = wanted[node]
-                    self._give(target, first, self._read(node, target.dim, first, last))
+            while new:
+                self._give(*new.pop(0))
             if self._cpu:
                 self._memory.strip_done(self._pass.line_bytes)
             return True
         release(self._device)
         return False
 
-    def _give(self, target: Target, first: int, piece: Tensor, moments: Optional[Tensor] = None) -> None:
-        """Rows of a target go where they are wanted; what lies outside of its band was computed for other steps.
-
-        moments: of all of them, where they were gathered already.
-        """
-        low, high = self._bands[target.node]
+    def _new_rows(self, target: Target, strip: _Strip, wanted: dict[Node, Span]) -> Iterable[_NewRows]:
+        """Rows of a target that a strip has, if any; what lies outside of its band was computed for other steps."""
+        node, moments = target.node, None
+        if node in strip.roots:
+            first, piece = strip.roots.pop(node)
+            moments = strip.moments.get(node)
+        elif node in wanted and node not in self._inside:
+            first, last = wanted[node]
+            piece = self._read(node, target.dim, first, last)
+        else:
+            return
+        low, high = self._bands[node]
         begin, end = max(first, low), min(first + piece.shape[target.dim], high)
         if begin >= end:
             return
-        if (begin, end) != (first, first + piece.shape[target.dim]):
-            piece, moments = piece.narrow(target.dim, begin - first, end - begin), None
+        part = _rows_of_whole(piece, target.dim, begin - first, end - first)
+        if node in self._gathering and (moments is None or part is not piece):
+            moments = self._kernels.moments(part, target.dim)
+        yield _NewRows(target, begin, part, moments)
+
+    def _give(self, target: Target, first: int, piece: Tensor, moments: Optional[Tensor]) -> None:
+        """Rows of a target go where they are wanted."""
         for reduction in target.reductions:
             gathered: Any = self.gathered[reduction]
-            if _gathers_moments(reduction):
-                moments = moments if moments is not None else self._kernels.moments(piece, target.dim)
-                if moments is not None:
-                    gathered.add_moments(moments, piece.numel())
-                    continue
-            gathered.add(piece, begin, end)
+            if moments is not None and _gathers_moments(reduction):
+                gathered.add_moments(moments, piece.numel())
+            else:
+                gathered.add(piece, first, first + piece.shape[target.dim])
         if target.node in self.new:
             self.new[target.node].append(piece)
 
@@ -424,6 +430,15 @@ class _PassLoop:
         assert low >= begin  # what lies before it is gone
         whole = low == begin and high - low == piece.shape[dim]
         return piece if whole else piece.narrow(dim, low - begin, high - low)
+
+
+class _NewRows(NamedTuple):
+    """Rows of a target from row `first` on. moments: see `_Strip`."""
+
+    target: Target
+    first: int
+    piece: Tensor
+    moments: Optional[Tensor]
 
 
 class _Strip:

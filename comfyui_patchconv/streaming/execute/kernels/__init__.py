@@ -2,6 +2,7 @@
 GPU for it, else by PyTorch's operators, which overwrite what nothing reads any more."""
 
 from .chains import Chain, chains_of
-from .run import Done, Kernels
+from .choice import VARIABLE
+from .run import Kernels
 
-__all__ = ["Chain", "Done", "Kernels", "chains_of"]
+__all__ = ["VARIABLE", "Chain", "Kernels", "chains_of"]

@@ -96,7 +96,7 @@ def compute(
     most = _MOST_CHANNELS // 2 if last and first else _MOST_CHANNELS if last else _LEAST_CHANNELS
     at_once = min(_power(channels), most)
     of_pixels = min(_power(out_pixels), max(_TILE // at_once, 1))
-    turns = _TURNS if gathers else 1
+    turns = min(_TURNS, _power(-(-out_pixels // of_pixels))) if gathers else 1
     parts = -(-out_pixels // (of_pixels * turns))
     grid = parts, -(-channels // at_once), batch * frames
     if max(grid[1:]) > _MOST_PROGRAMS:
