@@ -3,8 +3,12 @@ are interpreted here."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Optional
 
 import pytest
@@ -219,6 +223,58 @@ def test_infinities_and_nans_are_those_of_torch(triton: Any) -> None:
         out = torch.empty_like(map)
         assert compute(Form(first=kind), Inputs(map), out, 2)[0]
         torch.testing.assert_close(out, apply(map), equal_nan=True)
+
+
+COMPILE = """
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from comfyui_patchconv.streaming.execute.kernels.source import chain
+
+FLOATS = ("inner", "added", "factor", "slope_first", "slope_second")
+TARGETS = {"cubin": GPUTarget("cuda", 80, 32), "hsaco": GPUTarget("hip", "gfx942", 64)}
+for kind, dtype, flags in (("cubin", "fp16", (1, 1, 1, 2, 1, 1)), ("hsaco", "bf16", (1, 1, 1, 3, 1, 1)),
+                           ("cubin", "fp32", (0, 0, 0, 0, 0, 1))):
+    constants = dict(zip(("SCALED", "FIRST", "ADDS", "SECOND", "WRITES", "GATHERS"), flags))
+    constants |= {"PIXELS": 64, "CHANNELS": 32, "TURNS": 8}
+    types = {"line": "*fp32", "moments": "*fp32"} | dict.fromkeys(("x", "other", "out"), "*" + dtype)
+    types |= dict.fromkeys(FLOATS, "fp32") | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in chain.arg_names}
+    compiled = triton.compile(ASTSource(chain, signature, constexprs=constants), target=TARGETS[kind])
+    print(len(compiled.asm[kind]))
+"""
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_gpus_that_are_not_here(triton: Any, tmp_path: Path) -> None:
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }  # fmt: skip
+    (tmp_path / "compile.py").write_text(COMPILE, encoding="utf-8")
+    command = [sys.executable, str(tmp_path / "compile.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(int(line) > 1000 for line in done.stdout.split())
+    assert len(done.stdout.split()) == 3
+
+
+def test_moments_of_all_kinds_are_merged() -> None:
+    map, statistics = drawn(2, 6, 30, 5).double() + 3, Statistics(3, 2)
+    first, second, rest = map.split((10, 8, 12), 2)
+    for part, channels in ((first, 6), (second, 3)):  # of channels as kernels have them, of groups as torch has them
+        wide = part.reshape(2, channels, -1)
+        squares = (wide - wide.mean(-1, keepdim=True)).square().sum(-1)
+        moments = torch.stack((torch.full_like(squares, wide.shape[-1]), wide.mean(-1), squares))
+        statistics.add_moments(moments[:, None], part.numel())
+    statistics.add(rest)
+    wide = map.reshape(2, 3, -1)
+    torch.testing.assert_close(statistics.mean, wide.mean(-1))
+    torch.testing.assert_close(statistics.variance, wide.var(-1, correction=0))
+    other = Statistics(3, 2)
+    other.merge([statistics.state(), statistics.state()], torch.device("cpu"))
+    torch.testing.assert_close(other.variance, statistics.variance)
+    assert other.count == 2 * wide.shape[-1]
 
 
 # Chains

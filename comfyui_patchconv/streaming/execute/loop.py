@@ -213,7 +213,8 @@ class _PassLoop:
         self._gathering = {target.node for target in one_pass.targets if any(map(_gathers_moments, target.reductions))}
         self._chains = chains_of(one_pass.order, self._wanted, one_pass.recomputed)
         self._computed_as = {link.node: node for node, chain in self._chains.items() for link in chain.links}
-        self._last_readers = self._readers_at_last()
+        self._sources = self._read_at_once()
+        self._last_readers = {source: node for node, sources in self._sources.items() for source in sources}
         self._cpu = device.type == "cpu"
         self._device = device
 
@@ -223,15 +224,15 @@ class _PassLoop:
             return Single(target.node, target.offloaded, self._inference, self._memory.count, band[0])
         return Strips(target.node, target.offloaded, self._memory.count, band)
 
-    def _readers_at_last(self) -> dict[Node, Node]:
-        """For each step, the last one of a strip that reads it."""
-        last: dict[Node, Node] = {}
+    def _read_at_once(self) -> dict[Node, list[Node]]:
+        """What each step reads, each map once; for the last one of a chain what all of that reads."""
+        found: dict[Node, list[Node]] = {}
         for node in self._pass.order:
-            reader = self._computed_as.get(node, node)
-            for source in node.inputs:
-                if source not in last or last[source].serial < reader.serial:
-                    last[source] = reader
-        return last
+            if self._computed_as.get(node, node) is node:
+                chain = self._chains.get(node)
+                steps = [node] if chain is None else [link.node for link in chain.links]
+                found[node] = list(dict.fromkeys(source for one in steps for source in one.inputs))
+        return found
 
     def compute(self) -> None:
         """Compute all rows that are wanted."""
@@ -345,7 +346,7 @@ class _PassLoop:
         there = strip.there
         for work in works:
             node, (start, high) = work.node, work.rows
-            if self._computed_as.get(node, node) is not node:  # with a later step
+            if node not in self._sources:  # it is computed with a later step
                 continue
             dim = node.dim or 0
             line = self._lines.read(node)
@@ -363,16 +364,10 @@ class _PassLoop:
                 self._keep(work, piece, dim)
                 if self._cpu and start < high:
                     self._memory.computed((high - start) * node.row_bytes, self._pass.workspace)
-            for source in self._sources(node):
+            for source in self._sources[node]:
                 if self._last_readers[source] is node:
                     there.pop(source, None)
         return strip
-
-    def _sources(self, node: Node) -> Iterable[Node]:
-        """What is read when `node` is computed, each map once."""
-        chain = self._chains.get(node)
-        steps = [node] if chain is None else [link.node for link in chain.links]
-        return dict.fromkeys(source for step in steps for source in step.inputs)
 
     def _keep(self, work: Work, piece: Tensor, dim: int) -> None:
         """Keep the rows that the next strip reads again."""

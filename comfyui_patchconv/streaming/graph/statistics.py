@@ -78,16 +78,23 @@ class Statistics:
     def add(self, strip: Tensor) -> None:
         batch, channels = strip.shape[:2]
         count = strip.numel() // max(batch * self.groups, 1)
-        last = strip.dim() == 4 and strip.stride(1) == 1 < channels and strip.device.type == "cpu"
+        if strip.device.type != "cpu":
+            mean, scale = self._moments(_wide(strip).contiguous())
+            squares = scale.square().reciprocal() * count
+            self.add_moments(torch.stack((torch.full_like(mean, count), mean, squares))[:, None], strip.numel())
+            return
+        last = strip.dim() == 4 and strip.stride(1) == 1 < channels
         self._merge(count, *(self._of_pixels(strip) if last else self._of_rows(_wide(strip), count)))
 
     def add_moments(self, moments: Tensor, elements: int) -> None:
-        """Of parts of a strip, whose moments are known: `[3, K, N, C]` in float32, for each channel of each of K parts
-        how many elements there are, their mean, and the sum of squared differences to it.
+        """Of parts of a strip, whose moments are known: `[3, K, N, C]`, for each channel, or each group, of each of K
+        parts how many elements there are, their mean, and the sum of squared differences to it.
 
-        elements: in all parts. They are merged later, many at once: on a GPU each of the small
-        operators that merge takes as long as a large one.
+        elements: in all parts. They are merged later, many at once: on a GPU each of the small operators that merge
+        takes as long as a large one, and where it has no float64, the host waits for them.
         """
+        if self._parts and self._parts[0].shape[2:] != moments.shape[2:]:
+            self._merge_parts()
         self._parts.append(moments)
         self._count_of_parts += elements // (self.batch * self.groups)
         if sum(part.nbytes for part in self._parts) >= _BYTES_OF_PARTS:
@@ -132,9 +139,9 @@ class Statistics:
     def _of_rows(self, wide: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Mean, and sum of squared differences to it, of groups of `count` elements."""
         mean, scale = self._moments(wide.contiguous())
-        if wide.device.type == "cpu" and bool((mean.abs() * scale > _VARIES_LITTLE).any()):
+        if bool((mean.abs() * scale > _VARIES_LITTLE).any()):
             mean, scale = self._moments(wide.double().contiguous())
-        return in_float64(mean), in_float64(scale) ** -2 * count
+        return mean.double(), scale.double() ** -2 * count
 
     def _moments(self, wide: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and reciprocal deviation, `[N, groups]`."""

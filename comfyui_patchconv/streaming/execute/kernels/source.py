@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton  # type: ignore[import-not-found]
 import triton.language as tl  # type: ignore[import-not-found]
 
 
 @triton.jit
-def _activated(value: Any, kind: tl.constexpr, slope: Any):
+def _activated(value, kind: tl.constexpr, slope):  # Triton knows no other types
     if kind == 1:
         value = value / (1.0 + tl.exp(-value))
     if kind == 2:
-        value = tl.where(value > 0, value, tl.where(value != value, value, value * slope))
+        value = tl.where(value > 0, value, value * slope)
     if kind == 3:  # not times zero, which infinities are not
         value = tl.where(value < 0, 0.0, value)
     return value
@@ -48,7 +46,7 @@ def chain(
     if SCALED:
         scale = tl.load(line + 2 * lines + sample * channels + c, mask=there, other=0.0).to(tl.float32)[None, :]
         shift = tl.load(line + 3 * lines + sample * channels + c, mask=there, other=0.0).to(tl.float32)[None, :]
-    count = 0.0
+    count = tl.zeros((CHANNELS,), tl.float32)  # of pixels; the same for each channel
     mean = tl.zeros((CHANNELS,), tl.float32)
     squares = tl.zeros((CHANNELS,), tl.float32)
     for turn in range(TURNS):
@@ -82,6 +80,6 @@ def chain(
         samples = tl.num_programs(2) // frames
         at = moments + ((frame * tl.num_programs(0) + part) * samples + sample) * channels + c
         size = parts * samples * channels
-        tl.store(at, count + tl.zeros((CHANNELS,), tl.float32), mask=there)
+        tl.store(at, count, mask=there)
         tl.store(at + size, mean, mask=there)
         tl.store(at + 2 * size, squares, mask=there)
