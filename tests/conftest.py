@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,6 +23,8 @@ with suppress(ImportError):  # tests/cuda does without, on a machine that has li
     )
     settings.load_profile("patchconv")
 torch.set_num_threads(1)  # small tensors, and several test processes at a time
+if not torch.cuda.is_available():  # Triton looks at it when it is imported, by whomever
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 METHODS = {
     "eager": "eager",
     "stream": "ours, streamed",
+    "operators": "ours, streamed, by PyTorch's operators alone",
     "bounded": "ours, streamed within {budget}",
     "chunks": "ours, streamed by chunks",
     "patch": "ours, strips",
@@ -19,6 +20,7 @@ METHODS = {
 }
 OTHERS = ("eager", "patch_conv", "tiled", "comfyui")
 IMAGE = ("eager", "stream", "bounded", "patch", "tiled", "comfyui")
+DECODE = ("eager", "stream", "operators", *IMAGE[2:])
 CLIP = ("eager", "stream", "bounded", "tiled")
 BY_CHUNKS = (*CLIP, "chunks")  # of a VAE whose decoder is called for each latent frame
 UPSCALE = ("eager", "stream", "bounded", "comfyui")
@@ -144,8 +146,8 @@ def upscales(sizes: Sequence[int], dtype: str, *, exact: int = 0, toy: bool = Fa
 
 def profiles(size: int, dtype: str, toy: bool = False) -> list[Case]:
     """A decode of `size` pixels a side whose kernels are listed, of each method that there is something to see of."""
-    (eager, stream) = images("sd_decode", [size], dtype, methods=("eager", "stream"), toy=toy)
-    return [Case(**vars(one) | {"table": "profile", "exact": False}) for one in (stream, eager)]
+    cases = images("sd_decode", [size], dtype, methods=("stream", "operators", "eager"), toy=toy)
+    return [Case(**vars(one) | {"table": "profile", "exact": False}) for one in cases]
 
 
 def of_a_gpu() -> list[Case]:
@@ -154,10 +156,10 @@ def of_a_gpu() -> list[Case]:
     large = [(512, 2048, 3), (256, 4096, 3), (512, 2048, 5), (256, 4096, 5), (512, 2048, 7), (256, 4096, 7)]
     few = ("stream", "bounded", "eager", "comfyui")
     return [
-        *images("sd_decode", [1024], half, exact=1024),
+        *images("sd_decode", [1024], half, methods=DECODE, exact=1024),
         *profiles(1024, half),
         *convolutions([(512, 512, 3), *large], half, exact=512),
-        *images("sd_decode", [2048], half),
+        *images("sd_decode", [2048], half, methods=DECODE),
         *images("sd_encode", [1024], half, exact=1024),
         *clips("wan", 9, 240, 416, 3, wide, exact=True),
         *upscales([256, 512], half, exact=256),
@@ -187,7 +189,7 @@ def of_toys() -> list[Case]:
     vaes = ("sd_decode", "sd_encode", "flux_decode", "flux_encode")
     return [
         *(case for table in vaes for case in images(table, [64], single, exact=64, toy=True)),
-        *images("sd_decode", [128], single, methods=("eager", "stream"), toy=True),
+        *images("sd_decode", [128], single, methods=("eager", "stream", "operators"), toy=True),
         *profiles(64, single, toy=True),
         *convolutions([(4, 64, 3), (4, 64, 7)], single, exact=64, toy=True),
         *clips("wan", 5, 64, 64, 0.1, single, exact=True, toy=True),

@@ -24,7 +24,8 @@ WHAT = (
 )
 CLOCKS = {
     "cuda": "Time is between two events: the median of up to seven runs behind a first one, or that of a first one of "
-    "more than ten seconds. Launches are kernels, by torch's profiler.",
+    "more than ten seconds. Launches are kernels, by torch's profiler. By PyTorch's operators alone is "
+    "PATCHCONV_KERNELS=torch.",
     "cpu": "Of toys on a CPU, to see that it runs: no figure here says anything. Launches are operators.",
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import importlib.util
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from comfyui_patchconv import patched
 from comfyui_patchconv.memory.errors import is_out_of_memory
 from comfyui_patchconv.streaming import Streamed, Tuning
+from comfyui_patchconv.streaming.execute.kernels import VARIABLE, Kernels
 
 from .cases import Case
 from .measure import MOST_RUNS, clean, errors, kernels, measured
@@ -221,11 +223,12 @@ Way = tuple[Callable[[Tensor], Tensor], Callable[[], int]]
 def way(network: Network, case: Case) -> Iterator[Way]:
     """What runs a case by its method, and tells afterwards the bytes that its plan expected (0 for none)."""
     run, method = network.parts[case.part], case.method
-    if method in ("stream", "bounded", "chunks"):
+    if method in ("stream", "operators", "bounded", "chunks"):
         place = network.chunks if method == "chunks" else network.streamed[case.part]
         if place is None:
             raise LackingError("it is not decoded by chunks")
-        with streaming(*place, case.budget, SMALL if case.toy else USUAL) as runner:
+        tuning = SMALL if case.toy else USUAL
+        with kernels_of(method, network.module), streaming(*place, case.budget, tuning) as runner:
             yield run, lambda: runner.last.peak if runner.last is not None else 0
     elif method in ("patch", "patch16"):
         with patched(network.module, 16 if method == "patch16" else 0, threshold=0):
@@ -247,6 +250,25 @@ def way(network: Network, case: Case) -> Iterator[Way]:
         yield lambda input: thrice(run, input, tile, overlap, network.scales[case.part]), lambda: 0
     else:
         yield run, lambda: 0
+
+
+@contextmanager
+def kernels_of(method: str, module: nn.Module) -> Iterator[None]:
+    """Within the block what lies between convolutions is left to PyTorch's operators, where the method says so."""
+    if method != "operators":
+        yield
+        return
+    device = next(module.parameters()).device
+    if device.type == "cuda" and not Kernels(device).by_triton:
+        raise LackingError("there is no Triton here that works: PyTorch's operators alone is what streamed above")
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = "torch"
+    try:
+        yield
+    finally:
+        os.environ.pop(VARIABLE)
+        if before is not None:
+            os.environ[VARIABLE] = before
 
 
 def comfyui_tile(case: Case) -> tuple[int, int]:

@@ -24,6 +24,8 @@ from network_helpers import Frames, random_network, run_network
 from patch_ddpm_helpers import FEW, TALL, randomised
 from streaming.spread.toys import Decoder, drawn, seeded
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from comfyui_patchconv import PartialConv2d, PConv2d, Tiling, convert_model
 from comfyui_patchconv.conv.fill import fill
@@ -33,6 +35,7 @@ from comfyui_patchconv.pixel_models.patch_diffusion import diffusion as patch_di
 from comfyui_patchconv.pixel_models.patch_diffusion.config import Config
 from comfyui_patchconv.pixel_models.patch_diffusion.model import PatchUNet
 from comfyui_patchconv.streaming import Tuning, expect, stream, streamed
+from comfyui_patchconv.streaming.execute import loop
 
 SECOND = torch.device("privateuseone", 0)  # which is how torch calls it before it has a name
 Answer = dict[str, Any]
@@ -210,6 +213,54 @@ def peaks(counter: Any) -> Answer:
     return answer
 
 
+class Waits(TorchDispatchMode):
+    """Notes what the host has to wait for: values of the device's that come to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        there = any(one.device == SECOND for one in given)
+        if there and any(not isinstance(one, Tensor) or one.device != SECOND for one in tree_leaves(result)):
+            self.seen.append(str(func))
+        return result
+
+
+def waits(counter: Any) -> Answer:
+    """What the host waits for within the passes of decodes and encodes; and that such a wait would have been noted."""
+    vae: Any = draw_weights(kl(4)).to(SECOND)
+    frames, found, compute = Frames().to(SECOND), {}, loop._PassLoop.compute
+    cases = (
+        (vae, "decode", image(4, 24, 16)),
+        (vae, "encode", image(3, 64, 48)),
+        (frames, "forward", image(8, 6, 32, 16)),
+    )
+    passes: list[str] = []
+
+    def watched(one_pass: Any) -> None:
+        with Waits() as seen:
+            compute(one_pass)
+        passes.append(" ".join(seen.seen))
+
+    loop._PassLoop.compute = watched
+    try:
+        for model, method, input in cases:
+            passes.clear()
+            with stream(getattr(model, method), tuning=SMALL):
+                getattr(model, method)(input.to(SECOND))
+            found[method] = {"passes": len(passes), "waits": " ".join(passes).strip()}
+    finally:
+        loop._PassLoop.compute = compute
+    with Waits() as seen:
+        image(3, 4, 4).to(SECOND).sum().item()
+        image(3, 4, 4).to(SECOND).cpu()
+    found["noted"] = len(seen.seen)
+    return found
+
+
 if __name__ == "__main__":
     counted = register(Path(sys.argv[1]))
     torch.set_num_threads(1)
@@ -217,6 +268,6 @@ if __name__ == "__main__":
     with torch.inference_mode():
         print(
             json.dumps(
-                {part.__name__: part(counted) for part in (models, networks, layers, ranks, pixel_models, peaks)}
+                {part.__name__: part(counted) for part in (models, networks, layers, ranks, pixel_models, peaks, waits)}
             )
         )

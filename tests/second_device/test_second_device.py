@@ -59,3 +59,10 @@ def test_it_takes_what_plans_say(answers: dict[str, dict[str, Any]]) -> None:
         assert 0.5 * figures["plan"] < figures["peak"] <= 1.05 * figures["plan"]
     for method in ("decode", "encode", "forward"):
         assert any(figures["offloaded"] for name, figures in answers["peaks"].items() if name.startswith(method))
+
+
+def test_the_host_waits_for_nothing_within_a_sweep(answers: dict[str, dict[str, Any]]) -> None:
+    found = answers["waits"]
+    assert found.pop("noted") == 2
+    assert all(one["passes"] > 0 for one in found.values())
+    assert {name: one["waits"] for name, one in found.items()} == {"decode": "", "encode": "", "forward": ""}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, Optional
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -15,8 +15,9 @@ from ...memory.errors import is_out_of_memory
 from ...memory.sizes import allocator_bytes
 from ...memory.usage import anonymous
 from ..graph.node import Node, Span, dense_strides, in_order
-from ..graph.steps import Accumulator
+from ..graph.steps import Accumulator, Convolve, Reduce
 from ..plan.schedule import Apply, Pass, Schedule, Target
+from .kernels import Chain, Kernels, chains_of
 from .lines import Lines
 from .share import ALONE, Share, Stored
 from .stored import Single, Strips, empty
@@ -37,7 +38,7 @@ _AUTOCAST: Any = functools.reduce(
 
 
 class Loop:
-    """Runs `schedule` and stores its results in their nodes.
+    """Runs `schedule` and stores its results in their nodes. Raises ValueError for `PATCHCONV_KERNELS` that are none.
 
     inference: whether the caller is in inference mode. share: the part of it that this process does.
     """
@@ -47,6 +48,8 @@ class Loop:
         self._stored: dict[Node, Stored] = {}
         self._memory = _Memory(schedule)
         self._shared: set[int] = set()  # memory of maps that others show too
+        devices = {step.device for step in schedule.steps if isinstance(step, Pass)}
+        self._kernels = {device: Kernels(device) for device in devices}
 
     def run(self) -> None:
         """Do all of it. Raises what operators raise; of memory that runs out only where a single row does not fit."""
@@ -72,7 +75,9 @@ class Loop:
     def _sweep(self, step: Pass) -> None:
         self._share.before(step, self._stored)
         bands = self._share.bands(step)
-        one_pass = _PassLoop(step, bands, self._stored, self._memory, self._inference, self._on_progress)
+        one_pass = _PassLoop(
+            step, bands, self._stored, self._memory, self._inference, self._on_progress, self._kernels[step.device]
+        )
         one_pass.compute()
         self._share.after(step, one_pass.new, one_pass.gathered)
         one_pass.finish()
@@ -210,7 +215,7 @@ class _PassLoop:
 
     def __init__(
         self, one_pass: Pass, bands: dict[Node, Span], stored: dict[Node, Stored], memory: _Memory, inference: bool,
-        on_progress: OnProgress,
+        on_progress: OnProgress, kernels: Kernels,
     ) -> None:  # fmt: skip
         self._pass, self._bands, self._stored, self._memory = one_pass, bands, stored, memory
         self._inference, self._on_progress = inference, on_progress
@@ -223,8 +228,14 @@ class _PassLoop:
         for target in one_pass.targets:
             if target.stored and target.node not in stored:
                 self.new[target.node] = self._room_for(target)
-        self._last_readers = self._readers_at_last()
         device = one_pass.device
+        self._kernels = kernels
+        self._wanted = {target.node for target in one_pass.targets}
+        self._gathering = {target.node for target in one_pass.targets if any(map(_gathers_moments, target.reductions))}
+        self._chains = chains_of(one_pass.order, self._wanted, one_pass.recomputed)
+        self._computed_as = {link.node: node for node, chain in self._chains.items() for link in chain.links}
+        self._sources = self._read_at_once()
+        self._last_readers = {source: node for node, sources in self._sources.items() for source in sources}
         self._cpu = device.type == "cpu"
         self._device = device
 
@@ -234,13 +245,15 @@ class _PassLoop:
             return Single(target.node, target.offloaded, self._inference, self._memory.count, band[0])
         return Strips(target.node, target.offloaded, self._memory.count, band)
 
-    def _readers_at_last(self) -> dict[Node, Node]:
-        """For each step, the last one of a strip that reads it."""
-        last: dict[Node, Node] = {}
+    def _read_at_once(self) -> dict[Node, list[Node]]:
+        """What each step reads, each map once; for the last one of a chain what all of that reads."""
+        found: dict[Node, list[Node]] = {}
         for node in self._pass.order:
-            for source in node.inputs:
-                last[source] = node
-        return last
+            if self._computed_as.get(node, node) is node:
+                chain = self._chains.get(node)
+                steps = [node] if chain is None else [link.node for link in chain.links]
+                found[node] = list(dict.fromkeys(source for one in steps for source in one.inputs))
+        return found
 
     def compute(self) -> None:
         """Compute all rows that are wanted."""
@@ -291,35 +304,51 @@ class _PassLoop:
         """Compute the rows that are wanted; False, and nothing is changed, where memory ran out."""
         ahead, lines = self._rows.copy(), self._lines.state()
         try:
-            pieces = self._compute(ahead.advance(wanted))
+            strip = self._compute(ahead.advance(wanted))
+            new = [rows for target in self._pass.targets for rows in self._new_rows(target, strip, wanted)]
         except (RuntimeError, MemoryError) as error:
             if single or not is_out_of_memory(error):
                 raise
             self._lines.go_back(lines)
         else:
+            del strip
             self._rows = ahead
-            for target in self._pass.targets:
-                node = target.node
-                if node in pieces:
-                    self._give(target, *pieces.pop(node))
-                elif node in wanted and node not in self._inside:
-                    first, last = wanted[node]
-                    self._give(target, first, self._read(node, target.dim, first, last))
+            while new:
+                self._give(*new.pop(0))
             if self._cpu:
                 self._memory.strip_done(self._pass.line_bytes)
             return True
         release(self._device)
         return False
 
-    def _give(self, target: Target, first: int, piece: Tensor) -> None:
-        """Rows of a target go where they are wanted; what lies outside of its band was computed for other steps."""
-        low, high = self._bands[target.node]
+    def _new_rows(self, target: Target, strip: _Strip, wanted: dict[Node, Span]) -> Iterable[_NewRows]:
+        """Rows of a target that a strip has, if any; what lies outside of its band was computed for other steps."""
+        node, moments = target.node, None
+        if node in strip.roots:
+            first, piece = strip.roots.pop(node)
+            moments = strip.moments.get(node)
+        elif node in wanted and node not in self._inside:
+            first, last = wanted[node]
+            piece = self._read(node, target.dim, first, last)
+        else:
+            return
+        low, high = self._bands[node]
         begin, end = max(first, low), min(first + piece.shape[target.dim], high)
         if begin >= end:
             return
-        piece = _rows_of_whole(piece, target.dim, begin - first, end - first)
+        part = _rows_of_whole(piece, target.dim, begin - first, end - first)
+        if node in self._gathering and (moments is None or part is not piece):
+            moments = self._kernels.moments(part, target.dim)
+        yield _NewRows(target, begin, part, moments)
+
+    def _give(self, target: Target, first: int, piece: Tensor, moments: Optional[Tensor]) -> None:
+        """Rows of a target go where they are wanted."""
         for reduction in target.reductions:
-            self.gathered[reduction].add(piece, begin, end)
+            gathered: Any = self.gathered[reduction]
+            if moments is not None and _gathers_moments(reduction):
+                gathered.add_moments(moments, piece.numel())
+            else:
+                gathered.add(piece, first, first + piece.shape[target.dim])
         if target.node in self.new:
             self.new[target.node].append(piece)
 
@@ -332,32 +361,34 @@ class _PassLoop:
             return stored.tensor.narrow(dim, first, last - first)
         return stored.read(first, last)
 
-    def _compute(self, works: list[Work]) -> dict[Node, tuple[int, Tensor]]:
-        """One strip; the new rows of each target among it, and the first of them."""
-        there: dict[Node, tuple[int, Tensor]] = {}
-        roots: dict[Node, tuple[int, Tensor]] = {}
-        wanted = {target.node for target in self._pass.targets}
+    def _compute(self, works: list[Work]) -> _Strip:
+        """One strip."""
+        strip = _Strip({work.node: work for work in works})
+        there = strip.there
         for work in works:
             node, (start, high) = work.node, work.rows
+            if node not in self._sources:  # it is computed with a later step
+                continue
             dim = node.dim or 0
             line = self._lines.read(node)
             piece: Optional[Tensor] = line
             if start < high:
-                piece = self._rows_of(work, there)
-                if node in wanted:
-                    roots[node] = (start, piece)
+                piece = self._rows_of(work, strip)
+                if node in self._wanted:
+                    strip.roots[node] = (start, piece)
+                elif line is None:
+                    strip.own.add(node)
                 if line is not None:
                     piece = torch.cat((line, piece), dim)
-            if piece is None:
-                continue
-            there[node] = (work.begin, piece)
-            self._keep(work, piece, dim)
-            if self._cpu and start < high:
-                self._memory.computed((high - start) * node.row_bytes, self._pass.workspace)
-            for source in dict.fromkeys(node.inputs):
+            if piece is not None:
+                there[node] = (work.begin, piece)
+                self._keep(work, piece, dim)
+                if self._cpu and start < high:
+                    self._memory.computed((high - start) * node.row_bytes, self._pass.workspace)
+            for source in self._sources[node]:
                 if self._last_readers[source] is node:
                     there.pop(source, None)
-        return roots
+        return strip
 
     def _keep(self, work: Work, piece: Tensor, dim: int) -> None:
         """Keep the rows that the next strip reads again."""
@@ -367,26 +398,85 @@ class _PassLoop:
         elif work.rows[0] < work.rows[1] or work.keep > work.begin:
             self._lines.keep(node, piece.narrow(dim, work.keep - work.begin, end - work.keep), dim)
 
-    def _rows_of(self, work: Work, there: dict[Node, tuple[int, Tensor]]) -> Tensor:
+    def _rows_of(self, work: Work, strip: _Strip) -> Tensor:
         node = work.node
+        chain = self._chains.get(node)
+        if chain is not None:
+            return self._rows_of_chain(chain, work, strip)
         pieces, spans = [], iter(work.needs)
         for source, dim in zip(node.inputs, node.dims):
-            if dim is None:
-                pieces.append(_whole(source, self._stored))
-                continue
-            low, high = next(spans)
-            if source in self._inside:
-                if low >= high or source not in there:
-                    pieces.append(_no_rows(source, dim))
-                    continue
-                begin, piece = there[source]
-                assert low >= begin  # what lies before it is gone
-                whole = low == begin and high - low == piece.shape[dim]
-                pieces.append(piece if whole else piece.narrow(dim, low - begin, high - low))
+            if source in strip.padded:
+                next(spans)
+                pieces.append(strip.there[source][1])
             else:
-                pieces.append(self._read(source, dim, low, high))
+                pieces.append(self._piece(source, dim, *((0, 0) if dim is None else next(spans)), strip))
+        if node.inputs and node.inputs[0] in strip.padded:
+            assert isinstance(node.step, Convolve)
+            return node.step.call(pieces)
         assert node.step is not None
         return node.step.compute(*work.rows, pieces)
+
+    def _rows_of_chain(self, chain: Chain, work: Work, strip: _Strip) -> Tensor:
+        """The same of the last step of a chain."""
+        edges, reader = None, strip.works.get(chain.convolution) if chain.convolution is not None else None
+        if reader is not None and reader.needs and reader.needs[0] == work.rows:
+            step: Any = reader.node.step
+            edges = step.edges(*reader.rows)
+
+        def read(source: Node, dim: Optional[int], first: int, last: int) -> Tensor:
+            return self._piece(source, dim, first, last, strip)
+
+        own = chain.overwrites and chain.source in strip.own
+        done = self._kernels.compute(chain, *work.rows, read, own, edges, work.node in self._gathering)
+        if done.padded:
+            strip.padded.add(work.node)
+        if done.moments is not None:
+            strip.moments[work.node] = done.moments
+        return done.rows
+
+    def _piece(self, source: Node, dim: Optional[int], low: int, high: int, strip: _Strip) -> Tensor:
+        """Rows `[low, high)` of what a step reads along `dim`; all of it where that is None."""
+        if dim is None:
+            return _whole(source, self._stored)
+        if source not in self._inside:
+            return self._read(source, dim, low, high)
+        if low >= high or source not in strip.there:
+            return _no_rows(source, dim)
+        begin, piece = strip.there[source]
+        assert low >= begin  # what lies before it is gone
+        whole = low == begin and high - low == piece.shape[dim]
+        return piece if whole else piece.narrow(dim, low - begin, high - low)
+
+
+class _NewRows(NamedTuple):
+    """Rows of a target from row `first` on. moments: see `_Strip`."""
+
+    target: Target
+    first: int
+    piece: Tensor
+    moments: Optional[Tensor]
+
+
+class _Strip:
+    """What a strip has computed so far.
+
+    works: what it does for each step. there: of each step that is still read, the first row and the rows. roots: the
+    same of the new rows of each target. own: the steps whose rows lie in memory that nothing else has. padded: those
+    whose rows a convolution's padding lies around. moments: of the new rows of targets.
+    """
+
+    def __init__(self, works: dict[Node, Work]) -> None:
+        self.works = works
+        self.there: dict[Node, tuple[int, Tensor]] = {}
+        self.roots: dict[Node, tuple[int, Tensor]] = {}
+        self.own: set[Node] = set()
+        self.padded: set[Node] = set()
+        self.moments: dict[Node, Tensor] = {}
+
+
+def _gathers_moments(reduction: Node) -> bool:
+    """Whether a reduction is the statistics of a norm, of a map as it is."""
+    return isinstance(reduction.step, Reduce) and reduction.step.moments
 
 
 def _no_rows(node: Node, dim: int) -> Tensor:

@@ -50,9 +50,11 @@ class Step:
 
 
 class Eager(Protocol):
-    """An operator as the program called it. written: the node in whose memory it has its result, as operators have that
-    write to their argument; None where it takes memory for it."""
+    """An operator as the program called it. args, kwargs: its tensors are nodes, or held. written: the node in whose
+    memory it has its result, as operators have that write to their argument; None where it takes memory for it."""
 
+    args: Any
+    kwargs: dict[str, Any]
     written: Optional[Node]
 
     def inputs(self) -> Sequence[Node]:

@@ -54,6 +54,10 @@ def _of_channels(pixels: Tensor, by_differences: bool) -> tuple[Tensor, Tensor]:
     return mean, within.sum(0) + ((means - mean).square() * counts).sum(0)
 
 
+_BYTES_OF_PARTS = 1 << 20
+"""Of moments that wait until they are merged."""
+
+
 class Statistics:
     """Mean and variance of each group of channels, strip by strip, merged in float64 (Chan et al. 1979).
 
@@ -68,15 +72,47 @@ class Statistics:
         self._mean: Optional[Tensor] = None
         self._squares: Optional[Tensor] = None
         self._is_far = False  # from zero, a strip that there was
+        self._parts: list[Tensor] = []  # moments that are not merged yet
+        self._count_of_parts = 0
 
     def add(self, strip: Tensor) -> None:
         batch, channels = strip.shape[:2]
         count = strip.numel() // max(batch * self.groups, 1)
-        last = strip.dim() == 4 and strip.stride(1) == 1 < channels and strip.device.type == "cpu"
+        if strip.device.type != "cpu":
+            mean, scale = self._moments(_wide(strip).contiguous())
+            squares = scale.square().reciprocal() * count
+            self.add_moments(torch.stack((torch.full_like(mean, count), mean, squares))[:, None], strip.numel())
+            return
+        last = strip.dim() == 4 and strip.stride(1) == 1 < channels
         self._merge(count, *(self._of_pixels(strip) if last else self._of_rows(_wide(strip), count)))
+
+    def add_moments(self, moments: Tensor, elements: int) -> None:
+        """Of parts of a strip, whose moments are known: `[3, K, N, C]`, for each channel, or each group, of each of K
+        parts how many elements there are, their mean, and the sum of squared differences to it.
+
+        elements: in all parts. They are merged later, many at once: on a GPU each of the small operators that merge
+        takes as long as a large one, and where it has no float64, the host waits for them.
+        """
+        if self._parts and self._parts[0].shape[2:] != moments.shape[2:]:
+            self._merge_parts()
+        self._parts.append(moments)
+        self._count_of_parts += elements // (self.batch * self.groups)
+        if sum(part.nbytes for part in self._parts) >= _BYTES_OF_PARTS:
+            self._merge_parts()
+
+    def _merge_parts(self) -> None:
+        if not self._parts:
+            return
+        parts = in_float64(torch.cat(self._parts, 1))
+        counts, means, squares = parts.view(3, parts.shape[1], self.batch, self.groups, -1)
+        count, self._parts, self._count_of_parts = self._count_of_parts, [], 0
+        mean = (counts * means).sum((0, -1)) / count
+        apart = (means - mean[..., None]).square() * counts
+        self._merge(count, mean, (squares + apart).sum((0, -1)))
 
     def state(self) -> Tensor:
         """`[numbers]` in float64, on the CPU: the count, the means, and the sums of squared differences to them."""
+        self._merge_parts()
         if self._mean is None or self._squares is None:
             return torch.zeros(self.numbers, dtype=torch.float64)
         count = torch.tensor([self.count], dtype=torch.float64)
@@ -85,6 +121,7 @@ class Statistics:
     def merge(self, states: Sequence[Tensor], device: torch.device) -> None:
         """The statistics of what all these states are of, in this order, on `device` where that has float64."""
         self.count, self._mean, self._squares = 0, None, None
+        self._parts, self._count_of_parts = [], 0
         for state in states:
             count, moments = int(state[0]), state[1:].view(2, self.batch, self.groups)
             if count:
@@ -102,9 +139,9 @@ class Statistics:
     def _of_rows(self, wide: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Mean, and sum of squared differences to it, of groups of `count` elements."""
         mean, scale = self._moments(wide.contiguous())
-        if wide.device.type == "cpu" and bool((mean.abs() * scale > _VARIES_LITTLE).any()):
+        if bool((mean.abs() * scale > _VARIES_LITTLE).any()):
             mean, scale = self._moments(wide.double().contiguous())
-        return in_float64(mean), in_float64(scale) ** -2 * count
+        return mean.double(), scale.double() ** -2 * count
 
     def _moments(self, wide: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and reciprocal deviation, `[N, groups]`."""
@@ -135,10 +172,12 @@ class Statistics:
 
     @property
     def mean(self) -> Tensor:
+        self._merge_parts()
         assert self._mean is not None
         return self._mean
 
     @property
     def variance(self) -> Tensor:
+        self._merge_parts()
         assert self._squares is not None
         return self._squares / self.count

@@ -45,6 +45,16 @@ class Cast(RowLocal):
         self.widens = widens
 
 
+class ScaleAndShift(RowLocal):
+    """Each channel times its factor, and what is added to it: a norm whose statistics are known.
+
+    Its second input, read whole, is `[4, N·C]`: rows of 0 and 1, the factors, and what is added.
+    """
+
+    def __init__(self, function: Callable[[Pieces, int, int], Tensor]) -> None:
+        super().__init__(function, 1, cheap=True)
+
+
 class Whole(Step):
     """An operator of which nothing is known but its result's shape: `function` of all of its inputs at once."""
 
@@ -82,13 +92,24 @@ class Accumulator(Protocol):
         ...
 
 
+class Moments(Accumulator, Protocol):
+    """Gathers mean and variance of groups of channels."""
+
+    def add_moments(self, moments: Tensor, elements: int) -> None:
+        """Those of so many elements, as `Statistics.add_moments` has them."""
+        ...
+
+
 class Reduce(Step):
-    """What comes of all rows and takes little room itself: statistics, means over the image. `start()` gathers it."""
+    """What comes of all rows and takes little room itself: statistics, means over the image. `start()` gathers it.
+
+    moments: it gathers `Moments` of the rows as they are.
+    """
 
     reduces = True
 
-    def __init__(self, start: Callable[[], Accumulator]) -> None:
-        self.start = start
+    def __init__(self, start: Callable[[], Accumulator], moments: bool = False) -> None:
+        self.start, self.moments = start, moments
 
     def needs(self, first: int, last: int) -> Sequence[Span]:
         return ((first, last),)
@@ -112,10 +133,13 @@ class Convolve(Step):
         low = min(max(low, 0), self.rows)
         return ((low, min(max(high, low), self.rows)),)
 
-    def compute(self, first: int, last: int, pieces: Pieces) -> Tensor:
+    def edges(self, first: int, last: int) -> tuple[int, int]:
+        """How many rows of padding lie above and below the input rows of output rows `[first, last)`."""
         low, high = self.axis.reach(first, last)
-        above, below = min(high, 0) - min(low, 0), max(high, self.rows) - max(low, self.rows)
-        return self.call([padded(pieces[0], self.dim, above, below, self.fill), *pieces[1:]])
+        return min(high, 0) - min(low, 0), max(high, self.rows) - max(low, self.rows)
+
+    def compute(self, first: int, last: int, pieces: Pieces) -> Tensor:
+        return self.call([padded(pieces[0], self.dim, *self.edges(first, last), self.fill), *pieces[1:]])
 
 
 def padded(piece: Tensor, dim: int, above: int, below: int, value: float = 0.0) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ...graph.node import Node
 from ...graph.statistics import Statistics, in_float64
-from ...graph.steps import Reduce, RowLocal
+from ...graph.steps import Reduce, ScaleAndShift
 from ..memory import Held
 from ..shapes import Spec
 from .common import Call, default_dim, fixed_dim, over, row_local, tensor_of
@@ -49,10 +49,10 @@ def _normalised(call: Call, input: Any, groups: int, weight: Any, bias: Any, eps
     wide = torch.promote_types(call.spec.dtype, torch.float32)
     spec = Spec((4, batch * channels), (batch * channels, 1), 0, wide)
     shape, device = input.shape, call.device
-    reduce = Reduce(lambda: Line(groups, shape, weight, bias, eps, wide, device))
+    reduce = Reduce(lambda: Line(groups, shape, weight, bias, eps, wide, device), moments=True)
     reduce.name = call.name
     line = call.recorder.node(reduce, [input], [dim], spec, call.device, None)
-    return call.node(RowLocal(_line_by_line, 1, cheap=True), [input, line], [dim, None], dim)
+    return call.node(ScaleAndShift(_line_by_line), [input, line], [dim, None], dim)
 
 
 def _line_by_line(pieces: Sequence[Tensor], first: int, last: int) -> Tensor:
@@ -81,6 +81,9 @@ class Line:
 
     def add(self, piece: Tensor, first: int, last: int) -> None:
         self.statistics.add(piece)
+
+    def add_moments(self, moments: Tensor, elements: int) -> None:
+        self.statistics.add_moments(moments, elements)
 
     def state(self) -> Tensor:
         return self.statistics.state()

@@ -1,0 +1,167 @@
+"""Chains by one kernel of Triton's, which reads a strip once and writes the next convolution's input once, padded; and
+the statistics of what is written."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from math import prod
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from ....memory.errors import is_out_of_memory
+from .choice import VARIABLE
+from .elements import TYPES, Form
+
+_TILE = 2048
+"""Elements that a program has at once: 16 for each thread."""
+
+_LEAST_CHANNELS, _MOST_CHANNELS = 4, 64
+"""Of a tile: where pixels lie next to each other, and where channels do."""
+
+_TURNS = 8
+"""Tiles that a program looks at one after the other, where it gathers statistics: there are as many fewer of these."""
+
+_MOST_PROGRAMS = (1 << 16) - 1
+"""Along the second and the third side of a grid."""
+
+
+class View(NamedTuple):
+    """A map as a kernel sees it, `[N, C, frames, pixels]`: sizes and strides, in elements."""
+
+    sizes: tuple[int, int, int, int]
+    strides: tuple[int, int, int, int]
+
+    @classmethod
+    def of(cls, map: Tensor, dim: int) -> Optional[View]:
+        """A map whose rows lie along `dim`: pixels are those of its rows. None where they are not evenly apart."""
+        if dim < 2:
+            return None
+        frames, pixels = (_merged(map, part) for part in (range(2, dim), range(dim, map.dim())))
+        if frames is None or pixels is None:
+            return None
+        sizes = map.shape[0], map.shape[1], frames[0], pixels[0]
+        return cls(sizes, (map.stride(0), map.stride(1), frames[1], pixels[1]))
+
+
+def _merged(map: Tensor, dims: Sequence[int]) -> Optional[tuple[int, int]]:
+    """Size and stride of some dimensions as one; None where there is no such stride."""
+    size, stride = 1, 0
+    for dim in reversed(dims):
+        if map.shape[dim] == 1:
+            continue
+        if size == 1:
+            stride = map.stride(dim)
+        elif map.stride(dim) != size * stride:
+            return None
+        size *= map.shape[dim]
+    return size, stride
+
+
+class Inputs(NamedTuple):
+    """What a form reads: the map, what is added to it, and the line of a norm (see `ScaleAndShift`)."""
+
+    map: Tensor
+    other: Optional[Tensor] = None
+    line: Optional[Tensor] = None
+
+
+def compute(
+    form: Form, inputs: Inputs, out: Optional[Tensor], dim: int, above: int = 0, gathers: bool = False
+) -> tuple[bool, Optional[Tensor]]:
+    """Write `form` of its inputs to `out`, whose rows lie along `dim`: behind `above` rows of zeros, and as many more
+    behind it as there is room for. out: None where the moments of the map alone are wanted.
+
+    Whether it was done, and where it `gathers` the moments of each channel of what is written, as
+    `Statistics.add_moments` takes them. It is not where maps have other types than `TYPES`, or strides by which they
+    are not `[N, C, frames, pixels]`, nor where a kernel fails.
+    """
+    maps = [inputs.map, *(one for one in (inputs.other, out) if one is not None)]
+    views = [View.of(one, dim) for one in maps]
+    if any(view is None for view in views) or any(one.dtype not in TYPES for one in maps) or not inputs.map.numel():
+        return False, None
+    x, to = views[0], views[-1] if out is not None else None
+    other = views[1] if inputs.other is not None else None
+    assert x is not None
+    batch, channels, frames, pixels = x.sizes
+    if other is not None and other.sizes != x.sizes:
+        return False, None
+    out_pixels = to.sizes[3] if to is not None else pixels
+    last = x.strides[1] == 1 < channels or (to is not None and to.strides[1] == 1 < channels)
+    first = x.strides[3] == 1 or (to is not None and to.strides[3] == 1)
+    most = _MOST_CHANNELS // 2 if last and first else _MOST_CHANNELS if last else _LEAST_CHANNELS
+    at_once = min(_power(channels), most)
+    of_pixels = min(_power(out_pixels), max(_TILE // at_once, 1))
+    turns = min(_TURNS, _power(-(-out_pixels // of_pixels))) if gathers else 1
+    parts = -(-out_pixels // (of_pixels * turns))
+    grid = parts, -(-channels // at_once), batch * frames
+    if max(grid[1:]) > _MOST_PROGRAMS:
+        return False, None
+    moments = None
+    if gathers:
+        moments = torch.empty((3, parts * frames, batch, channels), dtype=torch.float32, device=inputs.map.device)
+    map, none = inputs.map, (0, 0, 0, 0)
+    launched = _launch(
+        map.device, grid, map, inputs.other if other is not None else map,
+        inputs.line if form.scaled else map, out if out is not None else map, moments if gathers else map,
+        channels, frames, pixels, out_pixels, above * prod(map.shape[dim + 1 :]), batch * channels, parts * frames,
+        *x.strides, *(none if other is None else other.strides), *(none if to is None else to.strides),
+        form.inner, form.added or 0.0, form.factor, _slope(form.first), _slope(form.second),
+        SCALED=form.scaled, FIRST=_kind(form.first), ADDS=other is not None, SECOND=_kind(form.second),
+        WRITES=out is not None, GATHERS=gathers, PIXELS=of_pixels, CHANNELS=at_once, TURNS=turns,
+    )  # fmt: skip
+    return launched, moments if launched else None
+
+
+def _power(count: int) -> int:
+    """The least power of two that is no less."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def _kind(activation: Any) -> int:
+    return 0 if activation is None else 1 if activation == "silu" else 2 if activation else 3
+
+
+def _slope(activation: Any) -> float:
+    return 0.0 if activation is None or activation == "silu" else activation
+
+
+@functools.cache
+def _broken() -> list[bool]:
+    """Not empty once a kernel could not be launched."""
+    return []
+
+
+def works() -> bool:
+    """Whether no kernel has failed to compile or to launch so far."""
+    return not _broken()
+
+
+def _launch(device: torch.device, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> bool:
+    """Launch the kernel; False, behind one warning, where it cannot be compiled or launched. Raises what says that
+    memory ran out."""
+    if not works():
+        return False
+    try:
+        from .source import chain
+
+        kernel: Any = chain
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            kernel[grid](*arguments, **constants)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        _broken().append(True)
+        text = (str(error).strip().splitlines() or [""])[0]
+        warnings.warn(
+            f"Triton could not compile or launch a kernel ({type(error).__name__}: {text[:200]}): PyTorch's operators "
+            f"do its work from now on. {VARIABLE}=torch has them do it from the beginning.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True

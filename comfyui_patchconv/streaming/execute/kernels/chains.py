@@ -1,0 +1,97 @@
+"""Which steps of a pass follow each other element by element, so that they are one: found before its first strip."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Optional
+
+from ...graph.node import Node
+from ...graph.steps import Convolve, ConvolveTransposed
+from .elements import Element, Form, element_of
+
+
+class Link(NamedTuple):
+    """One step of a chain: what it does to its input `place`."""
+
+    node: Node
+    place: int
+    element: Element
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Steps that treat each element by itself, of which nothing but the next one reads what they give.
+
+    form: all of them as one pass. convolution: the one that alone reads the last one's rows, anew for each strip; None
+    where there is none such. overwrites: the memory of what the first reads is the chain's to write to: a convolution's
+    result that nothing else reads.
+    """
+
+    links: Sequence[Link]
+    form: Form
+    convolution: Optional[Node] = None
+    overwrites: bool = False
+
+    @property
+    def last(self) -> Node:
+        return self.links[-1].node
+
+    @property
+    def source(self) -> Node:
+        """The map that goes through it."""
+        return self.links[0].node.inputs[self.links[0].place]
+
+
+def chains_of(order: Sequence[Node], roots: Collection[Node], recomputed: Collection[Node]) -> dict[Node, Chain]:
+    """The chains of a pass, by their last steps.
+
+    order, recomputed: as of `Pass`. roots: the maps that it computes, whose rows are not the chain's alone.
+    """
+    reads = Counter(source for node in order for source in node.inputs)
+    inside = set(order)
+    readers = {source: node for node in order for source in node.inputs}
+    ends: dict[Node, Chain] = {}
+
+    def alone(source: Node) -> bool:
+        return source in inside and reads[source] == 1 and source not in roots
+
+    for node in order:
+        best: Optional[Chain] = None
+        for place, source in enumerate(node.inputs):
+            element = element_of(node, place)
+            if element is None:
+                continue
+            link, before = Link(node, place, element), ends.get(source)
+            if before is not None and alone(source) and (source in recomputed) == (node in recomputed):
+                form = before.form.then(element)
+                if form is not None:
+                    best = Chain([*before.links, link], form, overwrites=before.overwrites)
+                    break
+            form = Form().then(element)
+            assert form is not None  # a form has room for any one element
+            overwrites = alone(source) and _gives_new(source)
+            if best is None or (overwrites and not best.overwrites):
+                best = Chain([link], form, overwrites=overwrites)
+        if best is not None:
+            ends[node] = best
+            if len(best.links) > 1:
+                del ends[best.links[-2].node]
+    return {node: _with_convolution(chain, readers.get(node), alone(node), recomputed) for node, chain in ends.items()}
+
+
+def _gives_new(node: Node) -> bool:
+    """Whether a step's rows lie in memory of their own, and no row of it is kept: what reads it reads each row once."""
+    step = node.step
+    return isinstance(step, (Convolve, ConvolveTransposed)) and step.weight_bytes > 0
+
+
+def _with_convolution(chain: Chain, reader: Optional[Node], alone: bool, recomputed: Collection[Node]) -> Chain:
+    if reader is None or not alone or chain.last not in recomputed or not isinstance(reader.step, Convolve):
+        return chain
+    read, dim = next(iter(zip(reader.inputs, reader.dims)))
+    usual = read is chain.last and dim == chain.last.dim == reader.step.dim
+    if not usual or reader.step.fill or not reader.step.weight_bytes:
+        return chain
+    return Chain(chain.links, chain.form, reader, chain.overwrites)
