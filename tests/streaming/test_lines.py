@@ -58,11 +58,11 @@ def test_more_frames_take_no_more_than_their_result() -> None:
     result, bounded = called(model, long, 1)
     assert_same(result, expected, 1e-6)
     assert bounded.peak - few.peak <= result.nbytes
-    assert bounded.peak < free.peak / 2
+    assert bounded.peak < 0.6 * free.peak
 
 
-def test_strips_that_do_not_fit_leave_the_lines_that_they_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory runs out in the middle of every strip of more than one row: halves are tried, to the same values."""
+def test_strips_that_do_not_fit_are_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory runs out in the middle of strips of more than one row: halves are tried, to the same values."""
     model, x = Frames(), image(8, 8, 48, 32)
     expected, free = called(model, x)
     calls = 0
@@ -116,28 +116,30 @@ def test_lines_in_a_file_are_no_memory_of_the_process() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("away", [True, False])
-def test_two_parts_take_turns(away: bool, dtype: torch.dtype) -> None:
-    """What an earlier state has is there until the next but one is kept, wherever it lies, and whatever its layout."""
+def test_what_is_kept_takes_the_place_of_what_was(away: bool, dtype: torch.dtype) -> None:
+    """Wherever it lies, and whatever its layout."""
     device = torch.device("cpu")
     node = Node(
         None, (), (), shape=(1, 4, 9, 5), strides=(180, 45, 5, 1), dtype=dtype, device=device, itemsize=4, dim=2
     )
-    lines = Lines([node], {node: 2 * 3 * 4 * 5 * 4} if away else {}, device)
+    lines = Lines([node], {node: 4 * 4 * 5 * 4} if away else {}, device)
     assert lines.read(node) is None
-    first = torch.randn(1, 4, 3, 5).to(dtype)
+    first = torch.randn(1, 4, 4, 5).to(dtype)
     second = torch.randn(1, 4, 2, 5).to(dtype).contiguous(memory_format=torch.channels_last)
     lines.keep(node, first, 2)
-    state = lines.state()
+    memory = kept(lines, node).data_ptr()
+    assert torch.equal(kept(lines, node), first)
     lines.keep(node, second, 2)
-    found = lines.read(node)
-    assert found is not None
-    assert torch.equal(found, second)
-    lines.go_back(state)
-    found = lines.read(node)
-    assert found is not None
-    assert torch.equal(found, first)
+    assert torch.equal(kept(lines, node), second)
+    assert kept(lines, node).data_ptr() == memory
     lines.drop(node)
     assert lines.read(node) is None
+
+
+def kept(lines: Lines, node: Node) -> Tensor:
+    rows = lines.read(node)
+    assert rows is not None
+    return rows
 
 
 @pytest.mark.parametrize(("steps", "device", "helps"), [(2, "cpu", True), (2, "cuda", False), (9, "cuda", True)])
@@ -157,7 +159,7 @@ def test_lines_leave_only_where_that_helps(steps: int, device: str, helps: bool)
     for _ in range(steps - 1):
         order.append(node(order[-1]))
     sweep = Sweep(Way([order[-1]], order, {}), Tuning(1), budget=1)
-    assert sweep.line_bytes == (steps - 1) * 2 * 2 * 8 * 64 * 4
+    assert sweep.line_bytes == (steps - 1) * 2 * 8 * 64 * 4
     away = sweep.lines_away(1 << 40)
     assert bool(away) == helps
     assert sweep.bytes_saved(away) > 0 or not helps

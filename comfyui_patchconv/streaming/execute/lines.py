@@ -24,27 +24,17 @@ class Lines:
 
     order: its steps. away: those whose rows do not lie on the device, with the bytes that each of these takes.
 
-    Each step has two parts that take turns, so that a strip that fails leaves what it found.
+    A strip leaves its rows where it found those of the strip before: one that fails has lost them.
     """
 
     def __init__(self, order: Sequence[Node], away: Mapping[Node, int], device: torch.device) -> None:
         self._lines: dict[Node, Tensor] = {}
-        self._rooms: dict[Node, list[Optional[Tensor]]] = {}
+        self._rooms: dict[Node, Tensor] = {}
         self._away: Union[_InFile, _InHostMemory, None] = None
         if away:
             self._away = _InFile(away.values()) if device.type == "cpu" else _InHostMemory(device)
         elsewhere = [node for node in order if node in away]
         self._following = dict(zip(elsewhere, [*elsewhere[1:], None]))
-
-    def state(self) -> dict[Node, Tensor]:
-        """What is kept now, to go back to."""
-        return dict(self._lines)
-
-    def go_back(self, state: dict[Node, Tensor]) -> None:
-        """Have what was kept at an earlier `state`, that of the strip before."""
-        self._lines = state
-        if self._away is not None:
-            self._away.settle()
 
     def read(self, node: Node) -> Optional[Tensor]:
         """The rows that are kept of a step, on the device; None for none."""
@@ -59,18 +49,15 @@ class Lines:
 
     def keep(self, node: Node, rows: Tensor, dim: int) -> None:
         """Keep these rows of a step, which lie along `dim`, in the place of those that were kept before."""
-        pair = self._rooms.setdefault(node, [None, None])
-        line = self._lines.get(node)
-        index = int(line is not None and pair[0] is not None and line.data_ptr() == pair[0].data_ptr())
-        room = pair[index]
+        room = self._rooms.get(node)
         if self._away is not None and node in self._following:
             if room is None or room.nbytes < rows.nbytes:
-                room = pair[index] = self._away.room(rows.nbytes)
+                room = self._rooms[node] = self._away.room(rows.nbytes)
             self._lines[node] = kept = dense(room[: rows.nbytes].view(rows.dtype), rows)
             self._away.leave(node, kept, rows)
         else:
             if room is None or room.shape[dim] < rows.shape[dim]:
-                room = pair[index] = lasting(rows)
+                room = self._rooms[node] = lasting(rows)
             self._lines[node] = room.narrow(dim, 0, rows.shape[dim]).copy_(rows)
 
     def drop(self, node: Node) -> None:
@@ -103,9 +90,6 @@ class _InFile:
 
     def expect(self, node: Node, line: Tensor) -> None:
         """The system reads ahead by itself."""
-
-    def settle(self) -> None:
-        """All are there."""
 
 
 class _InHostMemory:
@@ -142,7 +126,7 @@ class _InHostMemory:
             if not is_out_of_memory(error):
                 raise
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Wait for all that are on their way; what came for nothing is freed."""
         self._wait(0)
         for _, arrival in self._coming.values():
@@ -161,4 +145,4 @@ class _InHostMemory:
             self._leaving.popleft()[2].synchronize()
 
     def __del__(self) -> None:
-        self.settle()  # what is on its way writes to memory that is freed now
+        self._settle()  # what is on its way writes to memory that is freed now

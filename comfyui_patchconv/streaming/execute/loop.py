@@ -203,6 +203,10 @@ class _Memory:
             trim()
 
 
+_UNTIL_STEADY = 1
+"""Strips that are computed before any row is freed that they have read. The next one takes as much as all behind it,
+and where that does not fit all are computed again, smaller."""
+
 _LOOKS = 8
 """How often it is looked at what the process has, while it computes as much as it may keep."""
 
@@ -219,15 +223,10 @@ class _PassLoop:
     ) -> None:  # fmt: skip
         self._pass, self._bands, self._stored, self._memory = one_pass, bands, stored, memory
         self._inference, self._on_progress = inference, on_progress
-        self._rows = Rows(one_pass, bands)
         self._inside = set(one_pass.order)
-        self._lines = Lines(one_pass.order, one_pass.away, one_pass.device)
-        reductions: list[Any] = [node for target in one_pass.targets for node in target.reductions]
-        self.gathered: dict[Node, Accumulator] = {node: node.step.start() for node in reductions}
         self.new: dict[Node, Stored] = {}
-        for target in one_pass.targets:
-            if target.stored and target.node not in stored:
-                self.new[target.node] = self._room_for(target)
+        self._begin()
+        self._freed, self._told = False, 0
         device = one_pass.device
         self._kernels = kernels
         self._wanted = {target.node for target in one_pass.targets}
@@ -238,6 +237,20 @@ class _PassLoop:
         self._last_readers = {source: node for node, sources in self._sources.items() for source in sources}
         self._cpu = device.type == "cpu"
         self._device = device
+
+    def _begin(self) -> None:
+        """Nothing is computed."""
+        one_pass = self._pass
+        self._rows = Rows(one_pass, self._bands)
+        self._lines = Lines(one_pass.order, one_pass.away, one_pass.device)
+        reductions: list[Any] = [node for target in one_pass.targets for node in target.reductions]
+        self.gathered: dict[Node, Accumulator] = {node: node.step.start() for node in reductions}
+        while self.new:
+            node, made = self.new.popitem()
+            made.free(node.rows)
+        for target in one_pass.targets:
+            if target.stored and target.node not in self._stored:
+                self.new[target.node] = self._room_for(target)
 
     def _room_for(self, target: Target) -> Stored:
         band = self._bands[target.node]
@@ -256,39 +269,44 @@ class _PassLoop:
         return found
 
     def compute(self) -> None:
-        """Compute all rows that are wanted."""
-        height = self._rows.height
-        first, rows, progress = 0, max(self._pass.strip_rows, 1), 0
+        """Compute all rows that are wanted. Raises what says that memory ran out where single rows do not fit, or where
+        it is too late to begin again: rows that strips have read are freed."""
+        rows, finer = min(max(self._pass.strip_rows, 1), max(self._rows.height, 1)), 1
         for node in self._pass.keeping:
             node.step.begin()  # type: ignore[union-attr]
-        while first < height:
-            last = min(first + rows, height)
-            parts = Parts(self._rows, self._pass, last) if first == 0 else None
-            if parts is not None and parts.parts > 1:
-                self._in_parts(last, parts)
-            elif not self._strip(self._rows.wanted(last)):
-                if last - first > 1:
-                    rows = (last - first + 1) // 2
-                    continue
-                self._in_parts(last, Parts(self._rows, self._pass, last))
-            for node in self._pass.shrinking:
-                self._stored[node].free(self._rows.first_needed(node))
-            share = self._pass.work * last // height
-            self._on_progress(share - progress)
-            first, progress = last, share
-        if not height:
-            self._on_progress(self._pass.work)
+        while not self._all_strips(rows, finer):
+            self._begin()
+            rows, finer = (-(-rows // 2), 1) if rows > 1 else (1, 2 * finer)
 
-    def _in_parts(self, last: int, parts: Parts) -> None:
-        """The strip up to row `last` in parts. Raises what says that memory ran out where single rows do not fit."""
-        while True:
-            wanted = self._rows.wanted(last) if parts.is_last else parts.wanted(self._rows)
-            if not self._strip(wanted, parts.rows <= 1):
-                parts.halve()
-            elif parts.is_last:
-                return
-            else:
-                parts.part += 1
+    def _all_strips(self, rows: int, finer: int) -> bool:
+        """Compute all in strips of so many rows; False where memory ran out. finer: see `Parts`."""
+        height = self._rows.height
+        for number, first in enumerate(range(0, height, rows)):
+            last = min(first + rows, height)
+            parts = Parts(self._rows, self._pass, last, rows, finer) if first == 0 or finer > 1 else None
+            if not self._in_parts(last, parts):
+                return False
+            if number >= _UNTIL_STEADY or last == height:
+                for node in self._pass.shrinking:
+                    self._stored[node].free(self._rows.first_needed(node))
+                    self._freed = True
+            self._tell(self._pass.work * last // height)
+        if not height:
+            self._tell(self._pass.work)
+        return True
+
+    def _tell(self, work: int) -> None:
+        """So many bytes are computed; what was told before memory ran out is not told again."""
+        self._on_progress(max(work - self._told, 0))
+        self._told = max(work, self._told)
+
+    def _in_parts(self, last: int, parts: Optional[Parts]) -> bool:
+        """The strip up to row `last`, in parts if there are any; False where memory ran out."""
+        while parts is not None and not parts.is_last:
+            if not self._strip(parts.wanted(self._rows), parts.rows <= 1):
+                return False
+            parts.part += 1
+        return self._strip(self._rows.wanted(last), parts is not None and parts.rows <= 1)
 
     def finish(self) -> None:
         """The maps and the results of reductions are there for the next step."""
@@ -301,18 +319,16 @@ class _PassLoop:
         self._stored.update(self.new)
 
     def _strip(self, wanted: dict[Node, Span], single: bool = False) -> bool:
-        """Compute the rows that are wanted; False, and nothing is changed, where memory ran out."""
-        ahead, lines = self._rows.copy(), self._lines.state()
+        """Compute the rows that are wanted; False where memory ran out, and it can be begun again. single: it has no
+        more than one row of each step."""
         try:
-            strip = self._compute(ahead.advance(wanted))
+            strip = self._compute(self._rows.advance(wanted))
             new = [rows for target in self._pass.targets for rows in self._new_rows(target, strip, wanted)]
         except (RuntimeError, MemoryError) as error:
-            if single or not is_out_of_memory(error):
+            if single or self._freed or not is_out_of_memory(error):
                 raise
-            self._lines.go_back(lines)
         else:
             del strip
-            self._rows = ahead
             while new:
                 self._give(*new.pop(0))
             if self._cpu:
@@ -395,7 +411,7 @@ class _PassLoop:
         node, end = work.node, work.begin + piece.shape[dim]
         if work.keep >= end or node in self._pass.recomputed:
             self._lines.drop(node)
-        elif work.rows[0] < work.rows[1] or work.keep > work.begin:
+        elif work.rows[0] < work.rows[1]:
             self._lines.keep(node, piece.narrow(dim, work.keep - work.begin, end - work.keep), dim)
 
     def _rows_of(self, work: Work, strip: _Strip) -> Tensor:

@@ -107,6 +107,10 @@ class Rows:
         """What is done for a step of which `rows` are computed; what the next strip will read counts as kept."""
         begin = self.kept.pop(node, rows[0])
         keep = rows[1] if node in self.recomputed else max(self.next_read(node), begin)
+        if (
+            begin < rows[0] == rows[1] and keep < self.done[node]
+        ):  # no new ones come: they stay where this strip reads them
+            keep = begin
         if node not in self.recomputed and node in self._readers and keep < self.done[node]:
             self.kept[node] = keep
         else:
@@ -136,12 +140,13 @@ class Parts:
     """A strip in several parts: rows of the steps on the way to row `last` of the tallest target.
 
     Where a small map is computed from a large one through many steps, its first row needs many rows of that: they come
-    in parts no larger than a usual strip's. part: the next one of `parts`, from 1 on; the last is the strip itself.
+    in parts no larger than a usual strip's, of `strip_rows` of the tallest target, or `finer` times as many. part: the
+    next one of `parts`, from 1 on; the last is the strip itself.
     """
 
-    def __init__(self, rows: Rows, one_pass: Pass, last: int) -> None:
+    def __init__(self, rows: Rows, one_pass: Pass, last: int, strip_rows: int, finer: int) -> None:
         height = max(one_pass.height, 1)
-        strip = min(one_pass.strip_rows, height)
+        strip = min(strip_rows, height)
         trial = rows.copy()
         aims = {
             work.node: work.rows
@@ -150,7 +155,7 @@ class Parts:
         }
         usual = max((node.row_bytes * (-(-node.rows * strip // height) + 2) for node in aims), default=1)
         widest = max((node.row_bytes * (high - low) for node, (low, high) in aims.items()), default=0)
-        self.part, self.parts = 1, max(round(widest / max(usual, 1)), 1)
+        self.part, self.parts = 1, max(round(widest / max(usual, 1)), 1) * finer
         self._ends = {node: high for node, (_, high) in aims.items()}
         self._share = max(((high - low) / node.rows for node, (low, high) in aims.items()), default=0.0)
         self._most = max((high - low for low, high in aims.values()), default=1)
@@ -169,7 +174,3 @@ class Parts:
         left = self._share * (1 - self.part / self.parts)  # of each map, so that no step needs rows beyond another's
         ends = {node: int(high - left * node.rows) for node, high in self._ends.items()}
         return {node: (rows.done[node], end) for node, end in ends.items() if rows.done[node] < end}
-
-    def halve(self) -> None:
-        """There was no room for the next part."""
-        self.part, self.parts = 2 * self.part - 1, 2 * self.parts

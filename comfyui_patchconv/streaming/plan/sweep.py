@@ -40,8 +40,8 @@ _KERNEL_BYTES = 20 << 20
 _AT_ONCE = 2
 """Strips of a map that leave at once: one is copied while the device computes the next."""
 
-_LINES_ON_THE_WAY = 2
-"""Line buffers, of two parts each, of which rows leave or come: those of two steps leave, and those of two come."""
+_LINES_ON_THE_WAY = 4
+"""Line buffers that leave or come: those of two steps leave, and those of two come."""
 
 
 class Sweep:
@@ -68,7 +68,7 @@ class Sweep:
         rows = min(max(rows, self._rows_worth_their_costs(share, height)), band)
         self.strip_rows = rows if rows == band < height else self._whole_groups(rows)
         single = self.strip_rows >= band  # there is no next strip
-        self._lines = {} if single else {node: 2 * node.row_bytes * way.shared[node] for node in way.kept}
+        self._lines = {} if single else {node: node.row_bytes * way.shared[node] for node in way.kept}
         self.line_bytes = sum(self._lines.values())
         self.keeping = self._keeping_kernels()
         self.workspace = self._bytes_beside_maps()

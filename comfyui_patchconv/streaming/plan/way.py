@@ -104,8 +104,7 @@ class Way:
         return [None if _shows(node) is not None else last[node] for node in self.order]
 
     def _rows_of_two_strips(self) -> dict[Node, int]:
-        """Of each step, how many rows a strip and the one before it both read: kept between strips, in two parts that
-        take turns, or recomputed."""
+        """Of each step, how many rows a strip and the one before it both read: kept between strips, or recomputed."""
         done: dict[Node, int] = {}
         kept: dict[Node, int] = {}
         ahead: dict[Node, int] = {}  # the first row that is still to be read, or computed
