@@ -81,6 +81,40 @@ def test_strips_that_do_not_fit_are_begun_again(monkeypatch: pytest.MonkeyPatch)
     assert_same(result, expected, 1e-6)
 
 
+@pytest.mark.parametrize(("late", "begun_again"), [(2, True), (-1, False)])
+def test_a_pass_is_begun_again_while_what_it_has_read_is_there(
+    late: int, begun_again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its second strip does not fit; or its last one, when the map that it reads is nearly freed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1),
+        nn.Conv2d(8, 4, 3, padding=1),
+    ).requires_grad_(False)  # fmt: skip
+    x, seen, fails_at = torch.randn(1, 4, 96, 16), [], -1
+
+    def limited(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if weight.data_ptr() == model[4].weight.data_ptr():
+            seen.append(None)
+            if len(seen) == fails_at:
+                raise MemoryError
+        return F.conv2d(x, weight, *args, **kwargs)
+
+    monkeypatch.setattr(convolution, "_CONVOLVE", (F.conv1d, limited, F.conv3d))
+    called(model, x)
+    strips = len(seen)
+    assert strips > 4
+    fails_at = late if late > 0 else strips + 1 + late
+    seen.clear()
+    if begun_again:
+        result, _ = called(model, x)
+        assert len(seen) > strips
+        assert_same(result, model(x), 1e-6)
+    else:
+        with pytest.raises(MemoryError):
+            called(model, x)
+
+
 _OWN = """
 import torch
 from comfyui_patchconv.memory.usage import anonymous
