@@ -156,8 +156,8 @@ def _launch(device: torch.device, grid: tuple[int, ...], *arguments: Any, **cons
         text = (str(error).strip().splitlines() or [""])[0]
         _FAILURES.append(f"{type(error).__name__}: {text[:200]}")
         warnings.warn(
-            f"Triton could not compile or launch a kernel ({_FAILURES[-1]}): PyTorch's operators do its work from now on. "
-            f"{VARIABLE}=torch has them do it from the beginning.",
+            f"Triton could not compile or launch a kernel ({_FAILURES[-1]}): PyTorch's operators do its work from "
+            f"now on. {VARIABLE}=torch has them do it from the beginning.",
             RuntimeWarning,
             stacklevel=2,
         )
