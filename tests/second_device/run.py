@@ -232,7 +232,8 @@ class Waits(TorchDispatchMode):
 def waits(counter: Any) -> Answer:
     """What the host waits for within the passes of decodes and encodes; and that such a wait would have been noted."""
     vae: Any = draw_weights(kl(4)).to(SECOND)
-    frames, found, compute = Frames().to(SECOND), {}, loop._PassLoop.compute
+    kind: Any = loop._PassLoop
+    frames, found, compute = Frames().to(SECOND), {}, kind.compute
     cases = (
         (vae, "decode", image(4, 24, 16)),
         (vae, "encode", image(3, 64, 48)),
@@ -245,7 +246,7 @@ def waits(counter: Any) -> Answer:
             compute(one_pass)
         passes.append(" ".join(seen.seen))
 
-    loop._PassLoop.compute = watched
+    kind.compute = watched
     try:
         for model, method, input in cases:
             passes.clear()
@@ -253,7 +254,7 @@ def waits(counter: Any) -> Answer:
                 getattr(model, method)(input.to(SECOND))
             found[method] = {"passes": len(passes), "waits": " ".join(passes).strip()}
     finally:
-        loop._PassLoop.compute = compute
+        kind.compute = compute
     with Waits() as seen:
         image(3, 4, 4).to(SECOND).sum().item()
         image(3, 4, 4).to(SECOND).cpu()

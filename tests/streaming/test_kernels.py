@@ -35,9 +35,9 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> Any:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU, on which tests/cuda runs the kernels: once compiled they are not interpreted")
     monkeypatch.setenv("PATCHCONV_KERNELS", "triton")
-    by_triton._broken().clear()
+    by_triton._FAILURES.clear()
     yield found
-    by_triton._broken().clear()
+    by_triton._FAILURES.clear()
 
 
 @pytest.fixture

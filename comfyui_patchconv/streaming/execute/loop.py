@@ -38,7 +38,7 @@ _AUTOCAST: Any = functools.reduce(
 
 
 class Loop:
-    """Runs `schedule` and stores its results in their nodes. Raises ValueError for `PATCHCONV_KERNELS` that are none.
+    """Runs `schedule` and stores its results in their nodes. Raises ValueError where `PATCHCONV_KERNELS` is no choice.
 
     inference: whether the caller is in inference mode. share: the part of it that this process does.
     """

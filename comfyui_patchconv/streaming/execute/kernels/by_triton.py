@@ -3,7 +3,6 @@ the statistics of what is written."""
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -91,9 +90,10 @@ def compute(
     if other is not None and other.sizes != x.sizes:
         return False, None
     out_pixels = to.sizes[3] if to is not None else pixels
-    last = x.strides[1] == 1 < channels or (to is not None and to.strides[1] == 1 < channels)
-    first = x.strides[3] == 1 or (to is not None and to.strides[3] == 1)
-    most = _MOST_CHANNELS // 2 if last and first else _MOST_CHANNELS if last else _LEAST_CHANNELS
+    ends = [one for one in (x, to) if one is not None]
+    by_channels = any(one.strides[1] == 1 < channels for one in ends)
+    by_pixels = any(one.strides[3] == 1 for one in ends)
+    most = _LEAST_CHANNELS if not by_channels else _MOST_CHANNELS // 2 if by_pixels else _MOST_CHANNELS
     at_once = min(_power(channels), most)
     of_pixels = min(_power(out_pixels), max(_TILE // at_once, 1))
     turns = min(_TURNS, _power(-(-out_pixels // of_pixels))) if gathers else 1
@@ -130,15 +130,13 @@ def _slope(activation: Any) -> float:
     return 0.0 if activation is None or activation == "silu" else activation
 
 
-@functools.cache
-def _broken() -> list[bool]:
-    """Not empty once a kernel could not be launched."""
-    return []
+_FAILURES: list[str] = []
+"""Why a kernel could not be compiled or launched, from when on none is."""
 
 
 def works() -> bool:
     """Whether no kernel has failed to compile or to launch so far."""
-    return not _broken()
+    return not _FAILURES
 
 
 def _launch(device: torch.device, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> bool:
@@ -155,11 +153,11 @@ def _launch(device: torch.device, grid: tuple[int, ...], *arguments: Any, **cons
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        _broken().append(True)
         text = (str(error).strip().splitlines() or [""])[0]
+        _FAILURES.append(f"{type(error).__name__}: {text[:200]}")
         warnings.warn(
-            f"Triton could not compile or launch a kernel ({type(error).__name__}: {text[:200]}): PyTorch's operators "
-            f"do its work from now on. {VARIABLE}=torch has them do it from the beginning.",
+            f"Triton could not compile or launch a kernel ({_FAILURES[-1]}): PyTorch's operators do its work from "
+            f"now on. {VARIABLE}=torch has them do it from the beginning.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -82,7 +82,7 @@ def chains_of(order: Sequence[Node], roots: Collection[Node], recomputed: Collec
 
 
 def _gives_new(node: Node) -> bool:
-    """Whether a step's rows lie in memory of their own, and no row of it is kept: what reads it reads each row once."""
+    """Whether a step's rows lie in memory that it takes for them."""
     step = node.step
     return isinstance(step, (Convolve, ConvolveTransposed)) and step.weight_bytes > 0
 

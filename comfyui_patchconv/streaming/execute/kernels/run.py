@@ -33,7 +33,7 @@ class Done(NamedTuple):
 
 
 class Kernels:
-    """What computes on `device`. Raises ValueError where the environment asks for what there is not."""
+    """What computes on `device`. Raises ValueError where `PATCHCONV_KERNELS` is no choice."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -1,13 +1,14 @@
+# type: ignore  # what Triton compiles is not what a checker of Python's types reads
 """The kernels themselves, in Triton's language. Imported only where Triton is."""
 
 from __future__ import annotations
 
-import triton  # type: ignore[import-not-found]
-import triton.language as tl  # type: ignore[import-not-found]
+import triton
+import triton.language as tl
 
 
 @triton.jit
-def _activated(value, kind: tl.constexpr, slope):  # Triton knows no other types
+def _activated(value, kind: tl.constexpr, slope):  # Triton compiles no names of Python's types
     if kind == 1:
         value = value / (1.0 + tl.exp(-value))
     if kind == 2:
