@@ -136,7 +136,7 @@ def test_the_core_knows_no_host(path: Path) -> None:
 @pytest.mark.parametrize("folder", WAYS_IN)
 def test_hosts_come_in_by_their_rooms(folder: str) -> None:
     for path in (PACK / folder).rglob("*.py"):
-        assert rooms_of(path, CORE) <= WAYS_IN[folder] | {"convert_model"}, path.name
+        assert rooms_of(path, CORE) <= WAYS_IN[folder], path.name
 
 
 @pytest.mark.parametrize("path", sorted((PACK / "nodes").glob("*.py")), ids=lambda path: path.name)

@@ -16,7 +16,7 @@ from .made import FORMATS, Decoding, check_installed, formats_of
 from .options import add_conversion, inputs_of, of_folder, strips_of
 from .outputs import Outputs
 from .team import Team, device_of, of_all, team_of
-from .vae import check_channels
+from .vae import Halves, check_channels
 
 LATENTS = (".latent", ".safetensors", ".pt")
 """What files of a folder are taken for latents."""
@@ -58,7 +58,7 @@ def _decode(args: argparse.Namespace, device: torch.device, team: Team) -> int:
         existing(latents[0])
     check_installed(outputs.suffix_of(latents[0]))
     vae = load_vae(args.vae, DTYPES[args.dtype], device, args.trust)
-    decoding = Decoding(vae, strips, outputs, team, args.fps)
+    decoding = Decoding(Halves(vae, strips), outputs, team, args.fps)
 
     def one(path: Path) -> None:
         latent = load_latent(path, medium, args.trust)

@@ -17,7 +17,7 @@ from .arguments import DTYPES
 from .options import Choices, add_conversion, inputs_of, of_folder, say, strips_of
 from .outputs import Outputs
 from .team import Team, device_of, of_all, team_of
-from .vae import encode, scale
+from .vae import Halves, scale
 
 
 def add(commands: Any) -> None:
@@ -46,6 +46,7 @@ def _encode(args: argparse.Namespace, device: torch.device, team: Team) -> int:
     if len(images) == 1:
         existing(images[0])
     vae = load_vae(args.vae, DTYPES[args.dtype], device, args.trust)
+    halves = Halves(vae, strips)
 
     def one(path: Path) -> None:
         (name,) = team.as_first_has_it(lambda: outputs.of(path))
@@ -54,7 +55,7 @@ def _encode(args: argparse.Namespace, device: torch.device, team: Team) -> int:
         image = load_image(path, multiple=scale(vae))
         choices = Choices()
         with Recorder(vae.device) as recorder:
-            latent = encode(vae, image, strips, choices)
+            latent = halves.encode(image, choices)
         if not latent.isfinite().all():
             raise ValueError(f"{name} is not written, the latent holds NaN or infinity: use float32 or bfloat16.")
         if team.writes:

@@ -25,7 +25,7 @@ from ..units import time_of
 from .options import Choices, say
 from .outputs import Outputs
 from .team import Team
-from .vae import Strips, decode
+from .vae import Halves
 
 FORMATS: dict[Medium, tuple[str, ...]] = {"image": (".png",), "video": (".png", *VIDEOS), "sound": SOUNDS}
 """How names of files end, by what is in them: the usual one first."""
@@ -54,11 +54,9 @@ def check_installed(suffix: str) -> None:
 
 @dataclass(frozen=True)
 class Decoding:
-    """Decodes latents with `vae`, and writes what it makes. rate: frames a second of a video; None for what the VAE's
-    model has."""
+    """Decodes latents, and writes what it makes. rate: frames a second of a video; None for that of the VAE's model."""
 
-    vae: Any
-    strips: Strips
+    halves: Halves
     outputs: Outputs
     team: Team
     rate: Optional[float] = None
@@ -70,24 +68,24 @@ class Decoding:
             "video": self._videos,
             "sound": self._sounds,
         }
-        of[traits_of(self.vae).medium](path, latent)
+        of[traits_of(self.halves.vae).medium](path, latent)
 
     def _pictures(self, path: Path, latent: Tensor) -> None:
         for (name,), sample in self._each(path, latent):
             with self._working() as (recorder, choices):
-                image = decode(self.vae, sample, self.strips, choices)[0]
+                image = self.halves.decode(sample, choices)[0]
             if self.team.writes:
                 save_image(name, image)
             say(f"{name}: {image.shape[2]}x{image.shape[1]}", recorder, choices)
 
     def _videos(self, path: Path, latent: Tensor) -> None:
         latent = latent[:, :, None] if latent.dim() == 4 else latent
-        traits, moving = traits_of(self.vae), self.outputs.suffix_of(path) in VIDEOS
+        traits, moving = traits_of(self.halves.vae), self.outputs.suffix_of(path) in VIDEOS
         rate = self.rate or traits.rate
         count = 1 if moving else (latent.shape[2] - 1) * traits.frames + 1
         for names, sample in self._each(path, latent, count):
             with self._working() as (recorder, choices):
-                levels, total = decode(self.vae, sample, self.strips, choices, _levels)
+                levels, total = self.halves.decode(sample, choices, _levels)
             frames, kept = levels[0], [name for name in names if name is not None]
             if not total.isfinite():
                 raise ValueError(f"{kept[0]} is not written, the video holds NaN: use float32 or bfloat16.")
@@ -101,10 +99,10 @@ class Decoding:
             say(f"{_from(kept)}: {what}", recorder, choices)
 
     def _sounds(self, path: Path, latent: Tensor) -> None:
-        rate = int(traits_of(self.vae).rate)
+        rate = int(traits_of(self.halves.vae).rate)
         for (name,), sample in self._each(path, latent):
             with self._working() as (recorder, choices):
-                sound = quieter(decode(self.vae, sample, self.strips, choices, _kept)[0])
+                sound = quieter(self.halves.decode(sample, choices, _kept)[0])
             if self.team.writes:
                 save_sound(name, sound, rate)
             say(f"{name}: {time_of(sound.shape[1] / rate)} of sound at {rate} Hz", recorder, choices)
@@ -121,7 +119,7 @@ class Decoding:
     @contextmanager
     def _working(self) -> Iterator[tuple[Recorder, Choices]]:
         choices = Choices()
-        with Recorder(self.vae.device) as recorder:
+        with Recorder(self.halves.vae.device) as recorder:
             yield recorder, choices
 
 

@@ -23,8 +23,9 @@ from ..hosts.auto import AutoForward, OnChoice
 from ..hosts.eager_needs import EagerNeeds
 from ..hosts.estimates import OF_FREE, Needs, needs_of
 from ..hosts.modes import MODES
+from ..hosts.streamed import Switch
 from ..memory.usage import free
-from ..streaming import USUAL, stream
+from ..streaming import USUAL, Streamed
 
 MB = 1e6
 EAGER = "plain"
@@ -51,6 +52,58 @@ class Strips:
     silent_seconds: float = USUAL.silent_seconds
 
 
+class Halves:
+    """Decodes and encodes with one VAE: what is counted, planned, or found to be too large, is known from then on.
+
+    strips: how it does so.
+    """
+
+    def __init__(self, vae: Any, strips: Strips = Strips()) -> None:
+        self.vae, self.strips = vae, strips
+        self._needs = EagerNeeds(vae)
+        self._runs: dict[Any, _Run] = {}
+
+    def decode(
+        self, latent: Tensor, on_choice: Optional[OnChoice] = None, into: Optional[Callable[[Tensor], Any]] = None
+    ) -> Any:
+        """What the VAE makes of `latent` `[N, C, …]`, on its device: images `[N, 3, H, W]` or videos `[N, 3, T, H, W]`
+        from -1 to 1, or sounds `[N, C, L]`. The VAE of a video makes images of latents `[N, C, h, w]`.
+
+        on_choice: see `OnChoice`. into: see `Half`; what it returns is returned.
+        """
+        vae = self.vae
+        traits, packing, latent = traits_of(vae), packing_of(vae), latent.to(vae.device)
+        if packing is not None:
+            latent = packing.unpack(latent)
+        still = traits.medium == "video" and latent.dim() == 4
+        made = self._run("decode", into)(latent[:, :, None] if still else latent, on_choice)
+        if into is not None:
+            return made
+        made = made[:, :, 0] if still else made
+        return made if traits.low == -1 else made.sub(traits.low).mul(2 / (1 - traits.low)).sub(1)
+
+    def encode(self, image: Tensor, on_choice: Optional[OnChoice] = None) -> Tensor:
+        """The latent `[N, C, h, w]` of `image` `[N, 3, H, W]` from -1 to 1: the mean of its distribution, as ComfyUI
+        has it; of the VAE of a video `[N, C, 1, h, w]`.
+
+        on_choice: see `OnChoice`.
+        """
+        vae = self.vae
+        traits, packing = traits_of(vae), packing_of(vae)
+        if traits.low != -1:
+            image = image.add(1).mul((1 - traits.low) / 2).add(traits.low)
+        image = image.to(vae.device)
+        still = traits.medium == "video" and image.dim() == 4
+        latent = self._run("encode", None)(image[:, :, None] if still else image, on_choice)
+        return latent if packing is None else packing.pack(latent)
+
+    def _run(self, name: str, into: Optional[Callable[[Tensor], Any]]) -> _Run:
+        key = name, into
+        if key not in self._runs:
+            self._runs[key] = _Run(Half(self.vae, name, into), self.strips, self._needs)
+        return self._runs[key]
+
+
 def decode(
     vae: Any,
     latent: Tensor,
@@ -58,35 +111,13 @@ def decode(
     on_choice: Optional[OnChoice] = None,
     into: Optional[Callable[[Tensor], Any]] = None,
 ) -> Any:
-    """What `vae` makes of `latent` `[N, C, …]`, on its device: images `[N, 3, H, W]` or videos `[N, 3, T, H, W]` from
-    -1 to 1, or sounds `[N, C, L]`. The VAE of a video makes images of latents `[N, C, h, w]`.
-
-    on_choice: see `OnChoice`. into: see `Half`; what it returns is returned.
-    """
-    traits, packing, latent = traits_of(vae), packing_of(vae), latent.to(vae.device)
-    if packing is not None:
-        latent = packing.unpack(latent)
-    still = traits.medium == "video" and latent.dim() == 4
-    made = _call(Half(vae, "decode", into), latent[:, :, None] if still else latent, strips, on_choice)
-    if into is not None:
-        return made
-    made = made[:, :, 0] if still else made
-    return made if traits.low == -1 else made.sub(traits.low).mul(2 / (1 - traits.low)).sub(1)
+    """What `vae` makes of one latent; see `Halves.decode`."""
+    return Halves(vae, strips).decode(latent, on_choice, into)
 
 
 def encode(vae: Any, image: Tensor, strips: Strips = Strips(), on_choice: Optional[OnChoice] = None) -> Tensor:
-    """The latent `[N, C, h, w]` of `image` `[N, 3, H, W]` from -1 to 1: the mean of its distribution, as ComfyUI has
-    it; of the VAE of a video `[N, C, 1, h, w]`.
-
-    on_choice: see `OnChoice`.
-    """
-    traits, packing = traits_of(vae), packing_of(vae)
-    if traits.low != -1:
-        image = image.add(1).mul((1 - traits.low) / 2).add(traits.low)
-    image = image.to(vae.device)
-    still = traits.medium == "video" and image.dim() == 4
-    latent = _call(Half(vae, "encode"), image[:, :, None] if still else image, strips, on_choice)
-    return latent if packing is None else packing.pack(latent)
+    """The latent of one image; see `Halves.encode`."""
+    return Halves(vae, strips).encode(image, on_choice)
 
 
 def scale(vae: Any) -> int:
@@ -121,9 +152,6 @@ class Half:
     def __init__(self, vae: Any, name: str, into: Optional[Callable[[Tensor], Any]] = None) -> None:
         self.vae, self.name, self.into = vae, name, into
 
-    def __call__(self, input: Tensor) -> Any:
-        return self.run(input)  # looked up now: where it is streamed, another stands in its place
-
     def run(self, input: Tensor) -> Any:
         """What it makes of `input`; of a distribution the mean."""
         made = getattr(self.vae, self.name)(input, return_dict=False)[0]
@@ -136,65 +164,59 @@ class Half:
         return getattr(self.vae, f"{self.name}r", self.vae)
 
 
-def _call(half: Half, input: Tensor, strips: Strips, on_choice: Optional[OnChoice]) -> Any:
-    """What `half` makes of `input`. Raises ValueError where the VAE's file has no such half."""
-    if isinstance(half.part, Missing):
-        raise ValueError(half.part.why)
-    run: Any = half
-    input = input.to(half.vae.dtype)
-    working: AbstractContextManager[Any] = nullcontext()
-    if strips.group is not None:
-        budget = strips.budget if strips.mode == "stream" else strips.budget or _free(input.device, strips)
-        working = _streamed(half, budget, strips)
-    elif strips.mode == "auto":
-        run = _auto(half, strips, on_choice)
-    elif strips.mode != EAGER:
-        working = _streamed(half, strips.budget, strips) if strips.mode == "stream" else _in_strips(half.part, strips)
-    with working, _line_cleared():
-        return run(input)
+class _Run:
+    """A half of a VAE, run as `strips` say."""
 
+    def __init__(self, half: Half, strips: Strips, needs: EagerNeeds) -> None:
+        self.half, self.strips, self._counted = half, strips, needs
+        alone = strips.group is None
+        first = alone or torch.distributed.get_rank(strips.group) == 0
+        tuning = replace(USUAL, silent_seconds=strips.silent_seconds)
+        shown = _percent if first and sys.stderr.isatty() else None
+        self._streamed = Streamed(on_progress=shown, tuning=tuning, group=strips.group)
+        self._streams = Switch(strips.mode == "stream" or not alone)
+        self._auto: Optional[AutoForward] = None
+        if strips.mode == "auto" and alone:
+            self._auto = AutoForward(
+                self._forward, lambda: self._streams.set_to(True), self._needs, self._free, strips.budget or 0,
+                lambda _: self._in_strips(),
+            )  # fmt: skip
 
-def _auto(half: Half, strips: Strips, on_choice: Optional[OnChoice]) -> AutoForward:
-    """The function of `half`, run as it fits."""
-    vae = half.vae
+    def __call__(self, input: Tensor, on_choice: Optional[OnChoice] = None) -> Any:
+        """What it makes of `input`. Raises ValueError where the VAE's file has no such half."""
+        if isinstance(self.half.part, Missing):
+            raise ValueError(self.half.part.why)
+        run: Callable[[Tensor], Any] = self._forward
+        if self._auto is not None:
+            self._auto.on_choice, run = on_choice, self._auto
+        in_strips = self.strips.mode == "patch" and not self._streams.on
+        with self._in_strips() if in_strips else nullcontext(), _line_cleared():
+            return run(input.to(self.half.vae.dtype))
 
-    def needs(input: Tensor) -> Optional[Needs]:
-        maps = EagerNeeds(vae).of_call(half.name, (input[:1],), {}, input.device, input.dtype)
-        return needs_of(maps, strips.splits, strips.threshold, input.device.type, input.dtype) if maps else None
+    def _forward(self, input: Tensor) -> Any:
+        if not self._streams.on:
+            return self.half.run(input)
+        budget = self.strips.budget
+        if budget is None and self.strips.mode != "stream":
+            budget = int(OF_FREE * self._free(input.device)) or 1
+        self._streamed.budget = budget
+        return self._streamed.call(self.half.run, (input,), {})
 
-    def streaming() -> AbstractContextManager[Any]:
-        return _streamed(half, strips.budget or _free(vae.device, strips), strips)
+    def _in_strips(self) -> AbstractContextManager[Any]:
+        """Convolutions in strips, those with kernels of 1 too: backends copy their input and output all the same."""
+        on_strip, strips = _progress() if sys.stderr.isatty() else None, self.strips
+        return patched(
+            self.half.part, strips.splits, threshold=strips.threshold, on_strip=on_strip, predicate=lambda *_: True
+        )
 
-    def unused(device: torch.device) -> int:
-        return free(device) // strips.beside
+    def _needs(self, input: Tensor) -> Optional[Needs]:
+        strips, device = self.strips, input.device
+        maps = self._counted.of_call(self.half.name, (input[:1],), {}, device, input.dtype)
+        return needs_of(maps, strips.splits, strips.threshold, device.type, input.dtype) if maps else None
 
-    return AutoForward(
-        half,
-        streaming,
-        needs,
-        unused,
-        strips.budget or 0,
-        lambda _: _in_strips(half.part, strips),
-        on_choice,
-    )
-
-
-def _free(device: torch.device, strips: Strips) -> int:
-    """The budget for what is free: a share of it for each process of this machine."""
-    return int(OF_FREE * free(device) / strips.beside) or 1
-
-
-def _streamed(half: Half, budget: Optional[int], strips: Strips) -> AbstractContextManager[Any]:
-    first = strips.group is None or torch.distributed.get_rank(strips.group) == 0
-    shown = _percent if first and sys.stderr.isatty() else None
-    tuning = replace(USUAL, silent_seconds=strips.silent_seconds)
-    return stream(half.run, budget=budget, on_progress=shown, tuning=tuning, group=strips.group)
-
-
-def _in_strips(part: nn.Module, strips: Strips) -> AbstractContextManager[Any]:
-    """Convolutions in strips, those with kernels of 1 too: backends copy their input and output all the same."""
-    on_strip = _progress() if sys.stderr.isatty() else None
-    return patched(part, strips.splits, threshold=strips.threshold, on_strip=on_strip, predicate=lambda *_: True)
+    def _free(self, device: torch.device) -> int:
+        """What is free for each process of this machine."""
+        return free(device) // self.strips.beside
 
 
 @contextmanager

@@ -15,7 +15,7 @@ _open: list[_Block] = []
 
 
 class _Block:
-    """What one block found, and which modules it changed; to those without a method of their own None stands for it."""
+    """The methods that modules had for themselves when a block began, None for none, and which modules it changed."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         self.name = name
@@ -67,7 +67,7 @@ def state(module: nn.Module, name: str) -> Any:
 
 
 def put(module: nn.Module, name: str, value: Any) -> None:
-    """Make that what `state` says."""
+    """Set the module's own method `name`; None removes it."""
     if value is None:
         module.__dict__.pop(name, None)
     else:

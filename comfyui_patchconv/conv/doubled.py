@@ -21,7 +21,7 @@ _BLOCK_BYTES = 8 << 20
 
 
 def kernels(weight: Tensor) -> list[Tensor]:
-    """What a map `[N, C, H, W]`, its differences to the right, those downwards and those of both are convolved by.
+    """Four 1x1 kernels: for a map `[N, C, H, W]`, its horizontal, its vertical, and its mixed differences.
 
     weight: `[O, C, 3, 3]`. The kernels, of one pixel, have O, 2 O, 2 O and 4 O outputs: for the even columns, then for
     the odd ones, of even rows and then of odd ones. Sums are made in float64.

@@ -108,7 +108,7 @@ class Holes(TorchFunctionMode):
         self._masks[tuple(mask.shape[-2:])] = mask if not bool(mask.all()) else mask[:0]
 
     def _derived(self, height: int, width: int) -> Tensor:
-        """The mask of a size that no convolution or padding has led to: valid is what only valid pixels lie behind."""
+        """The mask of a size that no convolution or padding made: valid is a position that covers valid pixels only."""
         known = [size for size in self._masks if size[0] >= height and size[1] >= width]
         size = min(known, key=lambda size: size[0] * size[1]) if known else max(self._masks)
         mask = self._masks[size]
@@ -211,7 +211,7 @@ def _continued(image: Tensor, mask: Tensor, reach: int) -> Tensor:
 
 
 def _centres(module: Convolution, mask: Tensor) -> Tensor:
-    """The mask behind a convolution: valid is what has half of the middle of its window, one stride wide, valid."""
+    """The mask behind a convolution: a position is valid if half of its window's middle, one stride wide, is."""
     sides = list(zip(module.kernel_size, module.stride, module.dilation, padding_of(module)))[-2:]
     middle = mask.new_zeros(1, 1, *(kernel for kernel, *_ in sides))
     first = [max(kernel - stride, 0) // 2 for kernel, stride, *_ in sides]

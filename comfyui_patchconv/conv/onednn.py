@@ -73,5 +73,5 @@ class _Conv3d(TorchFunctionMode):
 
 
 def in_strips(input: Tensor, of_large: bool = True) -> AbstractContextManager[object]:
-    """Within the block `F.conv3d`, whoever calls it, is the one above, for such an `input` that is of a large video."""
+    """Within the block `F.conv3d` is the one above, if oneDNN can take strips of `input`, a large video."""
     return _Conv3d() if of_large and input.dim() == 5 and applies(input) else nullcontext()

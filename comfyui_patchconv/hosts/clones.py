@@ -22,8 +22,8 @@ class StandIn:
 def follow(old: Any, new: Any) -> None:
     """Bind the object patches of `new` to its own model, where that is not the model of `old`; a host's `ON_CLONE`.
 
-    Hosts load a model anew for another device, and copy to it the patches of a model that it was cloned from. What a
-    model has for itself is not ours to carry over: ours then stands in for what the other has in its place.
+    Hosts load a model anew for another device, and copy to it the patches of a model that it was cloned from. A
+    method that was set on the old model is not copied: ours stands in for what the new model has in its place.
 
     old, new: ComfyUI's `ModelPatcher`, or what is like it.
     """

@@ -18,6 +18,6 @@ def strip_bytes(device_type: str) -> int:
 
 
 def allocator_bytes(device_type: str) -> int:
-    """Slack the allocator may keep of freed strips before it has to hand it back; it grows while we hold less than our
-    peak, since what is handed back is taken anew."""
+    """Bytes of freed strips that the allocator may keep before they are handed back to the system. It may keep more
+    while less is held than at the peak: what is handed back has to be taken anew."""
     return _ALLOCATOR_BYTES.get(device_type, 0)

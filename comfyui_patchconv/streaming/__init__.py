@@ -81,7 +81,7 @@ class Streamed:
     `streamed`.
 
     budget: may be changed between calls; a schedule is kept as long as it suits. calls: how many had something to
-    stream. last: the last that was recorded: a small one that is like another for which eager would do is not. left:
+    stream. last: the last that was recorded; a small call that is like one that ran eagerly is not. left:
     whether the last one did all as eager does, for strips would be no help: as much memory, or much longer. sent,
     messages: bytes that this rank has sent to others of its group, and in how many pieces.
     """

@@ -173,7 +173,7 @@ class _Counted:
         return Expected(peak, call.offloaded, call.planned, self.calls, recorder.eager_peak, call.in_strips)
 
     def _store_held(self) -> None:
-        """What the program has when a call begins or ends is there."""
+        """Mark what the program holds when a call begins or ends as stored."""
         cells = [tensor.view_.cell for tensor in self.call.recorder.held()]
         self.call.recorder.store(cell.value for cell in cells if cell.value is not None)
 

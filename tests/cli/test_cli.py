@@ -179,6 +179,36 @@ def test_streaming_takes_over_where_memory_runs_out_all_the_same(
     assert np.abs(pixels(tmp_path / "auto.png") - pixels(tmp_path / "eager.png")).max() <= 1
 
 
+def test_files_behind_one_that_did_not_fit_are_streamed_at_once(
+    tmp_path: Path, vae: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was counted for the first file, and found to be too large, is known for the others."""
+    counted: list[Any] = []
+    count, forward, raised = EagerNeeds.of, nn.functional.group_norm, []
+
+    def full(*args: Any, **kwargs: Any) -> Tensor:
+        if type(args[0]) is Tensor:  # neither counted nor streamed
+            raised.append(None)
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return forward(*args, **kwargs)
+
+    def counts(self: Any, key: Any, *rest: Any) -> int:
+        counted.append(key in self._counted)
+        return count(self, key, *rest)
+
+    monkeypatch.setattr(nn.functional, "group_norm", full)
+    monkeypatch.setattr(EagerNeeds, "of", counts)
+    for name in "abc":
+        save_latent(tmp_path / f"{name}.latent", random_latent())
+    latents = ["--latent", *(str(tmp_path / f"{name}.latent") for name in "abc")]
+    run("decode", "--vae", str(vae), *latents, "--out", str(tmp_path / "out"))
+    told = capsys.readouterr().out.splitlines()
+    assert len(raised) == 1
+    assert "then streamed (memory ran out eagerly)" in told[0]
+    assert all(line.endswith("; auto: streamed (memory ran out before)") for line in told[1:3]), told
+    assert counted == [False]
+
+
 def test_a_batch_becomes_numbered_images(tmp_path: Path, vae: Path) -> None:
     both = random_latent(batch=2)
     save_latent(tmp_path / "in.latent", both)

@@ -268,7 +268,10 @@ class TestSmallCalls:
 
     def test_with_gradients_on(self) -> None:
         x, runner = torch.randn(1, 4, 256, 256), Streamed()
-        assert not any(runner.call(self.module, (x,), {}).requires_grad for _ in range(3))
+        for _ in range(3):
+            before = runner.last
+            assert not runner.call(self.module, (x,), {}).requires_grad
+            assert runner.last is not before
 
     def test_a_module_that_is_set_to_something_else(self) -> None:
         """It may take a hundred times as much then, beyond the budget."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from ...files.images import open_image
+from ...files.images import IMAGES, open_image
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_SUFFIXES = {*IMAGES, ".gif"}
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 Item = tuple[int, bool]

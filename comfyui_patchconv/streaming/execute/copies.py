@@ -27,8 +27,8 @@ class Copies(Protocol):
     def start(self, target: Tensor, source: Tensor) -> Arrival:
         """Copy `source` to `target`, one of which is on the device, after the work that this thread gave it so far.
 
-        Until it is done neither may be written to, and the one on the device has to be kept; that memory of the host's
-        which goes is not used again too early, torch sees to.
+        Until it is done, neither may be written to, and the one on the device has to be kept; torch does not use memory
+        of the host's again before that.
         """
         ...
 

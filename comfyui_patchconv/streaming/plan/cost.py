@@ -18,8 +18,10 @@ _PRODUCT = 2e-11
 
 
 def seconds_of(order: Iterable[Node], strips: int = 1, twice: Optional[Mapping[Node, int]] = None) -> float:
-    """Of computing the maps of `order`, each in so many strips. twice: of a map, the rows that a strip computes though
-    the one before it had them."""
+    """Estimate the seconds to compute the maps of `order`, each in so many strips.
+
+    twice: of a map, the rows that a strip computes though the one before it had them.
+    """
     total = 0.0
     for node in order:
         if node.step is not None:

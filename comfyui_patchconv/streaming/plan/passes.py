@@ -42,7 +42,7 @@ class Passes:
         self._left: set[Node] = set()
         self._offloaded: set[Node] = set()
         self._known_sweeps: dict[Any, Sweep] = {}
-        self._waiting = {node: len(readers) for node, readers in self._readers.items()}
+        self._readers_left = {node: len(readers) for node, readers in self._readers.items()}
         self._settled: set[Node] = set()
         self._unread: dict[Node, None] = {}
 
@@ -104,7 +104,7 @@ class Passes:
             self._pass_to([Target(source, stored=False, reductions=[reduction])])
         else:
             self._store([source])
-        if reduction not in self._stored:  # its input went with what that is a part of
+        if reduction not in self._stored:  # its input was stored with the map that it is a part of
             self._run_pass([Target(source, stored=False, reductions=[reduction])])
 
     def _is_made_for(self, reduction: Node, source: Node) -> bool:
@@ -395,7 +395,7 @@ class Passes:
         self.schedule.seconds += seconds_of(sweep.way.order, strips, twice)
 
     def _with_reductions(self, targets: Sequence[Target]) -> list[Target]:
-        """Targets, and what else of their pass goes by that reductions are wanted of."""
+        """Targets, and the other maps that their pass computes and a reduction is still to read."""
         known = {target.node for target in targets}
         sweep = self._sweep_of(targets)
         for target in targets:
@@ -427,19 +427,19 @@ class Passes:
         return sorted(found.values(), key=lambda target: target.node.serial)
 
     def _settle(self, target: Target) -> None:
-        """A map will be there. What only settled steps read is settled too: nobody will compute it any more."""
+        """Mark a map as stored. Steps that only such maps read are settled too: nobody will compute them again."""
         self._stored[target.node] = target
         self._state = self._ways.after(self._state, [target.node])
         self._known_sweeps.clear()
         stack = [] if target.node in self._settled else [target.node]
-        if not self._waiting.get(target.node):
+        if not self._readers_left.get(target.node):
             self._unread[target.node] = None
         while stack:
             node = stack.pop()
             self._settled.add(node)
             for source in dict.fromkeys(node.inputs):
-                self._waiting[source] -= 1
-                if self._waiting[source]:
+                self._readers_left[source] -= 1
+                if self._readers_left[source]:
                     continue
                 if source in self._stored:
                     self._unread[source] = None
@@ -511,5 +511,5 @@ class Passes:
 
 
 def _fits(budget: Optional[int], held: int, freed: int, new: int) -> bool:
-    """Whether `new` bytes can be added to `held` within `budget`, while `freed` of them go at the same pace."""
+    """Whether `new` bytes can be added to `held` within `budget`, while `freed` of those are freed at the same pace."""
     return budget is None or held + max(new - freed, 0) <= budget

@@ -70,8 +70,8 @@ class Way:
 
     @cached_property
     def frontiers(self) -> list[list[Node]]:
-        """Where this pass could be two: for each height on the way, the maps of no more or of no fewer rows, as are all
-        before them, that later steps read."""
+        """Where this pass could be two: for each height on the way, the maps that later steps read of the part with at
+        most, or at least, so many rows."""
         found: list[list[Node]] = []
         inside = set(self.order)
         roots = set(self.roots)

@@ -110,7 +110,7 @@ class View:
         return self.cell.real.as_strided(self.spec.shape, self.spec.strides, offset)
 
     def _node_of_memory(self) -> Node:
-        """Its node is held by who reads it alone: what nobody reads need not be copied before a write."""
+        """Its node, held weakly: memory that no step will read need not be copied before a write."""
         if self._memory is not None:
             node = self._memory[0]()
             if node is not None and node.tensor is self._memory[1]:
@@ -124,7 +124,7 @@ class View:
 
 
 _without_memory = getattr(torch._C, "_set_throw_on_mutable_data_ptr", None)
-"""Has who asks C++ for a tensor's memory get an exception, where it is not there (from torch 2.2 on)."""
+"""Makes C++ code raise that asks a deferred tensor for its memory (torch 2.2 and later)."""
 
 
 class LazyTensor(Tensor):

@@ -120,7 +120,7 @@ def fixed_dim(node: Node) -> Optional[int]:
 
 
 def default_dim(shape: Sequence[int], excluded: Collection[int] = ()) -> Optional[int]:
-    """Along which a stored tensor is read in rows."""
+    """The dimension along which a stored tensor of `shape` is read in rows."""
     return next((dim for dim in candidates(len(shape)) if shape[dim] > 1 and dim not in excluded), None)
 
 

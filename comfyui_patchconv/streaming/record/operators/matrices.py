@@ -45,7 +45,7 @@ def product(call: Call) -> Optional[Node]:
     if not place and _sums_over_rows(one, other, call):
         return _summed_over_rows(call, one, other)
     back = _along(one, other, call.spec.shape)
-    if back is None or (place and call.args[0].shape and prod_of(call.args[0].shape) > 1):
+    if back is None or (place and call.args[0].shape and prod(call.args[0].shape) > 1):
         return None
     dim = count - back
     inputs, apply = over(call.args, call.kwargs)
@@ -129,13 +129,6 @@ class _Product:
     def result(self, like: Tensor) -> None:
         assert self._value is not None
         like.copy_(self._value)
-
-
-def prod_of(shape: Sequence[int]) -> int:
-    size = 1
-    for side in shape:
-        size *= side
-    return size
 
 
 def _along(one: Any, other: Any, shape: Sequence[int]) -> Optional[int]:
