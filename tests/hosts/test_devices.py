@@ -34,7 +34,9 @@ class Run:
 
     def __init__(self, network: nn.Module, wanted: str = "all", seconds: float = SECONDS, **options: Any) -> None:
         self.outcomes: list[Outcome] = []
-        spread = Spread(wanted, look=options.pop("look", lambda: None), on_outcome=self.outcomes.append, seconds=seconds)
+        spread = Spread(
+            wanted, look=options.pop("look", lambda: None), on_outcome=self.outcomes.append, seconds=seconds
+        )
         forward = type(network).forward.__get__(network)
         tuning = ALWAYS if seconds == SECONDS else Tuning(1, 0, True, silent_seconds=seconds)
         self.stand_in = StreamedForward(forward, 0, lambda _: 1 << 30, tuning=tuning, spread=spread, **options)

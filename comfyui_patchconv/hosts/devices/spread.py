@@ -50,7 +50,7 @@ def others_than(first: torch.device) -> list[torch.device]:
         if not text.isdecimal() or int(text) > _MOST:
             raise ValueError(f"{WORKERS} is {text!r}: use a whole number of worker processes up to {_MOST}.")
         return [torch.device("cpu")] * int(text)
-    kind = getattr(torch, first.type, None)
+    kind: Any = getattr(torch, first.type, None)
     count = kind.device_count() if hasattr(kind, "device_count") else 1
     own = first.index if first.index is not None or count < 2 else kind.current_device()
     return [torch.device(first.type, index) for index in range(count) if index != own] if count > 1 else []

@@ -27,7 +27,7 @@ Look = Callable[[], None]
 _LOOK = 0.1
 """Seconds between two looks."""
 
-_START = 300.0
+_START = 600.0
 """Seconds that a worker may take until it has imported what it needs."""
 
 _SETTLE = 5.0
@@ -166,11 +166,17 @@ class Team:
     def __init__(self, first: torch.device, calls: Sequence[str] = (), seconds: float = USUAL.silent_seconds) -> None:
         self._first, self._calls, self._seconds = first, calls, seconds
         self._workers: list[Worker] = []
+        self._count = 0
         self._group: Optional[OwnGroup] = None
         self._folder: Optional[tempfile.TemporaryDirectory[str]] = None
         self._groups = self._number = 0
         self._lock = threading.Lock()
         atexit.register(self.end)  # a process that is killed has no time for it: see `worker`
+
+    @property
+    def _called(self) -> list[Worker]:
+        """The workers that are called: there may be more, of earlier calls."""
+        return self._workers[: self._count]
 
     @property
     def processes(self) -> list[int]:
@@ -199,7 +205,7 @@ class Team:
                 call=self._number, name=name, budget=budget, random=torch.get_rng_state(), grad=torch.is_grad_enabled(),
                 inference=torch.is_inference_mode_enabled(),
             )  # fmt: skip
-            for worker in self._workers:
+            for worker in self._called:
                 worker.ask("call", given, **plain)
             del given
             return self._together(group, streamed, function, args, kwargs), name
@@ -226,7 +232,7 @@ class Team:
             streamed.over(group)
             return streamed.call(function, args, kwargs)
         except BaseException as error:
-            for worker in self._workers:
+            for worker in self._called:
                 worker.stop(self._number)
             self._group = None
             if isinstance(error, SpreadError):
@@ -238,12 +244,12 @@ class Team:
 
     def _threads(self, all_of_them: int) -> int:
         """Of each process, where all compute on the same processor."""
-        return max(all_of_them // (1 + len(self._workers)), 1)
+        return max(all_of_them // (1 + self._count), 1)
 
     def _reason(self, error: SpreadError) -> str:
         """What ended a call: what became of the workers, or else what the ranks told each other."""
         found: list[str] = []
-        for worker in self._workers:
+        for worker in self._called:
             try:
                 wrong = worker.settle(_SETTLE, lambda: None)
                 if wrong not in ("", STOPPED):
@@ -256,10 +262,8 @@ class Team:
     def _gathered(self, others: Sequence[torch.device], look: Look) -> OwnGroup:
         """The group of this process and a worker for each of `others`, started and joined where they are not yet."""
         workers = self._workers
-        for surplus in workers[len(others) :]:
-            surplus.kill()
-            self._group = None
-        del workers[len(others) :]
+        if self._count != len(others):
+            self._group, self._count = None, len(others)
         for place, device in enumerate(others):
             if place < len(workers) and workers[place].device == device and self._goes_on(workers[place], look):
                 continue
@@ -267,7 +271,7 @@ class Team:
                 gone.kill()
             workers[place : place + 1] = [Worker(place + 1, device, self._calls)]
             self._group = None
-        for worker in workers:
+        for worker in self._called:
             worker.settle(_START, look)
             worker.ready = True
         if self._group is None:
@@ -286,18 +290,18 @@ class Team:
     def _watch(self, look: Look) -> None:
         """While this rank waits for others. Raises SpreadError where one of them has failed outside of the call."""
         look()
-        for worker in self._workers:
+        for worker in self._called:
             if worker.trouble:
                 raise SpreadError(f"{worker} {worker.trouble}")
 
     def _joined(self, look: Look) -> OwnGroup:
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="patchconv-", ignore_cleanup_errors=True)
-        folder, count = Path(self._folder.name), 1 + len(self._workers)
+        folder, count = Path(self._folder.name), 1 + self._count
         (folder / str(self._groups)).unlink(missing_ok=True)
         self._groups += 1
         path, threads = folder / str(self._groups), self._threads(torch.get_num_threads())
-        for place, worker in enumerate(self._workers):
+        for place, worker in enumerate(self._called):
             worker.ask(
                 "join", folder=str(folder), path=str(path), rank=place + 1, count=count, seconds=self._seconds,
                 device=str(worker.device), threads=threads,
@@ -308,9 +312,9 @@ class Team:
         while thread.is_alive():
             thread.join(_LOOK)
             look()
-            if not all(worker.is_there() for worker in self._workers):
+            if not all(worker.is_there() for worker in self._called):
                 break
-        for worker in self._workers:
+        for worker in self._called:
             wrong = worker.settle(self._seconds, look)
             if wrong:
                 raise DevicesError(f"{worker} cannot join the others: {wrong}")
@@ -321,17 +325,17 @@ class Team:
 
     def _hold(self, name: str, function: Callable[..., Any], tuning: Tuning, look: Look) -> str:
         """Have all workers hold a function; the name by which they do."""
-        if name and all(name in worker.held for worker in self._workers):
+        if name and all(name in worker.held for worker in self._called):
             return name
         value = self._packed(function)
         name = value.name
-        for worker in self._workers:
+        for worker in self._called:
             if name in worker.held:
                 continue
             drop = worker.held[: len(worker.held) - _HELD + 1]
             worker.held = [*worker.held[len(drop) :], name]
             worker.ask("hold", value, name=name, drop=drop, tuning=tuning)
-        for worker in self._workers:
+        for worker in self._called:
             wrong = worker.settle(_START, look)
             if wrong:
                 worker.held.remove(name)
