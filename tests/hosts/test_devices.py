@@ -174,7 +174,8 @@ def test_cancel_ends_it_on_all(where: str) -> None:
         if asked[0]:
             raise Cancel
 
-    run = Run(network, **({"look": look} if where == "waiting" else {"on_progress": look}))
+    options: dict[str, Any] = {"look" if where == "waiting" else "on_progress": look}
+    run = Run(network, **options)
     run(z)
     before = pids()
     network.kept = Kept("is slow")
@@ -239,7 +240,8 @@ def test_no_choice(wanted: Any) -> None:
 
 def test_the_default_group_is_left_alone() -> None:
     """Whoever has made one: it is there before, meanwhile and after."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    c10d: Any = dist
+    dist.init_process_group("gloo", store=c10d.HashStore(), rank=0, world_size=1)
     try:
         before = dist.group.WORLD
         network, z = half(), latent()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 
 from ...streaming import USUAL, Streamed
+from .draws import set_states, states
 from .team import DevicesError, Look, Team
 
 WORKERS = "PATCHCONV_CPU_WORKERS"
@@ -93,7 +94,7 @@ class Spread:
             self._tell(Outcome(alone="" if self._wanted in (ONE, "1") else _only(device)))
             return streamed.call(function, args, kwargs)
         lists = _Lists((args, kwargs))
-        random, whole = _random(device), streamed.budget
+        drawn, whole = states(device), streamed.budget
         if shared and device.type == "cpu" and whole is not None:
             streamed.budget = whole // (1 + len(others)) or 1
         on_each = None if shared and device.type != "cpu" else streamed.budget
@@ -114,7 +115,7 @@ class Spread:
         # Here, where nothing holds what the call had any more.
         _log.warning("Patch Conv: on one device: %s.", outcome.alone)
         self._tell(outcome)
-        _set_random(device, random)
+        set_states(device, drawn)
         return streamed.call(function, args, kwargs)
 
     def _tell(self, outcome: Outcome) -> None:
@@ -182,15 +183,3 @@ class _Lists:
                 now = {key: self._originals.get(id(one), one) for key, one in copied.items()}
                 original.clear()
                 original.update(now)
-
-
-def _random(device: torch.device) -> Any:
-    of_device: Any = getattr(torch, device.type)
-    own = None if device.type == "cpu" else of_device.get_rng_state(device)
-    return torch.get_rng_state(), own
-
-
-def _set_random(device: torch.device, states: Any) -> None:
-    torch.set_rng_state(states[0])
-    if states[1] is not None:
-        getattr(torch, device.type).set_rng_state(states[1], device)

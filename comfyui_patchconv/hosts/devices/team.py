@@ -12,12 +12,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 
 from ...streaming import USUAL, OwnGroup, SpreadError, Streamed, Tuning
+from .draws import states
 from .frames import Frame, read, write
 from .packing import STOPPED, CannotSendError, Packed, packed, said
 
@@ -141,7 +143,8 @@ class Worker:
                 del question
             pipe.close()
         except (OSError, ValueError):  # it is gone, as who reads its answers will notice
-            return
+            with suppress(OSError):
+                pipe.close()
 
     def _read(self) -> None:
         pipe: Any = self.process.stdout
@@ -202,7 +205,7 @@ class Team:
             given = self._packed((args, kwargs))
             self._number += 1
             plain = dict(
-                call=self._number, name=name, budget=budget, random=torch.get_rng_state(), grad=torch.is_grad_enabled(),
+                call=self._number, name=name, budget=budget, random=states(self._first), grad=torch.is_grad_enabled(),
                 inference=torch.is_inference_mode_enabled(),
             )  # fmt: skip
             for worker in self._called:

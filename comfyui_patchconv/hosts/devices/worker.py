@@ -17,6 +17,7 @@ import torch
 from ...memory.usage import free
 from ...streaming import OwnGroup, SpreadError, Streamed
 from ..estimates import OF_FREE
+from .draws import set_states
 from .frames import Frame, read, write
 from .packing import STOPPED, said, unpacked
 
@@ -91,8 +92,8 @@ class _Worker:
         self._device = torch.device(given["device"])
         if self._device.type == "cpu":
             torch.set_num_threads(given["threads"])
-        else:
-            getattr(torch, self._device.type).set_device(self._device)
+        elif hasattr(of_device := getattr(torch, self._device.type), "set_device"):
+            of_device.set_device(self._device)
         self._requests.folder = given["folder"]
         self._group = None
         self._group = OwnGroup(given["path"], given["rank"], given["count"], given["seconds"], self._look)
@@ -109,7 +110,7 @@ class _Worker:
         held = self._held[given["name"]]
         held.streamed.over(self._group)
         held.streamed.budget = given["budget"] or int(OF_FREE * free(self._device)) or 1
-        torch.set_rng_state(given["random"])
+        set_states(self._device, given["random"])
         with torch.inference_mode() if given["inference"] else nullcontext(), torch.set_grad_enabled(given["grad"]):
             args, kwargs = unpacked(frame.looks, frame.received, frame.rest, self._device)
             held.streamed.call(held.function, args, kwargs)
