@@ -200,8 +200,9 @@ class Team:
         if not self._lock.acquire(blocking=False):
             raise DevicesError("the workers are busy with another call")
         try:
+            value = None if name else self._packed(function)  # before any worker is started for it
             group = self._gathered(others, look)
-            name = self._hold(name, function, streamed.tuning, look)
+            name = self._hold(name, value, function, streamed.tuning, look)
             given = self._packed((args, kwargs))
             self._number += 1
             plain = dict(
@@ -272,7 +273,7 @@ class Team:
                 continue
             for gone in workers[place : place + 1]:
                 gone.kill()
-            workers[place : place + 1] = [Worker(place + 1, device, self._calls)]
+            workers[place : place + 1] = [self._started(place + 1, device)]
             self._group = None
         for worker in self._called:
             worker.settle(_START, look)
@@ -281,6 +282,12 @@ class Team:
             self._group = self._joined(look)
         self._group.on_wait = lambda: self._watch(look)
         return self._group
+
+    def _started(self, rank: int, device: torch.device) -> Worker:
+        try:
+            return Worker(rank, device, self._calls)
+        except OSError as error:
+            raise DevicesError(f"no worker can be started ({said(error)})") from error
 
     def _goes_on(self, worker: Worker, look: Look) -> bool:
         """Whether a worker has ended what it was asked before, and is there."""
@@ -326,11 +333,13 @@ class Team:
             raise DevicesError(f"the workers cannot be joined: {said(made[0]) if made else 'they do not come'}")
         return made[0]
 
-    def _hold(self, name: str, function: Callable[..., Any], tuning: Tuning, look: Look) -> str:
+    def _hold(
+        self, name: str, value: Optional[Packed], function: Callable[..., Any], tuning: Tuning, look: Look
+    ) -> str:
         """Have all workers hold a function; the name by which they do."""
         if name and all(name in worker.held for worker in self._called):
             return name
-        value = self._packed(function)
+        value = value or self._packed(function)
         name = value.name
         for worker in self._called:
             if name in worker.held:
