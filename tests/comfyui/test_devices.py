@@ -104,7 +104,7 @@ def test_a_worker_that_is_killed(spread_server: Server, checkpoint: str) -> None
     server = spread_server
     server.run(decoding(checkpoint, server.latent("warm", 128, seed=1), patched=ALL))
     first, second = workers(server)
-    latent = server.latent("killed", 768)
+    latent = server.latent("killed", 320)
     graph = decoding(checkpoint, latent, patched=ALL)
     with server.messages() as messages:
         prompt = server.queue(graph)
@@ -121,7 +121,7 @@ def test_a_worker_that_is_killed(spread_server: Server, checkpoint: str) -> None
     graph |= decode("eager", ["load", 2], ["latent", 0])
     assert_same_image(server.run(graph)["eager"], killed["patched"][0])
     with server.messages() as messages:
-        server.run(decoding(checkpoint, server.latent("again", 128, seed=2), patched=ALL))
+        server.run(decoding(checkpoint, server.latent("again", 256, seed=2), patched=ALL))
     assert "over 3 processes" in told(messages)
     assert second in workers(server)
     assert len(workers(server)) == 2

@@ -17,6 +17,7 @@ from devices_toys import Drawing, Half, Kept, half, latent
 from processes import environment
 from torch import nn
 
+from comfyui_patchconv.conv.partial import PartialPadding
 from comfyui_patchconv.hosts.clones import StandIn
 from comfyui_patchconv.hosts.devices import spread as spreading
 from comfyui_patchconv.hosts.devices.packing import CannotSendError, packed, unpacked
@@ -26,6 +27,7 @@ from comfyui_patchconv.hosts.upscale import StreamedUpscaler, joined
 from comfyui_patchconv.streaming import Tuning
 from comfyui_patchconv.streaming.spread.ranks import bytes_of
 
+from .test_clones import Patcher, Z, in_strips, vae
 from .upscaler import upscaler
 
 CPU = torch.device("cpu")
@@ -87,6 +89,36 @@ def test_the_same_picture(wanted: str, over: str) -> None:
     made = run(z)
     assert run.outcomes == [Outcome(over)]
     assert_same(made, network(z))
+
+
+def test_another_number_of_devices_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A schedule that is kept is one for as many ranks."""
+    network, z = half(), latent()
+    run = Run(network)
+    for count in (2, 1, 0, 2):
+        monkeypatch.setenv(spreading.WORKERS, str(count))
+        assert_same(run(z), network(z))
+    assert [outcome.over for outcome in run.outcomes] == ["3 processes", "2 processes", "", "3 processes"]
+
+
+@pytest.mark.parametrize("padding", [None, PartialPadding])
+def test_a_hosts_clone_computes_with_its_own_weights(padding: Any) -> None:
+    """And what stands in for convolutions goes with them, while what stands in for a decoder stays."""
+    outcomes: list[Outcome] = []
+    spread = Spread("2", on_outcome=outcomes.append, seconds=SECONDS)
+    one, other, alone = Patcher(vae(1)), Patcher(vae(2)), vae(2)
+    for patcher in (one, other):
+        if padding is not None:
+            in_strips(patcher, padding)
+    forward = one.get_model_object("decoder.forward")
+    one.object_patches["decoder.forward"] = StreamedForward(forward, 0, lambda _: 1 << 30, tuning=ALWAYS, spread=spread)
+    expected = alone.decode(Z) if padding is None else other.decode(Z)
+    clone = one.deepclone(vae(2))
+    assert_same(clone.decode(Z), expected)
+    assert_same(clone.decode(Z), expected)
+    one.decode(Z)
+    assert_same(clone.decode(Z), expected)
+    assert outcomes == [Outcome("2 processes")] * 4
 
 
 def test_workers_and_weights_stay_until_weights_change(tmp_path: Path) -> None:
