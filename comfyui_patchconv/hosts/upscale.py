@@ -162,13 +162,7 @@ class _Picture:
         model = copy.copy(self.model)
         for name in ("patcher", "architecture", "_architecture"):  # the host's, and how files are recognised
             vars(model).pop(name, None)
-        if getattr(vars(model).get("_call_fn"), "__qualname__", "").startswith("ImageModelDescriptor.__init__"):
-            model._call_fn = _call  # in the place of spandrel's, which is a function within a function
         return {"model": model, "output": self.output}
-
-
-def _call(network: nn.Module, image: Tensor) -> Tensor:
-    return network(image)
 
 
 def joined(pictures: Iterator[Tensor], count: int) -> Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from functools import partialmethod
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from devices_toys import Drawing, Half, Kept, half, latent
 from processes import environment
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from comfyui_patchconv.conv.partial import PartialPadding
 from comfyui_patchconv.hosts.clones import StandIn
@@ -222,12 +225,12 @@ def test_cancel_ends_it_on_all(where: str) -> None:
 
 def test_what_cannot_be_sent_runs_here() -> None:
     network, z = half(), latent()
-    network.function = lambda x: x  # type: ignore[assignment]
+    network.lock = threading.Lock()  # type: ignore[assignment]
     run = Run(network)
     assert_same(run(z), network(z))
     (outcome,) = run.outcomes
     assert outcome.alone.startswith("the model cannot be sent to other processes (")
-    assert "lambda" in outcome.alone
+    assert "lock" in outcome.alone
 
 
 def test_what_a_worker_cannot_import_runs_here() -> None:
@@ -330,6 +333,41 @@ def test_packing() -> None:
     assert name != packed((network, network.weight), CPU).name
     with pytest.raises(CannotSendError, match="a tensor of the kind Tensor cannot be sent"):
         packed(torch.empty(2, device="meta"), CPU)
+
+
+def test_packing_what_has_no_name() -> None:
+    """Functions and classes made within functions, which refer to each other, and weights that are made anew."""
+
+    def outer(scale: float = 2.0) -> Any:
+        class Scaled(nn.Module):
+            count = 0
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv2d(3, 3, 1)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return twice(self.conv(x)) * scale
+
+        def twice(x: torch.Tensor, *, times: float = 2.0, of: type = Scaled) -> torch.Tensor:
+            return x * times + of.count
+
+        return Scaled
+
+    for make in (outer(), partialmethod_class(), lambda: parametrizations.weight_norm(nn.Conv2d(3, 3, 1))):
+        network, x = make().requires_grad_(False), torch.randn(1, 3, 4, 4)
+        one = packed(network.forward, CPU)
+        other = unpacked(one.looks, [bytes_of(tensor, CPU) for tensor in one.tensors], one.rest, CPU)
+        assert other.__self__ is not network
+        assert torch.equal(other(x), network(x))
+        assert one.rest == packed(network.forward, CPU).rest
+
+
+def partialmethod_class() -> Any:
+    class Narrow(nn.Conv2d):
+        __init__ = partialmethod(nn.Conv2d.__init__, 3, 3)  # type: ignore[assignment]
+
+    return lambda: Narrow(1)
 
 
 HOST = """

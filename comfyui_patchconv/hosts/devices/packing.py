@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ...streaming.spread.agree import sum_of
 from ..clones import StandIn
+from .local import is_local, reduced, reduced_parametrized
 
 STOPPED = "stopped"
 """What a worker says of a call that another one has ended."""
@@ -90,18 +92,25 @@ class _Packer(pickle.Pickler):
         self.tensors.append(dense)
 
     def reducer_override(self, value: Any) -> Any:
+        if is_local(value):
+            return reduced(value)
         if not isinstance(value, nn.Module):
             return NotImplemented
-        reduced = value.__reduce_ex__(4)
-        if isinstance(reduced, tuple) and len(reduced) > 2 and isinstance(reduced[2], dict):
-            state = {name: one for name, one in reduced[2].items() if not isinstance(one, StandIn)}
-            return (*reduced[:2], state, *reduced[3:])
-        return reduced
+        if is_parametrized(value):
+            return reduced_parametrized(value, _own(vars(value)))
+        usual = value.__reduce_ex__(4)
+        if isinstance(usual, tuple) and len(usual) > 2 and isinstance(usual[2], dict):
+            return (*usual[:2], _own(usual[2]), *usual[3:])
+        return usual
+
+
+def _own(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: one for name, one in state.items() if not isinstance(one, StandIn)}
 
 
 def packed(value: Any, device: torch.device) -> Packed:
     """A value taken apart. device: the one that is computed on; on the other side it is another. Raises CannotSendError
-    for what has no bytes, such as a function within a function."""
+    for what has no bytes, such as a lock."""
     file = io.BytesIO()
     packer = _Packer(file, device)
     try:
