@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
+from upscale_weights import esrgan
 
 from .conftest import Graph, Server, serve
 from .test_server import DEFAULTS, STREAM, VAE, assert_same_image, assert_same_latent, decode, decoding, loader, node
+from .test_upscale import loading, upscaling
 
 ALL: Graph = STREAM | {"devices": "all"}
 
@@ -125,6 +128,17 @@ def test_a_worker_that_is_killed(spread_server: Server, checkpoint: str) -> None
     assert "over 3 processes" in told(messages)
     assert second in workers(server)
     assert len(workers(server)) == 2
+
+
+def test_upscaling(spread_server: Server) -> None:
+    save_file(esrgan(32), spread_server.folder / "upscale_models" / "esrgan.safetensors")
+    graph = loading(spread_server, 96, 128) | upscaling("one") | upscaling("over", devices="all")
+    with spread_server.messages() as messages:
+        files = spread_server.run(graph)
+    lines = {m["data"]["node"]: m["data"]["line"] for m in messages if m["type"] == "patchconv.report"}
+    assert "over 3 processes" in lines["over_scale"]
+    assert "over" not in lines["one_scale"]
+    assert_same_image(files["one"], files["over"])
 
 
 def test_no_process_is_left(spread_server: Server) -> None:

@@ -365,9 +365,10 @@ def test_packing_what_has_no_name() -> None:
 
 def partialmethod_class() -> Any:
     class Narrow(nn.Conv2d):
-        __init__ = partialmethod(nn.Conv2d.__init__, 3, 3)  # type: ignore[assignment]
+        __init__: Any = partialmethod(nn.Conv2d.__init__, 3, 3)
 
-    return lambda: Narrow(1)
+    narrow: Any = Narrow
+    return lambda: narrow(1)
 
 
 HOST = """
