@@ -28,6 +28,7 @@ def spread_server(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         pytest.skip("this system has no /proc, by which the server's workers are found")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATCHCONV_CPU_WORKERS", "2")
+        patch.setenv("PYTHONPATH", str(Path(__file__).with_name("in_workers")), prepend=os.pathsep)
         yield from serve(checkout, tmp_path_factory.mktemp("spread"))
 
 
