@@ -7,12 +7,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from importlib import import_module
 from inspect import signature
-from typing import Any
+from typing import Any, Optional
 
+from comfy import model_management  # pyright: ignore[reportMissingImports]
 from comfy.patcher_extension import CallbacksMP, PatcherInjection  # pyright: ignore[reportMissingImports]
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 
 from ..comfyui_patchconv.hosts.clones import follow
+from ..comfyui_patchconv.hosts.devices.spread import ONE, OnOutcome, Spread
 from ..comfyui_patchconv.hosts.late import eject, inject
 
 host_nodes: Any = import_module("nodes")  # ComfyUI's module of this name; ours is a part of a package
@@ -70,6 +72,13 @@ def try_without_tiles(vae: Any) -> None:
     is offloaded, and no tiles are needed."""
     if hasattr(vae.first_stage_model, RELIABLE):  # whatever it says: another copy's patch may be on the model now
         vae.patcher.add_object_patch(RELIABLE, False)
+
+
+def several_devices(wanted: str, on_outcome: OnOutcome) -> Optional[Spread]:
+    """Make what has calls run on the devices that a user wants, with the host's interrupt; None for one."""
+    calls = ("comfy.options:enable_args_parsing",)  # a worker has the command line of the host, and its devices
+    interrupt = model_management.throw_exception_if_processing_interrupted
+    return None if wanted == ONE else Spread(wanted, calls, interrupt, on_outcome)
 
 
 def outside_recording() -> AbstractContextManager[Any]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..comfyui_patchconv.conv.transforms import is_compiled
 from ..comfyui_patchconv.hosts.clones import StandIn
+from ..comfyui_patchconv.hosts.devices.spread import Outcome
 from ..comfyui_patchconv.hosts.eager_needs import EagerNeeds
 from ..comfyui_patchconv.hosts.figures import Figures, State
 from ..comfyui_patchconv.hosts.modes import Way
@@ -101,6 +102,11 @@ class Meter:
         if self.streamed or self.counter.strips > 1:  # else it ran eagerly
             self._before.eager = max(self._before.eager, eager())
         self._tell(self._before, "done")
+
+    def spread(self, outcome: Outcome) -> None:
+        """Note on what a call ran, of several devices; what spoke against them stays for the whole run."""
+        self._before.over = outcome.over
+        self._before.alone = outcome.alone or self._before.alone
 
     def left(self, eager: bool) -> None:
         """Note whether a call that might have been streamed ran eagerly, for strips would have been no help."""

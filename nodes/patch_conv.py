@@ -18,13 +18,23 @@ from ..comfyui_patchconv.conv.forward import TiledForward, tiled_forward
 from ..comfyui_patchconv.conv.patch import PADDINGS, patched
 from ..comfyui_patchconv.conv.strip_sizes import DEFAULT_THRESHOLD
 from ..comfyui_patchconv.hosts.auto import AutoForward
+from ..comfyui_patchconv.hosts.devices.spread import CHOICES, ONE, check_choice
 from ..comfyui_patchconv.hosts.estimates import AutoEstimate, Estimate, StreamEstimate, StripEstimate
 from ..comfyui_patchconv.hosts.halves import HALVES, half_of, part_of
 from ..comfyui_patchconv.hosts.modes import MODES
 from ..comfyui_patchconv.hosts.numbers import check_number
 from ..comfyui_patchconv.hosts.streamed import StreamedAtOnce, StreamedForward, Switch
 from ..comfyui_patchconv.units import GIB, MILLION
-from .host import MODEL_CATEGORY, RELIABLE, VAE_CATEGORY, advanced, follow_changes, schema, try_without_tiles
+from .host import (
+    MODEL_CATEGORY,
+    RELIABLE,
+    VAE_CATEGORY,
+    advanced,
+    follow_changes,
+    schema,
+    several_devices,
+    try_without_tiles,
+)
 from .meter import Measured, Meter, measure_sampling
 from .progress import AnyProgress, Progress, Strips
 
@@ -77,6 +87,16 @@ class PatchConvVAE(io.ComfyNode):
                     "what is free.",
                 ),
                 _padding_input(),
+                advanced(
+                    io.Combo,
+                    "devices",
+                    options=[*CHOICES],
+                    default=ONE,
+                    optional=True,
+                    tooltip="For auto and stream: the devices that what is streamed is computed on, each a band of its "
+                    "rows, in memory of its own; the same picture. one: that of the VAE. all: every one of its kind. A "
+                    "number: so many of them. The others belong to worker processes, which stay for the next decode.",
+                ),
             ],
             outputs=[io.Vae.Output(tooltip="A copy of the VAE that works in strips.")],
             hidden=[io.Hidden.unique_id],
@@ -92,10 +112,12 @@ class PatchConvVAE(io.ComfyNode):
         mode: str = "patch",
         budget: float = 0.0,
         padding: str = "plain",
+        devices: str = ONE,
     ) -> io.NodeOutput:
         vae.throw_exception_if_invalid()
         check_number("threshold", threshold, "millions of elements")
         check_number("budget", budget, "GiB")
+        check_choice(devices)
         copied = copy.copy(vae)
         copied.patcher = vae.patcher.clone()
         count = 0
@@ -108,7 +130,7 @@ class PatchConvVAE(io.ComfyNode):
                 count += _patch_half(copied, name, method, splits, elements, padding, _id(cls))
             else:
                 strips = Tiling(splits, threshold=elements) if mode == "auto" else None
-                count += stream_half(copied, name, method, size, padding, _id(cls), strips)
+                count += stream_half(copied, name, method, size, padding, _id(cls), strips, devices)
         if not count:
             raise ValueError(_nothing_found("VAE", type(vae.first_stage_model).__name__, half))
         follow_changes(copied.patcher)
@@ -222,11 +244,19 @@ def _patch_half(vae: Any, half: str, method: str, splits: int, threshold: int, p
 
 
 def stream_half(
-    vae: Any, half: str, method: str, budget: int, padding: str, node: str, strips: Optional[Tiling] = None
+    vae: Any,
+    half: str,
+    method: str,
+    budget: int,
+    padding: str,
+    node: str,
+    strips: Optional[Tiling] = None,
+    devices: str = ONE,
 ) -> int:
     """Put streaming, an estimate and a meter on one half of `vae`, a copy; returns how many convolutions it has.
 
     strips: of convolutions, where it may run in them or eagerly too, whatever fits; None to have it always streamed.
+    devices: to stream over; see `CHOICES`.
     """
     model, patcher, device = vae.first_stage_model, vae.patcher, torch.device(vae.device)
     count = convolutions_of(vae, half)
@@ -240,7 +270,8 @@ def stream_half(
     meter = _meter(vae, half, strips is None, progress, node)
     free, switch = model_management.get_free_memory, Switch(strips is None)
     notes = (progress, progress.next_call, meter.missed)
-    part = StreamedForward(patcher.get_model_object(key), budget, free, *notes, switch, meter.left)
+    spread = several_devices(devices, meter.spread)
+    part = StreamedForward(patcher.get_model_object(key), budget, free, *notes, switch, meter.left, spread=spread)
     patcher.add_object_patch(key, part)
     host = getattr(vae, f"memory_used_{method}")
     starts = (progress.start, part.start, meter.start)

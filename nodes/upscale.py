@@ -11,6 +11,7 @@ from comfy import model_management  # pyright: ignore[reportMissingImports]
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+from ..comfyui_patchconv.hosts.devices.spread import CHOICES, ONE, check_choice
 from ..comfyui_patchconv.hosts.numbers import check_number
 from ..comfyui_patchconv.hosts.upscale import (
     StreamedUpscaler,
@@ -22,7 +23,7 @@ from ..comfyui_patchconv.hosts.upscale import (
 )
 from ..comfyui_patchconv.streaming import Expected
 from ..comfyui_patchconv.units import GIB
-from .host import UPSCALE_CATEGORY, schema
+from .host import UPSCALE_CATEGORY, advanced, schema, several_devices
 from .meter import Meter
 from .progress import StreamProgress
 
@@ -60,14 +61,26 @@ class UpscaleImage(io.ComfyNode):
                     tooltip="Memory of the device to stay within, beside the model's weights. What does not fit is "
                     "kept in the computer's memory, or in a file when the model runs on the CPU. 0 takes what is free.",
                 ),
+                # Behind the others and optional: workflows saved without it go on loading.
+                advanced(
+                    io.Combo,
+                    "devices",
+                    options=[*CHOICES],
+                    default=ONE,
+                    optional=True,
+                    tooltip="The devices that one picture is computed on, each a band of its rows, in memory of its "
+                    "own; the same picture. one: that of the model. all: every one of its kind. A number: so many of "
+                    "them. The others belong to worker processes, which stay for the next picture.",
+                ),
             ],
             outputs=[io.Image.Output(tooltip="The image, larger by the model's scale.")],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, upscale_model: Any, image: Tensor, budget: float = 0.0) -> io.NodeOutput:
+    def execute(cls, upscale_model: Any, image: Tensor, budget: float = 0.0, devices: str = ONE) -> io.NodeOutput:
         check_number("budget", budget, "GiB")
+        check_choice(devices)
         check_model(upscale_model)
         check_channels(upscale_model, image.shape[-1])
         patcher = getattr(upscale_model, "patcher", None)  # newer than 0.8
@@ -80,6 +93,7 @@ class UpscaleImage(io.ComfyNode):
         upscaler = StreamedUpscaler(
             model, round(budget * GIB), model_management.get_free_memory, output=_output(),
             on_progress=progress, on_call=progress.next_call, on_miss=meter.missed,
+            spread=several_devices(devices, meter.spread),
         )  # fmt: skip
         frames, height, width, _ = image.shape
         expected = upscaler.expected(height, width, device, dtype)

@@ -30,7 +30,8 @@ class Figures:
     timeline: (seconds, bytes) while it ran. state: stopped is what was cancelled or ended in an error. why: what spoke
     for the way that it ran, where that was chosen by itself. missed: how a budget was not kept. otherwise: what it is
     compared with. left: whether all of what might have been streamed ran eagerly, for strips would have been no help;
-    None where that is not known.
+    None where that is not known. over: on what it ran, where on more than one device. alone: why it ran on one though
+    more were asked for.
     """
 
     part: str
@@ -46,6 +47,8 @@ class Figures:
     missed: str = ""
     otherwise: str = "without Patch Conv"
     left: Optional[bool] = None
+    over: str = ""
+    alone: str = ""
 
     def add(self, recorded: Recorder) -> None:
         """Add one more call."""
@@ -78,6 +81,7 @@ class Figures:
             way = "eager, for strips would not help"
         elif self.streamed:
             way = "streamed" + (f" in {self.strips} {'strip' if self.strips == 1 else 'strips'}" if self.strips else "")
+            way += f" over {self.over}" if self.over else ""
         elif self.strips > 1:
             way = f"in up to {self.strips} strips"
         elif self.why:
@@ -100,6 +104,8 @@ class Figures:
             words["time"] = time_of(self.seconds)
         if self.missed:
             words["missed"] = self.missed
+        if self.alone:
+            words["alone"] = f"on one device: {self.alone}"
         return words
 
     def line(self) -> str:
@@ -107,7 +113,7 @@ class Figures:
         words = self.words()
         if "peak" in words and "eager" in words:
             words["peak"] += f" ({words.pop('eager')})"
-        rest = [words[name] for name in ("peak", "eager", "time", "missed") if name in words]
+        rest = [words[name] for name in ("peak", "eager", "time", "missed", "alone") if name in words]
         return ", ".join([f"{self.part} {words['way']}", *rest]) + self.ending
 
     def as_json(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..streaming import USUAL, OnProgress, Streamed, Tuning, joins
 from .clones import StandIn
+from .devices.spread import Spread
 from .estimates import OF_FREE, StreamEstimate
 
 
@@ -37,7 +38,8 @@ class StreamedForward(StandIn):
     free on a device. on_progress: see `OnProgress`. on_call: called when one more call is about to be streamed.
     on_miss: called with the bytes that a call was expected to take, where these are more than the budget. switch: while
     it is off nothing is streamed. on_left: called after each call with whether it did as eager does, for strips would
-    be no help. group: processes to stream over; None for this one. tuning: see `Tuning`.
+    be no help. group: processes to stream over; None for this one. tuning: see `Tuning`. spread: devices to stream over
+    in worker processes; None for this one.
     """
 
     def __init__(
@@ -45,15 +47,18 @@ class StreamedForward(StandIn):
         on_progress: Optional[OnProgress] = None, on_call: Optional[Callable[[], None]] = None,
         on_miss: Optional[Callable[[int], None]] = None, switch: Optional[Switch] = None,
         on_left: Optional[Callable[[bool], None]] = None, group: Any = None, tuning: Tuning = USUAL,
+        spread: Optional[Spread] = None,
     ) -> None:  # fmt: skip
         self.forward, self.budget, self.free = forward, budget, free
         self.on_progress, self.on_call, self.on_miss, self.on_left = on_progress, on_call, on_miss, on_left
-        self.switch = switch or Switch(True)
+        self.switch, self.spread = switch or Switch(True), spread
         self._streamed = Streamed(on_progress=on_progress, tuning=tuning, group=group)
 
     def start(self) -> None:
         """Begin a decode or encode, here or on a clone for another device: it may take what is free now."""
         self._streamed.budget = self._streamed.last = None
+        if self.spread is not None:
+            self.spread.start()
 
     @property
     def eager(self) -> int:
@@ -64,11 +69,15 @@ class StreamedForward(StandIn):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.switch.on or joins(args, kwargs):
             return self.forward(*args, **kwargs)
+        device = _device_of(args, kwargs)
         if self._streamed.budget is None:
-            self._streamed.budget = self.budget or int(OF_FREE * self.free(_device_of(args, kwargs))) or 1
+            self._streamed.budget = self.budget or int(OF_FREE * self.free(device)) or 1
         if self.on_call is not None:
             self.on_call()
-        result = self._streamed.call(self.forward, args, kwargs)
+        if self.spread is None:
+            result = self._streamed.call(self.forward, args, kwargs)
+        else:
+            result = self.spread.call(self._streamed, self.forward, args, kwargs, device, shared=not self.budget)
         last = self._streamed.last
         if self.budget and self.on_miss is not None and last is not None and last.peak > self.budget:
             self.on_miss(last.peak)
@@ -83,7 +92,7 @@ class StreamedAtOnce(StreamedForward):
 
     def __init__(self, forward: Callable[..., Any], part: StreamedForward, estimate: StreamEstimate) -> None:
         notes = part.on_progress, part.on_call, part.on_miss, part.switch, part.on_left
-        super().__init__(forward, part.budget, part.free, *notes)
+        super().__init__(forward, part.budget, part.free, *notes, spread=part.spread)
         self.estimate = estimate
         estimate.starts = (*estimate.starts, self.start)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..streaming import Expected, Make, OnProgress, expect
 from .attributes import HOST_ATTRIBUTES
+from .devices.spread import Spread
 from .estimates import MARGIN
 from .streamed import StreamedForward
 
@@ -99,16 +100,18 @@ class StreamedUpscaler:
     """Runs a model of images over pictures, one after the other, each streamed as a whole.
 
     model: as `spandrel` describes it, checked by `check_model`. budget: bytes, or 0 for the most of what is free when
-    `start` was called. free, on_progress, on_call, on_miss: see `StreamedForward`. output: device and dtype of results.
+    `start` was called. free, on_progress, on_call, on_miss, spread: see `StreamedForward`. output: device and dtype of
+    results.
     """
 
     def __init__(
         self, model: Any, budget: int, free: Callable[[torch.device], int], *, output: tuple[torch.device, torch.dtype],
         on_progress: Optional[OnProgress] = None, on_call: Optional[Callable[[], None]] = None,
-        on_miss: Optional[Callable[[int], None]] = None,
+        on_miss: Optional[Callable[[int], None]] = None, spread: Optional[Spread] = None,
     ) -> None:  # fmt: skip
         self.model, self.budget, self.output = model, budget, output
-        self._streamed = StreamedForward(self._picture, budget, free, on_progress, on_call, on_miss)
+        self._picture = _Picture(model, output)
+        self._streamed = StreamedForward(self._picture, budget, free, on_progress, on_call, on_miss, spread=spread)
 
     def start(self) -> None:
         """Begin anew: it may take what is free now."""
@@ -142,11 +145,24 @@ class StreamedUpscaler:
             _log.info("Patch Conv: %s not counted (%s).", name_of(self.model), error)
             return None
 
-    def _picture(self, image: Tensor, model: Any = None) -> Tensor:
-        """One picture `[1, C, H, W]`, as `[1, H * scale, W * scale, C]` where and as the result is wanted."""
+
+class _Picture:
+    """Upscales one picture `[1, C, H, W]`, as `[1, H * scale, W * scale, C]` of the device and dtype of `output`."""
+
+    def __init__(self, model: Any, output: tuple[torch.device, torch.dtype]) -> None:
+        self.model, self.output = model, output
+
+    def __call__(self, image: Tensor, model: Any = None) -> Tensor:
         device, dtype = self.output
         made = (self.model if model is None else model)(image)
         return made.movedim(1, -1).to(device, dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: of what describes the model, what its call needs."""
+        model = copy.copy(self.model)
+        for name in ("patcher", "architecture", "_architecture"):  # the host's, and how files are recognised
+            vars(model).pop(name, None)
+        return {"model": model, "output": self.output}
 
 
 def joined(pictures: Iterator[Tensor], count: int) -> Tensor:

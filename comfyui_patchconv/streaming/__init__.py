@@ -56,6 +56,7 @@ from .errors import CannotEstimateError, SpreadError
 from .estimate import Expected, Make, expect, peak_activations
 from .outside import eager_reason, undisturbed
 from .plan.schedule import USUAL, Tuning
+from .spread.own import OwnGroup
 from .spread.ranks import Ranks
 from .target import Entry, methods_of
 
@@ -65,6 +66,7 @@ __all__ = [
     "Expected",
     "Make",
     "OnProgress",
+    "OwnGroup",
     "SpreadError",
     "Streamed",
     "Tuning",
@@ -100,7 +102,12 @@ class Streamed:
         self._schedules: OrderedDict[Any, Any] = OrderedDict()
         self._eager: OrderedDict[Any, int] = OrderedDict()
         self._large: OrderedDict[Any, int] = OrderedDict()
-        ranks = None if group is None else Ranks(group, tuning.silent_seconds)
+        self._ranks: Optional[Ranks] = None
+        self.over(group)
+
+    def over(self, group: Any) -> None:
+        """Have the calls from now on made together by the ranks of `group`; None for this process alone."""
+        ranks = None if group is None else Ranks(group, self.tuning.silent_seconds)
         self._ranks = ranks if ranks is not None and ranks.count > 1 else None
 
     @property
@@ -196,11 +203,11 @@ def streamed(
     eagerly. on_progress: see `OnProgress`; what it raises ends the call. Raises ValueError for a budget that is not a
     whole number above 0.
 
-    group: a process group of `torch.distributed`, such as `dist.group.WORLD`, whose ranks all make the same calls with
-    equal arguments: each computes and stores a band of the rows of every map, within the least of their budgets, and
-    all get the whole result. None for this process alone. Calls raise SpreadError, which names the rank, where another
-    one fails, is gone, or does not come (`Tuning.silent_seconds`); ValueError is raised for a group that this process
-    is not in.
+    group: a process group of `torch.distributed`, such as `dist.group.WORLD`, or an `OwnGroup`, whose ranks all make
+    the same calls with equal arguments: each computes and stores a band of the rows of every map, within the least of
+    their budgets, and all get the whole result. None for this process alone. Calls raise SpreadError, which names the
+    rank, where another one fails, is gone, or does not come (`Tuning.silent_seconds`); ValueError is raised for a group
+    that this process is not in.
     """
     runner = Streamed(budget, report, on_progress, tuning, group)
 

@@ -160,7 +160,8 @@ class Call:
         look for it."""
         nodes = ancestors(roots)
         names = _named(nodes)
-        key = _fingerprint(nodes, names, roots, keep), held
+        ranks = 1 if self._ranks is None else self._ranks.count
+        key = _fingerprint(nodes, names, roots, keep), held, ranks
         budget, found = self._schedules.get(key, (None, None))
         if found is not None and _suits(found, budget, self.budget):
             there = list(names)

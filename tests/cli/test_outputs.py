@@ -15,7 +15,7 @@ from processes import Ready, ended
 from vae_helpers import random_latent, small_vae, write, write_vae
 
 from comfyui_patchconv import cli
-from comfyui_patchconv.cli import made
+from comfyui_patchconv.cli.vae import Halves
 from comfyui_patchconv.files.images import save_image
 from comfyui_patchconv.files.latents import load_latent, save_latent
 
@@ -132,7 +132,7 @@ def test_one_that_fails_does_not_end_the_others(
 def test_out_of_memory_for_one_is_the_exit_code(
     tmp_path: Path, vae: Path, latents: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode, calls = made.decode, []
+    decode, calls = Halves.decode, []
 
     def limited(*given: Any) -> Any:
         calls.append(given)
@@ -140,7 +140,7 @@ def test_out_of_memory_for_one_is_the_exit_code(
             raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")
         return decode(*given)
 
-    monkeypatch.setattr(made, "decode", limited)
+    monkeypatch.setattr(Halves, "decode", limited)
     latents[2].write_text("damaged")
     assert run("decode", latents, vae, tmp_path / "out") == 3
     assert names(tmp_path / "out") == ["two-0001.png", "two-0002.png"]
@@ -152,7 +152,7 @@ def test_a_mistake_of_the_program_is_not_hidden(
     def broken(*_: Any) -> None:
         raise KeyError("mistake")
 
-    monkeypatch.setattr(made, "decode", broken)
+    monkeypatch.setattr(Halves, "decode", broken)
     with pytest.raises(KeyError, match="mistake"):
         run("decode", latents, vae, tmp_path / "out")
 

@@ -90,7 +90,7 @@ def test_object_info(server: Server) -> None:
         if "search_aliases" in info["VAEDecode"]:
             assert "patchconv" in shown["search_aliases"]
         later = shown["input"].get("optional", {})
-        assert list(later) == (["mode", "budget", "padding"] if kind == VAE else ["padding"])
+        assert list(later) == (["mode", "budget", "padding", "devices"] if kind == VAE else ["padding"])
         assert all(options["tooltip"] for _, options in later.values())
 
 

@@ -61,6 +61,14 @@ def test_long_timelines_keep_their_peak() -> None:
         (Figures("U-Net", strips=3), "U-Net in up to 3 strips"),
         (Figures("VAE encoder", streamed=True), "VAE encoder streamed"),
         (Figures("VAE encoder", streamed=True, strips=1), "VAE encoder streamed in 1 strip"),
+        (
+            Figures("VAE encoder", streamed=True, strips=2, over="3 devices"),
+            "VAE encoder streamed in 2 strips over 3 devices",
+        ),
+        (
+            Figures("VAE encoder", streamed=True, strips=2, seconds=3.0, alone="rank 1 has ended"),
+            "VAE encoder streamed in 2 strips, 3.0 s, on one device: rank 1 has ended",
+        ),
         (Figures("VAE encoder", streamed=True, left=True), "VAE encoder eager, for strips would not help"),
         (Figures("VAE encoder", streamed=True, left=False), "VAE encoder streamed"),
         (Figures("Model", state="stopped"), "Model whole (no convolution above the threshold), stopped"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,11 @@ from torch.utils.backend_registration import (
 from torch.utils.cpp_extension import load
 
 NAME = "second"
+
+
+def register_for_worker() -> None:
+    """The same in a worker process, of what is built already."""
+    register(Path(os.environ["SECOND_DEVICE"]))
 
 
 def register(folder: Path) -> Any:

@@ -30,11 +30,12 @@ from torch.utils._pytree import tree_leaves
 from comfyui_patchconv import PartialConv2d, PConv2d, Tiling, convert_model
 from comfyui_patchconv.conv.fill import fill
 from comfyui_patchconv.conv.holes import with_holes
+from comfyui_patchconv.hosts.devices.team import Team
 from comfyui_patchconv.pixel_models.patch_ddpm import diffusion as patch_ddpm
 from comfyui_patchconv.pixel_models.patch_diffusion import diffusion as patch_diffusion
 from comfyui_patchconv.pixel_models.patch_diffusion.config import Config
 from comfyui_patchconv.pixel_models.patch_diffusion.model import PatchUNet
-from comfyui_patchconv.streaming import Tuning, expect, stream, streamed
+from comfyui_patchconv.streaming import Streamed, Tuning, expect, stream, streamed
 from comfyui_patchconv.streaming.execute import loop
 
 SECOND = torch.device("privateuseone", 0)  # which is how torch calls it before it has a name
@@ -159,6 +160,22 @@ def of_rank(rank: int, store: Path, model: nn.Module, latent: Tensor, expected: 
     return answer
 
 
+def workers(counter: Any) -> Answer:
+    """A decode over this process and a worker, which is sent the weights and has a device of its own."""
+    model, latent = seeded(Decoder), drawn(1, 4, 13, 9)
+    expected = model(latent)
+    model.to(SECOND)
+    os.environ["SECOND_DEVICE"] = sys.argv[1]
+    team, run = Team(SECOND, ("device:register_for_worker",)), Streamed(tuning=SMALL)
+    answer = {}
+    for budget in (None, 1):
+        run.budget = budget
+        result, _ = team.call([SECOND], run, model.forward, (latent.to(SECOND),), {}, budget=budget)
+        answer[f"budget {budget}"] = difference(result, expected)
+    team.end()
+    return answer
+
+
 def pixel_models(counter: Any) -> Answer:
     """Sampling: noise comes from the CPU's generator whatever the device, so that a seed gives one image."""
     answer = {}
@@ -269,6 +286,9 @@ if __name__ == "__main__":
     with torch.inference_mode():
         print(
             json.dumps(
-                {part.__name__: part(counted) for part in (models, networks, layers, ranks, pixel_models, peaks, waits)}
+                {
+                    part.__name__: part(counted)
+                    for part in (models, networks, layers, ranks, workers, pixel_models, peaks, waits)
+                }
             )
         )

@@ -41,8 +41,11 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
 @pytest.mark.parametrize(
     ("part", "tolerance", "least"),
-    [("models", 1e-5, 48), ("networks", 1e-9, 120), ("layers", 1e-5, 8), ("ranks", 1e-5, 4), ("pixel_models", 1e-5, 3)],
-)
+    [
+        ("models", 1e-5, 48), ("networks", 1e-9, 120), ("layers", 1e-5, 8), ("ranks", 1e-5, 4), ("workers", 1e-5, 2),
+        ("pixel_models", 1e-5, 3),
+    ],
+)  # fmt: skip
 def test_it_gives_what_the_cpu_gives(
     answers: dict[str, dict[str, Any]], part: str, tolerance: float, least: int
 ) -> None:

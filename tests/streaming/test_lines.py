@@ -87,14 +87,14 @@ def test_a_pass_is_begun_again_while_what_it_has_read_is_there(
 ) -> None:
     """Its second strip does not fit; or its last one, when the map that it reads is nearly freed."""
     torch.manual_seed(0)
+    last = nn.Conv2d(8, 4, 3, padding=1)
     model = nn.Sequential(
-        nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1),
-        nn.Conv2d(8, 4, 3, padding=1),
-    ).requires_grad_(False)  # fmt: skip
+        nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1), last
+    ).requires_grad_(False)
     x, seen, fails_at = torch.randn(1, 8, 96, 16), [], -1
 
     def limited(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if weight.data_ptr() == model[4].weight.data_ptr():
+        if weight.data_ptr() == last.weight.data_ptr():
             seen.append(None)
             if len(seen) == fails_at:
                 raise MemoryError

@@ -77,12 +77,12 @@ function add(node, height, width) {
 }
 
 function row(element, node, key, report) {
-    const { way, peak, eager_short: eager, time } = report.words;
+    const { way, peak, eager_short: eager, time, alone } = report.words;
     const first = [peak, time].filter(Boolean).join(", ") || way;
     const lines = [
         first + report.ending,
         `${report.part.replace("VAE ", "")} ${way}`,
-        eager ?? "",
+        alone ?? eager ?? "",
     ];
     const words = make("div", { className: "patchconv-words" });
     words.append(...lines.filter(Boolean).map((line) => make("span", { textContent: line })));

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import SpreadError
+from .own import OwnGroup
 from .watch import Watch
 
 _FOREVER = timedelta(days=365)
@@ -40,7 +41,7 @@ _pasts: WeakKeyDictionary[Any, _Past] = WeakKeyDictionary()
 
 
 class Ranks:
-    """This process among those of `group`.
+    """This process among those of `group`, which is one of `torch.distributed` or an `OwnGroup`.
 
     rank, count: which one it is, of how many. sent, messages: bytes sent to others so far, and in how many pieces.
     seconds: how long another one may be silent. Raises ValueError where this process is none of the group, and for no
@@ -48,20 +49,27 @@ class Ranks:
     """
 
     def __init__(self, group: Any, seconds: float) -> None:
-        if not dist.is_available() or not dist.is_initialized():
+        if not seconds > 0:
+            raise ValueError(f"silent_seconds is {seconds:g}: give a number of seconds above 0.")
+        self._group: Any = group
+        self._own = group if isinstance(group, OwnGroup) else None
+        if self._own is not None:
+            self.rank, self._ranks = self._own.rank, [*range(self._own.count)]
+        elif not dist.is_available() or not dist.is_initialized():
             raise ValueError(
                 f"group is {group!r} and there are no process groups: call torch.distributed.init_process_group first, "
                 "or leave group out."
             )
-        if not seconds > 0:
-            raise ValueError(f"silent_seconds is {seconds:g}: give a number of seconds above 0.")
-        self.rank = dist.get_rank(group)
-        if self.rank < 0:
-            raise ValueError("group is a process group that this process is not in: call it on its own ranks alone.")
-        self._group, self._seconds = group, seconds
-        self._ranks: list[int] = dist.get_process_group_ranks(group)
+        else:
+            self.rank = dist.get_rank(self._group)
+            if self.rank < 0:
+                raise ValueError(
+                    "group is a process group that this process is not in: call it on its own ranks alone."
+                )
+            self._ranks = dist.get_process_group_ranks(self._group)
+        self._seconds = seconds
         self.count = len(self._ranks)
-        nccl = dist.get_backend(group) == "nccl"
+        nccl = self._own is None and dist.get_backend(self._group) == "nccl"
         self.device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
         self._asks = nccl  # its works say when they are done
         self._past = _pasts.setdefault(group, _Past())
@@ -79,7 +87,8 @@ class Ranks:
         self._past.calls += 1
         name = f"patchconv {' '.join(map(str, self._ranks))} {self._past.calls}"
         c10d: Any = dist.distributed_c10d
-        store = c10d.PrefixStore(name, c10d._get_default_store())
+        below = c10d._get_default_store() if self._own is None else self._own.store
+        store = c10d.PrefixStore(name, below)
         self._watch = watch = Watch(store, self.rank, self.count, self._seconds)
         try:
             yield
@@ -111,21 +120,23 @@ class Ranks:
             return
         self.sent += sum(tensor.nbytes for tensor in outgoing.values())
         self.messages += len(outgoing)
-        operations = [
-            (peer, dist.P2POp(function, tensor, self._ranks[peer], self._group))
-            for function, some in ((dist.irecv, incoming), (dist.isend, outgoing))
-            for peer, tensor in some.items()
-        ]
+        messages = [(peer, tensor, True) for peer, tensor in incoming.items()]
+        messages += [(peer, tensor, False) for peer, tensor in outgoing.items()]
         with _disable_current_modes():
             if self._asks:
-                self._wait_for_device(dist.batch_isend_irecv([operation for _, operation in operations]))
+                self._wait_for_device(dist.batch_isend_irecv([self._operation(*message) for message in messages]))
             else:
-                self._wait([(peer, self._begun(peer, operation)) for peer, operation in operations])
+                self._wait([(message[0], self._begun(*message)) for message in messages])
 
-    def _begun(self, peer: int, operation: Any) -> Any:
+    def _operation(self, peer: int, tensor: Tensor, comes: bool) -> Any:
+        return dist.P2POp(dist.irecv if comes else dist.isend, tensor, self._ranks[peer], self._group)
+
+    def _begun(self, peer: int, tensor: Tensor, comes: bool) -> Any:
         """One message on its way: each by itself, to know whose could not be."""
         try:
-            return dist.batch_isend_irecv([operation])[0]
+            if self._own is not None:
+                return self._own.receive(tensor, peer) if comes else self._own.send(tensor, peer)
+            return dist.batch_isend_irecv([self._operation(peer, tensor, comes)])[0]
         except RuntimeError as error:
             raise self._lost(peer) from error
 
@@ -137,6 +148,8 @@ class Ranks:
         thread.join(_LOOK)
         while thread.is_alive():
             self._watch.look()
+            if self._own is not None and self._own.on_wait is not None:
+                self._own.on_wait()
             thread.join(_LOOK)
         if failed:
             peer, error = failed[0]
