@@ -19,6 +19,7 @@ from vae_helpers import write
 
 from comfyui_patchconv import cli
 from comfyui_patchconv.cli import made
+from comfyui_patchconv.cli.vae import Halves
 from comfyui_patchconv.files import sounds
 from comfyui_patchconv.files.images import levels, save_image
 from comfyui_patchconv.files.latents import load_latent, save_latent
@@ -334,7 +335,7 @@ def test_without_its_library_a_file_is_refused_before_any_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(made, "decode", None)
+    monkeypatch.setattr(Halves, "decode", None)
     _, vae, latent = case(tmp_path, name, *shape)
     run("decode", latent, vae, tmp_path / out, code=2)
     refused(capsys, f"{module} is not installed: run pip install 'patchconv[{extra}]'")

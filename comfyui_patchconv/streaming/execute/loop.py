@@ -231,7 +231,9 @@ class _PassLoop:
         self._kernels = kernels
         self._wanted = {target.node for target in one_pass.targets}
         self._gathering = {target.node for target in one_pass.targets if any(map(_gathers_moments, target.reductions))}
-        self._chains = chains_of(one_pass.order, self._wanted, one_pass.recomputed)
+        self._chains: dict[Node, Chain] = {}
+        if kernels.by_triton:
+            self._chains = chains_of(one_pass.order, self._wanted, one_pass.recomputed)
         self._computed_as = {link.node: node for node, chain in self._chains.items() for link in chain.links}
         self._sources = self._read_at_once()
         self._last_readers = {source: node for node, sources in self._sources.items() for source in sources}
@@ -392,8 +394,6 @@ class _PassLoop:
                 piece = self._rows_of(work, strip)
                 if node in self._wanted:
                     strip.roots[node] = (start, piece)
-                elif line is None:
-                    strip.own.add(node)
                 if line is not None:
                     piece = torch.cat((line, piece), dim)
             if piece is not None:
@@ -442,8 +442,7 @@ class _PassLoop:
         def read(source: Node, dim: Optional[int], first: int, last: int) -> Tensor:
             return self._piece(source, dim, first, last, strip)
 
-        own = chain.overwrites and chain.source in strip.own
-        done = self._kernels.compute(chain, *work.rows, read, own, edges, work.node in self._gathering)
+        done = self._kernels.compute(chain, *work.rows, read, edges, work.node in self._gathering)
         if done.padded:
             strip.padded.add(work.node)
         if done.moments is not None:
@@ -477,15 +476,14 @@ class _Strip:
     """What a strip has computed so far.
 
     works: what it does for each step. there: of each step that is still read, the first row and the rows. roots: the
-    same of the new rows of each target. own: the steps whose rows lie in memory that nothing else has. padded: those
-    whose rows a convolution's padding lies around. moments: of the new rows of targets.
+    same of the new rows of each target. padded: the steps whose rows a convolution's padding lies around. moments: of
+    the new rows of targets.
     """
 
     def __init__(self, works: dict[Node, Work]) -> None:
         self.works = works
         self.there: dict[Node, tuple[int, Tensor]] = {}
         self.roots: dict[Node, tuple[int, Tensor]] = {}
-        self.own: set[Node] = set()
         self.padded: set[Node] = set()
         self.moments: dict[Node, Tensor] = {}
 

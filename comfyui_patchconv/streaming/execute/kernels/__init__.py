@@ -1,5 +1,4 @@
-"""What lies between convolutions, in as few passes over memory as may be: by one kernel of Triton's where there is a
-GPU for it, else by PyTorch's operators, which overwrite what nothing reads any more."""
+"""What lies between convolutions, in one pass over memory: by one kernel of Triton's, where there is a GPU for it."""
 
 from .chains import Chain, chains_of
 from .choice import VARIABLE

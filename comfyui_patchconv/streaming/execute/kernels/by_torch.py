@@ -1,4 +1,4 @@
-"""Chains by PyTorch's operators: each writes over what the one before it gave, where their types are the same."""
+"""Chains by PyTorch's operators, one step after the other: where a kernel cannot do them after all."""
 
 from __future__ import annotations
 
@@ -8,30 +8,21 @@ from typing import Optional
 from torch import Tensor
 
 from ...graph.node import Node
-from ..buffers import is_borrowed
 from .chains import Chain
 
 Read = Callable[[Node, Optional[int], int, int], Tensor]
 """Rows `[first, last)` of a map along a dimension, or all of one that is read whole (None)."""
 
 
-def compute(chain: Chain, first: int, last: int, read: Read, own: bool) -> Tensor:
-    """Rows `[first, last)` of what a chain gives. own: those that it reads may be overwritten."""
-    source = chain.source
-    value = read(source, chain.links[0].node.dims[chain.links[0].place], first, last)
-    own = own and not is_borrowed(value)
-    for node, place, element in chain.links:
-        overwrite = element.overwrite
-        if own and overwrite is not None and value.dtype == node.dtype:
-            other = element.other
-            value = overwrite(value, None if other is None else read(node.inputs[other], node.dims[other], first, last))
-            continue
+def compute(chain: Chain, first: int, last: int, read: Read) -> Tensor:
+    """Rows `[first, last)` of what a chain gives."""
+    start, place, _ = chain.links[0]
+    value = read(chain.source, start.dims[place], first, last)
+    for node, place, _ in chain.links:
         pieces = [
             value if index == place else read(one, dim, first, last)
             for index, (one, dim) in enumerate(zip(node.inputs, node.dims))
         ]
         assert node.step is not None
-        result = node.step.compute(first, last, pieces)
-        own = own if result is value else element.kind != "cast" or value.dtype != result.dtype
-        value = result
+        value = node.step.compute(first, last, pieces)
     return value

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Optional
 
 from ...graph.node import Node
-from ...graph.steps import Convolve, ConvolveTransposed
+from ...graph.steps import Convolve
 from .elements import Element, Form, element_of
 
 
@@ -25,14 +25,12 @@ class Chain:
     """Steps that treat each element by itself, of which nothing but the next one reads what they give.
 
     form: all of them as one pass. convolution: the one that alone reads the last one's rows, anew for each strip; None
-    where there is none such. overwrites: the memory of what the first reads is the chain's to write to: a convolution's
-    result that nothing else reads.
+    where there is none such.
     """
 
     links: Sequence[Link]
     form: Form
     convolution: Optional[Node] = None
-    overwrites: bool = False
 
     @property
     def last(self) -> Node:
@@ -67,24 +65,16 @@ def chains_of(order: Sequence[Node], roots: Collection[Node], recomputed: Collec
             if before is not None and alone(source) and (source in recomputed) == (node in recomputed):
                 form = before.form.then(element)
                 if form is not None:
-                    best = Chain([*before.links, link], form, overwrites=before.overwrites)
+                    best = Chain([*before.links, link], form)
                     break
             form = Form().then(element)
             assert form is not None  # a form has room for any one element
-            overwrites = alone(source) and _gives_new(source)
-            if best is None or (overwrites and not best.overwrites):
-                best = Chain([link], form, overwrites=overwrites)
+            best = best or Chain([link], form)
         if best is not None:
             ends[node] = best
             if len(best.links) > 1:
                 del ends[best.links[-2].node]
     return {node: _with_convolution(chain, readers.get(node), alone(node), recomputed) for node, chain in ends.items()}
-
-
-def _gives_new(node: Node) -> bool:
-    """Whether a step's rows lie in memory that it takes for them."""
-    step = node.step
-    return isinstance(step, (Convolve, ConvolveTransposed)) and step.weight_bytes > 0
 
 
 def _with_convolution(chain: Chain, reader: Optional[Node], alone: bool, recomputed: Collection[Node]) -> Chain:
@@ -94,4 +84,4 @@ def _with_convolution(chain: Chain, reader: Optional[Node], alone: bool, recompu
     usual = read is chain.last and dim == chain.last.dim == reader.step.dim
     if not usual or reader.step.fill or not reader.step.weight_bytes:
         return chain
-    return Chain(chain.links, chain.form, reader, chain.overwrites)
+    return Chain(chain.links, chain.form, reader)

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Optional, TypeGuard
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from ...graph.node import Node
 from ...graph.steps import Cast, RowLocal, ScaleAndShift
@@ -22,13 +20,11 @@ class Element(NamedTuple):
 
     kind: `scale` (and shift, by channel), `silu`, `relu`, `leaky_relu`, `multiply`, `add` (a map) or `cast`. number:
     the slope, the factor, or what the added map is multiplied by. other: which input that map is, or the line.
-    overwrite: does the same to a tensor in its own memory, given the piece of `other`; None where that cannot be.
     """
 
     kind: str
     number: float = 0.0
     other: Optional[int] = None
-    overwrite: Optional[Callable[[Tensor, Any], Tensor]] = None
 
 
 def element_of(node: Node, place: int) -> Optional[Element]:
@@ -55,32 +51,32 @@ def element_of(node: Node, place: int) -> Optional[Element]:
 
 
 def _silu(node: Node, place: int, args: list[Any], kwargs: dict[str, Any]) -> Optional[Element]:
-    return Element("silu", overwrite=lambda value, _: F.silu(value, inplace=True)) if len(args) == 1 else None
+    return Element("silu") if len(args) == 1 else None
 
 
 def _relu(node: Node, place: int, args: list[Any], kwargs: dict[str, Any]) -> Optional[Element]:
-    return Element("relu", overwrite=lambda value, _: F.relu(value, inplace=True)) if len(args) == 1 else None
+    return Element("relu") if len(args) == 1 else None
 
 
 def _leaky_relu(node: Node, place: int, args: list[Any], kwargs: dict[str, Any]) -> Optional[Element]:
     slope = kwargs.pop("negative_slope", args[1] if len(args) > 1 else 0.01)
     if kwargs or not _is_number(slope):
         return None
-    return Element("leaky_relu", float(slope), None, lambda value, _: F.leaky_relu(value, slope, inplace=True))
+    return Element("leaky_relu", float(slope))
 
 
 def _multiply(node: Node, place: int, args: list[Any], kwargs: dict[str, Any]) -> Optional[Element]:
     factor = args[1 - place] if len(args) == 2 else None
     if kwargs or not _is_number(factor):
         return None
-    return Element("multiply", float(factor), None, lambda value, _: value.mul_(factor))
+    return Element("multiply", float(factor))
 
 
 def _divide(node: Node, place: int, args: list[Any], kwargs: dict[str, Any]) -> Optional[Element]:
     divisor = args[1] if len(args) == 2 else None
     if kwargs or place or not _is_number(divisor) or not divisor:
         return None
-    return Element("multiply", 1 / divisor, None, lambda value, _: value.div_(divisor))
+    return Element("multiply", 1 / divisor)
 
 
 def _add(node: Node, place: int, args: list[Any], kwargs: dict[str, Any]) -> Optional[Element]:
@@ -91,7 +87,7 @@ def _add(node: Node, place: int, args: list[Any], kwargs: dict[str, Any]) -> Opt
     alike = other.shape == node.shape and other.dtype == node.dtype and node.dims[1 - place] == node.dim
     if not alike or (place == 1 and alpha != 1):  # what goes through is what is multiplied then
         return None
-    return Element("add", float(alpha), 1 - place, lambda value, map: value.add_(map, alpha=alpha))
+    return Element("add", float(alpha), 1 - place)
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

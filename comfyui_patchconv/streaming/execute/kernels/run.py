@@ -45,16 +45,15 @@ class Kernels:
         return self._triton and by_triton.works()
 
     def compute(
-        self, chain: Chain, first: int, last: int, read: Read, own: bool, edges: Optional[tuple[int, int]],
-        gathers: bool,
-    ) -> Done:  # fmt: skip
-        """Rows `[first, last)` of what `chain` gives. own: see `by_torch.compute`. edges: rows of padding above and
+        self, chain: Chain, first: int, last: int, read: Read, edges: Optional[tuple[int, int]], gathers: bool
+    ) -> Done:
+        """Rows `[first, last)` of what `chain` gives. edges: rows of padding above and
         below, where its convolution reads just these rows; None where it does not. gathers: moments are wanted."""
         if self.by_triton:
             done = self._by_triton(chain, first, last, read, edges, gathers)
             if done is not None:
                 return done
-        return Done(by_torch.compute(chain, first, last, read, own))
+        return Done(by_torch.compute(chain, first, last, read))
 
     def moments(self, rows: Tensor, dim: int) -> Optional[Tensor]:
         """Of rows of a map along `dim`; None where no kernel gathers them."""
