@@ -25,12 +25,12 @@ class Step:
     from. weight_bytes: bytes that are read for any number of rows. least_rows: below which a device is not busy.
     widened: how many times the bytes of its result it computes in. rows_together: so many rows at once take less work
     than one by one. work: multiplications for each element of the result. kernel_bytes: of what makes it faster, if it
-    is kept from strip to strip.
+    is kept from strip to strip. overlap: rows of its input that a row of its result and the one behind it both read.
     """
 
     name = ""
     cheap = moves = takes_all = reduces = False
-    workspace = weight_bytes = kernel_bytes = 0
+    workspace = weight_bytes = kernel_bytes = overlap = 0
     least_rows = rows_together = widened = 1
     work = 1
 

@@ -126,7 +126,7 @@ class Convolve(Step):
         work: int = 1, fill: float = 0.0,
     ) -> None:  # fmt: skip
         self.axis, self.rows, self.dim, self.call, self.fill = axis, rows, dim, call, fill
-        self.weight_bytes, self.work = weight_bytes, work
+        self.weight_bytes, self.work, self.overlap = weight_bytes, work, max(axis.span - axis.stride, 0)
 
     def needs(self, first: int, last: int) -> Sequence[Span]:
         low, high = self.axis.reach(first, last)

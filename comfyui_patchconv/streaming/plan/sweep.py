@@ -7,7 +7,6 @@ from typing import Optional
 
 from ...memory.sizes import allocator_bytes, strip_bytes
 from ..graph.node import Node
-from ..graph.steps import Convolve
 from .schedule import Tuning
 from .way import Way
 
@@ -121,9 +120,9 @@ class Sweep:
         """Rows in a strip beside which those that convolutions read once more are few."""
         rows = 0
         for node in self.way.order:
-            if isinstance(node.step, Convolve) and node.step.rows:
-                halo = node.step.axis.span - node.step.axis.stride
-                rows = max(rows, -(-_ROWS_TO_A_HALO * halo * height // node.step.rows))
+            if node.step is not None and node.step.overlap:
+                source, dim = node.by_rows[0]
+                rows = max(rows, -(-_ROWS_TO_A_HALO * node.step.overlap * height // max(source.shape[dim], 1)))
         return min(rows, height // _STRIPS_LEFT)
 
     def _whole_groups(self, rows: int) -> int:
