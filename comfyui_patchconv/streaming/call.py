@@ -294,7 +294,8 @@ def _suits(schedule: Schedule, made_for: Optional[int], budget: Optional[int]) -
 
 
 def _fingerprint(nodes: Sequence[Node], names: dict[Node, int], roots: Sequence[Node], keep: Sequence[Node]) -> Any:
-    """What a schedule for these nodes depends on: the graph, and which rows each step reads, at three places of it."""
+    """What a schedule for these nodes depends on: the graph, which steps the program had write in place, and which rows
+    each step reads, at three places of it."""
     return (
         tuple((names[node], node.home is None) for node in roots),
         tuple(names[node] for node in keep),
@@ -302,6 +303,7 @@ def _fingerprint(nodes: Sequence[Node], names: dict[Node, int], roots: Sequence[
             (
                 node.shape, node.strides, node.dtype, node.device, node.dim, node.dims, *_traits(node),
                 tuple(names[source] for source in node.inputs),
+                node.eager is not None and node.eager.written is not None,
             )
             for node in nodes
         ),

@@ -34,6 +34,7 @@ from comfyui_patchconv.streaming.plan.schedule import Schedule
 
 SMALL = Tuning(strip_bytes=20_000, allocator_bytes=0, always=True)
 CPU = torch.device("cpu")
+X_LARGE = torch.randn(1, 8, 128, 128, generator=torch.Generator().manual_seed(1))
 
 
 def called(function: Any, *args: Any, budget: Optional[int] = None, tuning: Tuning = SMALL) -> tuple[Any, Call]:
@@ -498,6 +499,19 @@ class TestWritesInPlace:
         assert torch.equal(given, other)
         if name in ("chain", "once"):
             assert ours.peak <= eager.peak + (1 << 20)
+
+    @torch.no_grad()
+    def test_one_that_does_not_write_has_a_schedule_of_its_own(self) -> None:
+        def eagerly(roots: Any, keep: Any, tuning: Any, budget: Any, held: int, *_: Any) -> Schedule:
+            return eager_schedule(roots, keep, held)
+
+        runner, peaks = Streamed(tuning=SMALL), []
+        with patch.object(call, "choose", eagerly):
+            for writes in (True, False, True):
+                runner.call(lambda x, writes=writes: nn.functional.relu(x * 2, inplace=writes), (X_LARGE,), {})
+                assert runner.last is not None
+                peaks.append(runner.last.peak)
+        assert peaks == [X_LARGE.nbytes, 2 * X_LARGE.nbytes, X_LARGE.nbytes]
 
 
 class TestCopies:

@@ -52,7 +52,7 @@ class Loop:
         self._kernels = {device: Kernels(device) for device in devices}
 
     def run(self) -> None:
-        """Do all of it. Raises what operators raise; of memory that runs out only where a single row does not fit."""
+        """Do all of it. Raises what operators raise; of memory that runs out see `_PassLoop.compute`."""
         if any(isinstance(step, Pass) for step in self._schedule.steps):
             keep_freed_blocks()
         # What autocast had to do with these operators was done when the program called them.
