@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from comfyui_patchconv.cli.demo import PHOTOGRAPH, SMALL_VAE
-from comfyui_patchconv.cli.vae import Strips, decode
+from comfyui_patchconv.cli.vae import RunOptions, decode
 from comfyui_patchconv.files.latents import load_latent
 from comfyui_patchconv.files.vae import load_vae
 
@@ -23,7 +23,7 @@ _TOP, _LEFT, _SIDE = 0, 48, 72  # where the raccoon looks at one, in the latent'
 @torch.inference_mode()
 def photograph() -> Tensor:
     """`[3, 576, 576]` in 0..1."""
-    image = decode(load_vae(SMALL_VAE), load_latent(PHOTOGRAPH), Strips("stream"))[0]
+    image = decode(load_vae(SMALL_VAE), load_latent(PHOTOGRAPH), RunOptions("stream"))[0]
     top, left, side = (8 * value for value in (_TOP, _LEFT, _SIDE))
     return image[:, top : top + side, left : left + side].add(1).div(2).clamp(0, 1)
 

@@ -38,7 +38,7 @@ from comfyui_patchconv.streaming.graph.node import Node
 from comfyui_patchconv.streaming.plan.bands import band
 from comfyui_patchconv.streaming.plan.schedule import Pass, Schedule
 from comfyui_patchconv.streaming.spread.bands import moves_before
-from comfyui_patchconv.streaming.spread.together import AT_ONCE
+from comfyui_patchconv.streaming.spread.together import BYTES_AT_ONCE
 
 MB = 1e6
 ALWAYS = Tuning(always=True)
@@ -138,7 +138,7 @@ def traffic(schedule: Schedule, ranks: int) -> tuple[list[int], list[int]]:
                 for node in whole:
                     first, last = band(node.rows, rank, ranks)
                     size[rank] += (ranks - 1) * (last - first) * node.row_bytes
-                    messages[rank] += (ranks - 1) * -(-(last - first) // max(AT_ONCE // node.row_bytes, 1))
+                    messages[rank] += (ranks - 1) * -(-(last - first) // max(BYTES_AT_ONCE // node.row_bytes, 1))
             stored |= {target.node: None for target in step.targets if target.stored and not target.whole}
         for node in step.freed:
             stored.pop(node, None)

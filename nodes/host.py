@@ -15,7 +15,7 @@ from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 
 from ..comfyui_patchconv.hosts.clones import follow
 from ..comfyui_patchconv.hosts.devices.spread import ONE, OnOutcome, Spread
-from ..comfyui_patchconv.hosts.late import eject, inject
+from ..comfyui_patchconv.hosts.seamless import eject, inject
 
 host_nodes: Any = import_module("nodes")  # ComfyUI's module of this name; ours is a part of a package
 

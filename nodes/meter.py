@@ -15,11 +15,11 @@ from comfy_execution.utils import get_executing_context  # pyright: ignore[repor
 from torch import Tensor, nn
 
 from ..comfyui_patchconv.conv.transforms import is_compiled
-from ..comfyui_patchconv.hosts.clones import StandIn
+from ..comfyui_patchconv.hosts.clones import Wrapper
 from ..comfyui_patchconv.hosts.devices.spread import Outcome
 from ..comfyui_patchconv.hosts.eager_needs import EagerNeeds
 from ..comfyui_patchconv.hosts.figures import Figures, State
-from ..comfyui_patchconv.hosts.modes import Way
+from ..comfyui_patchconv.hosts.modes import RunMode
 from ..comfyui_patchconv.memory.recorder import Recorder
 from ..comfyui_patchconv.units import size_of
 from .front_end import Messenger
@@ -67,7 +67,7 @@ class Meter:
         """Let the next call begin a run. Whoever calls this has started the counter, which may know what is to come."""
         self._fresh = True
 
-    def chosen(self, way: Way, why: str) -> None:
+    def chosen(self, way: RunMode, why: str) -> None:
         """Note how the call that is measured runs, and why; called again where that changes in the midst of it."""
         self.streamed = way == "stream"
         self.counter.strips = 0
@@ -147,7 +147,7 @@ class Meter:
         self._messenger.tell({"node": self.node, "prompt": self.prompt, **figures.as_json()})
 
 
-class Measured(StandIn):
+class Measured(Wrapper):
     """Stands in for a VAE's `decode` or `encode`, `forward`, and measures it. The host records no allocation of it."""
 
     def __init__(self, forward: Callable[..., Any], meter: Meter, eager: Callable[[], int]) -> None:

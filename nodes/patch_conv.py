@@ -36,7 +36,7 @@ from .host import (
     try_without_tiles,
 )
 from .meter import Measured, Meter, measure_sampling
-from .progress import AnyProgress, Progress, Strips
+from .progress import AnyProgress, Progress, StripWatch
 
 
 class PatchConvVAE(io.ComfyNode):
@@ -164,7 +164,7 @@ class PatchConvModel(io.ComfyNode):
     def execute(cls, model: Any, splits: int, threshold: float, padding: str = "plain") -> io.NodeOutput:
         check_number("threshold", threshold, "millions of elements")
         copied = model.clone()
-        strips = Strips()
+        strips = StripWatch()
         tiling = Tiling(splits, threshold=round(threshold * MILLION), on_strip=strips)
         if not _patch(copied, model.model, tiling, padding, lambda name: True):
             raise ValueError(_nothing_found("model", type(model.model).__name__))

@@ -52,7 +52,7 @@ class _Watch:
         self.start()
 
 
-class Strips(_Watch):
+class StripWatch(_Watch):
     """Watches a model under a sampler, which has a bar of its own; a `Tiling.on_strip`."""
 
     def __call__(self, module: nn.Module, rows_done: int, rows: int) -> None:

@@ -12,10 +12,10 @@ from ..files.latents import load_latent
 from ..files.tensors import existing
 from ..files.vae import load_vae, medium_of
 from .arguments import DTYPES, rate
-from .made import FORMATS, Decoding, check_installed, formats_of
-from .options import add_conversion, inputs_of, of_folder, strips_of
+from .media import FORMATS, Decoding, check_installed, formats_of
+from .options import add_conversion, inputs_of, of_folder, run_options
 from .outputs import Outputs
-from .team import Team, device_of, of_all, team_of
+from .processes import Processes, device_of, of_all, processes_of
 from .vae import Halves, check_channels
 
 LATENTS = (".latent", ".safetensors", ".pt")
@@ -45,12 +45,12 @@ def add(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     """Decode latents to PNGs, videos or sounds: those that the host would make, in less memory."""
     device = device_of(args.device)
-    with team_of(args.spread, args.latent, device) as team:
-        return _decode(args, device, team)
+    with processes_of(args.spread, args.latent, device) as processes:
+        return _decode(args, device, processes)
 
 
-def _decode(args: argparse.Namespace, device: torch.device, team: Team) -> int:
-    strips, latents = strips_of(args, team), inputs_of(args.latent, args.vae, *LATENTS)
+def _decode(args: argparse.Namespace, device: torch.device, processes: Processes) -> int:
+    options, latents = run_options(args, processes), inputs_of(args.latent, args.vae, *LATENTS)
     medium = medium_of(args.vae, args.trust)
     formats = formats_of(medium, args.format)
     outputs = Outputs(args.out, latents, [args.vae], *formats, overwrite=args.overwrite, folder=of_folder(args.latent))
@@ -58,11 +58,11 @@ def _decode(args: argparse.Namespace, device: torch.device, team: Team) -> int:
         existing(latents[0])
     check_installed(outputs.suffix_of(latents[0]))
     vae = load_vae(args.vae, DTYPES[args.dtype], device, args.trust)
-    decoding = Decoding(Halves(vae, strips), outputs, team, args.fps)
+    decoding = Decoding(Halves(vae, options), outputs, processes, args.fps)
 
     def one(path: Path) -> None:
         latent = load_latent(path, medium, args.trust)
         check_channels(vae, latent, path)
         decoding.of(path, latent)
 
-    return of_all(team, latents, one)
+    return of_all(processes, latents, one)

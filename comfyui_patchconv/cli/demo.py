@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..conv.strip_sizes import DEFAULT_THRESHOLD
+from ..files.atomic import check_no_input
 from ..files.images import save_image, save_picture
 from ..files.latents import load_latent
 from ..files.tensors import existing
 from ..files.vae import load_vae, random_vae
 from ..files.vaes import traits_of
-from ..files.whole import check_no_input
 from ..files.words import short
 from ..memory.errors import is_out_of_memory
 from ..memory.recorder import Recorder
 from .arguments import DTYPES
 from .options import add_strips, add_trust, default_device
-from .vae import EAGER, MB, Strips, channels, check_channels, decode, scale
+from .vae import EAGER, MB, RunOptions, channels, check_channels, decode, scale
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -80,8 +80,8 @@ def _run(args: argparse.Namespace) -> None:
     run(settings_of(args), args.out)
 
 
-def settings_of(args: argparse.Namespace) -> Settings:
-    """The options as `Settings`. Raises ValueError for a size that is out of bounds, or a latent without its VAE."""
+def settings_of(args: argparse.Namespace) -> DemoSettings:
+    """The options as `DemoSettings`. Raises ValueError for a size out of bounds, or a latent without its VAE."""
     if args.size is not None and not 64 <= args.size <= 16384:
         raise ValueError(f"--size is {args.size}: use 64 to 16384 pixels.")
     vae, latent = None if str(args.vae) == _RANDOM else args.vae, args.latent
@@ -90,11 +90,11 @@ def settings_of(args: argparse.Namespace) -> Settings:
             raise ValueError(f"--latent is {latent}, which only the VAE that made it can decode: give that with --vae.")
         latent = PHOTOGRAPH
     where = str(args.device or default_device())
-    return Settings(vae, latent, args.size, args.splits, args.threshold, where, args.dtype, args.trust)
+    return DemoSettings(vae, latent, args.size, args.splits, args.threshold, where, args.dtype, args.trust)
 
 
 @dataclass(frozen=True)
-class Settings:
+class DemoSettings:
     """What to decode and how.
 
     vae: file, or None for Stable Diffusion's VAE with random weights. latent: file, or None for a synthetic one. size:
@@ -126,7 +126,7 @@ class Result:
         return torch.from_numpy(self.pixels)
 
 
-def run(settings: Settings, out: Path) -> dict[str, Optional[Result]]:
+def run(settings: DemoSettings, out: Path) -> dict[str, Optional[Result]]:
     """Decode in each of the modes, print the table, and write the pictures to the folder `out`.
 
     `image.png` is the last one's, `comparison.png` has all beside eager's, and `memory.png` memory over time.
@@ -158,7 +158,7 @@ def run(settings: Settings, out: Path) -> dict[str, Optional[Result]]:
     return results
 
 
-def about(settings: Settings) -> str:
+def about(settings: DemoSettings) -> str:
     """A sentence on what is decoded, and by what."""
     if settings.vae is None:
         return "Stable Diffusion's VAE with random weights: the figures are true, the colours mean nothing."
@@ -196,7 +196,7 @@ def difference(results: dict[str, Optional[Result]]) -> str:
     return f"Largest difference to the eager image: {largest}; its values go from {low:.2f} to {high:.2f}."
 
 
-def plot(results: dict[str, Optional[Result]], settings: Settings, path: Path) -> None:
+def plot(results: dict[str, Optional[Result]], settings: DemoSettings, path: Path) -> None:
     """Memory over time of each result as a PNG."""
     from ..hosts.chart import Series, lines
 
@@ -218,7 +218,7 @@ def plot(results: dict[str, Optional[Result]], settings: Settings, path: Path) -
     save_picture(path, lines(title, series, "Time (s)", "Memory in use beyond the weights (MB)"))
 
 
-def compared(results: dict[str, Optional[Result]], settings: Settings) -> Image.Image:
+def compared(results: dict[str, Optional[Result]], settings: DemoSettings) -> Image.Image:
     """The images of the modes in a row, and what they differ from eager's by; without what did not fit."""
     from .side_by_side import GAIN, Column, draw
 
@@ -265,7 +265,7 @@ def _check_folder(folder: Path) -> None:
         raise ValueError(f"--out is {folder} and {existing} is not a folder that can be written to: choose another.")
 
 
-def _in_fresh_process(settings: Settings, mode: str) -> Optional[Result]:
+def _in_fresh_process(settings: DemoSettings, mode: str) -> Optional[Result]:
     """The result, or None where memory ran out: the process said so, or the system ended it."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -291,7 +291,7 @@ def _in_fresh_process(settings: Settings, mode: str) -> Optional[Result]:
     return result
 
 
-def _send(sender: Connection, settings: Settings, mode: str) -> None:
+def _send(sender: Connection, settings: DemoSettings, mode: str) -> None:
     """Send the result, None where memory ran out, or the exception for wrong input; any other ends this process."""
     try:
         result = _measure(settings, mode)
@@ -305,7 +305,7 @@ def _send(sender: Connection, settings: Settings, mode: str) -> None:
 
 
 @torch.inference_mode()
-def _measure(settings: Settings, mode: str) -> Result:
+def _measure(settings: DemoSettings, mode: str) -> Result:
     dtype = DTYPES[settings.dtype]
     vae = load_vae(settings.vae, dtype, trust=settings.trust) if settings.vae else random_vae(dtype=dtype)
     if traits_of(vae).medium == "sound" or not hasattr(vae, "enable_tiling"):
@@ -319,10 +319,10 @@ def _measure(settings: Settings, mode: str) -> Result:
         side = (settings.size or 768) // scale(vae)
         latent = synthetic_latent(channels(vae), side, side)
     nn.Module.to(vae, settings.device)
-    decode(vae, latent[:, :, :8, :8], Strips(EAGER))  # what libraries set up once is not the decode's
+    decode(vae, latent[:, :, :8, :8], RunOptions(EAGER))  # what libraries set up once is not the decode's
     if mode == TILES:
         vae.enable_tiling()
-    strips = Strips(EAGER if mode == TILES else mode, settings.splits, settings.threshold)
+    options = RunOptions(EAGER if mode == TILES else mode, settings.splits, settings.threshold)
     with Recorder(settings.device, _INTERVAL) as recorder:
-        image = decode(vae, latent, strips)
+        image = decode(vae, latent, options)
     return Result(recorder.peak, recorder.seconds, recorder.timeline, image[0].float().cpu().numpy())

@@ -14,9 +14,9 @@ from ..files.tensors import existing
 from ..files.vae import load_vae, medium_of
 from ..memory.recorder import Recorder
 from .arguments import DTYPES
-from .options import Choices, add_conversion, inputs_of, of_folder, say, strips_of
+from .options import Choices, add_conversion, inputs_of, of_folder, run_options, say
 from .outputs import Outputs
-from .team import Team, device_of, of_all, team_of
+from .processes import Processes, device_of, of_all, processes_of
 from .vae import Halves, scale
 
 
@@ -30,12 +30,12 @@ def add(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     """Encode images to ComfyUI's .latent: what VAEEncode and SaveLatent would make, in less memory."""
     device = device_of(args.device)
-    with team_of(args.spread, args.image, device) as team:
-        return _encode(args, device, team)
+    with processes_of(args.spread, args.image, device) as processes:
+        return _encode(args, device, processes)
 
 
-def _encode(args: argparse.Namespace, device: torch.device, team: Team) -> int:
-    strips, images = strips_of(args, team), inputs_of(args.image, args.vae, *IMAGES)
+def _encode(args: argparse.Namespace, device: torch.device, processes: Processes) -> int:
+    options, images = run_options(args, processes), inputs_of(args.image, args.vae, *IMAGES)
     if medium_of(args.vae, args.trust) == "sound":
         raise ValueError(
             f"--vae is {args.vae}, which is of sounds: encode takes images, give the VAE of an image model."
@@ -46,10 +46,10 @@ def _encode(args: argparse.Namespace, device: torch.device, team: Team) -> int:
     if len(images) == 1:
         existing(images[0])
     vae = load_vae(args.vae, DTYPES[args.dtype], device, args.trust)
-    halves = Halves(vae, strips)
+    halves = Halves(vae, options)
 
     def one(path: Path) -> None:
-        (name,) = team.as_first_has_it(lambda: outputs.of(path))
+        (name,) = processes.as_first_has_it(lambda: outputs.of(path))
         if name is None:
             return
         image = load_image(path, multiple=scale(vae))
@@ -58,8 +58,8 @@ def _encode(args: argparse.Namespace, device: torch.device, team: Team) -> int:
             latent = halves.encode(image, choices)
         if not latent.isfinite().all():
             raise ValueError(f"{name} is not written, the latent holds NaN or infinity: use float32 or bfloat16.")
-        if team.writes:
+        if processes.writes:
             save_latent(name, latent)
         say(f"{name}: {list(latent.shape)}", recorder, choices)
 
-    return of_all(team, images, one)
+    return of_all(processes, images, one)

@@ -11,13 +11,13 @@ import torch
 
 from ..conv.strip_sizes import DEFAULT_THRESHOLD
 from ..hosts.auto import WORDS
-from ..hosts.modes import Way
+from ..hosts.modes import RunMode
 from ..memory.recorder import Recorder
 from ..streaming import USUAL
 from .arguments import DTYPES, device, natural, size
 from .outputs import add_out
-from .team import Team
-from .vae import CHOICES, MB, Strips
+from .processes import Processes
+from .vae import CHOICES, MB, RunOptions
 
 
 def add_conversion(parser: argparse.ArgumentParser, given: str, what: str, out: str) -> None:
@@ -123,13 +123,13 @@ def of_folder(given: Sequence[Path]) -> bool:
     return any(path.is_dir() for path in given)
 
 
-def strips_of(args: argparse.Namespace, team: Team) -> Strips:
-    """The options as `Strips`, for what `team` does.
+def run_options(args: argparse.Namespace, processes: Processes) -> RunOptions:
+    """The options as `RunOptions`, for what `processes` does.
 
     Raises ValueError for a budget that the mode does not take, and for a mode in which processes cannot do one picture
     together.
     """
-    group = team.group if team.rows else None
+    group = processes.group if processes.rows else None
     if group is not None and args.mode not in ("auto", "stream"):
         raise ValueError(
             f"--mode is {args.mode} and several processes do one picture together: use stream, or --spread pictures."
@@ -138,7 +138,9 @@ def strips_of(args: argparse.Namespace, team: Team) -> Strips:
         raise ValueError(
             f"--budget is for --mode auto and stream and the mode is {args.mode}: leave it out, or choose one of them."
         )
-    return Strips(args.mode, args.splits, args.threshold, args.budget, group, team.beside, float(args.silent_seconds))
+    return RunOptions(
+        args.mode, args.splits, args.threshold, args.budget, group, processes.beside, float(args.silent_seconds)
+    )
 
 
 class Choices:
@@ -147,7 +149,7 @@ class Choices:
     def __init__(self) -> None:
         self._ways: list[str] = []
 
-    def __call__(self, way: Way, why: str) -> None:
+    def __call__(self, way: RunMode, why: str) -> None:
         self._ways.append(f"{WORDS[way]} ({why})")
 
     def __str__(self) -> str:

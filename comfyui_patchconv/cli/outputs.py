@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-from ..files.whole import check_no_input
+from ..files.atomic import check_no_input
 
 RULE = (
     "A FILE that is there is replaced once the new one is whole; in a FOLDER what is there is skipped, unless "

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import distributed
 
+from ..files.atomic import check_no_input
 from ..files.images import save_image
 from ..files.tensors import existing
-from ..files.whole import check_no_input
 from ..pixel_models.patch_ddpm.checkpoints import import_torch, load, save
 from ..pixel_models.patch_ddpm.config import Config, DiffusionConfig
 from ..pixel_models.patch_ddpm.diffusion import SAMPLERS, sample

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files.atomic import check_no_input, write_whole
 from ..files.images import grid, levels, save_image
 from ..files.tensors import existing
-from ..files.whole import check_no_input, write_whole
 from ..pixel_models.patch_diffusion.checkpoints import is_foreign, load_all, save
 from ..pixel_models.patch_diffusion.config import PUBLISHED
 from ..pixel_models.patch_diffusion.diffusion import sample, spaced

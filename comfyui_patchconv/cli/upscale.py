@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files.image_rows import SUFFIXES, Picture, empty_levels, levels_of, open_picture, save_levels
 from ..files.images import IMAGES
-from ..files.pictures import SUFFIXES, Picture, empty_levels, levels_of, open_picture, save_levels
 from ..files.tensors import existing
 from ..files.upscalers import load_upscaler
 from ..hosts.streamed import StreamedForward
@@ -23,7 +23,7 @@ from ..streaming import USUAL
 from .arguments import DTYPES, device, size
 from .options import add_spread, add_trust, inputs_of, of_folder, say
 from .outputs import Outputs, add_out
-from .team import Team, device_of, of_all, team_of
+from .processes import Processes, device_of, of_all, processes_of
 
 _SUPPORTED = {torch.float16: "supports_half", torch.bfloat16: "supports_bfloat16"}
 """What says whether a model can be computed in a precision."""
@@ -68,11 +68,11 @@ def add(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     """Upscale pictures with a model, each as a whole: no tiles, no seams."""
     where = device_of(args.device)
-    with team_of(args.spread, args.image, where) as team:
-        return _upscale(args, where, team)
+    with processes_of(args.spread, args.image, where) as processes:
+        return _upscale(args, where, processes)
 
 
-def _upscale(args: argparse.Namespace, where: torch.device, team: Team) -> int:
+def _upscale(args: argparse.Namespace, where: torch.device, processes: Processes) -> int:
     images = inputs_of(args.image, args.model, *IMAGES)
     outputs = Outputs(args.out, images, [args.model], *SUFFIXES, overwrite=args.overwrite, folder=of_folder(args.image))
     if len(images) == 1:
@@ -82,20 +82,20 @@ def _upscale(args: argparse.Namespace, where: torch.device, team: Team) -> int:
     dtype = DTYPES[args.dtype]
     _check_precision(model, dtype)
     model.model.to(where, dtype)
-    run = _Streamed(args, team)
+    run = _Streamed(args, processes)
 
     def one(path: Path) -> None:
-        (name,) = team.as_first_has_it(lambda: outputs.of(path))
+        (name,) = processes.as_first_has_it(lambda: outputs.of(path))
         if name is None:
             return
         picture = open_picture(path)
         with Recorder(where) as recorder:
             levels = run(model, picture, where, dtype)
-            if team.writes:
+            if processes.writes:
                 save_levels(name, levels, picture, args.alpha == "keep")
         say(f"{name}: {levels.shape[3]}x{levels.shape[2]}", recorder)
 
-    return of_all(team, images, one)
+    return of_all(processes, images, one)
 
 
 def _check_precision(model: Any, dtype: torch.dtype) -> None:
@@ -108,13 +108,13 @@ def _check_precision(model: Any, dtype: torch.dtype) -> None:
 
 
 class _Streamed:
-    """Upscales pictures as the options have it, for what `team` does."""
+    """Upscales pictures as the options have it, for what `processes` does."""
 
-    def __init__(self, args: argparse.Namespace, team: Team) -> None:
-        self._budget, self._beside = args.budget or 0, team.beside
-        self._group = team.group if team.rows else None
+    def __init__(self, args: argparse.Namespace, processes: Processes) -> None:
+        self._budget, self._beside = args.budget or 0, processes.beside
+        self._group = processes.group if processes.rows else None
         self._tuning = replace(USUAL, silent_seconds=float(args.silent_seconds))
-        self._watched = sys.stderr.isatty() and team.rank == 0 and (team.rows or team.count == 1)
+        self._watched = sys.stderr.isatty() and processes.rank == 0 and (processes.rows or processes.count == 1)
 
     def __call__(self, model: Any, picture: Picture, where: torch.device, dtype: torch.dtype) -> Tensor:
         """The levels `[1, C, H, W]` of `picture`, upscaled; see `levels_of`."""

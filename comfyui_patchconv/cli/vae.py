@@ -35,7 +35,7 @@ CHOICES = (*MODES, EAGER)
 
 
 @dataclass(frozen=True)
-class Strips:
+class RunOptions:
     """How to decode or encode.
 
     mode: one of `CHOICES`. splits, threshold: see `Tiling`. budget: see `streaming.stream`; for `"auto"` None takes
@@ -55,13 +55,13 @@ class Strips:
 class Halves:
     """Decodes and encodes with one VAE: what is counted, planned, or found to be too large, is known from then on.
 
-    strips: how it does so.
+    options: how it does so.
     """
 
-    def __init__(self, vae: Any, strips: Strips = Strips()) -> None:
-        self.vae, self.strips = vae, strips
+    def __init__(self, vae: Any, options: RunOptions = RunOptions()) -> None:
+        self.vae, self.options = vae, options
         self._needs = EagerNeeds(vae)
-        self._runs: dict[Any, _Run] = {}
+        self._runs: dict[Any, _HalfRun] = {}
 
     def decode(
         self, latent: Tensor, on_choice: Optional[OnChoice] = None, into: Optional[Callable[[Tensor], Any]] = None
@@ -97,27 +97,27 @@ class Halves:
         latent = self._run("encode", None)(image[:, :, None] if still else image, on_choice)
         return latent if packing is None else packing.pack(latent)
 
-    def _run(self, name: str, into: Optional[Callable[[Tensor], Any]]) -> _Run:
+    def _run(self, name: str, into: Optional[Callable[[Tensor], Any]]) -> _HalfRun:
         key = name, into
         if key not in self._runs:
-            self._runs[key] = _Run(Half(self.vae, name, into), self.strips, self._needs)
+            self._runs[key] = _HalfRun(Half(self.vae, name, into), self.options, self._needs)
         return self._runs[key]
 
 
 def decode(
     vae: Any,
     latent: Tensor,
-    strips: Strips = Strips(),
+    options: RunOptions = RunOptions(),
     on_choice: Optional[OnChoice] = None,
     into: Optional[Callable[[Tensor], Any]] = None,
 ) -> Any:
     """What `vae` makes of one latent; see `Halves.decode`."""
-    return Halves(vae, strips).decode(latent, on_choice, into)
+    return Halves(vae, options).decode(latent, on_choice, into)
 
 
-def encode(vae: Any, image: Tensor, strips: Strips = Strips(), on_choice: Optional[OnChoice] = None) -> Tensor:
+def encode(vae: Any, image: Tensor, options: RunOptions = RunOptions(), on_choice: Optional[OnChoice] = None) -> Tensor:
     """The latent of one image; see `Halves.encode`."""
-    return Halves(vae, strips).encode(image, on_choice)
+    return Halves(vae, options).encode(image, on_choice)
 
 
 def scale(vae: Any) -> int:
@@ -164,21 +164,21 @@ class Half:
         return getattr(self.vae, f"{self.name}r", self.vae)
 
 
-class _Run:
-    """A half of a VAE, run as `strips` say."""
+class _HalfRun:
+    """A half of a VAE, run as `options` say."""
 
-    def __init__(self, half: Half, strips: Strips, needs: EagerNeeds) -> None:
-        self.half, self.strips, self._counted = half, strips, needs
-        alone = strips.group is None
-        first = alone or torch.distributed.get_rank(strips.group) == 0
-        tuning = replace(USUAL, silent_seconds=strips.silent_seconds)
+    def __init__(self, half: Half, options: RunOptions, needs: EagerNeeds) -> None:
+        self.half, self.options, self._counted = half, options, needs
+        alone = options.group is None
+        first = alone or torch.distributed.get_rank(options.group) == 0
+        tuning = replace(USUAL, silent_seconds=options.silent_seconds)
         shown = _percent if first and sys.stderr.isatty() else None
-        self._streamed = Streamed(on_progress=shown, tuning=tuning, group=strips.group)
-        self._streams = Switch(strips.mode == "stream" or not alone)
+        self._streamed = Streamed(on_progress=shown, tuning=tuning, group=options.group)
+        self._streams = Switch(options.mode == "stream" or not alone)
         self._auto: Optional[AutoForward] = None
-        if strips.mode == "auto" and alone:
+        if options.mode == "auto" and alone:
             self._auto = AutoForward(
-                self._forward, lambda: self._streams.set_to(True), self._needs, self._free, strips.budget or 0,
+                self._forward, lambda: self._streams.set_to(True), self._needs, self._free, options.budget or 0,
                 lambda _: self._in_strips(),
             )  # fmt: skip
 
@@ -189,34 +189,34 @@ class _Run:
         run: Callable[[Tensor], Any] = self._forward
         if self._auto is not None:
             self._auto.on_choice, run = on_choice, self._auto
-        in_strips = self.strips.mode == "patch" and not self._streams.on
+        in_strips = self.options.mode == "patch" and not self._streams.on
         with self._in_strips() if in_strips else nullcontext(), _line_cleared():
             return run(input.to(self.half.vae.dtype))
 
     def _forward(self, input: Tensor) -> Any:
         if not self._streams.on:
             return self.half.run(input)
-        budget = self.strips.budget
-        if budget is None and self.strips.mode != "stream":
+        budget = self.options.budget
+        if budget is None and self.options.mode != "stream":
             budget = int(OF_FREE * self._free(input.device)) or 1
         self._streamed.budget = budget
         return self._streamed.call(self.half.run, (input,), {})
 
     def _in_strips(self) -> AbstractContextManager[Any]:
         """Convolutions in strips, those with kernels of 1 too: backends copy their input and output all the same."""
-        on_strip, strips = _progress() if sys.stderr.isatty() else None, self.strips
+        on_strip, options = _progress() if sys.stderr.isatty() else None, self.options
         return patched(
-            self.half.part, strips.splits, threshold=strips.threshold, on_strip=on_strip, predicate=lambda *_: True
+            self.half.part, options.splits, threshold=options.threshold, on_strip=on_strip, predicate=lambda *_: True
         )
 
     def _needs(self, input: Tensor) -> Optional[Needs]:
-        strips, device = self.strips, input.device
+        options, device = self.options, input.device
         maps = self._counted.of_call(self.half.name, (input[:1],), {}, device, input.dtype)
-        return needs_of(maps, strips.splits, strips.threshold, device.type, input.dtype) if maps else None
+        return needs_of(maps, options.splits, options.threshold, device.type, input.dtype) if maps else None
 
     def _free(self, device: torch.device) -> int:
         """What is free for each process of this machine."""
-        return free(device) // self.strips.beside
+        return free(device) // self.options.beside
 
 
 @contextmanager

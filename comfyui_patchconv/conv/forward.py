@@ -71,9 +71,9 @@ class TiledForward:
         all_in = elements * (shape[0] if len(shape) > sides + 1 else 1)
         return few and 16 * all_in * _most_outputs(self.module) < self.tiling.max_elements
 
-    def call(self, input: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def call(self, input: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ConvCall:
         """One forward for `input`, with the host's further arguments."""
-        return Call(self, args, kwargs)
+        return ConvCall(self, args, kwargs)
 
 
 def _most_outputs(module: Convolution) -> int:
@@ -94,7 +94,7 @@ def tiled_forward(
     return kind(module, tiling, None if own else current)
 
 
-class Call:
+class ConvCall:
     """One forward of one convolution: how to read and compute any strip of it.
 
     whole: the same forward in one piece. dim: the axis that is cut, counted from the last.
@@ -175,7 +175,7 @@ class Call:
             def work(
                 first: int,
                 last: int,
-                call: Call = call,
+                call: ConvCall = call,
                 samples: Tensor = samples,
                 start: int = start,
                 count: int = count,
@@ -195,7 +195,7 @@ class Call:
         assert output is not None
         return output
 
-    def of_samples(self, start: int, count: int) -> Call:
+    def of_samples(self, start: int, count: int) -> ConvCall:
         """The same for `count` samples of the batch from `start` on."""
         return self
 

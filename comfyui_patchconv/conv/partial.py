@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .forward import Call, TiledForward
+from .forward import ConvCall, TiledForward
 from .tiling import Convolution, Tiling, padding_of
 
 WHEN_LARGE = Tiling(splits=0, threshold=0)
@@ -94,7 +94,7 @@ def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
         return nullcontext()
 
 
-class _PartialCall(Call):
+class _PartialCall(ConvCall):
     """One partial convolution. mask: None for one of ones."""
 
     def __init__(
@@ -128,7 +128,7 @@ class _PartialCall(Call):
         ratio, valid = (one.narrow(self.dim, first, last - first) for one in (self._ratio, self._valid))
         return self._scaled(super().strip(piece, window, first, last, weight, None), bias, ratio, valid)
 
-    def of_samples(self, start: int, count: int) -> Call:
+    def of_samples(self, start: int, count: int) -> ConvCall:
         part = copy.copy(self)
         batch = self._channel - 1
         for name in ("_mask", "_ratio", "_valid"):
@@ -167,7 +167,7 @@ class PartialPadding(TiledForward):
     Where nothing is padded with zeros, or where another extension's forward pads, it only runs in strips.
     """
 
-    def call(self, input: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def call(self, input: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ConvCall:
         module, sides = self.module, len(self.module.kernel_size)
         padded = module.padding_mode == "zeros" and any(edge for pad in padding_of(module) for edge in pad)
         if self.inner is not None or not padded or input.dim() not in (sides + 1, sides + 2):

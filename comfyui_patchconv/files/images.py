@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..memory.errors import is_out_of_memory
+from .atomic import write_whole
 from .tensors import existing
-from .whole import write_whole
 from .words import short
 
 if TYPE_CHECKING:

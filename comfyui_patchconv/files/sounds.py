@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, Optional
 import torch
 from torch import Tensor
 
-from .whole import write_whole
+from .atomic import write_whole
 from .words import short
 
 SUFFIXES = (".flac", ".wav")

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..memory.errors import is_out_of_memory
-from .whole import write_whole
+from .atomic import write_whole
 from .words import short
 
 Header = dict[str, tuple[str, tuple[int, ...]]]

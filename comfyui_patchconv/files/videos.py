@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from .whole import write_whole
+from .atomic import write_whole
 from .words import short
 
 SUFFIXES = (".mp4", ".mkv")

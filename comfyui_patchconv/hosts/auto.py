@@ -14,24 +14,24 @@ from ..memory.allocator import release
 from ..memory.errors import is_out_of_memory
 from ..streaming import joins
 from ..units import size_of
-from .clones import StandIn
+from .clones import Wrapper
 from .estimates import OF_FREE, Needs
-from .modes import Way
+from .modes import RunMode
 
 _log = logging.getLogger(__name__)
 
-OnChoice = Callable[[Way, str], None]
+OnChoice = Callable[[RunMode, str], None]
 """Called with the way that a call will run, and why."""
 
 
 class Choice(NamedTuple):
     """way: how a call runs. why: what speaks for it, in a few words; empty where nobody is to hear of it."""
 
-    way: Way
+    way: RunMode
     why: str
 
 
-class AutoForward(StandIn):
+class AutoForward(Wrapper):
     """Stands in for a VAE's `decode` or `encode`, and chooses at each call by what it needs and what is free.
 
     Where memory runs out all the same, the call begins anew, streamed; a call of the same shape is streamed from then
@@ -93,18 +93,18 @@ class AutoForward(StandIn):
             return Choice("patch", f"{why}; strips need {size_of(samples * needs.patch)}")
         return Choice("stream", why)
 
-    def _tell(self, way: Way, why: str) -> None:
+    def _tell(self, way: RunMode, why: str) -> None:
         _log.info("Patch Conv: auto: %s (%s).", WORDS[way], why)
         if self.on_choice is not None:
             self.on_choice(way, why)
 
 
-WORDS: dict[Way, str] = {"eager": "eager", "patch": "in strips", "stream": "streamed"}
+WORDS: dict[RunMode, str] = {"eager": "eager", "patch": "in strips", "stream": "streamed"}
 """What a call is said to have run as."""
 
 
 def _owner(forward: Any) -> Any:
     """The model whose method stands below all stand-ins; None where that is a function."""
-    while isinstance(forward, StandIn):
+    while isinstance(forward, Wrapper):
         forward = forward.forward
     return getattr(forward, "__self__", None)

@@ -13,7 +13,7 @@ from torch import nn
 from ..conv.forward import TiledForward, tiled_forward
 
 
-class StandIn:
+class Wrapper:
     """Stands in for a method of a model. forward: the method, or what stood in for it before."""
 
     forward: Callable[..., Any]
@@ -61,7 +61,7 @@ def _bound(patch: Any, moved: Mapping[nn.Module, nn.Module], before: Any, after:
         if patch.inner is None:
             return type(patch)(module, patch.tiling)
         return tiled_forward(module, _bound(patch.inner, moved, before, after), patch.tiling, type(patch))
-    if isinstance(patch, StandIn):
+    if isinstance(patch, Wrapper):
         bound = copy.copy(patch)
         bound.forward = _bound(patch.forward, moved, before, after)
         return bound

@@ -5,5 +5,5 @@ from typing import Literal
 MODES = ("auto", "patch", "stream")
 """What users choose between: the way that fits, each large convolution in strips, or all of a decoder or encoder."""
 
-Way = Literal["eager", "patch", "stream"]
+RunMode = Literal["eager", "patch", "stream"]
 """How a call runs."""

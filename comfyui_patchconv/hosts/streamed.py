@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..streaming import USUAL, OnProgress, Streamed, Tuning, joins
-from .clones import StandIn
+from .clones import Wrapper
 from .devices.spread import Spread
 from .estimates import OF_FREE, StreamEstimate
 
@@ -31,7 +31,7 @@ class Switch:
             self.on = before
 
 
-class StreamedForward(StandIn):
+class StreamedForward(Wrapper):
     """Stands in for `forward`, the decoder's or encoder's, or `decode` or `encode` where a VAE has no such part.
 
     budget: bytes, or 0 for the most of what is free when a decode or encode begins. free: asked for the bytes that are

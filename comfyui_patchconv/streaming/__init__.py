@@ -18,16 +18,17 @@ One decode, from `stream()` to the last strip:
    `Call.evaluate` gets the nodes that are wanted (`roots`) and those that the program may still ask for (`keep`).
 
 4. plan. Integers in, a `plan.schedule.Schedule` out, or the one of an earlier call whose graph was alike. `plan.choose`
-   tries a few ways and keeps the best; `plan.passes` decides for one of them which passes there are and what each of
-   them stores: what a step needs whole, and what statistics are wanted of. `plan.sweep` counts a pass: how many rows at
-   once, which lie between two strips, what that takes. `plan.eagerly` counts the same graph as eager runs it, and
-   eager's schedule is taken where it is not worse.
+   tries a few schedules and keeps the best; `plan.passes` decides for one of them which passes there are and what each
+   of them stores: what a step needs whole, what statistics are wanted of, and what later steps read (`plan.kept`,
+   `plan.reduced`). `plan.lifetimes` knows what is stored until when, `plan.placement` what is offloaded. `plan.sweep`
+   counts a pass: how many rows at once, which lie between two strips, what that takes. `plan.eagerly` counts the same
+   graph as eager runs it, and eager's schedule is taken where it is not worse.
 
 5. execute. `execute.loop.Loop` goes through the schedule's passes, and `_PassLoop` through a pass's strips.
    `execute.strips.Rows` says which rows of which step a strip computes, and which of them the next one will read again
    (line buffers). A strip's last rows go to the stored map (`execute.stored`), which lies on the device, in host memory
    or in a file (`execute.buffers`, `execute.copies`), and to the statistics of the norm behind it
-   (`graph.statistics`). Where a strip does not fit, half of it is tried.
+   (`graph.statistics`). Where a first strip does not fit, the pass begins again in strips of half the rows.
 
 6. The nodes now have values. When the call ends, `Recorder.finish` makes ordinary tensors of all deferred ones that the
    program still has: the same objects.
@@ -54,9 +55,9 @@ from ..memory.allocator import trim
 from .call import Call, OnProgress, arguments, is_map, joins, signature
 from .errors import CannotEstimateError, SpreadError
 from .estimate import Expected, Make, expect, peak_activations
-from .outside import eager_reason, undisturbed
+from .fallback import eager_reason, undisturbed
 from .plan.schedule import USUAL, Tuning
-from .spread.own import OwnGroup
+from .spread.own_group import OwnGroup
 from .spread.ranks import Ranks
 from .target import Entry, methods_of
 

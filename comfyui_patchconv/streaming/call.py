@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any, Optional
 from weakref import ref
 
@@ -14,14 +13,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..memory.allocator import no_collections
-from ..memory.sizes import allocator_bytes
 from .execute.buffers import require_room, room
 from .execute.loop import Loop
 from .execute.share import ALONE
 from .graph.node import Node, ancestors
 from .graph.steps import RowLocal
 from .plan.choose import choose
-from .plan.eagerly import eager_schedule
 from .plan.schedule import Pass, Schedule, Tuning
 from .record.lazy import LazyTensor
 from .record.memory import is_ordinary
@@ -32,9 +29,6 @@ from .spread.together import Together
 
 OnProgress = Callable[[int, int], None]
 """Called after each strip with the work done and the work in all, in bytes of maps computed (0: not known)."""
-
-_SLOWER = 1.25
-"""How much longer streaming may take where eager fits."""
 
 
 class Call:
@@ -167,28 +161,12 @@ class Call:
             there = list(names)
             return found.renamed(lambda number: there[number])
         with no_collections():
-            schedule = self._chosen(roots, keep, held, unused)
+            device = max(roots, key=lambda node: node.bytes).device
+            schedule = choose(roots, keep, self.tuning, self.budget, held, unused or (lambda: room(device)), ranks)
             self._schedules[key] = self.budget, schedule.renamed(lambda node: names[node])
         while len(self._schedules) > _MOST:
             self._schedules.popitem(last=False)
         return schedule
-
-    def _chosen(
-        self, roots: Sequence[Node], keep: Sequence[Node], held: int, unused: Optional[Callable[[], int]] = None
-    ) -> Schedule:
-        device = max(roots, key=lambda node: node.bytes).device
-        ranks = 1 if self._ranks is None else self._ranks.count
-        schedule = choose(roots, keep, self.tuning, self.budget, held, unused or (lambda: room(device)), ranks)
-        if self.tuning.always:
-            return schedule
-        eager = eager_schedule(roots, keep, held)
-        slack = allocator_bytes(device.type)
-        with_slack = eager.peak + (slack if eager.peak > slack else 0)
-        if self.budget is None or with_slack <= self.budget:
-            better = eager.peak <= schedule.peak or eager.seconds * _SLOWER < schedule.seconds / ranks
-        else:  # neither may fit: eager where it is sure to take less, and more than nothing
-            better = slack < eager.peak <= schedule.peak - slack
-        return replace(eager, peak=with_slack) if better else schedule
 
     def _progress(self, work: int) -> None:
         self.streamed = True

@@ -467,9 +467,9 @@ def test_demo_repeats_the_photograph_to_the_size_that_is_asked_for() -> None:
 
 def test_demo_takes_the_small_vae_the_random_one_or_a_file(tmp_path: Path, vae: Path) -> None:
     parse = cli.parser().parse_args
-    assert demo.settings_of(parse(["demo"])) == demo.Settings()
-    assert demo.Settings().vae == demo.SMALL_VAE
-    assert demo.Settings().latent == demo.PHOTOGRAPH
+    assert demo.settings_of(parse(["demo"])) == demo.DemoSettings()
+    assert demo.DemoSettings().vae == demo.SMALL_VAE
+    assert demo.DemoSettings().latent == demo.PHOTOGRAPH
     drawn = demo.settings_of(parse(["demo", "--vae", "random"]))
     assert (drawn.vae, drawn.latent) == (None, None)
     given = demo.settings_of(parse(arguments("demo", vae=vae, latent="in.latent")))

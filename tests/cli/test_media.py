@@ -18,7 +18,7 @@ from vae_families import ALL
 from vae_helpers import write
 
 from comfyui_patchconv import cli
-from comfyui_patchconv.cli import made
+from comfyui_patchconv.cli import media
 from comfyui_patchconv.cli.vae import Halves
 from comfyui_patchconv.files import sounds
 from comfyui_patchconv.files.images import levels, save_image
@@ -152,8 +152,8 @@ def test_a_video_that_holds_nan_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, vae, latent = case(tmp_path, "Wan 2.1", 1, 16, 2, 3, 4)
-    keep = made._levels
-    monkeypatch.setattr(made, "_levels", lambda video: keep(video * torch.nan))
+    keep = media._levels
+    monkeypatch.setattr(media, "_levels", lambda video: keep(video * torch.nan))
     run("decode", latent, vae, tmp_path / "out.png", code=2)
     assert "NaN" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.png"))

@@ -9,7 +9,7 @@ from typing import Optional
 import numpy as np
 from PIL import Image, ImageColor
 
-from comfyui_patchconv.cli.demo import NAMES, TILES, Result, Settings, plot
+from comfyui_patchconv.cli.demo import NAMES, TILES, DemoSettings, Result, plot
 from comfyui_patchconv.cli.vae import EAGER
 from comfyui_patchconv.hosts.chart import HEIGHT, WIDTH, Series, lines
 
@@ -31,7 +31,7 @@ def test_each_mode_has_a_line_and_the_higher_peak_is_above(tmp_path: Path) -> No
     results: dict[str, Optional[Result]] = {
         mode: result(peak) for mode, peak in zip(NAMES, (900_000_000, 700_000_000, 500_000_000, 300_000_000))
     }
-    plot(results, Settings(), tmp_path / "memory.png")
+    plot(results, DemoSettings(), tmp_path / "memory.png")
     picture = Image.open(tmp_path / "memory.png").convert("RGB")
     assert picture.size == (WIDTH, HEIGHT)
     tops = [rows_of(picture, color).min() for color in COLOURS]
@@ -41,7 +41,7 @@ def test_each_mode_has_a_line_and_the_higher_peak_is_above(tmp_path: Path) -> No
 
 def test_a_mode_that_did_not_fit_has_no_line(tmp_path: Path) -> None:
     results = {EAGER: None, TILES: None, "patch": result(600_000_000), "stream": result(300_000_000)}
-    plot(results, Settings(), tmp_path / "memory.png")
+    plot(results, DemoSettings(), tmp_path / "memory.png")
     found = {mode: len(rows_of(Image.open(tmp_path / "memory.png"), color)) for color, mode in COLOURS.items()}
     assert found[EAGER] == found[TILES] == 0
     assert min(found["patch"], found["stream"]) > 0

@@ -15,7 +15,7 @@ from upscale_helpers import require_spandrel
 from upscale_weights import compact, esrgan
 
 from comfyui_patchconv import cli
-from comfyui_patchconv.files import pictures
+from comfyui_patchconv.files import image_rows
 
 
 @pytest.fixture(autouse=True)
@@ -101,9 +101,9 @@ def test_what_lies_in_files_is_the_same(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, budget: str
 ) -> None:
     """As pictures that are larger than memory have it."""
-    monkeypatch.setattr(pictures, "_IN_MEMORY", 1000)
-    monkeypatch.setattr(pictures, "_ROWS_BYTES", 5000)
-    monkeypatch.setattr(pictures, "_BIG_TIFF", 1000)
+    monkeypatch.setattr(image_rows, "_IN_MEMORY", 1000)
+    monkeypatch.setattr(image_rows, "_ROWS_BYTES", 5000)
+    monkeypatch.setattr(image_rows, "_BIG_TIFF", 1000)
     image = noise(300, 200)
     run(model, tmp_path / "out.tif", written(tmp_path / "in.png", image), options=("--budget", budget))
     assert_same(levels(tmp_path / "out.tif"), whole(model, image))
@@ -188,7 +188,7 @@ def test_a_disk_that_is_full_leaves_what_was_there(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pictures, "_write", full)
+    monkeypatch.setattr(image_rows, "_write", full)
     (tmp_path / "out.png").write_bytes(b"old")
     run(model, tmp_path / "out.png", written(tmp_path / "in.png", noise(16, 16)), code=2)
     assert "No space left on device" in capsys.readouterr().err

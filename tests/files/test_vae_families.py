@@ -14,7 +14,7 @@ from torch import Tensor
 from vae_families import ALL, IMAGES, Case, oobleck_names
 from vae_helpers import assert_one_sentence, small_vae, write
 
-from comfyui_patchconv.cli.vae import Strips, channels, decode, encode, scale
+from comfyui_patchconv.cli.vae import RunOptions, channels, decode, encode, scale
 from comfyui_patchconv.files.packing import packing_of
 from comfyui_patchconv.files.vae import load_vae, medium_of
 from comfyui_patchconv.files.vaes import traits_of
@@ -60,7 +60,7 @@ def test_a_family_decodes_as_diffusers_does(tmp_path: Path, name: str, layout: s
         expected = expected * 2 - 1
     assert expected.std() > 1e-3
     assert expected.shape[2:] == tuple(side * scale(vae) for side in latent.shape[2:])
-    assert_same(decode(vae, latent, Strips(mode, splits=3, threshold=0)), expected, 1e-5)
+    assert_same(decode(vae, latent, RunOptions(mode, splits=3, threshold=0)), expected, 1e-5)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -71,7 +71,7 @@ def test_a_family_decodes_in_half_precision(tmp_path: Path, name: str) -> None:
     with torch.no_grad():
         expected = decode(exact, latent)
         errors = [
-            (decode(vae, latent, Strips(mode)).float() - expected).square().mean() for mode in ("plain", "stream")
+            (decode(vae, latent, RunOptions(mode)).float() - expected).square().mean() for mode in ("plain", "stream")
         ]
     assert errors[0] < 0.1 * expected.square().mean()
     assert errors[1] <= 1.2 * errors[0]
@@ -89,7 +89,7 @@ def test_a_family_encodes_as_diffusers_does(tmp_path: Path, name: str, mode: str
     found = theirs.encode(with_time(given, theirs), return_dict=False)[0]
     expected = found if isinstance(found, Tensor) else found.mode()
     packing = packing_of(vae)
-    latent = encode(vae, image, Strips(mode, splits=3, threshold=0))
+    latent = encode(vae, image, RunOptions(mode, splits=3, threshold=0))
     assert latent.shape[1] == channels(vae)
     assert_same(latent, expected if packing is None else packing.pack(expected), 1e-5)
 
@@ -325,10 +325,10 @@ def test_half_of_a_taesd_does_what_it_can(tmp_path: Path) -> None:
     vae, latent = load_vae(decoder), random(1, 4, 6, 5)
     assert scale(vae) == 8
     for mode in ("plain", "patch", "stream", "auto"):
-        assert_same(decode(vae, latent, Strips(mode, 3, 0)), theirs.decode(latent * 0.18215).sample, 1e-5)
+        assert_same(decode(vae, latent, RunOptions(mode, 3, 0)), theirs.decode(latent * 0.18215).sample, 1e-5)
     for mode in ("plain", "patch", "stream", "auto"):
         with pytest.raises(ValueError, match="encoder beside it") as caught:
-            encode(vae, random(1, 3, 16, 16), Strips(mode, 3, 0))
+            encode(vae, random(1, 3, 16, 16), RunOptions(mode, 3, 0))
         assert_one_sentence(caught.value, decoder)
 
 

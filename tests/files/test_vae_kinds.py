@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from vae_helpers import LEVELS, assert_one_sentence, ldm_state, random_latent, small_vae, write
 
-from comfyui_patchconv.cli.vae import Strips, channels, decode, encode, scale
+from comfyui_patchconv.cli.vae import RunOptions, channels, decode, encode, scale
 from comfyui_patchconv.files.latents import load_latent
 from comfyui_patchconv.files.packing import Packing, packing_of
 from comfyui_patchconv.files.vae import GROUPS_NAME, load_vae
@@ -69,12 +69,12 @@ def test_flux2s_latents_are_packed_and_normalised(tmp_path: Path, layout: str, m
     image = torch.randn(1, 3, 64, 32).clamp(-1, 1)
     mean, deviation = theirs.bn.running_mean.view(1, -1, 1, 1), (theirs.bn.running_var + 1e-4).sqrt().view(1, -1, 1, 1)
     expected = (patchified(theirs.encode(image).latent_dist.mode()) - mean) / deviation
-    latent = encode(vae, image, Strips(mode, splits=3, threshold=0))
+    latent = encode(vae, image, RunOptions(mode, splits=3, threshold=0))
     assert latent.shape == (1, 32, 4, 2)
     assert torch.allclose(latent, expected, atol=1e-5)
     inner = torch.nn.functional.pixel_shuffle(latent * deviation + mean, 2)
     assert torch.allclose(patchified(inner), latent * deviation + mean)
-    assert torch.allclose(decode(vae, latent, Strips(mode, 3, 0)), theirs.decode(inner).sample, atol=1e-5)
+    assert torch.allclose(decode(vae, latent, RunOptions(mode, 3, 0)), theirs.decode(inner).sample, atol=1e-5)
 
 
 def test_the_statistics_stay_in_float32(tmp_path: Path) -> None:

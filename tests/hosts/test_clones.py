@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from comfyui_patchconv import TiledForward, Tiling, convolutions
 from comfyui_patchconv.conv.forward import tiled_forward
 from comfyui_patchconv.conv.partial import PartialPadding
-from comfyui_patchconv.hosts.clones import StandIn, follow
+from comfyui_patchconv.hosts.clones import Wrapper, follow
 from comfyui_patchconv.hosts.streamed import StreamedForward
 
 from .vae import VAE
@@ -49,7 +49,7 @@ class Patcher:
             return result.decode(z)
 
 
-class Noted(StandIn):
+class Noted(Wrapper):
     def __init__(self, forward: Any, notes: list[int]) -> None:
         self.forward, self.notes = forward, notes
 

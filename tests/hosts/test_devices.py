@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from comfyui_patchconv.conv.partial import PartialPadding
-from comfyui_patchconv.hosts.clones import StandIn
+from comfyui_patchconv.hosts.clones import Wrapper
 from comfyui_patchconv.hosts.devices import spread as spreading
 from comfyui_patchconv.hosts.devices.packing import CannotSendError, packed, unpacked
 from comfyui_patchconv.hosts.devices.spread import Outcome, Spread, end_all, others_than
@@ -312,7 +312,7 @@ def test_upscaling() -> None:
 def test_packing() -> None:
     """Types, layouts, what is shared, and devices, but not what stands in for methods."""
     network: Any = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    network.half, network.again, network.forward = torch.ones(2, dtype=torch.bfloat16), network.weight, StandIn()
+    network.half, network.again, network.forward = torch.ones(2, dtype=torch.bfloat16), network.weight, Wrapper()
     network.device, network.scalar, network.empty = CPU, torch.tensor(True), torch.empty(0, 3)
     one = packed((network, network.weight), CPU)
     received = [bytes_of(tensor, CPU) for tensor in one.tensors]

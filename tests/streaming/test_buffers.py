@@ -29,13 +29,13 @@ class TestFiles:
 
     def test_nothing_is_left(self, folder: Path) -> None:
         buffer = FileBuffer(4 * 12)
-        strips = [buffer.keep(torch.full((1, 2, 3), float(n))) for n in range(2)]
+        strips = [buffer.offload(torch.full((1, 2, 3), float(n))) for n in range(2)]
         assert [strip.unique().item() for strip in strips] == [0.0, 1.0]
         assert list(folder.iterdir()) == []
 
     def test_a_discarded_strip_leaves_its_neighbours(self) -> None:
         buffer = FileBuffer(3 * 4 * 5000)
-        first, second, third = (buffer.keep(torch.full((5000,), float(n + 1))) for n in range(3))
+        first, second, third = (buffer.offload(torch.full((5000,), float(n + 1))) for n in range(3))
         buffer.discard(second)
         assert first.unique().tolist() == [1.0]
         assert third.unique().tolist() == [3.0]

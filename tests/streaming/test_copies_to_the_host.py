@@ -16,10 +16,11 @@ from torch import Tensor
 
 from comfyui_patchconv.streaming import Tuning, expect, stream
 from comfyui_patchconv.streaming.execute import stored
-from comfyui_patchconv.streaming.execute.buffers import AT_ONCE, HostBuffer
+from comfyui_patchconv.streaming.execute.buffers import HostBuffer
 from comfyui_patchconv.streaming.execute.copies import OneAfterTheOther, SideStreams
-from comfyui_patchconv.streaming.execute.stored import Strips
+from comfyui_patchconv.streaming.execute.stored import StoredStrips
 from comfyui_patchconv.streaming.graph.node import Node
+from comfyui_patchconv.streaming.plan.schedule import STRIPS_LEAVING
 
 SMALL = Tuning(strip_bytes=20_000, always=True)
 NOTHING = float("nan")
@@ -87,10 +88,10 @@ def map_like(values: Tensor) -> Node:
     )  # fmt: skip
 
 
-def a_map(strips: int) -> tuple[Strips, Tensor]:
+def a_map(strips: int) -> tuple[StoredStrips, Tensor]:
     """A map of strips of two rows, and its values."""
     values = torch.randn(1, 3, 2 * strips, 4)
-    found = Strips(map_like(values), offloaded=True, count=lambda size: None, band=(0, 2 * strips))
+    found = StoredStrips(map_like(values), offloaded=True, count=lambda size: None, band=(0, 2 * strips))
     for first in range(0, 2 * strips, 2):
         found.append(values[:, :, first : first + 2].clone())
     return found, values
@@ -98,8 +99,8 @@ def a_map(strips: int) -> tuple[Strips, Tensor]:
 
 def test_one_strip_leaves_while_the_next_is_computed(late: Late) -> None:
     found, _ = a_map(strips=5)
-    assert late.most_at_once == AT_ONCE
-    assert late.started - late.done == AT_ONCE
+    assert late.most_at_once == STRIPS_LEAVING
+    assert late.started - late.done == STRIPS_LEAVING
     del found
 
 
@@ -134,7 +135,7 @@ def test_strips_that_were_freed_leave_the_others(late: Late) -> None:
 def test_a_part_of_other_memory_is_copied_before_that_changes(late: Late) -> None:
     line = torch.ones(1, 1, 5, 4)
     part = line.narrow(-2, 0, 2)
-    found = Strips(map_like(part), offloaded=True, count=lambda size: None, band=(0, 2))
+    found = StoredStrips(map_like(part), offloaded=True, count=lambda size: None, band=(0, 2))
     found.append(part)
     line.zero_()
     assert found.read(0, 2).unique().item() == 1.0
@@ -142,7 +143,7 @@ def test_a_part_of_other_memory_is_copied_before_that_changes(late: Late) -> Non
 
 def test_a_part_that_repeats_has_memory_of_its_own() -> None:
     strip = torch.randn(2, 1, 4, 5).expand(2, 3, 4, 5)
-    assert torch.equal(HostBuffer(OneAfterTheOther()).keep(strip), strip)
+    assert torch.equal(HostBuffer(OneAfterTheOther()).offload(strip), strip)
 
 
 def test_a_strip_on_its_way_to_the_device_that_nobody_reads_is_waited_for(late: Late) -> None:
@@ -181,13 +182,13 @@ def test_a_decoder_reads_nothing_too_early(late: Late, share: int) -> None:
             result = model.decode(latent).sample
     assert_same(result, expected, 1e-5)
     assert late.started >= 20
-    assert late.most_at_once >= AT_ONCE
+    assert late.most_at_once >= STRIPS_LEAVING
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_copies_of_other_devices_are_done_at_once(memory_format: torch.memory_format) -> None:
     strip = torch.randn(2, 3, 4, 5).contiguous(memory_format=memory_format)
-    kept = HostBuffer(OneAfterTheOther()).keep(strip)
+    kept = HostBuffer(OneAfterTheOther()).offload(strip)
     assert torch.equal(kept, strip)
     assert kept.stride() == strip.stride()
     assert kept.data_ptr() != strip.data_ptr()

@@ -1,4 +1,4 @@
-"""Line buffers that lie away from the device: of a video's frames, where the budget has no room for them."""
+"""Line buffers that are offloaded: of a video's frames, where the budget has no room for them."""
 
 from __future__ import annotations
 
@@ -149,14 +149,14 @@ def test_lines_in_a_file_are_no_memory_of_the_process() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("away", [True, False])
-def test_what_is_kept_takes_the_place_of_what_was(away: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("offloaded", [True, False])
+def test_what_is_kept_takes_the_place_of_what_was(offloaded: bool, dtype: torch.dtype) -> None:
     """Wherever it lies, and whatever its layout."""
     device = torch.device("cpu")
     node = Node(
         None, (), (), shape=(1, 4, 9, 5), strides=(180, 45, 5, 1), dtype=dtype, device=device, itemsize=4, dim=2
     )
-    lines = Lines([node], {node: 4 * 4 * 5 * 4} if away else {}, device)
+    lines = Lines([node], {node: 4 * 4 * 5 * 4} if offloaded else {}, device)
     assert lines.read(node) is None
     first = torch.randn(1, 4, 4, 5).to(dtype)
     second = torch.randn(1, 4, 2, 5).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -194,10 +194,10 @@ def test_lines_leave_only_where_that_helps(steps: int, device: str, helps: bool)
         order.append(node(order[-1]))
     sweep = Sweep(Way([order[-1]], order, {}), Tuning(1), budget=1)
     assert sweep.line_bytes == (steps - 1) * 2 * 8 * 64 * 4
-    away = sweep.lines_away(1 << 40)
-    assert bool(away) == helps
-    assert sweep.bytes_saved(away) > 0 or not helps
-    assert sweep.lines_away(0) == {}
-    few = sweep.lines_away(1)
+    most = sweep.lines_to_offload(1 << 40)
+    assert bool(most) == helps
+    assert sweep.bytes_saved(most) > 0 or not helps
+    assert sweep.lines_to_offload(0) == {}
+    few = sweep.lines_to_offload(1)
     assert sweep.bytes_saved(few) >= int(helps)
-    assert len(few) <= len(away)
+    assert len(few) <= len(most)

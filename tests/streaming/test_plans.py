@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
 from copy import deepcopy
@@ -28,6 +27,7 @@ from comfyui_patchconv.memory.sizes import allocator_bytes
 from comfyui_patchconv.streaming import Streamed, Tuning, call, expect, peak_activations, stream, streamed
 from comfyui_patchconv.streaming.call import Call
 from comfyui_patchconv.streaming.graph.node import Node
+from comfyui_patchconv.streaming.plan import choose as choosing
 from comfyui_patchconv.streaming.plan.eagerly import eager_schedule
 from comfyui_patchconv.streaming.plan.passes import Passes
 from comfyui_patchconv.streaming.plan.schedule import Schedule
@@ -557,10 +557,12 @@ def test_a_budget_counts_what_the_allocator_keeps_of_eagers_maps(budget: Optiona
     """Eager is much faster, and its maps fit each of these budgets, in MiB; with 24 MiB of slack not all."""
     assert allocator_bytes("cpu") == 24 << 20
     streamed, eager = Schedule(peak=90 << 20, seconds=10.0), Schedule(peak=95 << 20, seconds=1.0)
-    runner = Call(budget and budget << 20, {}, None, Tuning(), OrderedDict())
     look: Any = dict(shape=(1, 1, 8, 8), strides=(64, 64, 8, 1), dtype=torch.float32, device=CPU, itemsize=4, dim=2)
     root = Node(None, (), (), **look)
-    with patch.object(call, "choose", lambda *_: streamed), patch.object(call, "eager_schedule", lambda *_: eager):
-        chosen = runner._chosen([root], [], 0)
+    with (
+        patch.object(choosing, "in_strips", lambda *_: streamed),
+        patch.object(choosing, "eager_schedule", lambda *_: eager),
+    ):
+        chosen = choosing.choose([root], [], Tuning(), budget and budget << 20)
     assert chosen.seconds == {"eager": 1.0, "streamed": 10.0}[way]
     assert budget is None or chosen.peak <= budget << 20

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ...streaming.spread.agree import sum_of
-from ..clones import StandIn
+from ..clones import Wrapper
 from .local import is_local, reduced, reduced_parametrized
 
 STOPPED = "stopped"
@@ -105,7 +105,7 @@ class _Packer(pickle.Pickler):
 
 
 def _own(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: one for name, one in state.items() if not isinstance(one, StandIn)}
+    return {name: one for name, one in state.items() if not isinstance(one, Wrapper)}
 
 
 def packed(value: Any, device: torch.device) -> Packed:

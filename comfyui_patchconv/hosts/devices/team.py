@@ -32,7 +32,7 @@ _LOOK = 0.1
 _START = 600.0
 """Seconds that a worker may take until it has imported what it needs."""
 
-_SETTLE = 5.0
+_GRACE = 5.0
 """Seconds that a worker may take to say what went wrong."""
 
 _HELD = 2
@@ -113,12 +113,12 @@ class Worker:
     def _end(self) -> str:
         """How it has ended."""
         try:
-            code = self.process.wait(_SETTLE)
+            code = self.process.wait(_GRACE)
         except subprocess.TimeoutExpired:
             return "says no more"
         return f"was ended by signal {-code}" if code < 0 else f"has ended with status {code}"
 
-    def settle(self, seconds: float, look: Look) -> str:
+    def wait(self, seconds: float, look: Look) -> str:
         """Wait for all answers; the last thing that went wrong, or nothing. Raises as `answer` does."""
         wrong = ""
         while self.waiting:
@@ -255,7 +255,7 @@ class Team:
         found: list[str] = []
         for worker in self._called:
             try:
-                wrong = worker.settle(_SETTLE, lambda: None)
+                wrong = worker.wait(_GRACE, lambda: None)
                 if wrong not in ("", STOPPED):
                     found.append(f"{worker} raised {wrong}")
             except DevicesError as gone:
@@ -276,7 +276,7 @@ class Team:
             workers[place : place + 1] = [self._started(place + 1, device)]
             self._group = None
         for worker in self._called:
-            worker.settle(_START, look)
+            worker.wait(_START, look)
             worker.ready = True
         if self._group is None:
             self._group = self._joined(look)
@@ -292,7 +292,7 @@ class Team:
     def _goes_on(self, worker: Worker, look: Look) -> bool:
         """Whether a worker has ended what it was asked before, and is there."""
         try:
-            worker.settle(self._seconds if worker.ready else _START, look)
+            worker.wait(self._seconds if worker.ready else _START, look)
         except DevicesError:
             return False
         return worker.is_there()
@@ -325,7 +325,7 @@ class Team:
             if not all(worker.is_there() for worker in self._called):
                 break
         for worker in self._called:
-            wrong = worker.settle(self._seconds, look)
+            wrong = worker.wait(self._seconds, look)
             if wrong:
                 raise DevicesError(f"{worker} cannot join the others: {wrong}")
         thread.join(self._seconds)
@@ -348,7 +348,7 @@ class Team:
             worker.held = [*worker.held[len(drop) :], name]
             worker.ask("hold", value, name=name, drop=drop, tuning=tuning)
         for worker in self._called:
-            wrong = worker.settle(_START, look)
+            wrong = worker.wait(_START, look)
             if wrong:
                 worker.held.remove(name)
                 raise DevicesError(f"{worker} cannot have the model: {wrong}")

@@ -21,23 +21,22 @@ from ..eager_needs import EagerNeeds
 from ..estimates import AutoEstimate, Estimate, Needs, StreamEstimate, StripEstimate, needs_of
 from ..figures import Figures, StripCount
 from ..halves import half_of
-from ..modes import Way
-from ..streamed import StreamedForward
-from ..streamed import Switch as Streaming
+from ..modes import RunMode
+from ..streamed import StreamedForward, Switch
 from .host import Host
 from .settings import Settings
 from .stopping import Stopped, Stops
 from .work import Work
 
 
-class Switch(Protocol):
+class OnOff(Protocol):
     """What stand-ins belong to: while it is off they do nothing of their own."""
 
     @property
     def on(self) -> bool: ...
 
 
-class RunSwitch(Switch, Protocol):
+class PatchedRun(OnOff, Protocol):
     """That of a run, in which models are patched."""
 
     settings: Settings
@@ -49,7 +48,7 @@ class RunSwitch(Switch, Protocol):
 class StandIn:
     """Stands in for a method of an object, a module or what a host holds one in, from when it is made to `leave`."""
 
-    def __init__(self, toggle: Switch, owner: Any, name: str) -> None:
+    def __init__(self, toggle: OnOff, owner: Any, name: str) -> None:
         self.toggle, self.owner, self.name = toggle, owner, name
         self.own = name in owner.__dict__
         self.original: Callable[..., Any] = getattr(owner, name)
@@ -89,23 +88,23 @@ class CastingForward(StandIn):
             setattr(self.owner, FORGE_CASTS, casts)
 
 
-class Half(StandIn):
+class HalfStandIn(StandIn):
     """Measures a decoder or encoder, and streams it if that was asked for or is needed. Live previews are not measured.
 
     on_strip: called after each strip of a convolution, where it runs in strips because that is needed.
     """
 
-    toggle: RunSwitch
+    toggle: PatchedRun
 
     def __init__(
-        self, toggle: RunSwitch, half: str, module: nn.Module, name: str, figures: Figures, on_strip: StripCount
+        self, toggle: PatchedRun, half: str, module: nn.Module, name: str, figures: Figures, on_strip: StripCount
     ) -> None:
         super().__init__(toggle, module, name)
         self.half, self.figures, self.on_strip = half, figures, on_strip
         self._eager = EagerNeeds(module)
         self._work = Work(figures, toggle.stops, toggle.host, f"VAE {half} in strips")
-        self._run = _Run(self, self._work.on_progress, self._chosen)
-        self._preview = _Run(self, lambda done, work: toggle.stops.check())
+        self._run = _HalfRun(self, self._work.on_progress, self._chosen)
+        self._preview = _HalfRun(self, lambda done, work: toggle.stops.check())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         maps = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
@@ -142,16 +141,16 @@ class Half(StandIn):
 
         return patched(self.owner, splits, threshold=threshold, on_strip=self.on_strip, predicate=chosen)
 
-    def _chosen(self, way: Way, why: str) -> None:
+    def _chosen(self, way: RunMode, why: str) -> None:
         self.figures.streamed, self.figures.why = way == "stream", why
 
 
-class _Run:
-    """Runs the method that a `Half` stands in for, as its mode asks. The rest: see `AutoForward`."""
+class _HalfRun:
+    """Runs the method that a `HalfStandIn` stands in for, as its mode asks. The rest: see `AutoForward`."""
 
-    def __init__(self, half: Half, on_progress: OnProgress, on_choice: Optional[OnChoice] = None) -> None:
+    def __init__(self, half: HalfStandIn, on_progress: OnProgress, on_choice: Optional[OnChoice] = None) -> None:
         settings = half.toggle.settings
-        budget, streaming = round(settings.budget * GIB), Streaming(settings.mode == "stream")
+        budget, streaming = round(settings.budget * GIB), Switch(settings.mode == "stream")
         self._streamed = StreamedForward(half.original, budget, free, on_progress, switch=streaming)
         self._run: Callable[..., Any] = self._streamed
         if settings.mode == "auto":
@@ -169,10 +168,10 @@ class Stoppable(StandIn):
     instead: makes what goes on in the place of the result, of the same arguments.
     """
 
-    toggle: RunSwitch
+    toggle: PatchedRun
 
     def __init__(
-        self, toggle: RunSwitch, half: str, owner: Any, name: str, figures: Figures, instead: Callable[..., Any]
+        self, toggle: PatchedRun, half: str, owner: Any, name: str, figures: Figures, instead: Callable[..., Any]
     ) -> None:
         super().__init__(toggle, owner, name)
         self.half, self.figures, self.instead = half, figures, instead
@@ -192,7 +191,7 @@ class Stoppable(StandIn):
 class Preview(StandIn):
     """Stands in for the function of a host that makes a live preview: one that is not told how to decode."""
 
-    toggle: RunSwitch
+    toggle: PatchedRun
 
     def __call__(self, sample: Any, approximation: Any = None) -> Any:
         if approximation is not None:
@@ -204,7 +203,7 @@ class Preview(StandIn):
 class MemoryUsed(StandIn):
     """Tells a host how many bytes a VAE's decode or encode takes, for it to make room."""
 
-    def __init__(self, toggle: RunSwitch, holder: Any, method: str) -> None:
+    def __init__(self, toggle: PatchedRun, holder: Any, method: str) -> None:
         super().__init__(toggle, holder, f"memory_used_{method}")
         settings = toggle.settings
         splits, threshold = tiling_of(settings)

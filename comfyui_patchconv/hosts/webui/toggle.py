@@ -18,9 +18,9 @@ from ..halves import HALVES, half_of, part_of
 from .host import Host, no_latents
 from .parameters import TITLE
 from .settings import Settings
-from .stand_ins import CastingForward, Half, MemoryUsed, Preview, StandIn, Stoppable, tiling_of, untouched
+from .stand_ins import CastingForward, HalfStandIn, MemoryUsed, Preview, StandIn, Stoppable, tiling_of, untouched
 from .stopping import Stops
-from .upscalers import Upscaler, Whole, functions_of
+from .upscalers import UntiledUpscale, Upscaler, functions_of
 
 _METHODS = dict(zip(HALVES, ("decode", "encode")))
 
@@ -129,7 +129,7 @@ class Toggle:
     def _note_covered(self) -> None:
         """Note the halves for which something of another extension stands in by now."""
         for followed in self._followed:
-            halves = [stand_in for stand_in in followed.stand_ins if isinstance(stand_in, Half)]
+            halves = [stand_in for stand_in in followed.stand_ins if isinstance(stand_in, HalfStandIn)]
             self._left.update(stand_in.half for stand_in in halves if stand_in.covered)
 
     def _figures_of(self, part: str) -> Figures:
@@ -152,7 +152,7 @@ class Toggle:
             module = model.get_submodule(owner)
             if untouched(module, name) or name != "forward":
                 figures = self._figures_of(half)
-                followed.stand_ins.append(Half(self, half, module, name, figures, _Strips(figures, self.stops)))
+                followed.stand_ins.append(HalfStandIn(self, half, module, name, figures, _Strips(figures, self.stops)))
             else:
                 self._left.add(half)
 
@@ -162,7 +162,7 @@ class Toggle:
 
     def _patch_upscaling(self, followed: _Followed) -> None:
         for name in functions_of(followed.model):
-            followed.stand_ins.append(Whole(self, followed.model, name, self._upscaler_of))
+            followed.stand_ins.append(UntiledUpscale(self, followed.model, name, self._upscaler_of))
 
     def _upscaler_of(self, architecture: str) -> Upscaler:
         part = f"upscaler {architecture}"

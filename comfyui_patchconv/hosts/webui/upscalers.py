@@ -13,7 +13,7 @@ from ...units import GIB
 from ..figures import Figures
 from ..streamed import StreamedForward
 from ..upscale import name_of, network_of
-from .stand_ins import RunSwitch, StandIn
+from .stand_ins import PatchedRun, StandIn
 from .stopping import Stopped
 from .work import Work
 
@@ -47,7 +47,7 @@ def _is_of_host(value: Any) -> bool:
 class Upscaler:
     """Streams the models of one architecture, and counts what that takes."""
 
-    def __init__(self, toggle: RunSwitch, figures: Figures) -> None:
+    def __init__(self, toggle: PatchedRun, figures: Figures) -> None:
         self.figures, self._stops = figures, toggle.stops
         self._work = Work(figures, toggle.stops, toggle.host, f"{figures.part} in strips")
         budget = round(toggle.settings.budget * GIB)
@@ -83,7 +83,7 @@ class _StreamedModel:
         return getattr(self._model, name)
 
 
-class Whole(StandIn):
+class UntiledUpscale(StandIn):
     """Stands in for a function of the host that upscales tile by tile: there is one tile, and its model is streamed.
 
     One that is stopped gives back the picture that it was given, as the host does.
@@ -91,9 +91,11 @@ class Whole(StandIn):
     upscaler_of: finds what streams the models of an architecture, by its name.
     """
 
-    toggle: RunSwitch
+    toggle: PatchedRun
 
-    def __init__(self, toggle: RunSwitch, owner: ModuleType, name: str, upscaler_of: Callable[[str], Upscaler]) -> None:
+    def __init__(
+        self, toggle: PatchedRun, owner: ModuleType, name: str, upscaler_of: Callable[[str], Upscaler]
+    ) -> None:
         super().__init__(toggle, owner, name)
         self._upscaler_of = upscaler_of
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Optional
 import torch
 from torch import Tensor
 
+from ...files.atomic import copy_whole, write_whole
 from ...files.images import grid, levels, save_image
-from ...files.whole import copy_whole, write_whole
 from ...memory.errors import first_line
 from ..training.images import ImageFolder
 from ..training.loop import Options, Training, add_losses, begin

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...files.atomic import write_whole
 from ...files.images import grid, save_image
 from ...files.tensors import unpickled
-from ...files.whole import write_whole
 from ..training.images import ImageFolder
 from ..training.loop import Options, Training, add_losses
 from .checkpoints import save

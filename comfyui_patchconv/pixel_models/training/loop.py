@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ...files.whole import write_whole
+from ...files.atomic import write_whole
 from .images import Batches, ImageFolder, derived_seed
 
 if TYPE_CHECKING:

@@ -17,10 +17,8 @@ from ...memory.errors import is_out_of_memory
 from ...memory.mapped import MappedFile
 from ...memory.usage import free
 from ..graph.node import dense_strides
+from ..plan.schedule import STRIPS_LEAVING
 from .copies import Arrival, Copies, copies_of
-
-AT_ONCE = 2
-"""Strips of a map that leave at once: one is copied while the device computes the next."""
 
 
 class HostBuffer:
@@ -33,49 +31,49 @@ class HostBuffer:
     def __init__(self, copies: Copies, dim: int = -2) -> None:
         self._copies, self._dim = copies, dim
         self._leaving: deque[tuple[Tensor, Arrival]] = deque()
-        self._near: dict[int, _Near] = {}  # strips that are on the device too, or come there, by their first row
+        self._fetched: dict[int, _Fetched] = {}  # strips that are on the device too, or come there, by their first row
 
-    def keep(self, strip: Tensor) -> Tensor:
+    def offload(self, strip: Tensor) -> Tensor:
         """The values of `strip`, which nothing may write to any more, in memory of the host.
 
-        It may be read there only once it has arrived, which `bring` and `settle` see to.
+        It may be read there only once it has arrived, which `fetch` and `wait` see to.
         """
         repeats = any(stride == 0 and side > 1 for stride, side in zip(strip.stride(), strip.shape))
         if is_borrowed(strip) or repeats:
             strip = strip.clone()
-        self._wait(AT_ONCE - 1)
+        self._wait(STRIPS_LEAVING - 1)
         copy = self._copies.room(strip)
         self._leaving.append((strip, self._copies.start(copy, strip)))
         return copy
 
-    def bring(self, start: int, strip: Tensor, device: torch.device) -> Tensor:
-        """A strip that was kept, on the device again; row `start` is its first."""
-        near = self._near.get(start) or self._start(start, strip, device)
-        return near.ready()
+    def fetch(self, start: int, strip: Tensor, device: torch.device) -> Tensor:
+        """An offloaded strip, on the device again; row `start` is its first."""
+        fetched = self._fetched.get(start) or self._start(start, strip, device)
+        return fetched.ready()
 
-    def expect(self, start: int, strip: Tensor, device: torch.device) -> None:
+    def prefetch(self, start: int, strip: Tensor, device: torch.device) -> None:
         """The strip from row `start` on is the one that will be read next: it may come now, where there is room."""
-        if start not in self._near:
+        if start not in self._fetched:
             try:
                 self._start(start, strip, device)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
 
-    def _start(self, start: int, strip: Tensor, device: torch.device) -> _Near:
-        self.settle()
-        near = self._near[start] = _Near(
+    def _start(self, start: int, strip: Tensor, device: torch.device) -> _Fetched:
+        self.wait()
+        fetched = self._fetched[start] = _Fetched(
             torch.empty_like(strip, device=device), strip, self._copies, strip.shape[self._dim]
         )
-        return near
+        return fetched
 
-    def forget(self, before: int) -> None:
+    def release(self, before: int) -> None:
         """Rows above `before` will not be read again soon: their strips need not be on the device."""
-        gone = [start for start, near in self._near.items() if start + near.rows <= before]
+        gone = [start for start, fetched in self._fetched.items() if start + fetched.rows <= before]
         for start in gone:
-            del self._near[start]
+            del self._fetched[start]
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Wait for all strips that are leaving."""
         self._wait(0)
 
@@ -89,13 +87,13 @@ class HostBuffer:
         """The memory of a strip is freed with it."""
 
 
-class _Near:
-    """A strip `away`, which comes into `values` on the device."""
+class _Fetched:
+    """An `offloaded` strip, which comes into `values` on the device."""
 
-    def __init__(self, values: Tensor, away: Tensor, copies: Copies, rows: int) -> None:
+    def __init__(self, values: Tensor, offloaded: Tensor, copies: Copies, rows: int) -> None:
         self.rows = rows
         self._values, self._copies = values, copies
-        self._coming: Optional[tuple[Tensor, Arrival]] = (away, copies.start(values, away))
+        self._coming: Optional[tuple[Tensor, Arrival]] = (offloaded, copies.start(values, offloaded))
 
     def ready(self) -> Tensor:
         """Its values, for work that the device is given after this."""
@@ -116,7 +114,7 @@ class FileBuffer:
     def __init__(self, size: int) -> None:
         self._file = MappedFile(size, no_room)
 
-    def keep(self, strip: Tensor) -> Tensor:
+    def offload(self, strip: Tensor) -> Tensor:
         """The next part of the file, with the values of `strip`."""
         if not hasattr(os, "pwrite"):
             return self._file.empty(tuple(strip.shape), strip.dtype).copy_(strip)
@@ -126,21 +124,21 @@ class FileBuffer:
         kept = self._file.filled(values, tuple(strip.shape), strip.dtype)
         return kept.as_strided(strip.shape, strip.stride())
 
-    def bring(self, start: int, strip: Tensor, device: torch.device) -> Tensor:
-        """A strip that was kept is where it can be read."""
+    def fetch(self, start: int, strip: Tensor, device: torch.device) -> Tensor:
+        """An offloaded strip is where it can be read."""
         return strip
 
-    def expect(self, start: int, strip: Tensor, device: torch.device) -> None:
+    def prefetch(self, start: int, strip: Tensor, device: torch.device) -> None:
         """The system reads ahead by itself."""
 
-    def forget(self, before: int) -> None:
+    def release(self, before: int) -> None:
         """Pages that are not read go by themselves."""
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """All are there."""
 
     def discard(self, strip: Tensor) -> None:
-        """Give back the room of a strip that was kept, where the system can."""
+        """Give back the room of an offloaded strip, where the system can."""
         self._file.discard(strip)
 
 

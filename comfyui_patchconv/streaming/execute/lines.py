@@ -1,4 +1,4 @@
-"""Line buffers: the rows of a step that a strip leaves for the next one, on the device or away from it."""
+"""Line buffers: the rows of a step that a strip leaves for the next one, on the device or offloaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from ...memory.errors import is_out_of_memory
 from ...memory.mapped import MappedFile
 from ..graph.node import Node
-from .buffers import AT_ONCE, dense, lasting, no_room
+from ..plan.schedule import STRIPS_LEAVING
+from .buffers import dense, lasting, no_room
 from .copies import Arrival, copies_of
 
 _ALIGNED = 64
@@ -22,39 +23,39 @@ _ALIGNED = 64
 class Lines:
     """The line buffers of one pass.
 
-    order: its steps. away: those whose rows do not lie on the device, with the bytes that each of these takes.
+    order: its steps. offloaded: those whose line buffers are, with the bytes of each.
 
     A strip leaves its rows where it found those of the strip before: one that fails has lost them.
     """
 
-    def __init__(self, order: Sequence[Node], away: Mapping[Node, int], device: torch.device) -> None:
+    def __init__(self, order: Sequence[Node], offloaded: Mapping[Node, int], device: torch.device) -> None:
         self._lines: dict[Node, Tensor] = {}
         self._rooms: dict[Node, Tensor] = {}
-        self._away: Union[_InFile, _InHostMemory, None] = None
-        if away:
-            self._away = _InFile(away.values()) if device.type == "cpu" else _InHostMemory(device)
-        elsewhere = [node for node in order if node in away]
-        self._following = dict(zip(elsewhere, [*elsewhere[1:], None]))
+        self._offloaded: Union[_InFile, _InHostMemory, None] = None
+        if offloaded:
+            self._offloaded = _InFile(offloaded.values()) if device.type == "cpu" else _InHostMemory(device)
+        in_order = [node for node in order if node in offloaded]
+        self._following = dict(zip(in_order, [*in_order[1:], None]))
 
     def read(self, node: Node) -> Optional[Tensor]:
         """The rows that are kept of a step, on the device; None for none."""
         line = self._lines.get(node)
-        if line is None or self._away is None or node not in self._following:
+        if line is None or self._offloaded is None or node not in self._following:
             return line
-        rows = self._away.bring(node, line)
+        rows = self._offloaded.fetch(node, line)
         following = self._following[node]
         if following is not None and following in self._lines:
-            self._away.expect(following, self._lines[following])
+            self._offloaded.prefetch(following, self._lines[following])
         return rows
 
     def keep(self, node: Node, rows: Tensor, dim: int) -> None:
         """Keep these rows of a step, which lie along `dim`, in the place of those that were kept before."""
         room = self._rooms.get(node)
-        if self._away is not None and node in self._following:
+        if self._offloaded is not None and node in self._following:
             if room is None or room.nbytes < rows.nbytes:
-                room = self._rooms[node] = self._away.room(rows.nbytes)
+                room = self._rooms[node] = self._offloaded.room(rows.nbytes)
             self._lines[node] = kept = dense(room[: rows.nbytes].view(rows.dtype), rows)
-            self._away.leave(node, kept, rows)
+            self._offloaded.offload(node, kept, rows)
         else:
             if room is None or room.shape[dim] < rows.shape[dim]:
                 room = self._rooms[node] = lasting(rows)
@@ -80,15 +81,15 @@ class _InFile:
         self._left -= size
         return self._file.empty((size,), torch.uint8)
 
-    def leave(self, node: Node, kept: Tensor, rows: Tensor) -> None:
+    def offload(self, node: Node, kept: Tensor, rows: Tensor) -> None:
         """Have the values of `rows` in `kept`, a part of a room."""
         kept.copy_(rows)
 
-    def bring(self, node: Node, line: Tensor) -> Tensor:
+    def fetch(self, node: Node, line: Tensor) -> Tensor:
         """What was kept, on the device."""
         return line
 
-    def expect(self, node: Node, line: Tensor) -> None:
+    def prefetch(self, node: Node, line: Tensor) -> None:
         """The system reads ahead by itself."""
 
 
@@ -104,13 +105,13 @@ class _InHostMemory:
         """So many bytes, which nothing else uses."""
         return self._copies.room(torch.empty(size, dtype=torch.uint8, device="meta"))
 
-    def leave(self, node: Node, kept: Tensor, rows: Tensor) -> None:
-        """Have the values of `rows` in `kept`, a part of a room, once all are settled or brought."""
-        self._wait(AT_ONCE - 1)
+    def offload(self, node: Node, kept: Tensor, rows: Tensor) -> None:
+        """Have the values of `rows` in `kept`, a part of a room, once all have left, or are fetched."""
+        self._wait(STRIPS_LEAVING - 1)
         rows = dense(rows.new_empty(rows.numel()), rows).copy_(rows)  # which nothing writes to until it has left
         self._leaving.append((node, rows, self._copies.start(kept, rows)))
 
-    def bring(self, node: Node, line: Tensor) -> Tensor:
+    def fetch(self, node: Node, line: Tensor) -> Tensor:
         """What was kept, on the device."""
         if node not in self._coming:
             self._start(node, line)
@@ -118,15 +119,15 @@ class _InHostMemory:
         self._copies.await_on_device(arrival)
         return rows
 
-    def expect(self, node: Node, line: Tensor) -> None:
-        """This will be brought next: it may come now, where there is room."""
+    def prefetch(self, node: Node, line: Tensor) -> None:
+        """This will be fetched next: it may come now, where there is room."""
         try:
             self._start(node, line)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
 
-    def _settle(self) -> None:
+    def _wait_for_all(self) -> None:
         """Wait for all that are on their way; what came for nothing is freed."""
         self._wait(0)
         for _, arrival in self._coming.values():
@@ -145,4 +146,4 @@ class _InHostMemory:
             self._leaving.popleft()[2].synchronize()
 
     def __del__(self) -> None:
-        self._settle()  # what is on its way writes to memory that is freed now
+        self._wait_for_all()  # what is on its way writes to memory that is freed now

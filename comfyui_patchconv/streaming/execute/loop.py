@@ -20,8 +20,8 @@ from ..plan.schedule import Apply, Pass, Schedule, Target
 from .kernels import Chain, Kernels, chains_of
 from .lines import Lines
 from .share import ALONE, Share, Stored
-from .stored import Single, Strips, empty
-from .strips import Parts, Rows, Work
+from .stored import StoredStrips, StoredTensor, empty
+from .strips import Parts, Rows, StepRows
 
 OnProgress = Callable[[int], None]
 """Called after each strip with the bytes of maps that it computed."""
@@ -69,7 +69,7 @@ class Loop:
                 if isinstance(step, Apply) and step.node.device.type == "cpu":
                     self._memory.applied(step.work)
         for node, stored in self._stored.items():
-            if isinstance(stored, Single):
+            if isinstance(stored, StoredTensor):
                 node.store(stored.tensor)
 
     def _sweep(self, step: Pass) -> None:
@@ -137,14 +137,14 @@ def _rows_of_whole(piece: Tensor, dim: int, first: int, last: int) -> Tensor:
 
 def _reduced(node: Node, pieces: Sequence[Tensor]) -> Tensor:
     gathered: Any = node.step.start()  # type: ignore[union-attr]
-    gathered.add(pieces[0], 0, pieces[0].shape[next(iter(node.dims)) or 0])
+    gathered.add(pieces[0])
     result = empty(node)
     gathered.result(result)
     return result
 
 
-def _as_stored(node: Node, result: Tensor, inference: bool, count: Callable[[int], None]) -> Single:
-    single: Single = object.__new__(Single)
+def _as_stored(node: Node, result: Tensor, inference: bool, count: Callable[[int], None]) -> StoredTensor:
+    single: StoredTensor = object.__new__(StoredTensor)
     single.node, single.end, single.dim, single._count = node, node.rows, node.dim or 0, count
     single._rows = node.rows
     count(node.bytes)
@@ -244,7 +244,7 @@ class _PassLoop:
         """Nothing is computed."""
         one_pass = self._pass
         self._rows = Rows(one_pass, self._bands)
-        self._lines = Lines(one_pass.order, one_pass.away, one_pass.device)
+        self._lines = Lines(one_pass.order, one_pass.offloaded_lines, one_pass.device)
         reductions: list[Any] = [node for target in one_pass.targets for node in target.reductions]
         self.gathered: dict[Node, Accumulator] = {node: node.step.start() for node in reductions}
         while self.new:
@@ -257,8 +257,8 @@ class _PassLoop:
     def _room_for(self, target: Target) -> Stored:
         band = self._bands[target.node]
         if target.whole:
-            return Single(target.node, target.offloaded, self._inference, self._memory.count, band[0])
-        return Strips(target.node, target.offloaded, self._memory.count, band)
+            return StoredTensor(target.node, target.offloaded, self._inference, self._memory.count, band[0])
+        return StoredStrips(target.node, target.offloaded, self._memory.count, band)
 
     def _read_at_once(self) -> dict[Node, list[Node]]:
         """What each step reads, each map once; for the last one of a chain what all of that reads."""
@@ -357,16 +357,16 @@ class _PassLoop:
         part = _rows_of_whole(piece, target.dim, begin - first, end - first)
         if node in self._gathering and (moments is None or part is not piece):
             moments = self._kernels.moments(part, target.dim)
-        yield _NewRows(target, begin, part, moments)
+        yield _NewRows(target, part, moments)
 
-    def _give(self, target: Target, first: int, piece: Tensor, moments: Optional[Tensor]) -> None:
+    def _give(self, target: Target, piece: Tensor, moments: Optional[Tensor]) -> None:
         """Rows of a target go where they are wanted."""
         for reduction in target.reductions:
             gathered: Any = self.gathered[reduction]
             if moments is not None and _gathers_moments(reduction):
                 gathered.add_moments(moments, piece.numel())
             else:
-                gathered.add(piece, first, first + piece.shape[target.dim])
+                gathered.add(piece)
         if target.node in self.new:
             self.new[target.node].append(piece)
 
@@ -375,11 +375,11 @@ class _PassLoop:
         if node.tensor is not None:
             return node.tensor.narrow(dim, first, last - first)
         stored = self._stored[node]
-        if isinstance(stored, Single):
+        if isinstance(stored, StoredTensor):
             return stored.tensor.narrow(dim, first, last - first)
         return stored.read(first, last)
 
-    def _compute(self, works: list[Work]) -> _Strip:
+    def _compute(self, works: list[StepRows]) -> _Strip:
         """One strip."""
         strip = _Strip({work.node: work for work in works})
         there = strip.there
@@ -406,7 +406,7 @@ class _PassLoop:
                     there.pop(source, None)
         return strip
 
-    def _keep(self, work: Work, piece: Tensor, dim: int) -> None:
+    def _keep(self, work: StepRows, piece: Tensor, dim: int) -> None:
         """Keep the rows that the next strip reads again."""
         node, end = work.node, work.begin + piece.shape[dim]
         if work.keep >= end or node in self._pass.recomputed:
@@ -414,7 +414,7 @@ class _PassLoop:
         elif work.rows[0] < work.rows[1]:
             self._lines.keep(node, piece.narrow(dim, work.keep - work.begin, end - work.keep), dim)
 
-    def _rows_of(self, work: Work, strip: _Strip) -> Tensor:
+    def _rows_of(self, work: StepRows, strip: _Strip) -> Tensor:
         node = work.node
         chain = self._chains.get(node)
         if chain is not None:
@@ -432,7 +432,7 @@ class _PassLoop:
         assert node.step is not None
         return node.step.compute(*work.rows, pieces)
 
-    def _rows_of_chain(self, chain: Chain, work: Work, strip: _Strip) -> Tensor:
+    def _rows_of_chain(self, chain: Chain, work: StepRows, strip: _Strip) -> Tensor:
         """The same of the last step of a chain."""
         edges, reader = None, strip.works.get(chain.convolution) if chain.convolution is not None else None
         if reader is not None and reader.needs and reader.needs[0] == work.rows:
@@ -464,10 +464,9 @@ class _PassLoop:
 
 
 class _NewRows(NamedTuple):
-    """Rows of a target from row `first` on. moments: see `_Strip`."""
+    """New rows of a target. moments: see `_Strip`."""
 
     target: Target
-    first: int
     piece: Tensor
     moments: Optional[Tensor]
 
@@ -480,7 +479,7 @@ class _Strip:
     the new rows of targets.
     """
 
-    def __init__(self, works: dict[Node, Work]) -> None:
+    def __init__(self, works: dict[Node, StepRows]) -> None:
         self.works = works
         self.there: dict[Node, tuple[int, Tensor]] = {}
         self.roots: dict[Node, tuple[int, Tensor]] = {}

@@ -8,9 +8,9 @@ from typing import Protocol, Union
 from ..graph.node import Node, Span
 from ..graph.steps import Accumulator
 from ..plan.schedule import Pass
-from .stored import Single, Strips
+from .stored import StoredStrips, StoredTensor
 
-Stored = Union[Single, Strips]
+Stored = Union[StoredTensor, StoredStrips]
 
 
 class Share(Protocol):

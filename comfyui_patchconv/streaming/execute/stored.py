@@ -14,7 +14,7 @@ from ..graph.node import Node, Span, dense_strides
 from .buffers import FileBuffer, HostBuffer, buffer_for, is_borrowed, no_room
 
 
-class Strips:
+class StoredStrips:
     """Rows `band` of a map, as strips along `node.dim`.
 
     offloaded: they lie in host memory, or in a file where the device is the CPU. count: is told the bytes that they
@@ -37,7 +37,7 @@ class Strips:
         """The next rows."""
         rows = strip.shape[self.dim]
         if self._buffer is not None:
-            strip = self._buffer.keep(strip)
+            strip = self._buffer.offload(strip)
         elif is_borrowed(strip):
             strip = strip.clone()
         self._strips.append((self.end, rows, strip))
@@ -53,20 +53,20 @@ class Strips:
             if low < high:
                 found.append((low, values.narrow(dim, low - start, high - low)))
         if buffer is not None:
-            buffer.forget(first)
+            buffer.release(first)
         for start, rows, strip in self._strips:
             if start + rows <= first:
                 continue
             if start >= last:
                 if buffer is not None and last > first:
-                    buffer.expect(start, strip, self.node.device)
+                    buffer.prefetch(start, strip, self.node.device)
                 break
             if buffer is not None:
-                strip = buffer.bring(start, strip, self.node.device)
+                strip = buffer.fetch(start, strip, self.node.device)
             low, high = max(first - start, 0), min(last, start + rows) - start
             found.append((start + low, strip if (low, high) == (0, rows) else strip.narrow(dim, low, high - low)))
         if buffer is not None and last >= self.end:
-            buffer.forget(self.end)
+            buffer.release(self.end)
         parts = [values for _, values in (sorted(found, key=itemgetter(0)) if self.beside else found)]
         if not parts:
             shape = [*self.node.shape[:dim], 0, *self.node.shape[dim + 1 :]]
@@ -82,11 +82,11 @@ class Strips:
                 self._buffer.discard(strip)
 
 
-class Single:
+class StoredTensor:
     """A map in one tensor, with the strides of eager's: in its node's home, or in a file if `offloaded`, where the
     device is the CPU.
 
-    count: see `Strips`. first: the row from which on rows are appended; what lies outside of these is `put`.
+    count: see `StoredStrips`. first: the row from which on rows are appended; what lies outside of these is `put`.
     """
 
     def __init__(

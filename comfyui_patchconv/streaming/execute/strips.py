@@ -10,7 +10,7 @@ from ..plan.bands import reach
 from ..plan.schedule import Pass
 
 
-class Work(NamedTuple):
+class StepRows(NamedTuple):
     """What a strip does for one step.
 
     rows: those that it computes, none if they are equal. begin: the first row that is there, computed or kept before.
@@ -71,7 +71,7 @@ class Rows:
                 found[root] = (begin, end)
         return found
 
-    def advance(self, wanted: dict[Node, Span]) -> list[Work]:
+    def advance(self, wanted: dict[Node, Span]) -> list[StepRows]:
         """What has to be done for `wanted` rows; it counts as done."""
         spans: dict[Node, Span] = dict(wanted)
         needs: dict[Node, Sequence[Span]] = {}
@@ -103,7 +103,7 @@ class Rows:
         self._look_ahead()
         return [self._work(node, todo[node], needs.get(node, ())) for node in self.order if node in todo]
 
-    def _work(self, node: Node, rows: Span, needs: Sequence[Span]) -> Work:
+    def _work(self, node: Node, rows: Span, needs: Sequence[Span]) -> StepRows:
         """What is done for a step of which `rows` are computed; what the next strip will read counts as kept."""
         begin = self.kept.pop(node, rows[0])
         keep = rows[1] if node in self.recomputed else max(self.next_read(node), begin)
@@ -115,7 +115,7 @@ class Rows:
             self.kept[node] = keep
         else:
             keep = self.done[node]
-        return Work(node, begin, rows, needs, keep)
+        return StepRows(node, begin, rows, needs, keep)
 
     def _look_ahead(self) -> None:
         """For each step, the first of its rows that is still to be computed, for itself or for what reads it."""

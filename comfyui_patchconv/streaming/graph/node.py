@@ -116,6 +116,11 @@ class Node:
         """The inputs that are read row by row, and along which dimension."""
         return [(node, dim) for node, dim in zip(self.inputs, self.dims) if dim is not None]
 
+    @property
+    def shows(self) -> Optional[Node]:
+        """The map that it is a part of, as that lies in memory, such as some frames of it; None for no map's."""
+        return self.inputs[0] if self.step is not None and self.step.moves and len(self.inputs) == 1 else None
+
     def store(self, tensor: Any) -> None:
         """From now on it is `tensor`, and needs its inputs no longer."""
         self.tensor, self.step, self.eager, self.inputs, self.dims = tensor, None, None, (), ()

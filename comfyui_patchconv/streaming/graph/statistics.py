@@ -4,15 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 
+def has_float64(device: torch.device) -> bool:
+    """Whether a device is sure to have it: Apple's and some of Intel's have not."""
+    return device.type in ("cpu", "cuda", "meta")
+
+
 def in_float64(tensor: Tensor) -> Tensor:
-    """`tensor` in float64; on the CPU where its device may have none, as Apple's and some of Intel's."""
-    return tensor.double() if tensor.device.type in ("cpu", "cuda", "meta") else tensor.cpu().double()
+    """`tensor` in float64; on the CPU where its device may have none."""
+    return tensor.double() if has_float64(tensor.device) else tensor.cpu().double()
+
+
+class Moments(NamedTuple):
+    """Of groups of so many elements each: their mean, and the sum of squared differences to it."""
+
+    elements: int
+    mean: Tensor
+    squares: Tensor
+
+    def merged(self, other: Moments) -> Moments:
+        """Those of the elements of both (Chan et al. 1979). An average of variances would lack the term between."""
+        total, difference = self.elements + other.elements, other.mean - self.mean
+        between = difference**2 * (self.elements * other.elements / total)
+        mean = self.mean + difference * (other.elements / total)
+        return Moments(total, mean, self.squares + other.squares + between)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -59,18 +79,15 @@ _BYTES_OF_PARTS = 1 << 20
 
 
 class Statistics:
-    """Mean and variance of each group of channels, strip by strip, merged in float64 (Chan et al. 1979).
+    """Mean and variance of each group of channels, strip by strip, merged in float64; see `Moments`.
 
-    Shapes are `[N, groups]`. The pooled variance keeps the term between strips, which an average of variances lacks.
-    batch: N. numbers: of a state.
+    Shapes are `[N, groups]`. batch: N. numbers: of a state.
     """
 
     def __init__(self, groups: int, batch: int) -> None:
         self.groups, self.batch = groups, batch
         self.numbers = 1 + 2 * batch * groups
-        self.count = 0
-        self._mean: Optional[Tensor] = None
-        self._squares: Optional[Tensor] = None
+        self._merged: Optional[Moments] = None
         self._is_far = False  # from zero, a strip that there was
         self._parts: list[Tensor] = []  # moments that are not merged yet
         self._count_of_parts = 0
@@ -113,14 +130,16 @@ class Statistics:
     def state(self) -> Tensor:
         """`[numbers]` in float64, on the CPU: the count, the means, and the sums of squared differences to them."""
         self._merge_parts()
-        if self._mean is None or self._squares is None:
+        if self._merged is None:
             return torch.zeros(self.numbers, dtype=torch.float64)
-        count = torch.tensor([self.count], dtype=torch.float64)
-        return torch.cat((count, self._mean.reshape(-1).cpu(), self._squares.reshape(-1).cpu()))
+        count, mean, squares = self._merged
+        return torch.cat(
+            (torch.tensor([count], dtype=torch.float64), mean.reshape(-1).cpu(), squares.reshape(-1).cpu())
+        )
 
     def merge(self, states: Sequence[Tensor], device: torch.device) -> None:
         """The statistics of what all these states are of, in this order, on `device` where that has float64."""
-        self.count, self._mean, self._squares = 0, None, None
+        self._merged = None
         self._parts, self._count_of_parts = [], 0
         for state in states:
             count, moments = int(state[0]), state[1:].view(2, self.batch, self.groups)
@@ -128,13 +147,8 @@ class Statistics:
                 self._merge(count, *(moments.to(device) if device.type in ("cpu", "cuda") else moments))
 
     def _merge(self, count: int, mean: Tensor, squares: Tensor) -> None:
-        if self._mean is None or self._squares is None:
-            self.count, self._mean, self._squares = count, mean, squares
-            return
-        total, difference = self.count + count, mean - self._mean
-        self._mean = self._mean + difference * (count / total)
-        self._squares = self._squares + squares + difference**2 * (self.count * count / total)
-        self.count = total
+        more = Moments(count, mean, squares)
+        self._merged = more if self._merged is None else self._merged.merged(more)
 
     def _of_rows(self, wide: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Mean, and sum of squared differences to it, of groups of `count` elements."""
@@ -172,12 +186,14 @@ class Statistics:
 
     @property
     def mean(self) -> Tensor:
-        self._merge_parts()
-        assert self._mean is not None
-        return self._mean
+        return self._all().mean
 
     @property
     def variance(self) -> Tensor:
+        moments = self._all()
+        return moments.squares / moments.elements
+
+    def _all(self) -> Moments:
         self._merge_parts()
-        assert self._squares is not None
-        return self._squares / self.count
+        assert self._merged is not None
+        return self._merged

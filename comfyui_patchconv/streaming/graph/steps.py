@@ -75,8 +75,8 @@ class Accumulator(Protocol):
 
     numbers: int
 
-    def add(self, piece: Tensor, first: int, last: int) -> None:
-        """Rows `[first, last)`."""
+    def add(self, piece: Tensor) -> None:
+        """The next rows, or any others."""
         ...
 
     def state(self) -> Tensor:
@@ -92,7 +92,7 @@ class Accumulator(Protocol):
         ...
 
 
-class Moments(Accumulator, Protocol):
+class MomentsAccumulator(Accumulator, Protocol):
     """Gathers mean and variance of groups of channels."""
 
     def add_moments(self, moments: Tensor, elements: int) -> None:
@@ -103,7 +103,7 @@ class Moments(Accumulator, Protocol):
 class Reduce(Step):
     """What comes of all rows and takes little room itself: statistics, means over the image. `start()` gathers it.
 
-    moments: it gathers `Moments` of the rows as they are.
+    moments: it gathers the moments of the rows as they are.
     """
 
     reduces = True

@@ -1,17 +1,23 @@
-"""Tries several schedules for one graph, all of them integers, and keeps the best."""
+"""Tries several schedules for one graph, all of them integers, and keeps the best: eager's where none is better."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Optional
 
+from ...memory.sizes import allocator_bytes
 from ..graph.node import Node
+from .eagerly import eager_schedule
 from .passes import Passes
 from .schedule import Schedule, Tuning
 from .way import Ways
 
 _WORTH = 0.95
 """A schedule that computes more has to take less than this share of the other's memory."""
+
+_SLOWER = 1.25
+"""How much longer strips may take where eager fits."""
 
 
 def choose(
@@ -23,14 +29,37 @@ def choose(
     room: Callable[[], int] = lambda: 1 << 62,
     ranks: int = 1,
 ) -> Schedule:
-    """The schedule for `roots`: the least work of those that stay within `budget`, and that find `room` for what they
+    """The schedule for `roots`: `in_strips`, or eager's where strips take no less memory, or far longer though eager
+    fits. The rest: see `in_strips`."""
+    schedule = in_strips(roots, keep, tuning, budget, held, room, ranks)
+    if tuning.always:
+        return schedule
+    eager = eager_schedule(roots, keep, held)
+    slack = allocator_bytes(max(roots, key=lambda node: node.bytes).device.type)
+    with_slack = eager.peak + (slack if eager.peak > slack else 0)
+    if budget is None or with_slack <= budget:
+        better = eager.peak <= schedule.peak or eager.seconds * _SLOWER < schedule.seconds / ranks
+    else:  # neither may fit: eager where it is sure to take less, and more than nothing
+        better = slack < eager.peak <= schedule.peak - slack
+    return replace(eager, peak=with_slack) if better else schedule
+
+
+def in_strips(
+    roots: Sequence[Node],
+    keep: Sequence[Node],
+    tuning: Tuning,
+    budget: Optional[int] = None,
+    held: int = 0,
+    room: Callable[[], int] = lambda: 1 << 62,
+    ranks: int = 1,
+) -> Schedule:
+    """The schedule in strips: the least work of those that stay within `budget`, and that find `room` for what they
     offload.
 
     Where none does, the one that offloads least, or one for a smaller budget that takes less; without a budget,
-    the one of the lowest peak. keep, held: see `Passes`. room: bytes that can be offloaded, asked where it matters.
-    ranks: see `Passes`.
+    the one of the lowest peak. keep, held: see `Lifetimes` and `Placement`. room: bytes that can be
+    offloaded, asked where it matters. ranks: see `Placement`.
     """
-
     ways = Ways()
     spare: Optional[int] = None
     if ranks > 1 and budget is None:  # strips that one process has room for beside its maps are too high for a band

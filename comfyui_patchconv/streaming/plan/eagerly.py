@@ -26,16 +26,16 @@ def eager_schedule(roots: Sequence[Node], keep: Sequence[Node], held: int = 0) -
         for source in sources[node]:
             last[source] = node
     schedule = Schedule()
-    shared = {source for node in way if _shares(node) for source in (node, *sources[node])}
+    shared = {source for node in way if node.shows for source in (node, *sources[node])}
     for node in way:
         freed = [source for source in sources[node] if last[source] is node and source not in outer]
         freed = [source for source in freed if source.tensor is None]
         written = _written(node)
         in_place = written in freed and written not in shared
-        held += 0 if _shares(node) or in_place else node.bytes
+        held += 0 if node.shows or in_place else node.bytes
         schedule.peak = max(schedule.peak, held + _copies(node, sources[node]))
         schedule.stored = max(schedule.stored, held)
-        held -= sum(0 if _shares(one) or (in_place and one is written) else one.bytes for one in freed)
+        held -= sum(0 if one.shows or (in_place and one is written) else one.bytes for one in freed)
         schedule.steps.append(Apply(node, freed, node.bytes, node.eager is not None, in_place))
         schedule.work += node.bytes
     schedule.seconds = seconds_of(way)
@@ -62,8 +62,3 @@ def _written(node: Node) -> Optional[Node]:
         return None
     looks = written.shape, written.strides, written.dtype, written.device
     return written if looks == (node.shape, node.strides, node.dtype, node.device) else None
-
-
-def _shares(node: Node) -> bool:
-    """Whether a step gives back memory of its input."""
-    return node.step is not None and node.step.moves and len(node.inputs) == 1

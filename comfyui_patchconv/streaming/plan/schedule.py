@@ -14,8 +14,8 @@ class Tuning:
     """How strips are sized, and when streaming is worth it. Users leave it as it is.
 
     strip_bytes: of all strips of the widest step that are alive at once; None for what suits the device.
-    allocator_bytes: what an allocator may keep of freed strips before it is told to hand them back; None for what suits
-    the device. always: stream even where eager would take less memory, or a little more memory and less time.
+    allocator_bytes: what a plan counts for freed strips that an allocator keeps; None for what it may keep on the
+    device. always: stream even where eager would take less memory, or a little more memory and less time.
     worth_a_cut: a pass is split in two where that takes less than this share of its memory. silent_seconds: after which
     a rank that nothing is heard of ends the call of all.
     """
@@ -28,6 +28,9 @@ class Tuning:
 
 
 USUAL = Tuning()
+
+STRIPS_LEAVING = 2
+"""Strips of an offloaded map that leave the device at once: one is copied while the device computes the next."""
 
 
 @dataclass
@@ -64,9 +67,8 @@ class Pass:
     order: the steps, in the program's order. height: rows of the tallest target. strip_rows: of these, how many come at
     once. recomputed: steps that are computed from stored maps for each strip rather than kept between strips. keeping:
     steps that keep their kernels. shrinking: stored maps that are freed row by row as they are read. freed: stored maps
-    that are freed behind it. work: bytes of maps that it computes. line_bytes: of the rows that are kept between
-    strips, on the device. away: the steps whose rows are kept away from it, with their bytes. workspace: bytes beside
-    stored maps.
+    that are freed behind it. work: bytes of maps that it computes. line_bytes: of the line buffers on the device.
+    offloaded_lines: the steps whose line buffers are offloaded, with their bytes. workspace: bytes beside stored maps.
     """
 
     targets: list[Target]
@@ -80,7 +82,7 @@ class Pass:
     freed: list[Node]
     work: int
     line_bytes: int
-    away: dict[Node, int]
+    offloaded_lines: dict[Node, int]
     workspace: int
 
     def renamed(self, name: Callable[[Any], Any]) -> Pass:
@@ -91,8 +93,8 @@ class Pass:
         ]
         lists = {key: [name(node) for node in getattr(self, key)] for key in ("order", "keeping", "shrinking", "freed")}
         recomputed = {name(node) for node in self.recomputed}
-        away = {name(node): size for node, size in self.away.items()}
-        return replace(self, targets=targets, recomputed=recomputed, away=away, **lists)
+        lines = {name(node): size for node, size in self.offloaded_lines.items()}
+        return replace(self, targets=targets, recomputed=recomputed, offloaded_lines=lines, **lists)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Optional
 
 from ...memory.sizes import allocator_bytes, strip_bytes
 from ..graph.node import Node
-from .schedule import Tuning
+from .schedule import STRIPS_LEAVING, Pass, Target, Tuning
 from .way import Way
 
 _STRIPS_AT_ONCE = 6
@@ -35,9 +35,6 @@ _SHARE_FOR_COSTS = 8
 
 _KERNEL_BYTES = 20 << 20
 """Of kernels that steps keep from strip to strip: those of one convolution of 512 channels by 3x3."""
-
-_AT_ONCE = 2
-"""Strips of a map that leave at once: one is copied while the device computes the next."""
 
 _LINES_ON_THE_WAY = 4
 """Line buffers that leave or come: those of two steps leave, and those of two come."""
@@ -72,7 +69,7 @@ class Sweep:
         self.keeping = self._keeping_kernels()
         self.workspace = self._bytes_beside_maps()
 
-    def lines_away(self, size: int) -> dict[Node, int]:
+    def lines_to_offload(self, size: int) -> dict[Node, int]:
         """The steps whose line buffers would have to be offloaded for it to take `size` bytes less, or all that help,
         with the bytes of each: the largest, as few as will do."""
         cpu = self.way.device.type == "cpu"
@@ -86,10 +83,31 @@ class Sweep:
             size -= self._lines[node]
         return found if self.bytes_saved(found) > 0 else {}
 
-    def bytes_saved(self, away: Mapping[Node, int]) -> int:
+    def bytes_saved(self, lines: Mapping[Node, int]) -> int:
         """By how much less it takes where the line buffers of these steps are offloaded."""
-        on_the_way = 0 if self.way.device.type == "cpu" else _LINES_ON_THE_WAY * max(away.values(), default=0)
-        return sum(away.values()) - on_the_way
+        on_the_way = 0 if self.way.device.type == "cpu" else _LINES_ON_THE_WAY * max(lines.values(), default=0)
+        return sum(lines.values()) - on_the_way
+
+    def as_pass(
+        self, targets: list[Target], shrinking: list[Node], freed: list[Node], offloaded_lines: dict[Node, int]
+    ) -> Pass:
+        """The pass that is made of it; see `Pass`."""
+        way = self.way
+        return Pass(
+            targets=targets,
+            order=way.order,
+            device=way.device,
+            height=way.height,
+            strip_rows=self.strip_rows,
+            recomputed=way.recomputed,
+            keeping=self.keeping,
+            shrinking=shrinking,
+            freed=freed,
+            work=way.work,
+            line_bytes=self.line_bytes - sum(offloaded_lines.values()),
+            offloaded_lines=offloaded_lines,
+            workspace=self.workspace - self.bytes_saved(offloaded_lines),
+        )
 
     def rows_at_once(self, node: Node) -> int:
         """Rows of `node` that come at once, at most."""
@@ -177,7 +195,7 @@ class Sweep:
         coming = sum(5 * share * source.bytes for source in self.way.readers if source in self._offloaded)
         if self._budget is None:
             return int(coming)
-        return int(coming) + _AT_ONCE * sum(root.row_bytes * self.rows_at_once(root) for root in self.way.roots)
+        return int(coming) + STRIPS_LEAVING * sum(root.row_bytes * self.rows_at_once(root) for root in self.way.roots)
 
     def _bytes_alive(self, strips: list[float]) -> float:
         """The most bytes of strips, of so many bytes each step's, that later steps still read."""

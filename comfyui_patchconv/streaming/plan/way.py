@@ -98,10 +98,10 @@ class Way:
         for place in range(len(self.order) - 1, -1, -1):
             node = self.order[place]
             read = last.setdefault(node, place)
-            shows = _shows(node)
+            shows = node.shows
             for source in node.inputs:
                 last[source] = max(last.get(source, 0), read if source is shows else place)
-        return [None if _shows(node) is not None else last[node] for node in self.order]
+        return [None if node.shows is not None else last[node] for node in self.order]
 
     def _rows_of_two_strips(self) -> dict[Node, int]:
         """Of each step, how many rows a strip and the one before it both read: kept between strips, or recomputed."""
@@ -120,11 +120,6 @@ class Way:
             ahead[node] = min(low, done[node]) if node in self.recomputed else done[node]
             kept[node] = max(done[node] - low, 0)
         return kept
-
-
-def _shows(node: Node) -> Optional[Node]:
-    """The map that a step gives back a part of as it is, in the same memory, such as some frames of it."""
-    return node.inputs[0] if node.step is not None and node.step.moves and len(node.inputs) == 1 else None
 
 
 class Ways:

@@ -193,7 +193,7 @@ def _asked_on(device: str, func: Any, args: Any, kwargs: dict[str, Any], spec: C
         answer = _with_numbers_as_tensors(func, args, kwargs, spec, answer)
     if func.overloadpacket.__name__ in _KEEPING_FORMAT and _device_types((args, kwargs))[:1] == ["cpu"]:
         last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(answer[0].shape))
-        if last is not None and answer[0].alias is None and _suggests(spec(args[0]), last):
+        if last is not None and answer[0].alias is None and _suggests(spec(args[0])):
             tensor = torch.empty(answer[0].shape, dtype=answer[0].dtype, device="meta", memory_format=last)
             answer = (Spec.of(tensor), *answer[1:])
     return answer if several else answer[0]
@@ -268,7 +268,7 @@ def _as_backend_has_it(func: Any, args: Any, kwargs: dict[str, Any], spec: Any, 
     input, weight = spec(given["input"]), spec(given["weight"])
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     last = formats.get(len(result.shape))
-    if last is None or not any(_suggests(one, last) for one in (input, weight)):
+    if last is None or not any(_suggests(one) for one in (input, weight)):
         return result
     if all(device == "cpu" for device in _device_types((args, kwargs))):
         sides = len(result.shape) - 2
@@ -292,7 +292,7 @@ def _as_backend_has_it(func: Any, args: Any, kwargs: dict[str, Any], spec: Any, 
     return Spec.of(tensor)
 
 
-def _suggests(spec: Optional[Spec], memory_format: torch.memory_format) -> bool:
+def _suggests(spec: Optional[Spec]) -> bool:
     """Whether backends take a tensor for channels last: by its strides alone (`is_channels_last_strides`, c10)."""
     if spec is None or len(spec.shape) not in (4, 5) or spec.strides[1] == 0:
         return False

@@ -261,7 +261,7 @@ def _overlaid(recorder: Any, before: Node, written: Node, part: _Part, spec: Spe
     return _plain(recorder, step, [before, written], [stream, inner], spec, stream)
 
 
-def filled(recorder: Any, view: Any, name: str, operands: Sequence[Any]) -> Optional[Node]:
+def filled(recorder: Any, view: Any, operands: Sequence[Any]) -> Optional[Node]:
     """What `view` shows once `copy_`, `fill_` or `zero_` has filled it."""
     spec: Spec = view.spec
     value = operands[0] if operands else 0

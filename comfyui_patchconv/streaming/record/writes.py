@@ -45,7 +45,7 @@ class Writes(Values):
             return False
         view = target.view_
         if operator.name in ("copy_", "fill_", "zero_"):
-            node = views.filled(self, view, operator.name, self.operands(args[1:2]))
+            node = views.filled(self, view, self.operands(args[1:2]))
         else:
             spec = specs_of(operator.functional, args, kwargs, spec_of)
             if not isinstance(spec, Spec) or spec.shape != view.spec.shape:

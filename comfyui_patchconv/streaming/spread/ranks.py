@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import SpreadError
-from .own import OwnGroup
+from .own_group import OwnGroup
 from .watch import Watch
 
 _FOREVER = timedelta(days=365)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..execute.share import Stored
-from ..execute.stored import Single, Strips
+from ..execute.stored import StoredStrips, StoredTensor
 from ..graph.node import Node, Span
 from ..graph.steps import Accumulator
 from ..plan.bands import band
@@ -17,7 +17,7 @@ from ..plan.schedule import Pass
 from .bands import Move, bands_of, moves_before
 from .ranks import Ranks, bytes_of
 
-AT_ONCE = 4 << 20
+BYTES_AT_ONCE = 4 << 20
 """Bytes of a rank's band that are on their way at once while a map is put together."""
 
 
@@ -30,14 +30,14 @@ class Together:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._lent: list[Strips] = []
+        self._lent: list[StoredStrips] = []
 
     def bands(self, one_pass: Pass) -> dict[Node, Span]:
         return bands_of(one_pass, self._ranks.rank, self._ranks.count)
 
     def before(self, one_pass: Pass, stored: Mapping[Node, Stored]) -> None:
         ranks = self._ranks
-        maps = {node: one for node, one in stored.items() if isinstance(one, Strips)}
+        maps = {node: one for node, one in stored.items() if isinstance(one, StoredStrips)}
         moves = moves_before(one_pass, maps, ranks.count)
         outgoing: dict[int, list[Tensor]] = {}
         coming: dict[int, list[Move]] = {}
@@ -63,7 +63,7 @@ class Together:
             self._merge(list(gathered.values()))
         for target in one_pass.targets:
             whole = new.get(target.node)
-            if isinstance(whole, Single):
+            if isinstance(whole, StoredTensor):
                 self._put_together(whole, target.rows)
 
     def _merge(self, gathered: Sequence[Accumulator]) -> None:
@@ -74,11 +74,11 @@ class Together:
         for place, one in enumerate(gathered):
             one.merge([state[place] for state in states])
 
-    def _put_together(self, whole: Single, rows: int) -> None:
+    def _put_together(self, whole: StoredTensor, rows: int) -> None:
         """Have all rows of a map here, of which each rank has its band."""
         ranks, node = self._ranks, whole.node
         row_bytes = node.bytes // max(rows, 1)
-        at_once = max(AT_ONCE // max(row_bytes, 1), 1)
+        at_once = max(BYTES_AT_ONCE // max(row_bytes, 1), 1)
         bands = [band(rows, rank, ranks.count) for rank in range(ranks.count)]
         for begin in range(0, max(last - first for first, last in bands), at_once):
             parts = {

@@ -77,7 +77,7 @@ def outcome(how: str, rank: int, runner: Streamed) -> Optional[str]:
         if how == "fails_in_its_code":
             function = failing_behind(function, left)
         if how == "runs_out_of_room":
-            buffers.FileBuffer.keep = lambda self, strip: full(strip.nbytes)
+            buffers.FileBuffer.offload = lambda self, strip: full(strip.nbytes)
     try:
         with torch.no_grad():
             runner.call(function, args, {})

@@ -33,7 +33,7 @@ def a_pass(rows: int, kernels: tuple[int, ...]) -> tuple[Pass, Node]:
     targets = [Target(order[-1])]
     one_pass = Pass(
         targets, order, None, rows, 1, recomputed=set(), keeping=[], shrinking=[], freed=[], work=0, line_bytes=0,
-        away={}, workspace=0,
+        offloaded_lines={}, workspace=0,
     )  # fmt: skip
     return one_pass, source
 

@@ -29,14 +29,14 @@ _MOST_PROGRAMS = (1 << 16) - 1
 """Along the second and the third side of a grid."""
 
 
-class View(NamedTuple):
+class KernelView(NamedTuple):
     """A map as a kernel sees it, `[N, C, frames, pixels]`: sizes and strides, in elements."""
 
     sizes: tuple[int, int, int, int]
     strides: tuple[int, int, int, int]
 
     @classmethod
-    def of(cls, map: Tensor, dim: int) -> Optional[View]:
+    def of(cls, map: Tensor, dim: int) -> Optional[KernelView]:
         """A map whose rows lie along `dim`: pixels are those of its rows. None where they are not evenly apart."""
         if dim < 2:
             return None
@@ -80,7 +80,7 @@ def compute(
     are not `[N, C, frames, pixels]`, nor where a kernel fails.
     """
     maps = [inputs.map, *(one for one in (inputs.other, out) if one is not None)]
-    views = [View.of(one, dim) for one in maps]
+    views = [KernelView.of(one, dim) for one in maps]
     if any(view is None for view in views) or any(one.dtype not in TYPES for one in maps) or not inputs.map.numel():
         return False, None
     x, to = views[0], views[-1] if out is not None else None

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...graph.node import Node
 from ..shapes import Spec
 from . import arranging, convolution, kitchen, matrices, norms, pools, reductions, resample
-from .common import AsCalled, Call, over, row_local
+from .common import AsCalled, OperatorCall, over, row_local
 
 __all__ = ["FILLED", "LIKE", "MADE", "OF_MAPS", "OF_PARAMETERS", "build", "build_several", "fill_like", "knows", "over"]
 
@@ -33,17 +33,17 @@ _POINTWISE = frozenset(
 """Operators of one element, or of elements at one place."""
 
 
-def _pointwise(call: Call) -> Optional[Node]:
+def _pointwise(call: OperatorCall) -> Optional[Node]:
     return row_local(call)
 
 
-def _prelu(call: Call) -> Optional[Node]:
+def _prelu(call: OperatorCall) -> Optional[Node]:
     input, weight = call.args
     channels = isinstance(input, Node) and not input.flexible and input.dim == 1
     return None if isinstance(weight, Node) or channels else row_local(call, excluded=(1,), aligned=False)
 
 
-_TABLE: dict[str, Callable[[Call], Optional[Node]]] = {
+_TABLE: dict[str, Callable[[OperatorCall], Optional[Node]]] = {
     **dict.fromkeys(_POINTWISE, _pointwise),
     **dict.fromkeys(("prelu", "_prelu_kernel"), _prelu),
     **convolution.TABLE,
@@ -81,7 +81,7 @@ def knows(func: Any) -> bool:
 
 
 @cache
-def _builder(func: Any) -> Optional[Callable[[Call], Optional[Node]]]:
+def _builder(func: Any) -> Optional[Callable[[OperatorCall], Optional[Node]]]:
     """What makes the node of a call of `func`."""
     return _TABLES.get(func.namespace, {}).get(func.overloadpacket.__name__)
 
@@ -96,7 +96,7 @@ def build(
     builder = _builder(func)
     if builder is None or 0 in spec.shape:
         return None
-    node = builder(Call(recorder, func, args, kwargs, spec, device))
+    node = builder(OperatorCall(recorder, func, args, kwargs, spec, device))
     if node is not None and node.eager is None and not convolution.has_better(node):
         node.eager = AsCalled(func, args, kwargs, writing)
     return node
@@ -109,7 +109,7 @@ def build_several(
     name = func.overloadpacket.__name__
     if name not in norms.SEVERAL or 0 in specs[0].shape or not isinstance(args[0], Node):
         return None
-    return norms.native(Call(recorder, func, args, kwargs, specs[0], args[0].device), specs)
+    return norms.native(OperatorCall(recorder, func, args, kwargs, specs[0], args[0].device), specs)
 
 
 MADE = frozenset({"empty", "zeros", "ones", "full", "empty_strided", "randn", "rand"})

@@ -11,11 +11,11 @@ from torch import Tensor
 from ...graph.node import Node
 from ...graph.steps import Cast, Join, Regroup, Resample, RowLocal
 from ..memory import Held
-from .common import Call, candidates, default_dim, dim_of, fixed_dim, row_local
+from .common import OperatorCall, candidates, default_dim, dim_of, fixed_dim, row_local
 from .resample import gathered_rows
 
 
-def join(call: Call) -> Optional[Node]:
+def join(call: OperatorCall) -> Optional[Node]:
     """`cat`: side by side, or one below the other."""
     given = call.given()
     parts = [one if isinstance(one, Node) else call.recorder.source(one.tensor) for one in given["tensors"]]
@@ -41,7 +41,7 @@ def join(call: Call) -> Optional[Node]:
     return call.node(step, parts, [dim] * len(parts), dim)
 
 
-def stack(call: Call) -> Optional[Node]:
+def stack(call: OperatorCall) -> Optional[Node]:
     given = call.given()
     parts = [one if isinstance(one, Node) else call.recorder.source(one.tensor) for one in given["tensors"]]
     count = len(call.spec.shape)
@@ -58,7 +58,7 @@ def stack(call: Call) -> Optional[Node]:
     return call.node(RowLocal(run, len(parts), cheap=True, moves=True), parts, [inner] * len(parts), dim)
 
 
-def repeat(call: Call) -> Optional[Node]:
+def repeat(call: OperatorCall) -> Optional[Node]:
     """`repeat`, and `tile`, which may name the last dimensions alone."""
     input, times = call.args[0], call.args[1]
     if not isinstance(input, Node):
@@ -73,7 +73,7 @@ def repeat(call: Call) -> Optional[Node]:
     return call.node(step, [input], [dim], dim + added)
 
 
-def repeat_interleave(call: Call) -> Optional[Node]:
+def repeat_interleave(call: OperatorCall) -> Optional[Node]:
     given = call.given()
     input, times, along = given.get("self"), given.get("repeats"), given.get("dim")
     if not isinstance(input, Node) or not isinstance(times, int) or along is None or times < 1:
@@ -91,7 +91,7 @@ def repeat_interleave(call: Call) -> Optional[Node]:
     return call.node(step, [input], [dim], dim)
 
 
-def roll(call: Call) -> Optional[Node]:
+def roll(call: OperatorCall) -> Optional[Node]:
     given = call.given()
     input, shifts, dims = given["self"], given["shifts"], given.get("dims") or ()
     shifts, dims = ([value] if isinstance(value, int) else list(value) for value in (shifts, dims))
@@ -114,7 +114,7 @@ def roll(call: Call) -> Optional[Node]:
     return gathered_rows(call, input, dim, lambda first, last: (first - shift, last - shift), run)
 
 
-def along_a_dimension(call: Call) -> Optional[Node]:
+def along_a_dimension(call: OperatorCall) -> Optional[Node]:
     """Operators that need all of one dimension, or several, and treat the others place by place."""
     given = call.given()
     input = given.get("self", given.get("input"))
@@ -128,7 +128,7 @@ def along_a_dimension(call: Call) -> Optional[Node]:
     return row_local(call, excluded=[dim % len(input.shape) for dim in dims], aligned=False)
 
 
-def indexed(call: Call) -> Optional[Node]:
+def indexed(call: OperatorCall) -> Optional[Node]:
     """`x[:, [2, 1, 0]]`: places along one dimension, which is none that rows lie along."""
     input, indices = call.args
     places = [place for place, index in enumerate(indices) if index is not None]
@@ -136,7 +136,7 @@ def indexed(call: Call) -> Optional[Node]:
     return row_local(call, excluded=places, aligned=False) if alone and isinstance(input, Node) else None
 
 
-TABLE: dict[str, Callable[[Call], Optional[Node]]] = {
+TABLE: dict[str, Callable[[OperatorCall], Optional[Node]]] = {
     "index": indexed,
     **dict.fromkeys(("cat", "concat", "concatenate"), join),
     "stack": stack,
@@ -153,7 +153,7 @@ TABLE: dict[str, Callable[[Call], Optional[Node]]] = {
 }  # fmt: skip
 
 
-def cast(call: Call) -> Optional[Node]:
+def cast(call: OperatorCall) -> Optional[Node]:
     """`to` another type or device, strip by strip; strips wait for their copies, for the host may read them."""
     input: Any = call.args[0]
     if not isinstance(input, Node):
@@ -177,7 +177,7 @@ def widens(input: Node, dtype: torch.dtype) -> bool:
 TABLE.update(dict.fromkeys(("to", "_to_copy", "type_as", "float", "double", "half", "bfloat16"), cast))
 
 
-def regroup(call: Call) -> Optional[Node]:
+def regroup(call: OperatorCall) -> Optional[Node]:
     """`reshape` and its like where they copy."""
     input = call.args[0]
     step = regrouped(input, call.spec.shape) if isinstance(input, Node) else None
@@ -195,7 +195,7 @@ def regrouped(input: Node, shape: Sequence[int]) -> Optional[Regroup]:
     return next((step for step in steps if step is not None), None)
 
 
-def same(call: Call) -> Optional[Node]:
+def same(call: OperatorCall) -> Optional[Node]:
     """`contiguous` and its like where they copy: the values as they are."""
     input = call.args[0]
     dim = dim_of(input) if isinstance(input, Node) else None

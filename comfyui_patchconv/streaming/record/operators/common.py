@@ -15,7 +15,7 @@ from ..schema import operator_of
 from ..shapes import SIMPLE, Spec
 
 
-class Call(NamedTuple):
+class OperatorCall(NamedTuple):
     """An operator as a program called it. Its tensors are nodes where they are deferred, else held.
 
     spec, device: of its result. recorder: makes nodes.
@@ -143,8 +143,8 @@ def aligned_dim(nodes: Sequence[Node], shape: Sequence[int], excluded: Collectio
 
 
 def row_local(
-    call: Call, *, excluded: Collection[int] = (), aligned: bool = True, cheap: bool = True, moves: bool = False,
-    work: int = 1,
+    call: OperatorCall, *, excluded: Collection[int] = (), aligned: bool = True, cheap: bool = True,
+    moves: bool = False, work: int = 1,
 ) -> Optional[Node]:  # fmt: skip
     """The node of an operator whose dimensions are those of its result, counted from the last, and that treats each row
     by itself; `excluded`: dimensions of which that is not true.
@@ -177,7 +177,7 @@ def row_local(
     return call.node(step, inputs, dims, dim)
 
 
-def _with_rows_of(call: Call, sliced: Collection[int], inputs: list[Node], dims: list[Any], back: int) -> Any:
+def _with_rows_of(call: OperatorCall, sliced: Collection[int], inputs: list[Node], dims: list[Any], back: int) -> Any:
     """The call, with held tensors that have rows as inputs: they are stored nodes."""
     args = _noded(list(call.args), sliced, call.recorder)
     kwargs = {name: _noded(value, sliced, call.recorder) for name, value in call.kwargs.items()}

@@ -17,7 +17,7 @@ from ....conv.onednn import conv3d
 from ...graph.node import Node, Span, Step
 from ...graph.steps import Convolve, ConvolveTransposed, Pieces, Resample
 from ..memory import Held
-from .common import Call, dim_of, each
+from .common import OperatorCall, dim_of, each
 
 _CONVOLVE = (F.conv1d, F.conv2d, conv3d)
 _CONVOLVE_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -26,7 +26,7 @@ _axis = cache(Axis.of)
 _USUAL = Axis(3, 1, 1, 1, 1)
 
 
-def convolution(call: Call) -> Optional[Node]:
+def convolution(call: OperatorCall) -> Optional[Node]:
     """`conv1d`, `conv2d`, `conv3d`, and `convolution`, which may be transposed."""
     given = call.given()
     input, weight, bias = given["input"], given["weight"], given.get("bias")
@@ -247,7 +247,7 @@ def _dim(input: Any, weight: Any) -> Optional[int]:
     return dim_of(input, (0, 1))
 
 
-def transposed(call: Call) -> Optional[Node]:
+def transposed(call: OperatorCall) -> Optional[Node]:
     """`conv_transpose1d`, `2d`, `3d`, and the transposed `convolution`."""
     given = call.given()
     input, weight, bias = given["input"], given["weight"], given.get("bias")
@@ -287,7 +287,7 @@ def _is_doubled(input: Node, weight: Any, axes: Sequence[Axis], groups: int, dty
     return dtype in (torch.float32, torch.float64) or _widened(dtype, input.device) > 1
 
 
-def _doubled(call: Call, input: Node, weight: Held, bias: Any) -> Optional[Node]:
+def _doubled(call: OperatorCall, input: Node, weight: Held, bias: Any) -> Optional[Node]:
     small = next(iter(input.inputs))
     if isinstance(bias, Node):
         return None
@@ -331,7 +331,7 @@ class _Doubled(Step):
         return result.narrow(2, first - 2 * low, last - first).to(piece.dtype)
 
 
-TABLE: dict[str, Callable[[Call], Optional[Node]]] = {
+TABLE: dict[str, Callable[[OperatorCall], Optional[Node]]] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), transposed),
 }

@@ -16,14 +16,14 @@ from ...graph.node import Node, Span
 from ...graph.steps import Convolve, Pad, Pieces, Reduce, RowLocal
 from ..memory import Held
 from ..shapes import Spec
-from .common import Call, default_dim, dim_of, each, fixed_dim, tensor_of
+from .common import OperatorCall, default_dim, dim_of, each, fixed_dim, tensor_of
 from .norms import Line
 
 _LAST = torch.channels_last_3d
 """The order that these give their results in, and take what they are given fastest in."""
 
 
-def group_norm_silu_pad3d(call: Call) -> Optional[Node]:
+def group_norm_silu_pad3d(call: OperatorCall) -> Optional[Node]:
     """Each frame's group norm, SiLU, and padding: `(left, right, top, bottom)`, and frames of zeros in front."""
     given = call.given()
     input, weight, bias, stats = given["x"], given.get("weight"), given.get("bias"), given.get("stats")
@@ -50,7 +50,7 @@ def group_norm_silu_pad3d(call: Call) -> Optional[Node]:
     return call.node(Pad(before, after, mode, 0.0, input.shape[dim], dim, run), [normed], [dim], dim)
 
 
-def _normed(call: Call, input: Node, dim: int, given: dict[str, Any]) -> Node:
+def _normed(call: OperatorCall, input: Node, dim: int, given: dict[str, Any]) -> Node:
     """What is padded then."""
     groups, silu, eps = given["num_groups"], given["silu"], given["eps"]
     weight, bias, stats = given.get("weight"), given.get("bias"), given.get("stats")
@@ -82,8 +82,8 @@ def _normed(call: Call, input: Node, dim: int, given: dict[str, Any]) -> Node:
 class _LineOfFrames(Line):
     """The line of a group norm whose samples are frames: pieces are `[N, C, T, H, W]`."""
 
-    def add(self, piece: Tensor, first: int, last: int) -> None:
-        super().add(piece.transpose(1, 2).flatten(0, 1), first, last)
+    def add(self, piece: Tensor) -> None:
+        super().add(piece.transpose(1, 2).flatten(0, 1))
 
 
 def _line_of(stats: Held, weight: Held, bias: Optional[Held], groups: int) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ def _line_of(stats: Held, weight: Held, bias: Optional[Held], groups: int) -> tu
     return scale, -mean * scale if shift is None else shift.float() - mean * scale
 
 
-def fp16_conv3d(call: Call) -> Optional[Node]:
+def fp16_conv3d(call: OperatorCall) -> Optional[Node]:
     """A convolution without padding, and a residual on top."""
     given = call.given()
     input, weight, bias, residual = (given.get(name) for name in ("x", "weight", "bias", "residual"))
@@ -129,7 +129,7 @@ class _WithResidual(Convolve):
         return (*super().needs(first, last), (first, last))
 
 
-TABLE: dict[str, Callable[[Call], Optional[Node]]] = {
+TABLE: dict[str, Callable[[OperatorCall], Optional[Node]]] = {
     "group_norm_silu_pad3d": group_norm_silu_pad3d,
     "fp16_conv3d": fp16_conv3d,
 }

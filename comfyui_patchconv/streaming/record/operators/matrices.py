@@ -16,10 +16,10 @@ from ...graph.statistics import in_float64
 from ...graph.steps import Reduce, RowLocal
 from ..memory import Held
 from ..shapes import Spec
-from .common import Call, default_dim, dim_of, fixed_dim, over, row_local
+from .common import OperatorCall, default_dim, dim_of, fixed_dim, over, row_local
 
 
-def linear(call: Call) -> Optional[Node]:
+def linear(call: OperatorCall) -> Optional[Node]:
     input = call.args[0]
     if not isinstance(input, Node) or len(call.args[1].shape) != 2:
         return None
@@ -35,7 +35,7 @@ def linear(call: Call) -> Optional[Node]:
     return call.node(step, inputs, [dim, *(None,) * (len(inputs) - 1)], dim)
 
 
-def product(call: Call) -> Optional[Node]:
+def product(call: OperatorCall) -> Optional[Node]:
     """`matmul`, `bmm`, `mm`, `baddbmm`, `addmm`: along the rows of the first factor or the columns of the second."""
     place = 1 if call.name in ("baddbmm", "addmm") else 0
     one, other = call.args[place], call.args[place + 1]
@@ -72,7 +72,7 @@ _FEWER = 4
 both at once."""
 
 
-def _sums_over_rows(one: Any, other: Any, call: Call) -> bool:
+def _sums_over_rows(one: Any, other: Any, call: OperatorCall) -> bool:
     """Whether a product `[…, M, K] @ […, K, N]` sums over what rows come along, and is small: linear attention's is."""
     if not isinstance(one, Node) or not isinstance(other, Node) or one is other:
         return False
@@ -87,7 +87,7 @@ def _sums_over_rows(one: Any, other: Any, call: Call) -> bool:
     return any(along) and not others and few and floating
 
 
-def _summed_over_rows(call: Call, one: Node, other: Node) -> Node:
+def _summed_over_rows(call: OperatorCall, one: Node, other: Node) -> Node:
     """Such a product, gathered in a pass over the rows of both."""
     (m, k), n = one.shape[-2:], other.shape[-1]
     count, batch = len(one.shape), one.shape[:-2]
@@ -111,7 +111,7 @@ class _Product:
         self._first, self._shape, self.numbers = first, shape, 1 + prod(shape)
         self._value: Optional[Tensor] = None
 
-    def add(self, piece: Tensor, first: int, last: int) -> None:
+    def add(self, piece: Tensor) -> None:
         wide = piece if piece.dtype == torch.float64 else piece.float()
         one, other = wide.tensor_split((self._first,), -2)
         part = in_float64(one @ other.mT)
@@ -147,7 +147,7 @@ def _along(one: Any, other: Any, shape: Sequence[int]) -> Optional[int]:
     return None
 
 
-def einsum(call: Call) -> Optional[Node]:
+def einsum(call: OperatorCall) -> Optional[Node]:
     """Along one letter of the result: rows of the factors that have it, all of those that do not."""
     given = call.given()
     factors = given["tensors"]
@@ -195,7 +195,7 @@ def _dim_of_sums(factors: Any, places: Sequence[Sequence[Optional[int]]], shape:
     return default_dim(shape, alone)
 
 
-def scaled_dot_product(call: Call) -> Optional[Node]:
+def scaled_dot_product(call: OperatorCall) -> Optional[Node]:
     """Attention of queries `[…, pixels, C]`: any rows of them with all keys and values, and their rows of a mask."""
     given = {"dropout_p": 0.0, "is_causal": False, "attn_mask": None, "enable_gqa": False} | call.given()
     query, key, value, mask = given["query"], given["key"], given["value"], given["attn_mask"]
@@ -243,11 +243,11 @@ def _dim_of_queries(query: Node) -> Optional[int]:
     return default_dim(query.shape, (count - 1,)) if dim is None or dim == count - 1 else dim
 
 
-def _like(value: Any, call: Call) -> Any:
+def _like(value: Any, call: OperatorCall) -> Any:
     return attention.Shape(tuple(value.shape), call.spec.dtype, call.device)
 
 
-def _windows(call: Call, query: Node, key: Any, value: Any, mask: Any, dim: int) -> Optional[Node]:
+def _windows(call: OperatorCall, query: Node, key: Any, value: Any, mask: Any, dim: int) -> Optional[Node]:
     if mask is not None or not all(isinstance(one, Node) and one.shape[dim] == query.rows for one in (key, value)):
         return None
     inputs, apply = over(call.args, call.kwargs)
@@ -256,7 +256,7 @@ def _windows(call: Call, query: Node, key: Any, value: Any, mask: Any, dim: int)
     return call.node(step, inputs, [dim] * len(inputs), dim)
 
 
-TABLE: dict[str, Callable[[Call], Optional[Node]]] = {
+TABLE: dict[str, Callable[[OperatorCall], Optional[Node]]] = {
     "linear": linear,
     **dict.fromkeys(("matmul", "bmm", "mm", "baddbmm", "addmm"), product),
     "einsum": einsum,

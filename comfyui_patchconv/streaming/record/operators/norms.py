@@ -14,23 +14,23 @@ from ...graph.statistics import Statistics, in_float64
 from ...graph.steps import Reduce, ScaleAndShift
 from ..memory import Held
 from ..shapes import Spec
-from .common import Call, default_dim, fixed_dim, over, row_local, tensor_of
+from .common import OperatorCall, default_dim, fixed_dim, over, row_local, tensor_of
 
 
-def group_norm(call: Call) -> Optional[Node]:
+def group_norm(call: OperatorCall) -> Optional[Node]:
     """`group_norm`, and `native_group_norm`'s first result."""
     given = call.given()
     input, groups, weight, bias, eps = _group_norm_arguments(call, given)
     return _normalised(call, input, groups, weight, bias, eps)
 
 
-def _group_norm_arguments(call: Call, given: dict[str, Any]) -> tuple[Any, ...]:
+def _group_norm_arguments(call: OperatorCall, given: dict[str, Any]) -> tuple[Any, ...]:
     if call.name == "native_group_norm":
         return given["input"], given["group"], given.get("weight"), given.get("bias"), given["eps"]
     return given["input"], given["num_groups"], given.get("weight"), given.get("bias"), given.get("eps", 1e-5)
 
 
-def instance_norm(call: Call) -> Optional[Node]:
+def instance_norm(call: OperatorCall) -> Optional[Node]:
     given = call.given()
     input = given["input"]
     if not given["use_input_stats"] or given.get("running_mean") is not None or not isinstance(input, Node):
@@ -38,7 +38,7 @@ def instance_norm(call: Call) -> Optional[Node]:
     return _normalised(call, input, input.shape[1], given.get("weight"), given.get("bias"), given["eps"])
 
 
-def _normalised(call: Call, input: Any, groups: int, weight: Any, bias: Any, eps: float) -> Optional[Node]:
+def _normalised(call: OperatorCall, input: Any, groups: int, weight: Any, bias: Any, eps: float) -> Optional[Node]:
     if not isinstance(input, Node) or len(input.shape) < 3 or isinstance(weight, Node) or isinstance(bias, Node):
         return None
     dim = fixed_dim(input)
@@ -79,7 +79,7 @@ class Line:
         self.numbers = self.statistics.numbers
         self.weight, self.bias, self.eps, self.dtype, self.device = weight, bias, eps, dtype, device
 
-    def add(self, piece: Tensor, first: int, last: int) -> None:
+    def add(self, piece: Tensor) -> None:
         self.statistics.add(piece)
 
     def add_moments(self, moments: Tensor, elements: int) -> None:
@@ -108,7 +108,7 @@ class Line:
         like[3].copy_(shift.reshape(-1))
 
 
-def batch_norm(call: Call) -> Optional[Node]:
+def batch_norm(call: OperatorCall) -> Optional[Node]:
     given = call.given()
     trains = given.get("training", given.get("train", False))
     node = given.get("input")
@@ -117,7 +117,7 @@ def batch_norm(call: Call) -> Optional[Node]:
     return row_local(call, excluded=(1,), aligned=False)
 
 
-def over_last(call: Call) -> Optional[Node]:
+def over_last(call: OperatorCall) -> Optional[Node]:
     """`layer_norm`, `rms_norm`: over the last dimensions."""
     given = call.given()
     input, sizes = given["input"], given["normalized_shape"]
@@ -127,7 +127,7 @@ def over_last(call: Call) -> Optional[Node]:
     return row_local(call, excluded=range(count - len(sizes), count), aligned=False)
 
 
-TABLE: dict[str, Callable[[Call], Optional[Node]]] = {
+TABLE: dict[str, Callable[[OperatorCall], Optional[Node]]] = {
     "group_norm": group_norm,
     "instance_norm": instance_norm,
     "batch_norm": batch_norm,
@@ -136,7 +136,7 @@ TABLE: dict[str, Callable[[Call], Optional[Node]]] = {
 }
 
 
-def native(call: Call, specs: Sequence[Spec]) -> Optional[tuple[Node, ...]]:
+def native(call: OperatorCall, specs: Sequence[Spec]) -> Optional[tuple[Node, ...]]:
     """`native_group_norm` and its like: the first result is what counts, the others are made of all of the input."""
     builder = {"native_group_norm": group_norm, "native_layer_norm": _native_layer_norm}.get(call.name, _native_batch)
     first = builder(call._replace(spec=specs[0]))
@@ -149,7 +149,7 @@ def native(call: Call, specs: Sequence[Spec]) -> Optional[tuple[Node, ...]]:
     return (first, *rest)
 
 
-def _part(call: Call, index: int, spec: Spec, inputs: list[Node], apply: Any) -> Node:
+def _part(call: OperatorCall, index: int, spec: Spec, inputs: list[Node], apply: Any) -> Node:
     from ...graph.steps import Whole
 
     step = Whole(lambda pieces: apply(call.func, pieces)[index])
@@ -157,7 +157,7 @@ def _part(call: Call, index: int, spec: Spec, inputs: list[Node], apply: Any) ->
     return call.recorder.node(step, inputs, [None] * len(inputs), spec, call.device, None)
 
 
-def _first_of(call: Call) -> Call:
+def _first_of(call: OperatorCall) -> OperatorCall:
     func = call.func
     return call._replace(func=_First(func))
 
@@ -172,11 +172,11 @@ class _First:
         return self.func(*args, **kwargs)[0]
 
 
-def _native_layer_norm(call: Call) -> Optional[Node]:
+def _native_layer_norm(call: OperatorCall) -> Optional[Node]:
     return over_last(_first_of(call))
 
 
-def _native_batch(call: Call) -> Optional[Node]:
+def _native_batch(call: OperatorCall) -> Optional[Node]:
     return batch_norm(_first_of(call))
 
 

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from ....conv.geometry import Axis
 from ...graph.node import Node
 from ...graph.steps import Convolve
-from .common import Call, default_dim, dim_of, each
+from .common import OperatorCall, default_dim, dim_of, each
 
 _POOLS = ("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d")
 
 
-def pool(call: Call) -> Optional[Node]:
+def pool(call: OperatorCall) -> Optional[Node]:
     """Average and largest of a window."""
     given = call.given()
     input = given["self"]
@@ -55,7 +55,7 @@ def _divisor(given: dict[str, Any]) -> tuple[Any, ...]:
     return (given["divisor_override"],) if given.get("divisor_override") is not None else ()
 
 
-def adaptive_pool(call: Call) -> Optional[Node]:
+def adaptive_pool(call: OperatorCall) -> Optional[Node]:
     """An adaptive average of windows of one size that do not overlap."""
     input, sizes = call.args[0], call.args[1]
     sides = int(call.name[-2])
@@ -73,4 +73,4 @@ def adaptive_pool(call: Call) -> Optional[Node]:
     return call.node(step, [input], [dim], dim)
 
 
-TABLE: dict[str, Callable[[Call], Optional[Node]]] = dict.fromkeys(_POOLS, pool)
+TABLE: dict[str, Callable[[OperatorCall], Optional[Node]]] = dict.fromkeys(_POOLS, pool)

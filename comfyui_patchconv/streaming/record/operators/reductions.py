@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from ...graph.node import Node
+from ...graph.statistics import Moments, has_float64
 from ...graph.steps import Reduce, RowLocal
-from .common import Call, default_dim, dim_of, each, fixed_dim, over
+from .common import OperatorCall, default_dim, dim_of, each, fixed_dim, over
 
 _GATHERED = ("mean", "sum", "amax", "amin", "linalg_vector_norm", "norm", "var", "std")
 _OTHERS = ("all", "any", "logsumexp", "prod", "argmax", "argmin")
 
 
-def reduction(call: Call) -> Optional[Node]:
+def reduction(call: OperatorCall) -> Optional[Node]:
     given = call.given()
     input = given.get("self", given.get("input"))
     if not isinstance(input, Node):
@@ -41,7 +42,7 @@ def reduction(call: Call) -> Optional[Node]:
     return call.node(RowLocal(lambda pieces, first, last: apply(func, pieces), 1, cheap=True), inputs, [dim], to)
 
 
-def _gathered(call: Call, input: Node, given: dict[str, Any], dims: list[int], dim: int) -> Optional[Node]:
+def _gathered(call: OperatorCall, input: Node, given: dict[str, Any], dims: list[int], dim: int) -> Optional[Node]:
     name, order = call.name, given.get("ord", given.get("p", 2))
     if name not in _GATHERED or (name in ("linalg_vector_norm", "norm") and order not in (None, 2, 2.0)):
         return None
@@ -66,15 +67,15 @@ class _Gathered:
     ) -> None:  # fmt: skip
         self.name, self.dims, self.size, self.shape, self.correction = name, dims, size, shape, correction
         self.numbers = 1 + prod(shape) * (2 if name in ("var", "std") else 1)
-        self._integers, self._device, self._count = integers, device, 0
+        self._integers, self._device = integers, device
         self._value: Optional[Tensor] = None
-        self._squares: Optional[Tensor] = None
+        self._moments: Optional[Moments] = None
 
-    def add(self, piece: Tensor, first: int, last: int) -> None:
+    def add(self, piece: Tensor) -> None:
         if self.name in ("amax", "amin"):
             self._join(getattr(torch, self.name)(piece, self.dims, True))
             return
-        wide = piece.double() if piece.dtype.is_floating_point and _has_float64(piece.device) else piece
+        wide = piece.double() if piece.dtype.is_floating_point and has_float64(piece.device) else piece
         if self.name in ("sum", "mean"):
             part = wide.sum(self.dims, True)
         elif self.name in ("linalg_vector_norm", "norm"):
@@ -82,27 +83,30 @@ class _Gathered:
         else:
             count = prod(wide.shape[dim] for dim in self.dims)
             squares, mean = torch.var_mean(wide, self.dims, correction=0, keepdim=True)
-            self._join_moments(count, mean, squares * count)
+            self._join_moments(Moments(count, mean, squares * count))
             return
         self._join(part)
 
     def state(self) -> Tensor:
-        if self._value is None:
+        if self._moments is not None:
+            count, *parts = self._moments
+        elif self._value is not None:
+            count, parts = 1, [self._value]
+        else:
             return torch.zeros(self.numbers, dtype=torch.float64)
-        parts = [self._value] if self._squares is None else [self._value, self._squares]
         flat = torch.cat([part.reshape(-1).cpu() for part in parts])
         flat = flat.double() if flat.is_floating_point() else flat.long().view(torch.float64)  # integers bit by bit
-        return torch.cat((torch.tensor([max(self._count, 1)], dtype=torch.float64), flat))
+        return torch.cat((torch.tensor([count], dtype=torch.float64), flat))
 
     def merge(self, states: Sequence[Tensor]) -> None:
-        self._value = self._squares = None
+        self._value = self._moments = None
         for state in states:
             if not state[0]:
                 continue
             values = state[1:].view(torch.int64) if self._integers else state[1:]
-            values = values.to(self._device) if _has_float64(self._device) else values
+            values = values.to(self._device) if has_float64(self._device) else values
             if self.name in ("var", "std"):
-                self._join_moments(int(state[0]), *values.view(2, *self.shape))
+                self._join_moments(Moments(int(state[0]), *values.view(2, *self.shape)))
             else:
                 self._join(values.view(self.shape))
 
@@ -110,36 +114,25 @@ class _Gathered:
         join = {"amax": torch.maximum, "amin": torch.minimum}.get(self.name, torch.add)
         self._value = part if self._value is None else join(self._value, part)
 
-    def _join_moments(self, count: int, mean: Tensor, squares: Tensor) -> None:
-        if self._value is None or self._squares is None:
-            self._count, self._value, self._squares = count, mean, squares
-            return
-        total, difference = self._count + count, mean - self._value
-        self._value = self._value + difference * (count / total)
-        self._squares = self._squares + squares + difference**2 * (self._count * count / total)
-        self._count = total
+    def _join_moments(self, more: Moments) -> None:
+        self._moments = more if self._moments is None else self._moments.merged(more)
 
     def result(self, like: Tensor) -> None:
-        assert self._value is not None
-        value = self._value
+        value = self._variance() if self._moments is not None else self._value
+        assert value is not None
         if self.name == "mean":
             value = value / self.size
-        elif self.name in ("linalg_vector_norm", "norm"):
+        elif self.name in ("linalg_vector_norm", "norm", "std"):
             value = value.sqrt()
-        elif self.name in ("var", "std"):
-            assert self._squares is not None
-            divisor = self.size - self.correction
-            nothing = float("nan" if self.size <= 1 else "inf")
-            value = self._squares / divisor if divisor > 0 else self._squares * nothing
-            value = value.sqrt() if self.name == "std" else value
         like.copy_(value.reshape(self.shape))
 
+    def _variance(self) -> Tensor:
+        assert self._moments is not None
+        squares, divisor = self._moments.squares, self.size - self.correction
+        return squares / divisor if divisor > 0 else squares * float("nan" if self.size <= 1 else "inf")
 
-def _has_float64(device: torch.device) -> bool:
-    return device.type in ("cpu", "cuda", "meta")
 
-
-def pooled_to_one(call: Call) -> Optional[Node]:
+def pooled_to_one(call: OperatorCall) -> Optional[Node]:
     """An adaptive average over the whole image."""
     input, sizes = call.args[0], call.args[1]
     sides = int(call.name[-2])
@@ -155,4 +148,4 @@ def pooled_to_one(call: Call) -> Optional[Node]:
     return call.recorder.node(step, [input], [dim], call.spec, call.device, None)
 
 
-TABLE: dict[str, Callable[[Call], Optional[Node]]] = dict.fromkeys((*_GATHERED, *_OTHERS), reduction)
+TABLE: dict[str, Callable[[OperatorCall], Optional[Node]]] = dict.fromkeys((*_GATHERED, *_OTHERS), reduction)

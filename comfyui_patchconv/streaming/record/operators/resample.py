@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 from ...graph.node import Node
 from ...graph.steps import Pad, Resample, RowLocal
-from .common import Call, dim_of, each, fixed_dim
+from .common import OperatorCall, dim_of, each, fixed_dim
 
 _SMOOTH = {"bilinear": 1, "trilinear": 1, "linear": 1, "bicubic": 2}
 """Upsampling that mixes rows, and how many rows beside its own an output row may read."""
 
 
-def upsample(call: Call) -> Optional[Node]:
+def upsample(call: OperatorCall) -> Optional[Node]:
     given = call.given()
     input = given.get("input", given.get("self"))
     name = call.name.replace("_upsample", "upsample")
@@ -63,7 +63,7 @@ def _scales(given: dict[str, Any], sides: int) -> Optional[list[Any]]:
     return list(found)
 
 
-def shuffle(call: Call) -> Optional[Node]:
+def shuffle(call: OperatorCall) -> Optional[Node]:
     input, factor = call.args
     if not isinstance(input, Node) or len(input.shape) < 3:
         return None
@@ -77,7 +77,7 @@ def shuffle(call: Call) -> Optional[Node]:
     return call.node(step, [input], [dim], dim)
 
 
-def windows(call: Call) -> Optional[Node]:
+def windows(call: OperatorCall) -> Optional[Node]:
     """`unfold` and `fold` (`im2col`, `col2im`) of windows that lie side by side: rows of an image to one of windows."""
     given, func = call.given(), call.func
     input = given["self"]
@@ -101,7 +101,7 @@ def windows(call: Call) -> Optional[Node]:
     return call.node(Resample(up, down, input.shape[2], 2, run, cheap=True), [input], [2], 2)
 
 
-def pad(call: Call) -> Optional[Node]:
+def pad(call: OperatorCall) -> Optional[Node]:
     """`pad` and the operators that it is made of, in all modes."""
     given = call.given()
     input, sizes = given["self"], list(given.get("pad", given.get("padding", ())))
@@ -136,12 +136,16 @@ def pad(call: Call) -> Optional[Node]:
     return call.node(Pad(before, after, mode, fill, rows, dim, run), [input], [dim], dim)
 
 
-def _circular(call: Call, input: Node, dim: int, before: int, run: Callable[[Tensor], Tensor]) -> Node:
+def _circular(call: OperatorCall, input: Node, dim: int, before: int, run: Callable[[Tensor], Tensor]) -> Node:
     return gathered_rows(call, input, dim, lambda first, last: (first - before, last - before), run)
 
 
 def gathered_rows(
-    call: Call, input: Node, dim: int, place: Callable[[int, int], tuple[int, int]], run: Callable[[Tensor], Tensor]
+    call: OperatorCall,
+    input: Node,
+    dim: int,
+    place: Callable[[int, int], tuple[int, int]],
+    run: Callable[[Tensor], Tensor],
 ) -> Node:
     """Rows of a stored map that goes on at its other end where it ends. place: where output rows lie in it."""
     rows = input.shape[dim]
@@ -159,7 +163,7 @@ def gathered_rows(
     return call.node(RowLocal(compute, 0, moves=True), [input], [None], dim)
 
 
-TABLE: dict[str, Callable[[Call], Optional[Node]]] = {
+TABLE: dict[str, Callable[[OperatorCall], Optional[Node]]] = {
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle"), shuffle),
     **dict.fromkeys(("im2col", "col2im"), windows),
     **dict.fromkeys(

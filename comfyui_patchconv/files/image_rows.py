@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..memory.mapped import MappedFile
 from ..units import size_of
+from .atomic import write_whole
 from .tensors import existing
-from .whole import write_whole
 from .words import short
 
 SUFFIXES = (".png", ".tif", ".tiff")

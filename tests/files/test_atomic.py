@@ -17,19 +17,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from vae_helpers import assert_one_sentence, random_latent
 
-from comfyui_patchconv.cli.demo import Result, Settings, plot
-from comfyui_patchconv.files import whole
+from comfyui_patchconv.cli.demo import DemoSettings, Result, plot
+from comfyui_patchconv.files import atomic
+from comfyui_patchconv.files.atomic import check_no_input, copy_whole, write_whole
 from comfyui_patchconv.files.images import save_image
 from comfyui_patchconv.files.latents import save_latent
 from comfyui_patchconv.files.tensors import read_header, save_tensors
-from comfyui_patchconv.files.whole import check_no_input, copy_whole, write_whole
 from comfyui_patchconv.pixel_models.training.loop import add_losses
 
 OLD = b"step,loss\r\n1,0.5\r\n"
 
 
 def _figure(path: Path) -> None:
-    plot({"plain": Result(1, 1.0, [(0.5, 1)], torch.zeros(3, 8, 8).numpy())}, Settings(), path)
+    plot({"plain": Result(1, 1.0, [(0.5, 1)], torch.zeros(3, 8, 8).numpy())}, DemoSettings(), path)
 
 
 WRITERS: dict[str, Callable[[Path], object]] = {
@@ -56,7 +56,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "links nothing":
         monkeypatch.setattr(os, "link", refused)
     if request.param == "named":
-        monkeypatch.setattr(whole, "_nameless", lambda folder: None)
+        monkeypatch.setattr(atomic, "_nameless", lambda folder: None)
     return request.param
 
 
@@ -143,7 +143,7 @@ def test_what_ends_early_leaves_the_old_file(tmp_path: Path, way: str, error: ty
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_kill_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path, number: signal.Signals) -> None:
-    if whole._nameless(tmp_path) is None:
+    if atomic._nameless(tmp_path) is None:
         pytest.skip("no files without names here")
 
     def killed(file: BinaryIO) -> None:

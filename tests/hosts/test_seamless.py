@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from comfyui_patchconv import TiledForward, Tiling, convolutions
 from comfyui_patchconv.conv.forward import tiled_forward
 from comfyui_patchconv.conv.partial import PartialPadding
-from comfyui_patchconv.hosts.late import eject, inject
+from comfyui_patchconv.hosts.seamless import eject, inject
 
 IMAGE = torch.randn(1, 4, 24, 16, generator=torch.Generator().manual_seed(5))
 

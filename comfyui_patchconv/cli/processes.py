@@ -27,7 +27,7 @@ _LONGEST = timedelta(days=7)
 
 
 @dataclass(frozen=True)
-class Team:
+class Processes:
     """rank, count: which process this is, of how many. beside: how many of them share the memory of its device. group:
     theirs, to stream over; None for one process. rows: whether they do each input together, a band of rows each, rather
     than one input each."""
@@ -83,14 +83,14 @@ def device_of(wanted: Optional[torch.device]) -> torch.device:
 
 
 @contextmanager
-def team_of(spread: Optional[str], given: Sequence[Path], device: torch.device) -> Iterator[Team]:
-    """Within the block, the processes of this command as a team; what goes wrong there is said once.
+def processes_of(spread: Optional[str], given: Sequence[Path], device: torch.device) -> Iterator[Processes]:
+    """Within the block, the processes of this command ; what goes wrong there is said once.
 
     spread: `"rows"` or `"pictures"`; None for rows where a single file is `given`, else pictures. Raises ValueError
     where several processes were started and there is no `torch.distributed`.
     """
     if not launched():
-        yield Team()
+        yield Processes()
         return
     if not dist.is_available():
         raise ValueError("this PyTorch is built without torch.distributed: start the command without torchrun.")
@@ -102,15 +102,15 @@ def team_of(spread: Optional[str], given: Sequence[Path], device: torch.device) 
     dist.barrier()  # torch has a lot to say where one process ends while another is still on its way in
     rows = spread == "rows" if spread else len(given) == 1 and not given[0].is_dir()
     sharing = beside if device.type != "cuda" else -(-beside // torch.cuda.device_count())
-    team = Team(rank, count, sharing, dist.group.WORLD, rows)
+    processes = Processes(rank, count, sharing, dist.group.WORLD, rows)
     try:
         with open(os.devnull, "w") as nowhere, ExitStack() as silent:
-            if not team.writes:
+            if not processes.writes:
                 silent.enter_context(redirect_stdout(nowhere))
                 silent.enter_context(redirect_stderr(nowhere))
             elif isinstance(sys.stdout, io.TextIOWrapper):
                 sys.stdout.reconfigure(line_buffering=True)  # several print at a time
-            yield team
+            yield processes
     except (Exception, KeyboardInterrupt) as error:
         found = failure(error)
         if found is None or rank == _speaker(error):
@@ -126,12 +126,12 @@ def _speaker(error: BaseException) -> int:
     return int(isinstance(error, SpreadError) and str(error).startswith(("rank 0 has ", "rank 0 did not ")))
 
 
-def of_all(team: Team, inputs: Sequence[Path], work: Callable[[Path], None]) -> int:
+def of_all(processes: Processes, inputs: Sequence[Path], work: Callable[[Path], None]) -> int:
     """Do `work` for each input, together or each taken by the next process that is free; the exit code.
 
     One that fails does not end the others, unless it is a rank that failed. Those that failed are named at the end.
     """
-    if team.count == 1 or team.rows:
+    if processes.count == 1 or processes.rows:
         return each(inputs, work)
     store: Any = dist.distributed_c10d._get_default_store()
     failed: list[str] = []
@@ -141,9 +141,9 @@ def of_all(team: Team, inputs: Sequence[Path], work: Callable[[Path], None]) -> 
             break
         if attempt(inputs[place], work):
             failed.append(str(inputs[place]))
-    found: list[Any] = [None] * team.count
+    found: list[Any] = [None] * processes.count
     dist.all_gather_object(found, failed)
     names = [name for some in found for name in some]
-    if names and team.rank == 0:
+    if names and processes.rank == 0:
         tell(f"{len(names)} of {len(inputs)} failed: {', '.join(sorted(names))}.")
     return SPREAD if names else 0

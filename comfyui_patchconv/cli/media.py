@@ -12,8 +12,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from ..files.image_rows import empty
 from ..files.images import save_image, save_picture
-from ..files.pictures import empty
 from ..files.sounds import SUFFIXES as SOUNDS
 from ..files.sounds import quieter, save_sound
 from ..files.vaes import traits_of
@@ -24,7 +24,7 @@ from ..memory.recorder import Recorder
 from ..units import time_of
 from .options import Choices, say
 from .outputs import Outputs
-from .team import Team
+from .processes import Processes
 from .vae import Halves
 
 FORMATS: dict[Medium, tuple[str, ...]] = {"image": (".png",), "video": (".png", *VIDEOS), "sound": SOUNDS}
@@ -58,7 +58,7 @@ class Decoding:
 
     halves: Halves
     outputs: Outputs
-    team: Team
+    processes: Processes
     rate: Optional[float] = None
 
     def of(self, path: Path, latent: Tensor) -> None:
@@ -74,7 +74,7 @@ class Decoding:
         for (name,), sample in self._each(path, latent):
             with self._working() as (recorder, choices):
                 image = self.halves.decode(sample, choices)[0]
-            if self.team.writes:
+            if self.processes.writes:
                 save_image(name, image)
             say(f"{name}: {image.shape[2]}x{image.shape[1]}", recorder, choices)
 
@@ -89,9 +89,9 @@ class Decoding:
             frames, kept = levels[0], [name for name in names if name is not None]
             if not total.isfinite():
                 raise ValueError(f"{kept[0]} is not written, the video holds NaN: use float32 or bfloat16.")
-            if self.team.writes and moving:
+            if self.processes.writes and moving:
                 save_video(kept[0], frames, rate)
-            elif self.team.writes:
+            elif self.processes.writes:
                 _save_frames(names, frames)
             what = f"{frames.shape[3]}x{frames.shape[2]}"
             if moving or frames.shape[1] > 1:
@@ -103,14 +103,14 @@ class Decoding:
         for (name,), sample in self._each(path, latent):
             with self._working() as (recorder, choices):
                 sound = quieter(self.halves.decode(sample, choices, _kept)[0])
-            if self.team.writes:
+            if self.processes.writes:
                 save_sound(name, sound, rate)
             say(f"{name}: {time_of(sound.shape[1] / rate)} of sound at {rate} Hz", recorder, choices)
 
     def _each(self, path: Path, latent: Tensor, parts: int = 1) -> Iterator[tuple[list[Any], Tensor]]:
         """Each sample of a batch `latent` with the files of its `parts`, None for one that is there; but for a sample
         all of whose files are."""
-        names = self.team.as_first_has_it(lambda: self.outputs.of(path, len(latent), parts))
+        names = self.processes.as_first_has_it(lambda: self.outputs.of(path, len(latent), parts))
         for number, sample in enumerate(latent.split(1)):
             own = names[number * parts : (number + 1) * parts]
             if any(own):
