@@ -33,13 +33,12 @@ import torch
 from harness import publish, run_fresh
 from torch import Tensor, nn
 
-import comfyui_patchconv.streaming.call as calls_module
 import comfyui_patchconv.streaming.estimate as estimate_module
+import comfyui_patchconv.streaming.plan.choose as choose_module
 from comfyui_patchconv import convert_model
 from comfyui_patchconv.files.vae import random_vae
 from comfyui_patchconv.streaming import Streamed, Tuning, expect
 from comfyui_patchconv.streaming.call import Call
-from comfyui_patchconv.streaming.plan.eagerly import eager_schedule
 
 clock = time.process_time
 """Seconds of the processor: with one thread those of the clock, were there no other work beside it."""
@@ -83,9 +82,10 @@ def planning(case: dict[str, Any]) -> dict[str, Any]:
     device = torch.device("cpu")
     started(dtype)
     copying, choosing, storing, eager = (
-        Timed(estimate_module.phantom_copy), Timed(calls_module.choose), Timed(Call.evaluate), Timed(eager_schedule),
+        Timed(estimate_module.phantom_copy), Timed(choose_module.in_strips), Timed(Call.evaluate),
+        Timed(choose_module.eager_schedule),
     )  # fmt: skip
-    estimate_module.phantom_copy, calls_module.choose, calls_module.eager_schedule = copying, choosing, eager
+    estimate_module.phantom_copy, choose_module.in_strips, choose_module.eager_schedule = copying, choosing, eager
     setattr(Call, "evaluate", lambda call, *args: storing(call, *args))  # noqa: B010  (another signature)
     begin = clock()
     expected = expect(model, run, device=device, dtype=dtype, budget=budget)

@@ -18,7 +18,7 @@ from ..comfyui_patchconv.conv.patch import PADDINGS
 from ..comfyui_patchconv.hosts.estimates import StreamEstimate
 from ..comfyui_patchconv.hosts.halves import HALVES
 from ..comfyui_patchconv.memory.errors import is_out_of_memory
-from .patch_conv import convolutions_of, leave, stream_half
+from .vae_half import convolutions_of, leave, stream_half
 
 SETTING = "PatchConv.InsteadOfTiles"
 """The setting's id in the front end, which keeps it in a file of the user's."""

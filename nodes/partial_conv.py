@@ -16,8 +16,8 @@ from ..comfyui_patchconv.conv.fill import fill
 from ..comfyui_patchconv.conv.holes import with_holes
 from ..comfyui_patchconv.hosts.halves import half_of
 from .host import FILL_CATEGORY, LATENT_CATEGORY, schema
-from .patch_conv import leave
 from .progress import Progress
+from .vae_half import leave
 
 
 class VAEEncodePartialConv(io.ComfyNode):

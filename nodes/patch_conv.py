@@ -3,40 +3,23 @@
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Callable
-from functools import partial
-from typing import Any, Optional
+from typing import Any
 
 import torch
-from comfy import model_management  # pyright: ignore[reportMissingImports]
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
-from torch import nn
 
-from ..comfyui_patchconv import Tiling, convolutions
-from ..comfyui_patchconv.conv.forward import TiledForward, tiled_forward
-from ..comfyui_patchconv.conv.patch import PADDINGS, patched
+from ..comfyui_patchconv import Tiling
+from ..comfyui_patchconv.conv.patch import PADDINGS
 from ..comfyui_patchconv.conv.strip_sizes import DEFAULT_THRESHOLD
-from ..comfyui_patchconv.hosts.auto import AutoForward
 from ..comfyui_patchconv.hosts.devices.spread import CHOICES, ONE, check_choice
-from ..comfyui_patchconv.hosts.estimates import AutoEstimate, Estimate, StreamEstimate, StripEstimate
-from ..comfyui_patchconv.hosts.halves import HALVES, half_of, part_of
+from ..comfyui_patchconv.hosts.halves import HALVES
 from ..comfyui_patchconv.hosts.modes import MODES
 from ..comfyui_patchconv.hosts.numbers import check_number
-from ..comfyui_patchconv.hosts.streamed import StreamedAtOnce, StreamedForward, Switch
 from ..comfyui_patchconv.units import GIB, MILLION
-from .host import (
-    MODEL_CATEGORY,
-    RELIABLE,
-    VAE_CATEGORY,
-    advanced,
-    follow_changes,
-    schema,
-    several_devices,
-    try_without_tiles,
-)
-from .meter import Measured, Meter, measure_sampling
-from .progress import AnyProgress, Progress, StripWatch
+from .host import MODEL_CATEGORY, VAE_CATEGORY, advanced, follow_changes, schema
+from .meter import Meter, measure_sampling
+from .progress import StripWatch
+from .vae_half import leave, patch_convolutions, patch_half, stream_half
 
 
 class PatchConvVAE(io.ComfyNode):
@@ -127,7 +110,7 @@ class PatchConvVAE(io.ComfyNode):
             leave(copied, name, method)
             elements, size = round(threshold * MILLION), round(budget * GIB)
             if mode == "patch":
-                count += _patch_half(copied, name, method, splits, elements, padding, _id(cls))
+                count += patch_half(copied, name, method, splits, elements, padding, _id(cls))
             else:
                 strips = Tiling(splits, threshold=elements) if mode == "auto" else None
                 count += stream_half(copied, name, method, size, padding, _id(cls), strips, devices)
@@ -166,7 +149,7 @@ class PatchConvModel(io.ComfyNode):
         copied = model.clone()
         strips = StripWatch()
         tiling = Tiling(splits, threshold=round(threshold * MILLION), on_strip=strips)
-        if not _patch(copied, model.model, tiling, padding, lambda name: True):
+        if not patch_convolutions(copied, model.model, tiling, padding, lambda name: True):
             raise ValueError(_nothing_found("model", type(model.model).__name__))
         follow_changes(copied)
         meter = Meter(_id(cls), "Model", False, torch.device(model.load_device), strips)
@@ -213,146 +196,9 @@ def _padding_input() -> Any:
     )
 
 
-def _patch(patcher: Any, model: nn.Module, tiling: Tiling, padding: str, chosen: Callable[[str], bool]) -> int:
-    """Have the host put strips into the chosen convolutions of `model`; returns how many these are.
-
-    Those with a kernel of 1 too: a backend copies their whole input and output as it does for larger kernels.
-    """
-    found = list(convolutions(model, predicate=lambda name, _: chosen(name)))
-    for name, module in found:
-        key = f"{name}._conv_forward"
-        patcher.add_object_patch(key, tiled_forward(module, patcher.get_model_object(key), tiling, PADDINGS[padding]))
-    return len(found)
-
-
-def _patch_half(vae: Any, half: str, method: str, splits: int, threshold: int, padding: str, node: str) -> int:
-    """Put strips, an estimate and a meter on one half of `vae`, a copy made for it; returns how many convolutions."""
-    progress = Progress()
-    tiling = Tiling(splits, threshold=threshold, on_strip=progress)
-    progress.convolutions = _patch(
-        vae.patcher, vae.first_stage_model, tiling, padding, lambda name: half_of(name) == half
-    )
-    if progress.convolutions:
-        host = getattr(vae, f"memory_used_{method}")
-        meter = _meter(vae, half, False, progress, node)
-        estimate = StripEstimate(
-            vae, method, host, splits=splits, threshold=threshold, starts=(progress.start, meter.start)
-        )
-        setattr(vae, f"memory_used_{method}", estimate)
-        _measure(vae, method, meter, estimate)
-    return progress.convolutions
-
-
-def stream_half(
-    vae: Any,
-    half: str,
-    method: str,
-    budget: int,
-    padding: str,
-    node: str,
-    strips: Optional[Tiling] = None,
-    devices: str = ONE,
-) -> int:
-    """Put streaming, an estimate and a meter on one half of `vae`, a copy; returns how many convolutions it has.
-
-    strips: of convolutions, where it may run in them or eagerly too, whatever fits; None to have it always streamed.
-    devices: to stream over; see `CHOICES`.
-    """
-    model, patcher, device = vae.first_stage_model, vae.patcher, torch.device(vae.device)
-    count = convolutions_of(vae, half)
-    if not count:
-        return 0
-    if padding != "plain":  # whole: the strips are streaming's
-        whole = Tiling(1, threshold=sys.maxsize)
-        _patch(patcher, model, whole, padding, lambda name: half_of(name) == half)
-    key = part_of(model, half, method)
-    progress = AnyProgress()
-    meter = _meter(vae, half, strips is None, progress, node)
-    free, switch = model_management.get_free_memory, Switch(strips is None)
-    notes = (progress, progress.next_call, meter.missed)
-    spread = several_devices(devices, meter.spread)
-    part = StreamedForward(patcher.get_model_object(key), budget, free, *notes, switch, meter.left, spread=spread)
-    patcher.add_object_patch(key, part)
-    host = getattr(vae, f"memory_used_{method}")
-    starts = (progress.start, part.start, meter.start)
-    options: Any = dict(budget=budget, part=key, on_work=progress.expect, starts=starts)
-    if strips is None:
-        estimate = StreamEstimate(vae, method, host, **options)
-    else:
-        total = partial(model_management.get_total_memory, device)
-        counts = dict(splits=strips.splits, threshold=strips.threshold)
-        estimate = AutoEstimate(vae, method, host, total=total, **counts, **options)
-    setattr(vae, f"memory_used_{method}", estimate)
-    if method == "decode":
-        try_without_tiles(vae)
-    if key != method:
-        patcher.add_object_patch(method, StreamedAtOnce(patcher.get_model_object(method), part, estimate))
-    if strips is not None and isinstance(estimate, AutoEstimate):
-        in_strips = partial(_in_strips, half, strips, padding, progress)
-        below, on = patcher.get_model_object(method), partial(switch.set_to, True)
-        patcher.add_object_patch(method, AutoForward(below, on, estimate.needs, free, budget, in_strips, meter.chosen))
-    _measure(vae, method, meter, estimate)
-    return count
-
-
-def convolutions_of(vae: Any, half: str) -> int:
-    """Count the convolutions of one half."""
-    found = convolutions(vae.first_stage_model, predicate=lambda *_: True)
-    return sum(half_of(name) == half for name, _ in found)
-
-
-def _in_strips(half: str, strips: Tiling, padding: str, progress: AnyProgress, model: nn.Module) -> Any:
-    """Make a context in which the convolutions of one half of `model` run in strips."""
-    return patched(
-        model, strips.splits, threshold=strips.threshold, padding=padding, on_strip=progress.on_strip,
-        predicate=lambda name, _: half_of(name) == half,
-    )  # fmt: skip
-
-
-def _meter(vae: Any, half: str, streamed: bool, progress: Progress | AnyProgress, node: str) -> Meter:
-    meter = Meter(node, f"VAE {half}", streamed, torch.device(vae.device), progress)
-    progress.then(meter.look)
-    return meter
-
-
-def _measure(vae: Any, method: str, meter: Meter, estimate: Estimate) -> None:
-    """Have all of `method` measured, be it in strips or streamed by now."""
-    vae.patcher.add_object_patch(method, Measured(vae.patcher.get_model_object(method), meter, estimate.eager))
-
-
 def _id(node: type[io.ComfyNode]) -> str:
     """Find the node's id in the workflow; empty where it is called by hand."""
     return str(getattr(node.hidden, "unique_id", None) or "")
-
-
-def leave(vae: Any, half: str, method: str) -> None:
-    """Take off what a node of ours before this one has put on this half of `vae`, a copy: the last node counts."""
-    estimate = getattr(vae, f"memory_used_{method}")
-    if not isinstance(estimate, Estimate):
-        return
-    setattr(vae, f"memory_used_{method}", estimate.host)
-    measured = vae.patcher.object_patches.get(method)
-    if isinstance(measured, Measured):
-        vae.patcher.add_object_patch(method, measured.forward)
-    if method == "decode":
-        vae.patcher.object_patches.pop(RELIABLE, None)
-    for key, patch in list(vae.patcher.object_patches.items()):
-        if isinstance(patch, (StreamedForward, AutoForward)) and key in (
-            method,
-            part_of(vae.first_stage_model, half, method),
-        ):
-            vae.patcher.add_object_patch(key, _below(patch))
-        elif isinstance(patch, TiledForward) and half_of(key.rpartition(".")[0]) == half:
-            del vae.patcher.object_patches[key]
-            if patch.inner is not None:
-                vae.patcher.add_object_patch(key, patch.inner)
-
-
-def _below(patch: Any) -> Any:
-    """Find the method below all stand-ins of ours."""
-    while isinstance(patch, (StreamedForward, AutoForward)):
-        patch = patch.forward
-    return patch
 
 
 def _nothing_found(kind: str, name: str, half: str = "both") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -38,14 +39,7 @@ def load_latent(path: str | os.PathLike[str], medium: Medium = "image", trust: b
     """
     path = Path(path)
     header, read = opened(path, trust)
-    names = [name for name in header if not name.startswith("latent_format_version")]
-    known = [name for name in ("latent_tensor", "samples", "latents", "latent") if name in names]
-    if not known and len(names) != 1:
-        raise ValueError(
-            f"{path} holds {listed(names)} and none is called latent_tensor: give a .latent file from ComfyUI's "
-            "SaveLatent, or a file with one tensor."
-        )
-    name = (known or names)[0]
+    name = _name_of(path, header)
     dtype, shape = header[name]
     if dtype not in FLOATS:
         raise ValueError(
@@ -65,6 +59,18 @@ def load_latent(path: str | os.PathLike[str], medium: Medium = "image", trust: b
     if still:
         return latent if medium == "video" else latent[:, :, 0]
     return latent if latent.dim() == sides + 1 else latent[None]
+
+
+def _name_of(path: Path, names: Iterable[str]) -> str:
+    """Which of a file's tensors is the latent. Raises ValueError where none is sure to be."""
+    names = [name for name in names if not name.startswith("latent_format_version")]
+    known = [name for name in ("latent_tensor", "samples", "latents", "latent") if name in names]
+    if not known and len(names) != 1:
+        raise ValueError(
+            f"{path} holds {listed(names)} and none is called latent_tensor: give a .latent file from ComfyUI's "
+            "SaveLatent, or a file with one tensor."
+        )
+    return (known or names)[0]
 
 
 def save_latent(path: str | os.PathLike[str], latent: Tensor) -> None:

@@ -89,13 +89,8 @@ def plan(file: VaeFile) -> Plan:
             f"{file.path} has a VAE like Wan's whose encoder has {len(widths)} levels with blocks of {len(levels)}: it "
             "is incomplete, download or export it again."
         )
-    config: dict[str, Any] = {
-        "base_dim": base,
-        "z_dim": shapes[inner][1],
-        "dim_mult": widths,
-        "num_res_blocks": len(levels[0].blocks),
-        "temperal_downsample": [level.in_time for level in levels[:-1]],
-    }
+    config: dict[str, Any] = dict(base_dim=base, z_dim=shapes[inner][1], dim_mult=widths)
+    config |= dict(num_res_blocks=len(levels[0].blocks), temperal_downsample=[one.in_time for one in levels[:-1]])
     narrow = shapes[inner][0]
     if narrow != base * widths[-1]:
         if narrow % widths[-1]:

@@ -84,16 +84,10 @@ class Loss:
 
 @torch.no_grad()
 def sample(
-    model: Denoiser,
-    config: DiffusionConfig,
-    noise: Tensor,
-    *,
-    steps: Optional[int] = None,
-    sampler: str = "ancestral",
-    generator: Optional[torch.Generator] = None,
-    patches_at_once: int = 0,
+    model: Denoiser, config: DiffusionConfig, noise: Tensor, *, steps: Optional[int] = None,
+    sampler: str = "ancestral", generator: Optional[torch.Generator] = None, patches_at_once: int = 0,
     on_step: Optional[OnStep] = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Images `[N, C, H, W]` in 0..1, float32, from `noise` of that shape.
 
     model: a `PatchDenoiser`, or whatever is called as one. steps: None for all timesteps, otherwise so many of them,
@@ -119,17 +113,9 @@ def sample(
     if sampler == "dpm++":
         return (_multistep(predicted, image, share, used, tell) + 1) / 2
     image = denoise(
-        [predicted],
-        image,
-        None,
-        share=share,
-        splits=(),
-        steps=used,
-        learn_sigma=False,
-        ddim=sampler == "ddim",
-        generator=generator,
-        on_step=tell,
-    )
+        [predicted], image, None, share=share, splits=(), steps=used, learn_sigma=False, ddim=sampler == "ddim",
+        generator=generator, on_step=tell,
+    )  # fmt: skip
     return (image + 1) / 2
 
 

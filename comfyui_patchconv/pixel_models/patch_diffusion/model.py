@@ -69,29 +69,12 @@ class PatchUNet(nn.Module):
             nn.SiLU(),
         )
         self.label_embs = nn.Embedding(config.classes + 1, widths[0]) if config.classes else None
-        self.input_blocks = nn.ModuleList([_Steps(nn.Conv2d(pixels, widths[0], 3, padding=1))])
-        skips, resolution = [widths[0]], config.positions
-        for level, width in enumerate(widths):
-            for _ in range(config.blocks):
-                self.input_blocks.append(self._block(width, width, resolution))
-                skips.append(width)
-            if level + 1 < len(widths):
-                self.input_blocks.append(_Steps(_Down(width, widths[level + 1])))
-                skips.append(widths[level + 1])
-                resolution //= 2
+        self.input_blocks, skips = self._way_down(pixels)
         width = widths[-1]
         self.middle_block = _Steps(
             _Residual(config, width, width), _Attention(config, width), _Residual(config, width, width)
         )
-        self.output_blocks = nn.ModuleList()
-        for level, width in reversed(list(enumerate(widths))):
-            before = widths[-1] if level + 1 == len(widths) else width
-            for number in range(config.blocks + 1):
-                block = self._block(skips.pop() + (before if number == 0 else width), width, resolution)
-                if level and number == config.blocks:
-                    block.append(_Up(width, widths[level - 1]))
-                    resolution *= 2
-                self.output_blocks.append(block)
+        self.output_blocks = self._way_up(skips)
         width = widths[0]
         self.out = nn.Sequential(_norm(config, width), nn.SiLU(), nn.Conv2d(width, pixels, 3, padding=1))
         _zero(self.out[2])
@@ -101,6 +84,34 @@ class PatchUNet(nn.Module):
                 nn.Conv2d(2 * width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, pixels, 3, padding=1)
             )
         self.register_buffer("positions", position_table(width, config.positions), persistent=False)
+
+    def _way_down(self, pixels: int) -> tuple[nn.ModuleList, list[int]]:
+        """The blocks in front of the middle, and how many channels each of them leaves for one behind it."""
+        config, widths = self.config, self.config.widths
+        blocks = nn.ModuleList([_Steps(nn.Conv2d(pixels, widths[0], 3, padding=1))])
+        skips, resolution = [widths[0]], config.positions
+        for level, width in enumerate(widths):
+            for _ in range(config.blocks):
+                blocks.append(self._block(width, width, resolution))
+                skips.append(width)
+            if level + 1 < len(widths):
+                blocks.append(_Steps(_Down(width, widths[level + 1])))
+                skips.append(widths[level + 1])
+                resolution //= 2
+        return blocks, skips
+
+    def _way_up(self, skips: list[int]) -> nn.ModuleList:
+        """The blocks behind the middle. skips: see `_way_down`; they are taken from its end."""
+        config, widths = self.config, self.config.widths
+        blocks, resolution = nn.ModuleList(), config.positions // 2 ** (len(widths) - 1)
+        for level, width in reversed(list(enumerate(widths))):
+            for number in range(config.blocks + 1):
+                block = self._block(skips.pop() + width, width, resolution)
+                if level and number == config.blocks:
+                    block.append(_Up(width, widths[level - 1]))
+                    resolution *= 2
+                blocks.append(block)
+        return blocks
 
     def _block(self, before: int, width: int, resolution: int) -> _Steps:
         block = _Steps(_Residual(self.config, before, width))

@@ -45,14 +45,9 @@ def choose(
 
 
 def in_strips(
-    roots: Sequence[Node],
-    keep: Sequence[Node],
-    tuning: Tuning,
-    budget: Optional[int] = None,
-    held: int = 0,
-    room: Callable[[], int] = lambda: 1 << 62,
-    ranks: int = 1,
-) -> Schedule:
+    roots: Sequence[Node], keep: Sequence[Node], tuning: Tuning, budget: Optional[int] = None, held: int = 0,
+    room: Callable[[], int] = lambda: 1 << 62, ranks: int = 1,
+) -> Schedule:  # fmt: skip
     """The schedule in strips: the least work of those that stay within `budget`, and that find `room` for what they
     offload.
 
@@ -81,12 +76,11 @@ def in_strips(
         if schedule is None or not _better(schedule, best, budget, unused):
             break
         best, chosen = schedule, size
-    if budget is not None and best.peak > budget:
-        # What is placed while there is room stays where it is: less of it leaves more for what has to be there.
-        for part in (budget // 2, budget // 4):
-            schedule = trial(chosen, part, _WORTH * best.peak)
-            if schedule is not None and schedule.offloaded_at_once <= max(unused, best.offloaded_at_once):
-                best = schedule
+    # What is placed while there is room stays where it is: less of it leaves more for what has to be there.
+    for part in () if budget is None or best.peak <= budget else (budget // 2, budget // 4):
+        schedule = trial(chosen, part, _WORTH * best.peak)
+        if schedule is not None and schedule.offloaded_at_once <= max(unused, best.offloaded_at_once):
+            best = schedule
     return best
 
 

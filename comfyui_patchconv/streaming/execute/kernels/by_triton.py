@@ -90,12 +90,7 @@ def compute(
     if other is not None and other.sizes != x.sizes:
         return False, None
     out_pixels = to.sizes[3] if to is not None else pixels
-    ends = [one for one in (x, to) if one is not None]
-    by_channels = any(one.strides[1] == 1 < channels for one in ends)
-    by_pixels = any(one.strides[3] == 1 for one in ends)
-    most = _LEAST_CHANNELS if not by_channels else _MOST_CHANNELS // 2 if by_pixels else _MOST_CHANNELS
-    at_once = min(_power(channels), most)
-    of_pixels = min(_power(out_pixels), max(_TILE // at_once, 1))
+    at_once, of_pixels = _tile(x, to, out_pixels)
     turns = min(_TURNS, _power(-(-out_pixels // of_pixels))) if gathers else 1
     parts = -(-out_pixels // (of_pixels * turns))
     grid = parts, -(-channels // at_once), batch * frames
@@ -115,6 +110,17 @@ def compute(
         WRITES=out is not None, GATHERS=gathers, PIXELS=of_pixels, CHANNELS=at_once, TURNS=turns,
     )  # fmt: skip
     return launched, moments if launched else None
+
+
+def _tile(x: KernelView, to: Optional[KernelView], out_pixels: int) -> tuple[int, int]:
+    """Channels and pixels that a program computes at once: more of that one along which memory runs."""
+    channels = x.sizes[1]
+    ends = [one for one in (x, to) if one is not None]
+    by_channels = any(one.strides[1] == 1 < channels for one in ends)
+    by_pixels = any(one.strides[3] == 1 for one in ends)
+    most = _LEAST_CHANNELS if not by_channels else _MOST_CHANNELS // 2 if by_pixels else _MOST_CHANNELS
+    at_once = min(_power(channels), most)
+    return at_once, min(_power(out_pixels), max(_TILE // at_once, 1))
 
 
 def _power(count: int) -> int:
