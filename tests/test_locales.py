@@ -30,7 +30,7 @@ def test_every_node_is_read_whole() -> None:
         assert all("tooltip" in given for given in definition["outputs"].values()), node
 
 
-def test_the_languages() -> None:
+def test_there_are_the_languages_that_are_said_to_be() -> None:
     assert set(UPDATE["languages"]()) == set(LETTERS)
 
 

@@ -64,7 +64,7 @@ def test_what_is_not_known(tmp_path: Path, lines: list[str], content: bytes, wor
         list(ncnn.read(*written(tmp_path, lines, content)))
 
 
-def test_other_files(tmp_path: Path) -> None:
+def test_other_files_are_refused_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "a.param").write_text("hello\nworld\n")
     with pytest.raises(ValueError, match="begins with 'hello'"):
         list(ncnn.read(tmp_path / "a.param", tmp_path / "a.param"))

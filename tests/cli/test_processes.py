@@ -101,7 +101,9 @@ def test_one_video_and_one_sound_over_all(ready: Ready, tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize("spread", ["rows", "pictures"])
-def test_a_folder(ready: Ready, vae: Path, latents: Path, tmp_path: Path, spread: str) -> None:
+def test_a_folder_is_done_by_several_processes_but_for_what_cannot_be_read(
+    ready: Ready, vae: Path, latents: Path, tmp_path: Path, spread: str
+) -> None:
     """The rest is done where one cannot be read, and what is done is skipped the next time."""
     assert cli.main(arguments("decode", vae=vae, latent=latents, out=tmp_path / "one")) == 0
     (latents / "bad.latent").write_text("not a latent at all")
@@ -165,7 +167,7 @@ def test_killed_and_started_again(ready: Ready, vae: Path, latents: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_torchrun(vae: Path, latents: Path, tmp_path: Path) -> None:
+def test_torchrun_gives_the_picture_of_one_process(vae: Path, latents: Path, tmp_path: Path) -> None:
     given = arguments(
         "decode", vae=vae, latent=latents / "2.latent", out=tmp_path / "out.png", silent_seconds=int(LIMIT)
     )

@@ -126,7 +126,7 @@ def test_alpha_is_kept_or_dropped(tmp_path: Path, model: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "I;16", "CMYK"])
-def test_every_mode(tmp_path: Path, model: Path, mode: str) -> None:
+def test_pictures_of_every_mode_are_upscaled(tmp_path: Path, model: Path, mode: str) -> None:
     grey = Image.fromarray(noise(20, 16, 1)[..., 0])
     image = Image.fromarray(noise(20, 16)) if mode in ("P", "CMYK") else grey
     if mode == "I;16":
@@ -226,7 +226,9 @@ def test_weights_that_are_not_finite_are_named(
     assert not (tmp_path / "out.png").exists()
 
 
-def test_no_picture(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_picture_is_refused_in_a_sentence(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "in.png").write_text("hello")
     run(model, tmp_path / "out.png", tmp_path / "in.png", code=2)
     assert "in.png cannot be read as a picture" in capsys.readouterr().err
@@ -234,7 +236,7 @@ def test_no_picture(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[s
     assert "its name must end in .png or .tif or .tiff" in capsys.readouterr().err
 
 
-def test_half_precision(tmp_path: Path, model: Path) -> None:
+def test_half_precision_is_near_to_single(tmp_path: Path, model: Path) -> None:
     image = noise(32, 24)
     run(model, tmp_path / "out.png", written(tmp_path / "in.png", image), options=("--dtype", "bfloat16"))
     assert np.abs(levels(tmp_path / "out.png").astype(int) - whole(model, image).astype(int)).mean() < 4

@@ -31,7 +31,9 @@ SHAPES = {"decode": (1, 4, 19, 16), "encode": (1, 3, 152, 128)}
 @pytest.mark.parametrize("budget", [None, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("part", SHAPES)
-def test_a_vae(device: torch.device, part: str, dtype: torch.dtype, budget: Any, last: bool) -> None:
+def test_a_streamed_vae_is_as_near_to_float64_as_eager(
+    device: torch.device, part: str, dtype: torch.dtype, budget: Any, last: bool
+) -> None:
     order = torch.channels_last if last else torch.contiguous_format
     model: Any = vae(device, dtype, (16, 16, 32, 32))
     model.to(memory_format=order)
@@ -45,7 +47,7 @@ def test_a_vae(device: torch.device, part: str, dtype: torch.dtype, budget: Any,
 
 
 @pytest.mark.parametrize("seed", range(24))
-def test_random_networks(device: torch.device, seed: int) -> None:
+def test_random_networks_give_eagers_result(device: torch.device, seed: int) -> None:
     operators, channels = random_network(seed, device)
     x = drawn(device, 2, channels, 6 + seed % 12, 7, seed=seed).double()
 
@@ -61,7 +63,7 @@ def test_random_networks(device: torch.device, seed: int) -> None:
 
 
 @pytest.mark.parametrize("mode", ["constant", "reflect", "replicate", "circular"])
-def test_padding(device: torch.device, mode: str) -> None:
+def test_padding_of_every_mode_gives_eagers_result(device: torch.device, mode: str) -> None:
     x, weight = drawn(device, 1, 4, 60, 40), drawn(device, 4, 4, 5, 5) / 10
 
     def run(map: Tensor) -> Tensor:
@@ -76,7 +78,7 @@ def test_padding(device: torch.device, mode: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("budget", [None, 1])
-def test_networks_of_diffusers(device: torch.device, name: str, budget: Any) -> None:
+def test_networks_of_diffusers_are_as_near_to_float64_as_eager(device: torch.device, name: str, budget: Any) -> None:
     pytest.importorskip("diffusers", reason="diffusers is not installed, which has these networks")
     if device.type == "cpu" and name not in ("tiny decode", "ltx decode"):
         pytest.skip("tests/streaming has all of them on a CPU")
@@ -94,7 +96,7 @@ def test_networks_of_diffusers(device: torch.device, name: str, budget: Any) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-def test_a_conv3d(device: torch.device, dtype: torch.dtype) -> None:
+def test_a_streamed_conv3d_is_as_near_to_float64_as_eager(device: torch.device, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv3d(4, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.SiLU(), nn.Conv3d(16, 3, 3))
     model = model.to(device, dtype).requires_grad_(False)

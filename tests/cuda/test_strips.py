@@ -26,7 +26,7 @@ def tiled(module: nn.Module, splits: int = 5, **settings: Any) -> nn.Module:
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", SIDES, ids=lambda kind: kind.__name__)
-def test_forward(device: torch.device, kind: Any, mode: str, dtype: torch.dtype) -> None:
+def test_strips_give_eagers_result(device: torch.device, kind: Any, mode: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     module = kind(8, 16, 5, padding=2, stride=2, padding_mode=mode).to(device, dtype)
     input = drawn(device, 2, 8, *SIDES[kind], dtype=dtype)
@@ -49,7 +49,7 @@ def test_strips_of_every_kernel(device: torch.device, kernel: int, sequential: b
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_gradients(device: torch.device, mode: Any) -> None:
+def test_strips_give_eagers_gradients(device: torch.device, mode: Any) -> None:
     torch.manual_seed(0)
     module = nn.Conv2d(8, 8, 3, padding=1, padding_mode=mode).to(device).double()
     input = drawn(device, 2, 8, 40, 24).double().requires_grad_()

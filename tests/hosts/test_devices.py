@@ -247,7 +247,7 @@ def test_what_a_worker_cannot_import_runs_here() -> None:
     assert run.outcomes[0].alone.endswith("cannot have the model: ModuleNotFoundError: No module named 'some_pack'")
 
 
-def test_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_device_computes_alone_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     network, z = half(), latent()
     for wanted in ("one", "1"):
         run = Run(network, wanted)
@@ -267,7 +267,7 @@ def test_no_number_of_workers(text: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("wanted", ["", "none", "0", 2])
-def test_no_choice(wanted: Any) -> None:
+def test_what_is_no_choice_of_devices_is_refused(wanted: Any) -> None:
     with pytest.raises(ValueError, match=r"^devices is .*: use one, all or a number of devices such as 2\.$"):
         Spread(wanted)
 
@@ -297,7 +297,7 @@ def test_workers_that_are_busy_are_left_alone() -> None:
     assert run.outcomes[-1].alone == "the workers are busy with another call"
 
 
-def test_upscaling() -> None:
+def test_pictures_are_upscaled_over_devices() -> None:
     model = upscaler()
     images = torch.rand(2, 40, 24, 3, generator=torch.Generator().manual_seed(0))
     outcomes: list[Outcome] = []
@@ -309,7 +309,7 @@ def test_upscaling() -> None:
     assert outcomes == [Outcome("3 processes")] * 2
 
 
-def test_packing() -> None:
+def test_a_packed_network_arrives_as_it_was() -> None:
     """Types, layouts, what is shared, and devices, but not what stands in for methods."""
     network: Any = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network.half, network.again, network.forward = torch.ones(2, dtype=torch.bfloat16), network.weight, Wrapper()

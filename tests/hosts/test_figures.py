@@ -101,7 +101,7 @@ def test_a_count_of_eager_below_what_we_took_is_no_comparison() -> None:
     assert ORANGE in colors(draw([figures]))
 
 
-def test_units() -> None:
+def test_sizes_and_times_are_printed_in_units_of_their_size() -> None:
     assert [size_of(value * MIB) for value in (0.4, 1023, 1024)] == ["0 MiB", "1023 MiB", "1.00 GiB"]
     assert [time_of(value) for value in (0.034, 1.26, 99.9, 100, 3605)] == [
         "0.03 s", "1.3 s", "99.9 s", "1 min 40 s", "60 min 05 s",

@@ -10,7 +10,7 @@ from comfyui_patchconv.hosts.numbers import check_number
 
 
 @pytest.mark.parametrize("value", [0, 3, 2.5])
-def test_numbers_pass(value: float) -> None:
+def test_numbers_from_nothing_on_pass(value: float) -> None:
     check_number("budget", value, "GiB")
 
 
@@ -20,7 +20,7 @@ def test_anything_else_is_refused_in_a_sentence(value: object) -> None:
         check_number("budget", value, "GiB")
 
 
-def test_whole_numbers() -> None:
+def test_whole_numbers_alone_pass_where_they_are_asked_for() -> None:
     check_number("splits", 2.0, "strips", whole=True)
     with pytest.raises(ValueError, match=r"splits is 1\.5"):
         check_number("splits", 1.5, "strips", whole=True)

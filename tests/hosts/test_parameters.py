@@ -44,7 +44,7 @@ def test_an_image_made_without_it_changes_nothing() -> None:
     assert {from_infotext(name, {"Steps": "2"}) for name in NAMES} == {None}
 
 
-def test_arguments() -> None:
+def test_arguments_come_in_order_or_by_name() -> None:
     settings = Settings("stream", vae=True, unet=False, splits=3, threshold=1.0, budget=2.0)
     assert settings_of([True, "stream", True, False, 3, 1.0, 2.0], {}) == settings
     named = {"enabled": True, "mode": "stream", "splits": 3, "threshold": 1.0, "budget": 2.0}
@@ -92,7 +92,7 @@ def test_nothing_asked_for(args: list[Any]) -> None:
         ({"mode": "tile"}, "mode is 'tile': use 'auto', 'patch' or 'stream'."),
     ],
 )
-def test_wrong_arguments(named: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_are_refused_in_a_sentence(named: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         settings_of([{"enabled": True, **named}], {})
     assert str(error.value) == message
@@ -144,7 +144,7 @@ def test_any_parameters_can_be_pasted(parameters: dict[str, str]) -> None:
         settings_of(read, {})
 
 
-def test_what_counts() -> None:
+def test_a_control_counts_where_something_heeds_it() -> None:
     assert heeded("patch", vae=True, unet=False, upscalers=False) == {"splits", "threshold"}
     assert heeded("stream", vae=True, unet=False, upscalers=False) == {"budget"}
     assert heeded("stream", vae=True, unet=True, upscalers=False) == {"splits", "threshold", "budget"}

@@ -342,13 +342,13 @@ def test_whoever_only_wants_to_be_rescued_hears_of_nothing_else(
         ({"budget": "2"}, "budget is '2': use a number of GiB, or 0."),
     ],
 )
-def test_wrong_settings(values: dict[str, Any], message: str) -> None:
+def test_wrong_settings_are_refused_in_a_sentence(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         Settings(**values)
     assert str(error.value) == message
 
 
-def test_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_is_what_the_system_calls_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.free(torch.device("cpu")) > 2**20
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:  4096 kB\nMemFree:  1 kB\nMemAvailable:  2048 kB\n")

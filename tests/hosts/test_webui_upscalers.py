@@ -228,7 +228,7 @@ class Tab:
         return Extras(self.module, "run_postprocessing", begin, lambda toggle: self.told.append(toggle.report()))
 
 
-def test_extras() -> None:
+def test_extras_are_untiled_while_they_run() -> None:
     host = Upscalers()
     before, tab = host.functions(), Tab(host)
     tab.upscales = True

@@ -55,7 +55,7 @@ def images(count: int = 4) -> Tensor:
     [("sqrt_snr", 0.5, 2), ("p2", 0.25 / math.sqrt(1.25), 4 / math.sqrt(5)), ("snr", 0.25, 4), ("snr+1", 1.25, 5),
      ("truncated_snr", 1, 4)],
 )  # fmt: skip
-def test_weights(name: str, at_quarter: float, at_four: float) -> None:
+def test_weights_of_the_loss_follow_their_formulas(name: str, at_quarter: float, at_four: float) -> None:
     assert_same(WEIGHTS[name](torch.tensor([0.25, 4.0])), torch.tensor([at_quarter, at_four], dtype=torch.float32))
     steps = torch.tensor([3, 500, 999, 0])
     share = signal_share(0.02)[steps]
@@ -229,7 +229,9 @@ def test_the_tensorflow_versions_file(tmp_path: Path) -> None:
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
-def test_wrong_imports(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_imports_that_cannot_be_are_refused_in_a_sentence(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for out, weights, says in (
         (tmp_path / "out.pt", model, "must end in .safetensors"),
         (tmp_path / "missing" / "out.safetensors", model, "does not exist"),
@@ -309,7 +311,7 @@ def test_wrong_input_is_one_sentence(
     assert not list(tmp_path.glob("out*"))
 
 
-def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_stops_goes_on_and_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_images(tmp_path / "images", size=(20, 24))
     out = tmp_path / "out"
     common = (
@@ -357,7 +359,7 @@ def test_training_of_one_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     run("sample", "cpu", "grid", tmp_path / "both.safetensors", 1, tmp_path / "grid.png", *FEW)
 
 
-def test_wrong_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_that_cannot_be_is_refused_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for given, says in (
         ((tmp_path / "none", "--out", tmp_path / "out"), "holds no image"),
         ((write_images(tmp_path / "images"), "--out", tmp_path / "out", "--steps", 0), "steps is 0"),

@@ -127,7 +127,7 @@ def expected_of(block: Block, shape: tuple[int, ...], device: torch.device, dtyp
 
 @pytest.mark.parametrize("linear", [False, True], ids=["convolutions", "linear layers"])
 @pytest.mark.parametrize("form", FORMS)
-def test_attention(form: str, linear: bool) -> None:
+def test_attention_of_every_form_is_deferred_and_gives_eagers_result(form: str, linear: bool) -> None:
     block, x = Block(FORMS[form], linear), image(batch=2)
     expected = block(x)
     report: dict[str, int] = {}

@@ -49,7 +49,7 @@ class TestEager:
         assert peak == 8 * 16 * 16 * 4
 
     @pytest.mark.parametrize("inference", [False, True])
-    def test_inference_mode(self, inference: bool) -> None:
+    def test_peak_is_counted_in_inference_mode_and_leaves_it_as_it_was(self, inference: bool) -> None:
         layer = nn.Conv2d(4, 8, 3, padding=1)
         with torch.inference_mode(inference):
             peak = peak_activations(layer, lambda copy, make: copy(make((1, 4, 16, 16))), device=CPU)

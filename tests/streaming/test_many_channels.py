@@ -62,7 +62,7 @@ def test_result_and_strides_are_eagers(tuning: Tuning, batch: int, order: torch.
 
 
 @strips
-def test_video(tuning: Tuning) -> None:
+def test_a_video_of_many_channels_gives_eagers_result(tuning: Tuning) -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv3d(CHANNELS, CHANNELS, 3, padding=1), nn.SiLU(), nn.Conv3d(CHANNELS, 3, 3, padding=1))
     x = torch.randn(1, CHANNELS, 3, 70, 9)

@@ -43,7 +43,7 @@ all_tunings = pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
 
 @pytest.mark.parametrize("inference", [True, False], ids=["inference", "no grad"])
 @pytest.mark.parametrize("name", CASES)
-def test_models(name: str, inference: bool) -> None:
+def test_networks_of_diffusers_give_eagers_result_and_evaluate_nothing_whole(name: str, inference: bool) -> None:
     build, run, input = CASES[name]
     model = draw_weights(build())
     with torch.inference_mode(inference), torch.no_grad():
@@ -57,7 +57,9 @@ def test_models(name: str, inference: bool) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([1, 500, 4_000]), st.integers(1, 3), st.integers(6, 17), st.booleans())
-def test_random_networks(seed: int, strip_bytes: int, holds: int, height: int, inference: bool) -> None:
+def test_random_networks_give_eagers_result(
+    seed: int, strip_bytes: int, holds: int, height: int, inference: bool
+) -> None:
     operators, channels = random_network(seed)
     x = torch.randn(2, channels, height, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     run = streamed(lambda map: run_network(operators, map, holds), tuning=Tuning(strip_bytes, always=True))
@@ -98,7 +100,7 @@ class TestAliases:
         x = torch.randn(1, 2, 9, 5)
         assert_same(streamed(run, tuning=tuning)(x), run(x), 1e-6)
 
-    def test_detach_shares(self, tuning: Tuning) -> None:
+    def test_a_write_to_what_detach_gives_reaches_the_map(self, tuning: Tuning) -> None:
         def run(x: Tensor) -> Tensor:
             y = x * 2
             y.detach().add_(1)
@@ -262,7 +264,7 @@ def from_the_exact(result: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-def test_autocast(weights: torch.dtype) -> None:
+def test_autocast_casts_in_strips_what_it_casts_in_eager(weights: torch.dtype) -> None:
     """Automatic1111 encodes under it: the casts are those of eager, and nothing else is cast."""
     model, x = block().to(weights), torch.randn(1, 4, 64, 48)
     exact = block().to(weights).double()(x.double())

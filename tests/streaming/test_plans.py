@@ -250,24 +250,24 @@ class TestSmallCalls:
         assert runner.calls == len(calls)
         return found
 
-    def test_alike(self) -> None:
+    def test_a_call_that_is_alike_is_not_recorded_again(self) -> None:
         x = torch.randn(1, 4, 256, 256)
         assert self.recorded([(x,), (torch.randn_like(x),)]) == [True, False]
 
-    def test_of_another_shape_or_order(self) -> None:
+    def test_one_of_another_shape_or_order_is_recorded(self) -> None:
         x = torch.randn(1, 4, 256, 256)
         others = x[:, :, :128], x.contiguous(memory_format=torch.channels_last)
         assert self.recorded([(x,), *((other,) for other in others), (x,)]) == [True, True, True, False]
 
-    def test_within_a_budget_that_eager_exceeds(self) -> None:
+    def test_one_that_eager_runs_beyond_the_budget_is_recorded(self) -> None:
         x = torch.randn(1, 4, 256, 256)
         assert self.recorded([(x,), (x,)], budget=3 << 20) == [True, True]
 
-    def test_always(self) -> None:
+    def test_one_that_is_always_to_be_streamed_is_recorded(self) -> None:
         x = torch.randn(1, 4, 256, 256)
         assert self.recorded([(x,), (x,)], tuning=Tuning(always=True)) == [True, True]
 
-    def test_with_gradients_on(self) -> None:
+    def test_one_with_gradients_on_is_recorded(self) -> None:
         x, runner = torch.randn(1, 4, 256, 256), Streamed()
         for _ in range(3):
             before = runner.last
@@ -295,7 +295,7 @@ class TestSmallCalls:
                 runner.call(lambda map: self.module(map), (x,), {})
                 assert runner.last is not before
 
-    def test_another_module(self) -> None:
+    def test_one_of_another_module_is_recorded(self) -> None:
         x, runner = torch.randn(1, 4, 256, 256), Streamed()
         with torch.no_grad():
             for module in (self.module, deepcopy(self.module)):
@@ -305,7 +305,7 @@ class TestSmallCalls:
 
 
 @pytest.mark.parametrize("budget", [0, -1, 1.5, "2GiB", True])
-def test_a_wrong_budget(budget: Any) -> None:
+def test_a_budget_that_is_no_number_of_bytes_is_refused(budget: Any) -> None:
     with (
         pytest.raises(ValueError, match=r"budget is .* give a whole number of bytes above 0"),
         stream(kl(4), budget=budget),
@@ -485,7 +485,7 @@ class TestWritesInPlace:
          "of_an_argument", "of_another_layout", "where_a_type_is_kept"],
     )  # fmt: skip
     @torch.no_grad()
-    def test_as_eager(self, name: str) -> None:
+    def test_eagers_schedule_takes_what_eager_takes(self, name: str) -> None:
         def eagerly(roots: Any, keep: Any, tuning: Any, budget: Any, held: int, *_: Any) -> Schedule:
             return eager_schedule(roots, keep, held)
 
@@ -523,7 +523,7 @@ class TestCopies:
         assert peak_activations(model, lambda copy, make: copy(make((1, 2, 8, 8))), device=CPU) == 2 * 2 * 64 * 4
         assert not calls
 
-    def test_attributes(self) -> None:
+    def test_the_copy_has_the_attributes_that_are_given(self) -> None:
         model, seen = nn.Sequential(nn.Dropout(0.5), nn.Identity()), []
         peak_activations(
             model,

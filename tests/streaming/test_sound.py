@@ -268,7 +268,7 @@ LAYERS = [_convolution, _convolution, _transposed, _upsampling, _pad, _activatio
 
 @settings(max_examples=120, deadline=None)
 @given(st.data())
-def test_random_networks(data: st.DataObject) -> None:
+def test_random_networks_of_sound_give_eagers_result(data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 10**6)))
     channels, layers = 4, list[Layer]()
     for _ in range(data.draw(st.integers(1, 7))):

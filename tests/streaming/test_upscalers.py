@@ -26,7 +26,7 @@ def spandrel() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_streamed_as_whole(name: str) -> None:
+def test_every_architecture_gives_the_picture_of_the_whole(name: str) -> None:
     model = made(name)
     image = torch.rand(1, 3, 64, 64)
     expected = first(model(image.clone()))  # one of them writes into it

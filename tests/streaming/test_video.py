@@ -301,7 +301,7 @@ def test_strips_of_video_go_to_the_kernel_of_the_whole() -> None:
     st.tuples(*[st.integers(0, 2)] * 3),
     st.booleans(),
 )
-def test_small_video(
+def test_conv3d_of_a_small_video_gives_torchs_result(
     sizes: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], bias: bool
 ) -> None:
     x, weight = torch.randn(1, *sizes), torch.randn(5, sizes[0], *kernel)

@@ -11,9 +11,6 @@ from ..graph.node import Node, Span
 _TWICE = 0.25
 """The share of its work that a rank may do for rows beyond its band, which another one computes, too."""
 
-_LEAST_WORK = 1 << 28
-"""Multiplications that a rank would do a second time, below which one more exchange of rows takes longer."""
-
 
 def band(rows: int, rank: int, ranks: int) -> Span:
     """The rows of a map of so many that are `rank`'s: as many as any other's, or one more. Some have none if there are
@@ -35,10 +32,11 @@ def reach(order: Sequence[Node], bands: Mapping[Node, Span]) -> dict[Node, Span]
     return found
 
 
-def cut_for(order: Sequence[Node], roots: Collection[Node], ranks: int) -> Optional[list[Node]]:
+def cut_for(order: Sequence[Node], roots: Collection[Node], ranks: int, worth: int) -> Optional[list[Node]]:
     """What to store before a pass to `roots`, so that its ranks compute few rows twice; None where they do.
 
-    order: its steps. A pass of many convolutions, one behind the other, reads further beyond a band the more they are.
+    order: its steps. worth: multiplications; fewer are done twice rather than rows exchanged once more. A pass of many
+    convolutions, one behind the other, reads further beyond a band the more they are.
     """
     rank = ranks // 2
     read = reach(order, {root: band(root.rows, rank, ranks) for root in roots})
@@ -49,7 +47,7 @@ def cut_for(order: Sequence[Node], roots: Collection[Node], ranks: int) -> Optio
         work = node.row_bytes // max(node.itemsize, 1) * (node.step.work if node.step is not None else 1)
         once.append((last - first) * work)
         twice.append(max(high - low - (last - first), 0) * work)
-    if sum(twice) <= max(_TWICE * sum(once), _LEAST_WORK):
+    if sum(twice) <= max(_TWICE * sum(once), worth):
         return None
     after = [list(accumulate(reversed(each)))[::-1] for each in (twice, once)]  # from each step on
     first = next(place for place in range(1, len(order)) if after[0][place] <= _TWICE * after[1][place])

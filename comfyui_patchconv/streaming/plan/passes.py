@@ -165,7 +165,7 @@ class Passes:
     def _cut_for_bands(self, roots: Sequence[Node]) -> None:
         """Where ranks would compute many rows at the edges of their bands twice, store what lies between beforehand."""
         order = self._maps.steps_to(roots)
-        between = cut_for(order, roots, self._ranks) if order else None
+        between = cut_for(order, roots, self._ranks, self._tuning.worth_an_exchange) if order else None
         if between is not None and self._maps.unstored.isdisjoint(between):
             self._store(between)
 

@@ -16,14 +16,16 @@ class Tuning:
     strip_bytes: of all strips of the widest step that are alive at once; None for what suits the device.
     allocator_bytes: what a plan counts for freed strips that an allocator keeps; None for what it may keep on the
     device. always: stream even where eager would take less memory, or a little more memory and less time.
-    worth_a_cut: a pass is split in two where that takes less than this share of its memory. silent_seconds: after which
-    a rank that nothing is heard of ends the call of all.
+    worth_a_cut: a pass is split in two where that takes less than this share of its memory. worth_an_exchange:
+    multiplications that a rank would do for rows of others, from which on ranks exchange these rows instead.
+    silent_seconds: after which a rank that nothing is heard of ends the call of all.
     """
 
     strip_bytes: Optional[int] = None
     allocator_bytes: Optional[int] = None
     always: bool = False
     worth_a_cut: float = 0.8
+    worth_an_exchange: int = 1 << 28
     silent_seconds: float = 60.0
 
 

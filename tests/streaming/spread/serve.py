@@ -29,11 +29,9 @@ from cases import CASES  # noqa: E402
 
 from comfyui_patchconv.streaming import Streamed, Tuning  # noqa: E402
 from comfyui_patchconv.streaming.execute import loop  # noqa: E402
-from comfyui_patchconv.streaming.plan import bands as plan_bands  # noqa: E402
 from streaming.comparing import assert_alike, copied, seed_all, tensors_in  # noqa: E402
 
 RANKS = 4
-least_work = plan_bands._LEAST_WORK
 c10d: Any = dist
 
 
@@ -62,13 +60,13 @@ def found(asked: dict[str, Any], groups: dict[int, Any]) -> dict[str, Any]:
     seed_all()
     expected = function(*args)
     always = asked.get("always", True)
-    tuning = Tuning(strip_bytes=asked.get("strip_bytes"), allocator_bytes=asked.get("allocator_bytes"), always=always)
+    settings = ("strip_bytes", "allocator_bytes", "worth_an_exchange")
+    tuning = Tuning(always=always, **{name: asked[name] for name in settings if name in asked})
     budget = asked.get("budget")
     if isinstance(budget, list):
         budget = budget[dist.get_rank()]
     runner = Streamed(budget, tuning=tuning, group=groups[asked["ranks"]])
     seed_all()
-    plan_bands._LEAST_WORK = asked.get("least_work", least_work)
     short = asked.get("short_of_memory") == dist.get_rank()
     if asked.get("measured"):
         result, memory = allocated(lambda: runner.call(function, others, {}))

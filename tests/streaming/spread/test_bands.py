@@ -72,9 +72,9 @@ def test_only_halos_move(ranks: int) -> None:
     assert {move.bytes for move in moves} == {2 * 4 * 4}
 
 
-def test_few_rows_are_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_are_computed_twice() -> None:
     """A hundred convolutions, one behind the other, over bands of 64 rows: what lies between some of them is stored."""
-    monkeypatch.setattr(bands, "_LEAST_WORK", 0)
+    tuning = Tuning(always=True, worth_an_exchange=0)
     cpu, rows, ranks = torch.device("cpu"), 256, 4
     last = node(rows)
     last.tensor = "the input"
@@ -82,7 +82,7 @@ def test_few_rows_are_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(100):
         last = node(rows, 3, last)
         last.device = cpu
-    schedule = choose([last], [], Tuning(always=True), None, 0, ranks=ranks)
+    schedule = choose([last], [], tuning, None, 0, ranks=ranks)
     passes = [step for step in schedule.steps if isinstance(step, Pass)]
     assert 1 < len(passes) < 20
     computed = sum(
@@ -92,4 +92,4 @@ def test_few_rows_are_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         if one in one_pass.order
     )
     assert computed <= (1 + bands._TWICE) * 100 * rows / ranks
-    assert len(choose([last], [], Tuning(always=True), None, 0).steps) == 1
+    assert len(choose([last], [], tuning, None, 0).steps) == 1

@@ -24,19 +24,19 @@ COUNTS = pytest.mark.parametrize("count", [2, 3, 4])
     ],
     ids=str,
 )  # fmt: skip
-def test_as_eager(ranks: Ranks, case: tuple[Any, ...], count: int) -> None:
+def test_all_ranks_give_eagers_result(ranks: Ranks, case: tuple[Any, ...], count: int) -> None:
     for strip_bytes in (1, 2_000):
         ranks.run(*case, ranks=count, strip_bytes=strip_bytes)
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_random_networks(ranks: Ranks, seed: int) -> None:
+def test_random_networks_give_eagers_result_on_all_ranks(ranks: Ranks, seed: int) -> None:
     for count, height in ((2, 9), (3, 14), (4, 7)):
         ranks.run("network", seed, height, ranks=count, strip_bytes=400, inference=bool(seed % 2))
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_random_programs(ranks: Ranks, seed: int) -> None:
+def test_random_programs_give_eagers_result_on_all_ranks(ranks: Ranks, seed: int) -> None:
     for count in (2, 3):
         ranks.run("program", seed, ranks=count, strip_bytes=200, strides=False)
 
@@ -84,15 +84,15 @@ def test_memory_is_shared_out(ranks: Ranks) -> None:
 
 @COUNTS
 def test_cut_where_rows_would_be_computed_twice(ranks: Ranks, count: int) -> None:
-    cut = ranks.run("without_norms", ranks=count, strip_bytes=1, least_work=0)
+    cut = ranks.run("without_norms", ranks=count, strip_bytes=1, worth_an_exchange=0)
     usual = ranks.run("without_norms", ranks=count, strip_bytes=1)
     assert [one["messages"] for one in cut] > [one["messages"] for one in usual]
-    ranks.run("several", ranks=count, strip_bytes=1, least_work=0)
+    ranks.run("several", ranks=count, strip_bytes=1, worth_an_exchange=0)
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_random_networks_with_cuts(ranks: Ranks, seed: int) -> None:
-    ranks.run("network", seed, 23, ranks=2 + seed % 3, strip_bytes=400, least_work=0)
+    ranks.run("network", seed, 23, ranks=2 + seed % 3, strip_bytes=400, worth_an_exchange=0)
 
 
 def test_a_group_where_there_is_none_is_refused() -> None:
