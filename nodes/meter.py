@@ -108,9 +108,9 @@ class Meter:
         self._before.over = outcome.over
         self._before.alone = outcome.alone or self._before.alone
 
-    def left(self, eager: bool) -> None:
+    def ran(self, eager: bool) -> None:
         """Note whether a call that might have been streamed ran eagerly, for strips would have been no help."""
-        self._before.left = eager and self._before.left is not False
+        self._before.ran_eagerly = eager and self._before.ran_eagerly is not False
 
     def look(self) -> None:
         """Tell how far it is, now and then; called after each strip."""
@@ -142,7 +142,7 @@ class Meter:
         return figures
 
     def _tell(self, figures: Figures, state: State) -> None:
-        figures.strips, figures.state = 0 if figures.left else self.counter.strips, state
+        figures.strips, figures.state = 0 if figures.ran_eagerly else self.counter.strips, state
         self.figures = figures
         self._messenger.tell({"node": self.node, "prompt": self.prompt, **figures.as_json()})
 

@@ -78,7 +78,7 @@ def stream_half(
     free, switch = model_management.get_free_memory, Switch(strips is None)
     notes = (progress, progress.next_call, meter.missed)
     spread = several_devices(devices, meter.spread)
-    part = StreamedForward(patcher.get_model_object(key), budget, free, *notes, switch, meter.left, spread=spread)
+    part = StreamedForward(patcher.get_model_object(key), budget, free, *notes, switch, meter.ran, spread=spread)
     patcher.add_object_patch(key, part)
     starts = (progress.start, part.start, meter.start)
     options: Any = dict(budget=budget, part=key, on_work=progress.expect, starts=starts)

@@ -29,7 +29,7 @@ class Figures:
     that was not counted.
     timeline: (seconds, bytes) while it ran. state: stopped is what was cancelled or ended in an error. why: what spoke
     for the way that it ran, where that was chosen by itself. missed: how a budget was not kept. otherwise: what it is
-    compared with. left: whether all of what might have been streamed ran eagerly, for strips would have been no help;
+    compared with. ran_eagerly: whether all of what might have been streamed did, for strips would have been no help;
     None where that is not known. over: on what it ran, where on more than one device. alone: why it ran on one though
     more were asked for.
     """
@@ -46,7 +46,7 @@ class Figures:
     why: str = ""
     missed: str = ""
     otherwise: str = "without Patch Conv"
-    left: Optional[bool] = None
+    ran_eagerly: Optional[bool] = None
     over: str = ""
     alone: str = ""
 
@@ -77,7 +77,7 @@ class Figures:
 
         eager: for a sentence or a chart. eager_short: the same for a small place; missing where it says nothing.
         """
-        if self.streamed and self.left:
+        if self.streamed and self.ran_eagerly:
             way = "eager, for strips would not help"
         elif self.streamed:
             way = "streamed" + (f" in {self.strips} {'strip' if self.strips == 1 else 'strips'}" if self.strips else "")

@@ -37,7 +37,7 @@ class StreamedForward(Wrapper):
     budget: bytes, or 0 for the most of what is free when a decode or encode begins. free: asked for the bytes that are
     free on a device. on_progress: see `OnProgress`. on_call: called when one more call is about to be streamed.
     on_miss: called with the bytes that a call was expected to take, where these are more than the budget. switch: while
-    it is off nothing is streamed. on_left: called after each call with whether it did as eager does, for strips would
+    it is off nothing is streamed. on_ran: called after each call with whether it did as eager does, for strips would
     be no help. group: processes to stream over; None for this one. tuning: see `Tuning`. spread: devices to stream over
     in worker processes; None for this one.
     """
@@ -46,11 +46,11 @@ class StreamedForward(Wrapper):
         self, forward: Callable[..., Any], budget: int, free: Callable[[torch.device], int],
         on_progress: Optional[OnProgress] = None, on_call: Optional[Callable[[], None]] = None,
         on_miss: Optional[Callable[[int], None]] = None, switch: Optional[Switch] = None,
-        on_left: Optional[Callable[[bool], None]] = None, group: Any = None, tuning: Tuning = USUAL,
+        on_ran: Optional[Callable[[bool], None]] = None, group: Any = None, tuning: Tuning = USUAL,
         spread: Optional[Spread] = None,
     ) -> None:  # fmt: skip
         self.forward, self.budget, self.free = forward, budget, free
-        self.on_progress, self.on_call, self.on_miss, self.on_left = on_progress, on_call, on_miss, on_left
+        self.on_progress, self.on_call, self.on_miss, self.on_ran = on_progress, on_call, on_miss, on_ran
         self.switch, self.spread = switch or Switch(True), spread
         self._streamed = Streamed(on_progress=on_progress, tuning=tuning, group=group)
 
@@ -81,8 +81,8 @@ class StreamedForward(Wrapper):
         last = self._streamed.last
         if self.budget and self.on_miss is not None and last is not None and last.peak > self.budget:
             self.on_miss(last.peak)
-        if self.on_left is not None:
-            self.on_left(self._streamed.left)
+        if self.on_ran is not None:
+            self.on_ran(self._streamed.ran_eagerly)
         return result
 
 
@@ -91,7 +91,7 @@ class StreamedAtOnce(StreamedForward):
     that this takes less."""
 
     def __init__(self, forward: Callable[..., Any], part: StreamedForward, estimate: StreamEstimate) -> None:
-        notes = part.on_progress, part.on_call, part.on_miss, part.switch, part.on_left
+        notes = part.on_progress, part.on_call, part.on_miss, part.switch, part.on_ran
         super().__init__(forward, part.budget, part.free, *notes, spread=part.spread)
         self.estimate = estimate
         estimate.starts = (*estimate.starts, self.start)

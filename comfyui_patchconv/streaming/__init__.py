@@ -84,7 +84,7 @@ class Streamed:
     `streamed`.
 
     budget: may be changed between calls; a schedule is kept as long as it suits. calls: how many had something to
-    stream. last: the last that was recorded; a small call that is like one that ran eagerly is not. left:
+    stream. last: the last that was recorded; a small call that is like one that ran eagerly is not. ran_eagerly:
     whether the last one did all as eager does, for strips would be no help: as much memory, or much longer. sent,
     messages: bytes that this rank has sent to others of its group, and in how many pieces.
     """
@@ -99,7 +99,7 @@ class Streamed:
         self.report: dict[str, int] = {} if report is None else report
         self.calls = 0
         self.last: Optional[Call] = None
-        self.left = False
+        self.ran_eagerly = False
         self._schedules: OrderedDict[Any, Any] = OrderedDict()
         self._eager: OrderedDict[Any, int] = OrderedDict()
         self._large: OrderedDict[Any, int] = OrderedDict()
@@ -123,7 +123,7 @@ class Streamed:
         """What `function(*args, **kwargs)` returns."""
         if joins(args, kwargs):
             return function(*args, **kwargs)
-        self.left = False
+        self.ran_eagerly = False
         reason = eager_reason(args, kwargs)
         if reason is not None:
             self.report[reason] = self.report.get(reason, 0) + 1
@@ -139,7 +139,7 @@ class Streamed:
         alike = signature(function, given) if looked_at else None
         if alike in self._eager and self._is_small(self._eager[alike]):
             self.calls += 1
-            self.left = True
+            self.ran_eagerly = True
             return function(*args, **kwargs)
         result = self._record(function, args, kwargs)
         call = self.last
@@ -158,7 +158,7 @@ class Streamed:
         with undisturbed():
             result = call.run(function, args, kwargs)
         self.calls += call.recorder.deferred > 0
-        self.left = call.recorder.deferred > 0 and not call.in_strips
+        self.ran_eagerly = call.recorder.deferred > 0 and not call.in_strips
         if call.on_cpu and call.peak > _LARGE:
             trim()  # the program may make more such calls, as for a video's chunks, and holds what they gave meanwhile
         return result

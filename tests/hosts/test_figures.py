@@ -69,8 +69,8 @@ def test_long_timelines_keep_their_peak() -> None:
             Figures("VAE encoder", streamed=True, strips=2, seconds=3.0, alone="rank 1 has ended"),
             "VAE encoder streamed in 2 strips, 3.0 s, on one device: rank 1 has ended",
         ),
-        (Figures("VAE encoder", streamed=True, left=True), "VAE encoder eager, for strips would not help"),
-        (Figures("VAE encoder", streamed=True, left=False), "VAE encoder streamed"),
+        (Figures("VAE encoder", streamed=True, ran_eagerly=True), "VAE encoder eager, for strips would not help"),
+        (Figures("VAE encoder", streamed=True, ran_eagerly=False), "VAE encoder streamed"),
         (Figures("Model", state="stopped"), "Model whole (no convolution above the threshold), stopped"),
         (Figures("Model", strips=2, seconds=3.0, state="running"), "Model in up to 2 strips, 3.0 s so far"),
         (

@@ -47,7 +47,7 @@ def test_a_budget_is_kept_and_nothing_free_is_no_lack_of_one(vae: VAE) -> None:
 def test_what_strips_would_not_help_is_told(vae: VAE) -> None:
     """A latent of a few pixels is decoded as eager does; the second time without being looked at."""
     told: list[bool] = []
-    streamed = StreamedForward(vae.decoder.forward, 0, lambda _: 1 << 40, on_left=told.append)
+    streamed = StreamedForward(vae.decoder.forward, 0, lambda _: 1 << 40, on_ran=told.append)
     small, large = torch.randn(1, 4, 4, 4), torch.randn(1, 4, 1024, 1024)
     for z in (small, small, large):
         streamed(z)

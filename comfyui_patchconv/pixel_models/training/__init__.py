@@ -1,0 +1,1 @@
+"""What the training of both pixel models shares: images from a folder, and the loop."""
