@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -51,6 +52,40 @@ def no_collections() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+_RARELY = 50_000
+"""Objects that have come to be, and are still there, at which to look for garbage: more than a call's graph of some
+hundred steps has."""
+
+
+class _Thresholds:
+    """What `gc` had set before the first of the `blocks` that go on."""
+
+    def __init__(self) -> None:
+        self.blocks, self.before, self.lock = 0, gc.get_threshold(), threading.Lock()
+
+
+_thresholds = _Thresholds()
+
+
+@contextmanager
+def rare_collections() -> Iterator[None]:
+    """Within the block, and in other threads meanwhile, Python looks for circles of garbage more rarely: the code of
+    somebody else makes a large graph, and may make garbage too. What that code sets itself stays set."""
+    with _thresholds.lock:
+        if not _thresholds.blocks:
+            _thresholds.before = first, *others = gc.get_threshold()
+            if 0 < first < _RARELY:
+                gc.set_threshold(_RARELY, *others)
+        _thresholds.blocks += 1
+    try:
+        yield
+    finally:
+        with _thresholds.lock:
+            _thresholds.blocks -= 1
+            if not _thresholds.blocks and gc.get_threshold() == (_RARELY, *_thresholds.before[1:]):
+                gc.set_threshold(*_thresholds.before)
 
 
 def trim() -> None:

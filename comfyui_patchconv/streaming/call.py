@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, Optional
 from weakref import ref
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..memory.allocator import no_collections
+from ..memory.allocator import no_collections, rare_collections
 from .execute.buffers import require_room, room
 from .execute.loop import Loop
 from .execute.share import ALONE
@@ -71,7 +70,7 @@ class Call:
         given = [enter(value) for value in args]
         named = {name: enter(value) for name, value in kwargs.items()}
         # What is garbage, and no longer the program's, shall be so on all ranks at once.
-        with nullcontext() if self._ranks is None else no_collections():
+        with rare_collections() if self._ranks is None else no_collections():
             if self._ranks is not None:
                 self._inputs = sum_of(list(originals.values()))
             try:

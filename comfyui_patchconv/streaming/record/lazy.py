@@ -127,6 +127,13 @@ _without_memory = getattr(torch._C, "_set_throw_on_mutable_data_ptr", None)
 """Makes C++ code raise that asks a deferred tensor for its memory (torch 2.2 and later)."""
 
 
+def _without_values(kind: type[Any], view: View) -> Any:
+    spec = view.spec
+    return Tensor._make_wrapper_subclass(
+        kind, spec.shape, strides=spec.strides, storage_offset=spec.offset, dtype=spec.dtype, device=view.device
+    )
+
+
 class LazyTensor(Tensor):
     """Stands for what `view` shows. Its shape, strides, type and device are known, its values may not be yet."""
 
@@ -138,12 +145,13 @@ class LazyTensor(Tensor):
 
     @staticmethod
     def __new__(cls, view: View) -> LazyTensor:
-        spec = view.spec
         # All alike: views of others would be tracked. With gradients on a program may save them for some.
-        with torch._C._InferenceMode(not view.cell.recorder.gradients), torch.no_grad():
-            tensor = Tensor._make_wrapper_subclass(
-                cls, spec.shape, strides=spec.strides, storage_offset=spec.offset, dtype=spec.dtype, device=view.device
-            )
+        if view.cell.recorder.gradients:
+            with torch._C._InferenceMode(False), torch.no_grad():
+                tensor = _without_values(cls, view)
+        else:
+            with torch._C._InferenceMode(True):
+                tensor = _without_values(cls, view)
         if _without_memory is not None:
             _without_memory(tensor)
         tensor.view_ = view
