@@ -14,8 +14,13 @@ import torch
 
 
 def release(device: torch.device) -> None:
-    """Hand freed blocks of the device's caching allocator back, so that a smaller request can use them."""
+    """Hand freed blocks that the device's allocator keeps back, so that a smaller request can use them.
+
+    On a CPU that is the C library: of three strips of 25 MB each, behind which memory ran out, it kept all 75.
+    """
     gc.collect()
+    if device.type == "cpu":
+        trim()
     empty_cache = getattr(getattr(torch, device.type, None), "empty_cache", None)
     if empty_cache is not None:
         empty_cache()

@@ -1,4 +1,4 @@
-"""Garbage is looked for more rarely while a graph is made, and as often as before once it is there."""
+"""What an allocator keeps is handed back on demand, and garbage looked for as often as before a graph was made."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from conv_helpers import run_python
 from torch import Tensor, nn
 
-from comfyui_patchconv.memory.allocator import rare_collections
+from comfyui_patchconv.memory.allocator import _trim, rare_collections
 from comfyui_patchconv.streaming import Streamed
 
 
@@ -46,6 +47,28 @@ def test_what_somebody_else_sets_stays(chosen: tuple[int, int, int], usual: tupl
     with rare_collections():
         assert gc.get_threshold()[0] in (0, max(chosen[0], 50_000))
     assert gc.get_threshold() == chosen
+
+
+KEPT = """
+import torch
+from comfyui_patchconv.memory.allocator import keep_freed_blocks, release
+from comfyui_patchconv.memory.usage import anonymous
+
+keep_freed_blocks()
+before = anonymous()
+strips = [torch.ones(5 << 20) for _ in range(3)]  # of 21 MB each
+del strips
+kept = anonymous() - before
+release(torch.device("cpu"))
+print(kept, anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(_trim() is None, reason="the C library hands nothing back")
+def test_what_the_c_library_keeps_is_handed_back_where_memory_ran_out() -> None:
+    kept, left = map(int, run_python(KEPT).split())
+    assert kept > 40e6
+    assert left < 20e6
 
 
 class Looks(nn.Module):
