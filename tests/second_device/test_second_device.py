@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import LIMIT
 
 HERE = Path(__file__).parent
 
@@ -26,7 +27,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     ninja = pytest.importorskip("ninja", reason="ninja, which builds the device, is not installed: pip install ninja")
     if shutil.which("c++") is None:
         pytest.skip("there is no C++ compiler (c++) to build the device with")
-    if torch.__version__ < "2.13":
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
         pytest.skip(f"torch is {torch.__version__}: what a device has to define is another thing before 2.13")
     folder = tmp_path_factory.mktemp("second_device")
     command = [sys.executable, str(HERE / "run.py"), str(folder)]
@@ -34,7 +35,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         "PATH": os.pathsep.join([ninja.BIN_DIR, os.environ["PATH"]]),
         "PYTHONPATH": str(HERE.parents[1]),
     }
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
