@@ -73,14 +73,14 @@ def keep(name: str, result: Result, folder: Path = RESULTS) -> Path:
     """Write a table to `folder`/NAME.json."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
 
 def kept_rows(name: str, title: str, folder: Path = RESULTS) -> list[list[str]]:
     """The rows of the table that was kept as `name`, if it has this title; none otherwise."""
     path = folder / f"{name}.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found["rows"] if found.get("title") == title else []
 
 
@@ -183,7 +183,7 @@ def _place(device: str) -> str:
 
 def _processor() -> str:
     try:
-        with open("/proc/cpuinfo") as lines:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

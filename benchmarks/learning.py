@@ -65,7 +65,7 @@ def train_patch_ddpm(folder: Path, images: Path) -> tuple[Path, list[Path]]:
         },
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     _run("patch-ddpm", "train", "--config", str(folder / "config.json"))
     return folder / "checkpoints" / "model-last.safetensors", sorted((folder / "samples").glob("*.png"))
 

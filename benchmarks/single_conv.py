@@ -32,12 +32,12 @@ def patch_conv_module() -> Any:
     spec = importlib.util.find_spec("patch_conv.module")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("patch_conv is not installed: pip install patch_conv==0.0.1b0.")
-    source = Path(spec.origin).read_text()
+    source = Path(spec.origin).read_text(encoding="utf-8")
     changed = source.replace("(1 << 30)", "0")
     assert changed != source, "patch_conv's threshold was not found in its source"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "patch_conv_without_threshold.py")
-        path.write_text(changed)
+        path.write_text(changed, encoding="utf-8")
         changed_spec = importlib.util.spec_from_file_location(path.stem, path)
         assert changed_spec is not None
         assert changed_spec.loader is not None

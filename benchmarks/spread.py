@@ -81,14 +81,14 @@ def worker(case: dict[str, Any]) -> list[dict[str, Any]]:
                 dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
                 with torch.inference_mode():
                     found = measured(decoder, latent, case["rounds"])
-                Path(folder, f"{rank}.json").write_text(json.dumps(found))
+                Path(folder, f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
                 dist.destroy_process_group()
                 os._exit(0)
             processes.append(process)
         codes = [os.waitpid(process, 0)[1] for process in processes]
         if any(codes):
             raise SystemExit(f"a rank ended with {max(codes)}")
-        return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
+        return [json.loads(Path(folder, f"{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
 
 
 # Reckoned

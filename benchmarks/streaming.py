@@ -57,7 +57,11 @@ class Anonymous(threading.Thread):
     @staticmethod
     def _now() -> int:
         status = Path("/proc/self/status")
-        found = re.search(r"^RssAnon:\s+(\d+) kB$", status.read_text(), re.MULTILINE) if status.exists() else None
+        found = (
+            re.search(r"^RssAnon:\s+(\d+) kB$", status.read_text(encoding="utf-8"), re.MULTILINE)
+            if status.exists()
+            else None
+        )
         return int(found[1]) * 1024 if found else 0
 
 

@@ -144,10 +144,10 @@ def versions(comfyui: str | None, webui: str | None) -> dict[str, str]:
     """Versions of the hosts in these checkouts."""
     found = {}
     if comfyui:
-        version = re.search(r'__version__ = "([^"]+)"', Path(comfyui, "comfyui_version.py").read_text())
+        version = re.search(r'__version__ = "([^"]+)"', Path(comfyui, "comfyui_version.py").read_text(encoding="utf-8"))
         found["ComfyUI"] = version[1] if version else "unknown"
     if webui:
-        version = re.search(r"## (\S+)", Path(webui, "CHANGELOG.md").read_text())
+        version = re.search(r"## (\S+)", Path(webui, "CHANGELOG.md").read_text(encoding="utf-8"))
         found["Automatic1111"] = version[1] if version else "unknown"
     return found
 

@@ -52,11 +52,13 @@ class Kept:
         if self.how == "raises":
             raise LookupError("nothing is there")
         if self.how == "runs out":
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         if self.how == "is killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.how == "hangs":
+            os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))  # Windows has one end for all
+        if self.how == "hangs" and hasattr(signal, "SIGSTOP"):
             os.kill(os.getpid(), signal.SIGSTOP)
+        if self.how == "hangs":  # Windows stops no process
+            time.sleep(10_000)
         if self.how == "is slow":
             time.sleep(1)
 

@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -47,6 +48,18 @@ for rank in range({RANKS}):
 end(max(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes))
 """
 """Runs the command line in so many processes, as torchrun does."""
+
+
+def until(ready: Callable[[], object], every: float = 0.01) -> None:
+    """Wait for `ready` to say so, however busy the machine is. Raises TimeoutError where it never does.
+
+    every: seconds between two looks.
+    """
+    end = time.monotonic() + LIMIT
+    while not ready():
+        if time.monotonic() > end:
+            raise TimeoutError(f"what is waited for has not come after {LIMIT:g} s")
+        time.sleep(every)
 
 
 def environment(**more: object) -> dict[str, str]:

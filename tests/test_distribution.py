@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ CORE = {
     for pattern in ("**/*.py", "data/*")
     for path in (ROOT / "comfyui_patchconv").glob(pattern)
 }
-HOSTS_OWN = (".github/", ".gitignore")
+HOSTS_OWN = (".github/", ".gitattributes", ".gitignore")
 """What only the repository's host has a use for."""
 
 
@@ -79,3 +80,24 @@ def test_the_registry_packs_what_comfyui_loads() -> None:
     assert {name for name in _sources() if name.startswith("locales/") and name.endswith(".json")} <= packed
     others = {name.partition("/")[0] for name in packed if "/" in name} - {*whole, "locales"}
     assert not others
+
+
+def _pythons(text: str) -> set[str]:
+    return set(re.findall(r"\b3\.\d\d\b", text))
+
+
+def test_pythons_are_the_same_everywhere() -> None:
+    """What is declared is what is tested, and what pages tell: the oldest and the newest on each system."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    declared = {found for found in _pythons(project) if f"Python :: {found}" in project}
+    (row,) = re.findall(
+        r"^\| Python \| (.+) \|$", (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8"), re.M
+    )
+    assert _pythons(row) == declared
+    order = sorted(declared, key=lambda version: int(version[2:]))
+    assert f'requires-python = ">={order[0]}"' in project
+    workflow = ROOT / ".github" / "workflows" / "tests.yml"
+    if not workflow.exists():
+        pytest.skip("the repository's host's own files are not here")
+    tested = re.findall(r"^ +python: \[(.+)\]$", workflow.read_text(encoding="utf-8"), re.M)
+    assert [_pythons(one) for one in tested] == [{order[0], order[-1]}] * 2

@@ -163,6 +163,40 @@ def test_the_webui_finds_one_script() -> None:
     assert not [name for name in ("javascript", "localizations") if (PACK / name).exists()]
 
 
+SHIPPED = [
+    path for folder in (CORE, "nodes", "scripts", "locales", "benchmarks") for path in (PACK / folder).rglob("*.py")
+]
+
+
+@pytest.mark.parametrize("path", [*SHIPPED, PACK / "install.py"], ids=module_of)
+def test_texts_are_utf8_whatever_the_system_writes(path: Path) -> None:
+    """Windows has another encoding for each language."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    assert not [ast.unparse(call) for call in calls if _is_text_of_a_file(call) and not _names(call, "encoding")]
+
+
+def _is_text_of_a_file(call: ast.Call) -> bool:
+    if isinstance(call.func, ast.Name):
+        return call.func.id == "open" and "b" not in _mode(call.args[1:], call)
+    if not isinstance(call.func, ast.Attribute) or ast.unparse(call.func.value) in ("os", "av", "Image", "tarfile"):
+        return False
+    of_path = {
+        "read_text": len(call.args) < 1,
+        "write_text": len(call.args) < 2,
+        "open": "b" not in _mode(call.args, call),
+    }
+    return of_path.get(call.func.attr, False)
+
+
+def _mode(places: list[ast.expr], call: ast.Call) -> str:
+    named = [keyword.value for keyword in call.keywords if keyword.arg == "mode"]
+    return next((str(one.value) for one in [*named, *places[:1]] if isinstance(one, ast.Constant)), "r")
+
+
+def _names(call: ast.Call, argument: str) -> bool:
+    return any(keyword.arg == argument for keyword in call.keywords)
+
+
 def test_contributing_finds_things_where_they_are() -> None:
     table = (PACK / "CONTRIBUTING.md").read_text().split("## Where things are")[1].split("## ")[0]
     named = re.findall(r"`((?:comfyui_patchconv|nodes|tests)/[\w/.]+)`", table)

@@ -293,6 +293,7 @@ def _in_fresh_process(settings: DemoSettings, mode: str) -> Optional[Result]:
 
 def _send(sender: Connection, settings: DemoSettings, mode: str) -> None:
     """Send the result, None where memory ran out, or the exception for wrong input; any other ends this process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows it is not handed down
     try:
         result = _measure(settings, mode)
     except (ValueError, OSError, ImportError) as error:

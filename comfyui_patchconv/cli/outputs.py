@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
@@ -43,7 +44,7 @@ class Outputs:
     ) -> None:  # fmt: skip
         self.out, self.read, self.suffix, self.overwrite = out, (*inputs, *others), suffixes[0], overwrite
         self.folder = folder or len(inputs) > 1 or (out.is_dir() and out.suffix.lower() not in suffixes)
-        self.written: dict[Path, Path] = {}
+        self.written: dict[str, Path] = {}
         if not self.folder:
             check_output(out, *suffixes)
         else:
@@ -52,7 +53,7 @@ class Outputs:
                 raise ValueError(f"--out is {out} and the input is a folder: give the name of a folder.")
             names: dict[str, Path] = {}
             for path in inputs:
-                other = names.setdefault(path.stem, path)
+                other = names.setdefault(_as_compared(path.stem), path)
                 if other is not path:
                     raise ValueError(
                         f"{other} and {path} would both be {path.stem}{self.suffix}: rename one, or give them apart."
@@ -69,7 +70,7 @@ class Outputs:
         names = self._names(path, count, parts)
         for each in names:
             check_no_input(each, self.read)
-            other = self.written.setdefault(each, path)
+            other = self.written.setdefault(_as_compared(str(each)), path)
             if other is not path:
                 raise ValueError(f"{each} has been written for {other} and {path} would replace it: give them apart.")
         if not self.folder:
@@ -94,6 +95,11 @@ class Outputs:
 
     def _name(self, path: Path) -> Path:
         return self.out / f"{path.stem}{self.suffix}" if self.folder else self.out
+
+
+def _as_compared(name: str) -> str:
+    """A file's name, the same for all that name one file: Windows and macOS look past capitals."""
+    return name.casefold() if sys.platform in ("win32", "darwin") else name
 
 
 def _numbered(name: Path, number: int) -> Path:

@@ -104,7 +104,7 @@ def processes_of(spread: Optional[str], given: Sequence[Path], device: torch.dev
     sharing = beside if device.type != "cuda" else -(-beside // torch.cuda.device_count())
     processes = Processes(rank, count, sharing, dist.group.WORLD, rows)
     try:
-        with open(os.devnull, "w") as nowhere, ExitStack() as silent:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, ExitStack() as silent:
             if not processes.writes:
                 silent.enter_context(redirect_stdout(nowhere))
                 silent.enter_context(redirect_stderr(nowhere))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ..memory.recorder import Recorder
 from ..memory.usage import free
 from ..streaming import USUAL
 from .arguments import DTYPES, device, size
+from .line import cleared, percent
 from .options import add_spread, add_trust, inputs_of, of_folder, say
 from .outputs import Outputs, add_out
 from .processes import Processes, device_of, of_all, processes_of
@@ -125,19 +127,11 @@ class _Streamed:
             # Computed where it is copied to, which is a file where it is large; what is returned would lie in memory.
             levels.copy_(levels_of(model(pixels), picture.bits))
 
-        shown = _percent if self._watched else None
+        shown = percent if self._watched else None
         streamed = StreamedForward(run, self._budget, self._free, shown, group=self._group, tuning=self._tuning)
-        try:
+        with cleared() if self._watched else nullcontext():
             streamed(picture.pixels(channels).to(where, dtype))
-        finally:
-            if self._watched:
-                print(end="\r\x1b[K", file=sys.stderr, flush=True)
         return levels
 
     def _free(self, device: torch.device) -> int:
         return free(device) // self._beside
-
-
-def _percent(done: int, work: int) -> None:
-    if work:
-        print(f"\r{done / work:4.0%}", end="", file=sys.stderr, flush=True)

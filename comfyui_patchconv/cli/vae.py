@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
@@ -26,6 +26,8 @@ from ..hosts.modes import MODES
 from ..hosts.streamed import Switch
 from ..memory.usage import free
 from ..streaming import USUAL, Streamed
+from .line import cleared, percent
+from .line import show as show_line
 
 MB = 1e6
 EAGER = "plain"
@@ -172,7 +174,7 @@ class _HalfRun:
         alone = options.group is None
         first = alone or torch.distributed.get_rank(options.group) == 0
         tuning = replace(USUAL, silent_seconds=options.silent_seconds)
-        shown = _percent if first and sys.stderr.isatty() else None
+        shown = percent if first and sys.stderr.isatty() else None
         self._streamed = Streamed(on_progress=shown, tuning=tuning, group=options.group)
         self._streams = Switch(options.mode == "stream" or not alone)
         self._auto: Optional[AutoForward] = None
@@ -190,7 +192,7 @@ class _HalfRun:
         if self._auto is not None:
             self._auto.on_choice, run = on_choice, self._auto
         in_strips = self.options.mode == "patch" and not self._streams.on
-        with self._in_strips() if in_strips else nullcontext(), _line_cleared():
+        with self._in_strips() if in_strips else nullcontext(), cleared():
             return run(input.to(self.half.vae.dtype))
 
     def _forward(self, input: Tensor) -> Any:
@@ -219,28 +221,13 @@ class _HalfRun:
         return free(device) // self.options.beside
 
 
-@contextmanager
-def _line_cleared() -> Iterator[None]:
-    """Clear the line that says how far it is, at the end of the block."""
-    try:
-        yield
-    finally:
-        if sys.stderr.isatty():
-            print(end="\r\x1b[K", file=sys.stderr, flush=True)
-
-
-def _percent(done: int, work: int) -> None:
-    if work:
-        print(f"\r{done / work:4.0%}", end="", file=sys.stderr, flush=True)
-
-
 def _progress() -> OnStrip:
     """A line on stderr that counts the convolutions that run in strips."""
     done = 0
 
     def show(_: nn.Module, rows_done: int, rows: int) -> None:
         nonlocal done
-        print(f"\rconvolution {done + 1}: {rows_done / rows:4.0%}", end="", file=sys.stderr, flush=True)
+        show_line(f"convolution {done + 1}: {rows_done / rows:4.0%}")
         done += rows_done == rows
 
     return show

@@ -36,7 +36,7 @@ def total(device: torch.device) -> int:
 def _of_host(name: str, field: str) -> int:
     """Bytes of the host's memory, by psutil's `name` where the system has no `field`."""
     if _MEMINFO.exists():
-        found = re.search(rf"^{field}:\s+(\d+) kB$", _MEMINFO.read_text(), re.MULTILINE)
+        found = re.search(rf"^{field}:\s+(\d+) kB$", _MEMINFO.read_text(encoding="utf-8"), re.MULTILINE)
         if found is not None:
             return int(found[1]) * 1024
     import psutil
@@ -48,7 +48,7 @@ def anonymous() -> int:
     """Bytes of memory that are this process's own; 0 where the system does not tell (proc(5), statm)."""
     if not _STATM.exists():
         return 0
-    _, resident, shared, *_ = map(int, _STATM.read_text().split())
+    _, resident, shared, *_ = map(int, _STATM.read_text(encoding="utf-8").split())
     return (resident - shared) * mmap.PAGESIZE
 
 
@@ -79,10 +79,10 @@ def reset_peak_resident() -> None:
     """Set `peak_resident` back to what is resident now, where that is possible."""
     trim()  # what earlier work freed would hide as much of what is to come
     with contextlib.suppress(OSError):  # elsewhere the peak is the process's own: hence a fresh one for each case
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM back to VmRSS
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # proc(5): sets VmHWM back to VmRSS
 
 
 def _status(field: str) -> int:
-    found = re.search(rf"^{field}:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+    found = re.search(rf"^{field}:\s+(\d+) kB$", _STATUS.read_text(encoding="utf-8"), re.MULTILINE)
     assert found is not None
     return int(found[1]) * 1024

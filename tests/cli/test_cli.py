@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -474,6 +476,18 @@ def test_demo_takes_the_small_vae_the_random_one_or_a_file(tmp_path: Path, vae: 
     assert (drawn.vae, drawn.latent) == (None, None)
     given = demo.settings_of(parse(arguments("demo", vae=vae, latent="in.latent")))
     assert (given.vae, given.latent) == (vae, Path("in.latent"))
+
+
+def test_ctrl_c_is_not_for_the_process_that_a_demo_decodes_in(tmp_path: Path) -> None:
+    """It ends the other one, and that this one: on Windows both get the signal."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        demo._send(sender, demo.DemoSettings(vae=tmp_path / "missing.safetensors"), "plain")
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert isinstance(receiver.recv(), FileNotFoundError)
 
 
 def test_demo_with_a_wrong_file_writes_nothing(tmp_path: Path, vae: Path, ready: Ready) -> None:

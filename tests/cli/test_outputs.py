@@ -4,6 +4,7 @@ never an input."""
 from __future__ import annotations
 
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from processes import Ready, ended
 from vae_helpers import random_latent, small_vae, write, write_vae
 
 from comfyui_patchconv import cli
+from comfyui_patchconv.cli.outputs import Outputs
 from comfyui_patchconv.cli.vae import Halves
 from comfyui_patchconv.files.images import save_image
 from comfyui_patchconv.files.latents import load_latent, save_latent
@@ -184,6 +186,49 @@ def test_a_folder_that_cannot_be_one_is_refused(
     assert_refused(run("decode", given, vae, out), word, capsys, tmp_path, before)
 
 
+@pytest.mark.parametrize(("system", "same"), [("linux", False), ("darwin", True), ("win32", True)])
+def test_names_that_differ_in_capitals_alone_are_one_where_the_system_has_it_so(
+    tmp_path: Path, latents: list[Path], system: str, same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    other = latents[0].rename(tmp_path / "other" / "ONE.latent")
+    given = [other, save_latent(latents[0], random_latent()) or latents[0]]
+    monkeypatch.setattr(sys, "platform", system)
+    if same:
+        with pytest.raises(ValueError, match="would both be"):
+            Outputs(tmp_path / "out", given, [], ".png")
+    else:
+        assert [Outputs(tmp_path / "out", given, [], ".png").of(path)[0].name for path in given] == [
+            "ONE.png",
+            "one.png",
+        ]
+
+
+@pytest.mark.parametrize(("system", "same"), [("linux", False), ("darwin", True)])
+def test_names_of_a_batch_that_differ_in_capitals_alone(
+    tmp_path: Path, system: str, same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [tmp_path / "two.latent", tmp_path / "TWO-0001.latent"]
+    outputs = Outputs(tmp_path / "out", given, [], ".png")
+    monkeypatch.setattr(sys, "platform", system)
+    outputs.of(given[0], 2)
+    if same:
+        with pytest.raises(ValueError, match=r"TWO-0001\.png has been written for .*two\.latent"):
+            outputs.of(given[1])
+    else:
+        assert outputs.of(given[1]) == [tmp_path / "out" / "TWO-0001.png"]
+
+
+def test_a_name_is_printed_whatever_letters_there_are(tmp_path: Path, vae: Path, latents: list[Path]) -> None:
+    """What is not a terminal has the letters of one language on Windows."""
+    latent = latents[0].rename(tmp_path / "写真.latent")
+    argv = ["decode", "--vae", vae, "--latent", latent, "--out", tmp_path / "写真.png", "--device", "cpu"]
+    done = ended(["-m", "comfyui_patchconv.cli", *argv], PYTHONIOENCODING="cp1252")
+    assert done.returncode == 0, done.stderr
+    assert "\\u5199\\u771f.png: 40x48, " in done.stdout
+    assert pixels(tmp_path / "写真.png").shape == (48, 40, 3)
+
+
 def test_names_of_a_batch_replace_no_other_result(
     tmp_path: Path, vae: Path, latents: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -261,17 +306,17 @@ sys.exit(cli.main())
 
 @pytest.mark.parametrize(
     ("fault", "code"),
-    [("full disk", 2), ("Ctrl-C", 130), ("kill", -signal.SIGKILL), ("termination", -signal.SIGTERM)],
+    [("full disk", 2), ("Ctrl-C", 130), ("kill", "SIGKILL"), ("termination", "SIGTERM")],
 )
 def test_what_ends_a_decode_early_leaves_the_old_image(
-    tmp_path: Path, vae: Path, latents: list[Path], fault: str, code: int, ready: Ready
+    tmp_path: Path, vae: Path, latents: list[Path], fault: str, code: int | str, ready: Ready
 ) -> None:
     out = tmp_path / "out.png"
     out.write_bytes(OLD)
     before = content(tmp_path)
     argv = ["decode", "--vae", vae, "--latent", latents[0], "--out", out]
     done = ready.ended(argv, FAULTY.format(fault=FAULTS[fault]))
-    assert done.returncode == code, done.stderr
+    assert done.returncode == (-signal.Signals[code] if isinstance(code, str) else code), done.stderr
     assert content(tmp_path) == before
     assert "Traceback" not in done.stderr
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from processes import until
 from safetensors.torch import save_file
 from upscale_weights import esrgan
 
@@ -147,7 +148,4 @@ def test_no_process_is_left(spread_server: Server) -> None:
     before = workers(spread_server)
     assert before
     spread_server._process.kill()
-    end = time.monotonic() + 60
-    while any(is_there(pid) for pid in before) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not any(is_there(pid) for pid in before)
+    until(lambda: not any(is_there(pid) for pid in before))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conv_helpers import assert_same, unchanged
 from model_zoo import CASES, draw_weights, encode, image, kl, tiny
+from processes import LIMIT
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -192,7 +193,7 @@ def test_calls_of_other_threads_meanwhile_see_all_and_leave_nothing() -> None:
 
     def first() -> None:
         def run(held: Tensor) -> Tensor:
-            assert began.wait(10)
+            assert began.wait(LIMIT)
             return model(held)
 
         found.append(with_holes(model, run, pixels, masks[0]))
@@ -200,7 +201,7 @@ def test_calls_of_other_threads_meanwhile_see_all_and_leave_nothing() -> None:
 
     def second(held: Tensor) -> Tensor:
         began.set()
-        assert ended.wait(10)
+        assert ended.wait(LIMIT)
         return model(held)
 
     one = threading.Thread(target=first)
@@ -229,11 +230,11 @@ def test_another_thread_may_patch_the_network_meanwhile(padding: str) -> None:
         def patching() -> None:
             with patched(model, 3, threshold=0, padding=padding):
                 entered.set()
-                assert left.wait(60)
+                assert left.wait(LIMIT)
 
         other = threading.Thread(target=patching)
         other.start()
-        assert entered.wait(60)
+        assert entered.wait(LIMIT)
         result = encode(model, held)
         left.set()
         other.join()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,20 +20,25 @@ from torch.utils.cpp_extension import load
 NAME = "second"
 
 
+SOURCE = Path(__file__).with_suffix(".cpp")
+
+
 def register_for_worker() -> None:
     """The same in a worker process, of what is built already."""
     register(Path(os.environ["SECOND_DEVICE"]))
 
 
 def register(folder: Path) -> Any:
-    """Build it in `folder`, and have torch know it. What it returns tells `now` and `peak` bytes, and can `reset_peak`.
+    """Build it in `folder` unless it lies there, and have torch know it. What it returns tells `now` and `peak` bytes,
+    and can `reset_peak`.
 
-    Needs a compiler and ninja; it stays until the process ends.
+    To build it needs a compiler and ninja; it stays until the process ends.
     """
-    source = Path(__file__).with_suffix(".cpp")
-    library = load(
-        "second_device", [str(source)], extra_cflags=["-O1", "-w"], build_directory=str(folder), is_python_module=False
-    )
+    library = folder / "second_device.so"
+    if library.exists():
+        torch.ops.load_library(str(library))
+    else:
+        _build(library)
     functions = ctypes.CDLL(str(library))
     functions.start()
     rename_privateuse1_backend(NAME)
@@ -52,3 +58,11 @@ def register(folder: Path) -> Any:
     for name in ("now_bytes", "peak_bytes"):
         getattr(functions, name).restype = ctypes.c_int64
     return SimpleNamespace(now=functions.now_bytes, peak=functions.peak_bytes, reset_peak=functions.reset_peak)
+
+
+def _build(library: Path) -> None:
+    """Build and load it, apart until it is whole: others may build it at the same time."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as apart:
+        flags = ["-O1", "-w"]
+        made = load("second_device", [str(SOURCE)], extra_cflags=flags, build_directory=apart, is_python_module=False)
+        os.replace(str(made), library)

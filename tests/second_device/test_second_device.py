@@ -5,6 +5,7 @@ The device is the CPU's memory under another name, so it is no faster than a GPU
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,26 +16,31 @@ from typing import Any
 
 import pytest
 import torch
+from processes import LIMIT
 
 HERE = Path(__file__).parent
+SOURCE = HERE / "device.cpp"
 
 
 @pytest.fixture(scope="session")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def answers(pytestconfig: pytest.Config) -> dict[str, dict[str, Any]]:
     """In a process of its own: a device stays until that ends."""
     pytest.importorskip("diffusers", reason="diffusers is not installed: pip install diffusers")
     ninja = pytest.importorskip("ninja", reason="ninja, which builds the device, is not installed: pip install ninja")
+    if sys.platform == "win32":
+        pytest.skip("torch builds what extends it by a compiler here that is not on the path")
     if shutil.which("c++") is None:
         pytest.skip("there is no C++ compiler (c++) to build the device with")
-    if torch.__version__ < "2.13":
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
         pytest.skip(f"torch is {torch.__version__}: what a device has to define is another thing before 2.13")
-    folder = tmp_path_factory.mktemp("second_device")
+    built_of = f"{SOURCE.read_text(encoding='utf-8')} {torch.__version__} {sys.version}".encode()
+    folder = pytestconfig.cache.mkdir(f"second_device_{hashlib.sha256(built_of).hexdigest()[:16]}")
     command = [sys.executable, str(HERE / "run.py"), str(folder)]
     environment = os.environ | {
         "PATH": os.pathsep.join([ninja.BIN_DIR, os.environ["PATH"]]),
         "PYTHONPATH": str(HERE.parents[1]),
     }
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -15,6 +15,7 @@ from typing import Any, Optional
 
 import pytest
 import torch
+from processes import LIMIT
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -451,14 +452,14 @@ def test_two_threads_each_in_a_block_of_its_own() -> None:
     def first() -> None:
         with torch.no_grad(), stream(module, tuning=FEW_ROWS):
             found["first"] = module(X)
-            assert inside.wait(20)
+            assert inside.wait(LIMIT)
         left.set()
 
     def second() -> None:
         steps = Progress()
         with torch.no_grad(), stream(module, on_progress=steps, tuning=ONE_ROW):
             inside.set()
-            assert left.wait(20)
+            assert left.wait(LIMIT)
             found["second"] = module(X)
         found["steps"] = steps.steps
 

@@ -13,6 +13,7 @@ from typing import Any, Optional
 
 import pytest
 import torch
+from processes import LIMIT
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -253,7 +254,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(triton: Any, tmp_path: Path)
     }  # fmt: skip
     (tmp_path / "compile.py").write_text(COMPILE, encoding="utf-8")
     command = [sys.executable, str(tmp_path / "compile.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(int(line) > 1000 for line in done.stdout.split())
     assert len(done.stdout.split()) == 3

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from host_process import HostProcess, checkpoint_in
+from processes import LIMIT
 from upscale_weights import esrgan, real_esrgan
 
 PACK = Path(__file__).parents[2]
@@ -135,7 +136,7 @@ class WebUI(HostProcess):
             asked["alwayson_scripts"] = {"Patch Conv": {"args": args}}
         self.get("/probe/seed")
         before = len(self.log())
-        answer = self.get(f"/sdapi/v1/{kind}", asked, seconds=600)
+        answer = self.get(f"/sdapi/v1/{kind}", asked, seconds=LIMIT)
         images = [np.asarray(open_image(data)) for data in answer["images"]]
         info = json.loads(answer["info"])
         report = info["extra_generation_params"].get("Patch Conv report", "")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from host_process import assert_same_picture
+from processes import LIMIT
 
 from .conftest import A1111, FORGE, MODES, PATCH, STREAM, Result, WebUI, as_base64
 
@@ -249,7 +250,7 @@ def test_interrupt_leaves_nothing(webui: WebUI, eager: Result) -> None:
     results: list[Result] = []
     thread = threading.Thread(target=lambda: results.append(webui.run(patch_conv=STREAM, steps=60)))
     thread.start()
-    end = time.monotonic() + 900
+    end = time.monotonic() + LIMIT
     while webui.get("/sdapi/v1/progress?skip_current_image=true")["state"]["sampling_step"] < 2:
         assert time.monotonic() < end
         time.sleep(0.1)
@@ -270,7 +271,7 @@ def test_a_decode_is_stopped_by(webui: WebUI, settings: dict[str, Any], button: 
     thread = threading.Thread(target=lambda: results.append(webui.run(**request, patch_conv=asked)))
     webui.get("/probe/watch")
     thread.start()
-    end = time.monotonic() + 900
+    end = time.monotonic() + LIMIT
     while not webui.get("/probe/decodes")["begun"]:
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -294,7 +295,7 @@ def test_live_previews_are_not_counted(webui: WebUI, eager: Result) -> None:
         thread.start()
         seen = False
         while thread.is_alive():
-            seen = bool(webui.get("/sdapi/v1/progress", seconds=300)["current_image"]) or seen
+            seen = bool(webui.get("/sdapi/v1/progress", seconds=LIMIT)["current_image"]) or seen
             time.sleep(0.1)
         assert seen
         assert webui.get("/probe/decodes")["counted"] == 1

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from processes import LIMIT
 from upscale_weights import NO_REAL_WEIGHTS, scene
 
 from .conftest import REAL_UPSCALER, UPSCALER, Result, WebUI, as_base64, open_image
@@ -187,7 +188,7 @@ def press(webui: WebUI, button: str, work: Callable[[], Any]) -> Any:
     results: list[Any] = []
     thread = threading.Thread(target=lambda: results.append(work()))
     thread.start()
-    end = time.monotonic() + 300
+    end = time.monotonic() + LIMIT
     while not (shown(webui) or "").startswith("upscaler ESRGAN in strips"):
         assert thread.is_alive()
         assert time.monotonic() < end

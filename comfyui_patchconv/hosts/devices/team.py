@@ -308,7 +308,8 @@ class Team:
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="patchconv-", ignore_cleanup_errors=True)
         folder, count = Path(self._folder.name), 1 + self._count
-        (folder / str(self._groups)).unlink(missing_ok=True)
+        with suppress(OSError):  # it is gone with its group, or, on Windows, still open somewhere
+            (folder / str(self._groups)).unlink()
         self._groups += 1
         path, threads = folder / str(self._groups), self._threads(torch.get_num_threads())
         for place, worker in enumerate(self._called):

@@ -231,5 +231,5 @@ def read_losses(path: Path) -> list[tuple[int, float]]:
     """The steps and losses of a table that `add_losses` wrote; none without a file."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
