@@ -185,7 +185,7 @@ def unchanged(module: nn.Module) -> Any:
     check()
 
 
-def run_python(code: str, fails: bool = False, **variables: object) -> str:
+def run_python(code: str, fails: bool = False, **variables: Any) -> str:
     """Output of `code` in a fresh process that can import this package; what it says of its failure if it `fails`."""
     done = ended(["-c", code], **variables)
     assert (done.returncode == 1) == fails, done.stderr

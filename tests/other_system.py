@@ -132,7 +132,7 @@ def _with_open_files_that_stay() -> None:
         return checked
 
     def open_no_folder(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
-        if not isinstance(path, int) and os.path.isdir(path):
+        if isinstance(path, (str, bytes, os.PathLike)) and os.path.isdir(path):
             raise PermissionError(errno.EACCES, "Permission denied", os.fsdecode(path))
         return opened_by_number(path, flags, *args, **kwargs)
 
