@@ -370,8 +370,8 @@ def build(family: Family, narrow: bool = False, device: str = "meta") -> torch.n
                 model.decoder = vit(patch_size=16, patch_size_t=4, in_channels=24, num_layers=2, heads=2)
     except (ImportError, AttributeError, TypeError) as error:
         raise NotHereError(f"{family.name}: {error}") from error
-    if family.name == "TAESD of Qwen-Image 2.1" and model.taesd_decoder[-1].weight.shape[0] != 4:
-        raise NotHereError(f"{family.name}: this TAESD has no alpha")
+    if family.name == "TAESD of Qwen-Image 2.1" and not isinstance(model.taesd_decoder[-1], torch.nn.PixelShuffle):
+        raise NotHereError(f"{family.name}: this TAESD makes 3 channels of 8 times the latent's size")
     return model.eval()
 
 
