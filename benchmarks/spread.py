@@ -195,6 +195,8 @@ def row(ranks: int, found: list[dict[str, Any]], one: list[dict[str, Any]], reck
 
 
 def publish_measured(args: argparse.Namespace) -> None:
+    if not hasattr(os, "fork"):
+        raise SystemExit("This system has no os.fork, by which ranks share the weights' memory: run `reckoned`.")
     rows, one = [], []
     for ranks in args.ranks:
         case = {"size": args.size, "ranks": ranks, "rounds": args.rounds}

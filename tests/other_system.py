@@ -14,12 +14,15 @@ import mmap
 import os
 import select
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
+import psutil
 import pytest
 
 LACKING: dict[str, dict[Any, str]] = {
@@ -59,9 +62,7 @@ def take_away(system: str) -> None:
     """Take away from this process what `system` has not."""
     import multiprocessing.util  # noqa: F401 - and others that look at what there is when they are imported
     import shutil  # noqa: F401
-    import subprocess  # noqa: F401
 
-    import psutil  # noqa: F401 - it reads /proc itself
     import torch.utils.data  # noqa: F401
 
     for module, names in LACKING[system].items():
@@ -78,6 +79,8 @@ def take_away(system: str) -> None:
     os.path.isdir = _without_files_of_linux(os.path.isdir, not_there=True)  # type: ignore[assignment]
     _without_malloc_trim(system)
     if system == "windows":
+        subprocess.Popen.kill = lambda process: process.send_signal(_KILL)  # type: ignore[method-assign]
+        _with_peaks_by_psutil()
         _with_open_files_that_stay()
         select.select = _sockets_alone  # type: ignore[assignment]
 
@@ -91,6 +94,23 @@ def _without_files_of_linux(function: Callable[..., Any], not_there: bool) -> Ca
         return function(path, *args, **kwargs)
 
     return without
+
+
+def _with_peaks_by_psutil() -> None:
+    """On Windows psutil knows the most memory that a process has had."""
+    from comfyui_patchconv.memory import usage
+
+    class Info(NamedTuple):
+        rss: int
+        peak_wset: int
+
+    of_linux = psutil.Process.memory_info
+
+    def memory_info(process: psutil.Process) -> Info:
+        return Info(of_linux(process).rss, _rusage(_RUSAGE_SELF).ru_maxrss * 1024)
+
+    psutil.Process.memory_info = memory_info  # type: ignore[assignment]
+    usage.sys = SimpleNamespace(platform="win32")  # type: ignore[assignment]
 
 
 def _without_malloc_trim(system: str) -> None:
@@ -149,6 +169,12 @@ def _link(number: str) -> str:
 
 
 _select = select.select
+_KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
+try:
+    from resource import RUSAGE_SELF as _RUSAGE_SELF
+    from resource import getrusage as _rusage
+except ImportError:  # this is Windows
+    pass
 
 
 def _sockets_alone(readers: Any, writers: Any, others: Any, timeout: Any = None) -> Any:
