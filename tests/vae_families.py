@@ -185,6 +185,32 @@ def hunyuan_names(state: State) -> State:
     return {renamed(name): value for name, value in state.items()}
 
 
+# HunyuanVideo: LDM's names
+
+
+def hunyuan_video_names(state: State) -> State:
+    """As the authors have them, with three levels; attention's weights are convolutions."""
+    rules = (
+        (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
+        (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
+        (r"\.mid_block\.attentions\.0\.to_([qkv])\.", r".mid.attn_1.\1."),
+        (r"\.mid_block\.attentions\.0\.to_out\.0\.", ".mid.attn_1.proj_out."),
+        (r"\.mid_block\.attentions\.0\.group_norm\.", ".mid.attn_1.norm."),
+        (r"\.(down|up)_blocks\.(\d)\.resnets\.", r".\1.\2.block."),
+        (r"\.(down|up)_blocks\.(\d)\.(?:down|up)samplers\.0\.", r".\1.\2.\1sample."),
+        (r"\.conv_norm_out\.", ".norm_out."),
+        (r"\.conv_shortcut\.", ".nin_shortcut."),
+    )
+
+    def renamed(name: str) -> str:
+        return re.sub(r"\.up\.(\d)\.", lambda level: f".up.{2 - int(level[1])}.", substituted(name, rules))
+
+    return {
+        renamed(name): value[:, :, None, None, None] if ".to_" in name and value.dim() == 2 else value
+        for name, value in state.items()
+    }
+
+
 # Stage A
 
 
@@ -316,6 +342,29 @@ IMAGES: dict[str, Case] = {
         hunyuan_names,
         (1, 16, 9, 7),
     ),
+    "HunyuanVideo": Case(
+        of_class(
+            "AutoencoderKLHunyuanVideo",
+            block_out_channels=(32, 32, 64),
+            down_block_types=("HunyuanVideoDownBlock3D",) * 3,
+            up_block_types=("HunyuanVideoUpBlock3D",) * 3,
+            layers_per_block=1,
+            spatial_compression_ratio=4,
+        ),
+        hunyuan_video_names,
+        (1, 16, 9, 7),
+    ),
+    "CogVideoX": Case(
+        of_class(
+            "AutoencoderKLCogVideoX",
+            block_out_channels=(32, 32, 64),
+            down_block_types=("CogVideoXDownBlock3D",) * 3,
+            up_block_types=("CogVideoXUpBlock3D",) * 3,
+            layers_per_block=1,
+        ),
+        None,
+        (1, 16, 9, 7),
+    ),
     "Stage A": Case(paella, stage_a_names, (1, 4, 9, 7)),
 }
 
@@ -333,5 +382,8 @@ SOUNDS: dict[str, Case] = {
         (1, 8, 40),
     ),
 }
+
+VIDEOS = ("Wan 2.1", "Wan 2.2", "Qwen-Image", "HunyuanVideo", "CogVideoX")
+"""Those of `IMAGES` that make videos too."""
 
 ALL = {**IMAGES, **SOUNDS}

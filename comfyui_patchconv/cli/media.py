@@ -82,7 +82,7 @@ class Decoding:
         latent = latent[:, :, None] if latent.dim() == 4 else latent
         traits, moving = traits_of(self.halves.vae), self.outputs.suffix_of(path) in VIDEOS
         rate = self.rate or traits.rate
-        count = 1 if moving else (latent.shape[2] - 1) * traits.frames + 1
+        count = 1 if moving else traits.frames_of(latent.shape[2])
         for names, sample in self._each(path, latent, count):
             with self._working() as (recorder, choices):
                 levels, total = self.halves.decode(sample, choices, _levels)

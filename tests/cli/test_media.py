@@ -67,19 +67,27 @@ def assert_alike(found: np.ndarray, expected: np.ndarray, most: int = 1) -> None
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["Wan 2.1", "Wan 2.2"])
+@pytest.mark.parametrize(
+    ("name", "count", "size"),
+    [
+        ("Wan 2.1", 5, "16x20"),
+        ("Wan 2.2", 5, "32x40"),
+        ("HunyuanVideo", 9, "16x20"),
+        ("CogVideoX", 9, "16x20"),
+    ],
+)
 def test_a_video_becomes_numbered_frames(
-    tmp_path: Path, name: str, mode: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, name: str, count: int, size: str, mode: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     theirs, vae, latent = case(tmp_path, name, 1, 16, 3, 5, 4)
     out = tmp_path / "out.png"
     run("decode", latent, vae, out, "--mode", mode, "--splits", "3", "--threshold", "0")
     names = sorted(path.name for path in tmp_path.glob("*.png"))
-    assert names == [f"out-{number:04}.png" for number in range(1, 6)]
+    assert names == [f"out-{number:04}.png" for number in range(1, count + 1)]
     assert_alike(np.stack([pixels(tmp_path / one) for one in names]), expected_frames(theirs, latent))
-    size = "16x20" if name == "Wan 2.1" else "32x40"
     assert re.fullmatch(
-        rf"{re.escape(str(tmp_path))}/out-0001.png to out-0005.png: 5 frames of {size}, \d+\.\d s, peak \d+ MB .*\n",
+        rf"{re.escape(str(tmp_path))}/out-0001.png to out-{count:04}.png: {count} frames of {size}, \d+\.\d s, "
+        r"peak \d+ MB .*\n",
         capsys.readouterr().out,
     )
 

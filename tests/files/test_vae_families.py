@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from itertools import cycle
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conv_helpers import assert_same
 from torch import Tensor
-from vae_families import ALL, IMAGES, Case, oobleck_names
+from vae_families import ALL, IMAGES, VIDEOS, Case, oobleck_names
 from vae_helpers import assert_one_sentence, small_vae, write
 
 from comfyui_patchconv.cli.vae import RunOptions, channels, decode, encode, scale
@@ -64,6 +65,22 @@ def test_a_family_decodes_as_diffusers_does(tmp_path: Path, name: str, layout: s
     assert_same(decode(vae, latent, RunOptions(mode, splits=3, threshold=0)), expected, 1e-5)
 
 
+@pytest.mark.parametrize("mode", ["plain", "patch", "stream"])
+@pytest.mark.parametrize("name", VIDEOS)
+@torch.no_grad()
+def test_a_video_decodes_as_diffusers_does_without_tiles(tmp_path: Path, name: str, mode: str) -> None:
+    case = ALL[name]
+    theirs, path = stored(case, "diffusers", tmp_path)
+    theirs.use_framewise_decoding = False
+    vae = load_vae(path)
+    batch, channels_, *size = case.shape
+    for frames in (2, 5):
+        latent = random(batch, channels_, frames, *size)
+        found = decode(vae, latent, RunOptions(mode, splits=3, threshold=0))
+        assert found.shape[2] == traits_of(vae).frames_of(frames)
+        assert_same(found, theirs.decode(latent).sample, 1e-5)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_family_decodes_in_half_precision(tmp_path: Path, name: str) -> None:
     _, path = stored(ALL[name], "diffusers", tmp_path)
@@ -98,7 +115,7 @@ def test_a_family_encodes_as_diffusers_does(tmp_path: Path, name: str, mode: str
 @pytest.mark.parametrize("name", ALL)
 def test_the_medium_is_known_from_the_names_alone(tmp_path: Path, name: str) -> None:
     _, path = stored(ALL[name], "diffusers", tmp_path)
-    wanted = "sound" if name == "Oobleck" else "video" if name.startswith(("Wan", "Qwen")) else "image"
+    wanted = "sound" if name == "Oobleck" else "video" if name in VIDEOS else "image"
     assert medium_of(path) == wanted
 
 
@@ -179,14 +196,19 @@ def test_one_with_a_tensor_too_many_is_refused_by_its_name(tmp_path: Path, name:
 def test_one_that_is_not_finite_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
     _, path = stored(ALL[name], "diffusers", tmp_path)
     state = load_state(path)
-    key = next(key for key, value in state.items() if key.endswith(("conv_in.weight", "conv1.bias", "0.weight")))
+    key = next(key for key in state if re.search(r"(conv_in(\.conv)?\.weight|conv1\.bias|0\.weight)$", key))
     state[key].view(-1)[0] = torch.nan
     write(path, state)
     refused(path, f"{key} holds NaN")
 
 
-@pytest.mark.parametrize("name", ["Wan 2.1", "Wan 2.2", "Qwen-Image"])
-@pytest.mark.parametrize("missing", ["quant_conv.", "post_quant_conv.", "encoder.", "decoder."])
+PARTS: dict[str, tuple[str, ...]] = {
+    name: ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.") for name in VIDEOS
+}
+PARTS["CogVideoX"] = ("encoder.", "decoder.")
+
+
+@pytest.mark.parametrize(("name", "missing"), [(name, part) for name in PARTS for part in PARTS[name]])
 def test_one_of_two_parts_is_refused_by_the_others_name(tmp_path: Path, name: str, missing: str) -> None:
     _, path = stored(ALL[name], "diffusers", tmp_path)
     write(path, {key: value for key, value in load_state(path).items() if not key.startswith(missing)})
@@ -211,6 +233,8 @@ CLASSES = {
     "Wan 2.1": "diffusers.models.autoencoders.autoencoder_kl_wan",
     "DC-AE, by pixels": "diffusers.models.autoencoders.autoencoder_dc",
     "HunyuanImage": "diffusers.models.autoencoders.autoencoder_kl_hunyuanimage",
+    "HunyuanVideo": "diffusers.models.autoencoders.autoencoder_kl_hunyuan_video",
+    "CogVideoX": "diffusers.models.autoencoders.autoencoder_kl_cogvideox",
     "Oobleck": "diffusers.models.autoencoders.autoencoder_oobleck",
 }
 
@@ -238,11 +262,11 @@ def test_an_older_diffusers_that_lacks_an_argument_is_named(tmp_path: Path, monk
 @pytest.mark.parametrize(
     "names",
     [
-        ["decoder.conv_in.conv.weight", "encoder.conv_in.conv.weight", "post_quant_conv.weight"],  # HunyuanVideo
+        ["decoder.conv_in.conv.weight", "encoder.conv_in.conv.weight"],  # HunyuanVideo 1.5
         ["decoder.up_blocks.0.res_blocks.0.conv1.conv.weight", "encoder.conv_in.conv.weight"],  # LTX
         ["decoder.1.weight", "decoder.22.bias", "encoder.0.weight"],  # TAEHV
     ],
-    ids=["HunyuanVideo", "LTX", "TAEHV"],
+    ids=["HunyuanVideo 1.5", "LTX", "TAEHV"],
 )
 def test_one_of_a_family_that_is_not_known_is_refused(tmp_path: Path, names: list[str]) -> None:
     path = write(tmp_path / "vae.safetensors", {name: torch.zeros(8, 4, 3, 3, 3) for name in names})

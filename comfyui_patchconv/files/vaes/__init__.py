@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
-from . import deep_compression, hunyuan_image, kl, oobleck, stage_a, tiny, wan
+from . import cogvideox, deep_compression, hunyuan_image, hunyuan_video, kl, oobleck, stage_a, tiny, wan
 from .family import Family, Shapes, Traits
 
-FAMILIES: tuple[Family, ...] = (tiny, wan, deep_compression, oobleck, stage_a, hunyuan_image, kl)
-"""AutoencoderKL is last: others have its names too."""
+FAMILIES: tuple[Family, ...] = (
+    tiny,
+    wan,
+    deep_compression,
+    oobleck,
+    stage_a,
+    hunyuan_image,
+    cogvideox,
+    hunyuan_video,
+    kl,
+)
+"""AutoencoderKL is last, and HunyuanVideo behind CogVideoX: others have their names too."""
 
 
 def of_names(shapes: Shapes) -> Optional[Family]:

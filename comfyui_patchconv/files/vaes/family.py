@@ -65,6 +65,14 @@ def incomplete(path: Path, there: str, missing: str) -> ValueError:
     )
 
 
+def check_pairs(file: VaeFile, *pairs: tuple[str, str]) -> None:
+    """Raises ValueError where tensors of one of two parts that belong together are there, and none of the other."""
+    for pair in pairs:
+        there = [part for part in pair if any(name.startswith(part) for name in file.shapes)]
+        if len(there) == 1:
+            raise incomplete(file.path, there[0], pair[1] if there[0] == pair[0] else pair[0])
+
+
 @dataclass(frozen=True)
 class Kind:
     """A class of diffusers. since: the first release that has it. modules: where it lies, in the newest first."""
@@ -153,8 +161,9 @@ class Traits:
     """What a VAE makes of latents, and of which.
 
     medium: see `Medium`. channels: of its own latents. scale: pixels, or samples, to a latent's one, on each side.
-    frames: frames to each frame of a latent but the first, which is one. low: of its pixels, which go from there to 1.
-    rate: frames or samples a second.
+    frames: frames to each frame of a latent but the first, which is one. paired: whether the first makes as many as the
+    others where the latent's frames are even in number. low: of its pixels, which go from there to 1. rate: frames or
+    samples a second.
     """
 
     medium: Medium
@@ -163,6 +172,13 @@ class Traits:
     frames: int = 1
     low: float = -1.0
     rate: float = 0.0
+    paired: bool = False
+
+    def frames_of(self, latents: int) -> int:
+        """How many frames a latent of so many makes."""
+        if self.paired and latents % 2 == 0:
+            return latents * self.frames
+        return (latents - 1) * self.frames + 1
 
 
 class Family(Protocol):

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..packing import SIDE, Packing
 from ..words import shape_of, short
+from . import ldm
 from .family import Kind, Medium, Plan, Shapes, State, Traits, VaeFile, incomplete, numbered, renaming
 
 NAMES = ("AutoencoderKL",)
@@ -30,18 +31,6 @@ _INSIDE = (
     (r"^decoder\.post_quant_conv\.", _POST_QUANT),
 )
 """Where the authors of Flux.2 have convolutions that others have beside encoder and decoder."""
-
-_LDM_NAMES = (
-    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
-    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
-    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
-    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
-    (r"\.(down|up)\.(\d+)\.block\.", r".\1_blocks.\2.resnets."),
-    (r"\.(down|up)\.(\d+)\.(down|up)sample\.", r".\1_blocks.\2.\3samplers.0."),
-    (r"\.norm_out\.", ".conv_norm_out."),
-    (r"\.nin_shortcut\.", ".conv_shortcut."),
-)
 
 _OLD_ATTENTION = (
     (r"(?<=attentions\.0\.)query(?=\.)", "to_q"),
@@ -82,14 +71,10 @@ def plan(file: VaeFile) -> Plan:
     shapes = {inside(name): shape for name, shape in file.shapes.items()}
     layout, config = _detect(file, shapes, _groups(file))
     levels = len(config["block_out_channels"])
-    of_ldm, today = renaming(*_LDM_NAMES), renaming(*_OLD_ATTENTION)
+    of_layout, today = ldm.rename_of(levels) if layout == "ldm" else str, renaming(*_OLD_ATTENTION)
 
     def rename(name: str) -> str:
-        name = inside(name)
-        if layout == "ldm":  # which counts the decoder's levels from the image's side
-            turned = of_ldm(name)
-            name = re.sub(r"(?<=\.up_blocks\.)\d{1,3}", lambda level: str(levels - 1 - int(level[0])), turned)
-        return today(name)
+        return today(of_layout(inside(name)))
 
     def finish(vae: Any, apart: State) -> None:
         if not apart:
@@ -100,20 +85,12 @@ def plan(file: VaeFile) -> Plan:
             )
         vae.add_module("packing", Packing(apart[_MEAN], apart[_VARIANCE]))
 
-    return Plan(KIND, config, rename, _flat, (_COUNTER,), (_MEAN, _VARIANCE), finish=finish)
+    return Plan(KIND, config, rename, ldm.flat, (_COUNTER,), (_MEAN, _VARIANCE), finish=finish)
 
 
 def traits(vae: Any) -> Traits:
     levels = len(vae.config["block_out_channels"])
     return Traits(MEDIUM, vae.config["latent_channels"], 2 ** (levels - 1))
-
-
-def _flat(state: State) -> State:
-    """Attention's weights as matrices: LDM has convolutions."""
-    return {
-        name: value.flatten(1) if ".attentions.0.to_" in name and value.dim() > 2 else value
-        for name, value in state.items()
-    }
 
 
 def _groups(file: VaeFile) -> int:

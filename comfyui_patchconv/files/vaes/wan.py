@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-from .family import Kind, Medium, Plan, Rename, Shapes, Traits, VaeFile, incomplete, numbered, renaming
+from .family import Kind, Medium, Plan, Rename, Shapes, Traits, VaeFile, check_pairs, numbered, renaming
 
 NAMES = ("AutoencoderKLWan", "AutoencoderKLQwenImage")
 
@@ -63,10 +63,7 @@ def claims(shapes: Shapes) -> bool:
 
 
 def plan(file: VaeFile) -> Plan:
-    for one, other in (("conv1.", "conv2."), ("quant_conv.", "post_quant_conv."), ("encoder.", "decoder.")):
-        there = [any(name.startswith(part) for name in file.shapes) for part in (one, other)]
-        if there[0] != there[1]:
-            raise incomplete(file.path, *((one, other) if there[0] else (other, one)))
+    check_pairs(file, ("conv1.", "conv2."), ("quant_conv.", "post_quant_conv."), ("encoder.", "decoder."))
     rename = _rename_of(file.shapes)
     names = {rename(name): name for name in file.shapes}
     shapes = {name: file.shapes[own] for name, own in names.items()}
