@@ -27,6 +27,8 @@ VENV = ROOT / ".venv"
 NAME = "patchconv"
 PYTHON = (3, 10)
 TORCH, LEAST_TORCH = "torch==2.13.0", (2, 1)
+OLDER_DIFFUSERS = "diffusers<0.36"
+"""Of torch below 2.6: newer ones look for `torch.accelerator` when they are imported."""
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 
 
@@ -170,7 +172,15 @@ def set_up(extra: str) -> int:
     if ready(extra):
         return 0
     message = f"Installing this folder and what the {extra} needs (50 to 100 MB to load)"
-    return pip(message, "install", "--editable", f"{ROOT}[{extra}]")
+    return pip(message, "install", "--editable", f"{ROOT}[{extra}]", *beside(installed("torch")))
+
+
+def beside(torch: str | None) -> list[str]:
+    """What pip has to keep to where torch of this version is installed: that very torch, and a diffusers that goes with
+    it. Nothing where it is not known."""
+    if torch is None:
+        return []
+    return [f"torch=={torch}", *([OLDER_DIFFUSERS] if numbers(torch) < (2, 6) else [])]
 
 
 def cpu_only() -> list[str]:

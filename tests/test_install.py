@@ -217,6 +217,28 @@ def test_an_old_python_is_told_so(
     assert ("Python 3.9.19 runs this" in capsys.readouterr().err) is (code == 1)
 
 
+@pytest.mark.parametrize(
+    ("torch", "expected"),
+    [
+        ("2.13.0+cpu", ["torch==2.13.0+cpu"]),
+        ("2.6.0", ["torch==2.6.0"]),
+        ("2.5.1", ["torch==2.5.1", "diffusers<0.36"]),
+        ("2.1.2+cu121", ["torch==2.1.2+cu121", "diffusers<0.36"]),
+        (None, []),
+    ],
+)
+def test_the_torch_that_is_there_stays_and_gets_a_diffusers_that_goes_with_it(
+    torch: str | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What tests need would have pip replace an old torch, and the newest diffusers asks for a newer one."""
+    asked: list[str] = []
+    monkeypatch.setattr(install, "pip", lambda message, *arguments: asked.extend(arguments) or 0)
+    monkeypatch.setattr(install, "installed", lambda name: torch)
+    monkeypatch.setattr(install, "ready", lambda extra: False)
+    assert install.set_up("demo") == 0
+    assert asked == ["install", "--editable", f"{ROOT}[demo]", *expected]
+
+
 def test_a_machine_with_an_nvidia_gpu_gets_the_usual_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if sys.platform != "linux" or Path("/proc/driver/nvidia/version").exists():
         pytest.skip("only a Linux machine without a GPU can show both cases")

@@ -18,7 +18,7 @@ from vae_helpers import assert_one_sentence, small_vae, write
 
 from comfyui_patchconv.cli.vae import RunOptions, channels, decode, encode, scale
 from comfyui_patchconv.files.packing import packing_of
-from comfyui_patchconv.files.vae import load_vae, medium_of
+from comfyui_patchconv.files.vae import load_vae, medium_of, random_vae
 from comfyui_patchconv.files.vaes import traits_of
 
 pytestmark = pytest.mark.filterwarnings("error:Nothing was streamed")
@@ -271,6 +271,20 @@ def test_an_older_diffusers_that_lacks_an_argument_is_named(tmp_path: Path, monk
 def test_one_of_a_family_that_is_not_known_is_refused(tmp_path: Path, names: list[str]) -> None:
     path = write(tmp_path / "vae.safetensors", {name: torch.zeros(8, 4, 3, 3, 3) for name in names})
     refused(path, "no VAE that is known", names[0])
+
+
+def test_a_diffusers_that_is_too_new_for_this_torch_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, path = stored(ALL["TAESD"], "diffusers", tmp_path)
+    (tmp_path / "diffusers").mkdir()
+    (tmp_path / "diffusers" / "__init__.py").write_text("import torch\ntorch.what_a_newer_one_has\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "diffusers"]:
+        monkeypatch.delitem(sys.modules, name)
+    for make in (lambda: load_vae(path), random_vae):
+        with pytest.raises(ValueError, match=r"cannot be imported with torch .*what_a_newer_one_has") as caught:
+            make()
+        assert str(caught.value).endswith("newer torch.")
+        assert "pip install 'diffusers<0.36'" in str(caught.value)
 
 
 def test_a_library_that_diffusers_lacks_is_not_taken_for_its_age(

@@ -30,7 +30,17 @@ from torch.nn import functional as F
 
 from comfyui_patchconv.streaming import Tuning, stream, streamed
 
-from .comparing import FEW_ROWS, ONE_ROW, TUNINGS, assert_alike, assert_ordinary, random_states, seed_all, tensors_in
+from .comparing import (
+    FEW_ROWS,
+    KEPT_ARE_ORDINARY,
+    ONE_ROW,
+    TUNINGS,
+    assert_alike,
+    assert_ordinary,
+    random_states,
+    seed_all,
+    tensors_in,
+)  # fmt: skip
 
 WEIGHT = nn.Parameter(torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(1)) / 6, requires_grad=False)
 X = torch.randn(2, 4, 9, 7, generator=torch.Generator().manual_seed(2))
@@ -763,6 +773,7 @@ PLACES: list[Callable[[Any, Tensor], None]] = [
 
 @pytest.mark.parametrize("tuning", [ONE_ROW, FEW_ROWS], ids=["one row", "few rows"])
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
+@KEPT_ARE_ORDINARY
 def test_a_map_that_outlives_the_call_is_an_ordinary_tensor(
     place: Callable[[Any, Tensor], None], tuning: Tuning
 ) -> None:
@@ -804,6 +815,7 @@ class KeepsMaps(nn.Module):
 
 
 @pytest.mark.parametrize("within", [True, False], ids=["within the block", "after it"])
+@KEPT_ARE_ORDINARY
 def test_a_module_that_keeps_maps_is_saved_copied_and_looked_at(within: bool) -> None:
     module, seen = KeepsMaps(), []
     eager = copy.deepcopy(module)
@@ -826,6 +838,7 @@ def test_a_module_that_keeps_maps_is_saved_copied_and_looked_at(within: bool) ->
         assert_alike(seen, [eager.c(X)])
 
 
+@KEPT_ARE_ORDINARY
 def test_a_map_that_is_kept_and_returned_is_one_object() -> None:
     kept: list[Tensor] = []
 
@@ -935,6 +948,7 @@ HOOKS: list[Callable[[Hooked], None]] = [
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
 @pytest.mark.parametrize("register", HOOKS, ids=lambda register: register.__name__)
+@KEPT_ARE_ORDINARY
 def test_hooks_are_called_once_with_what_are_ordinary_tensors(
     register: Callable[[Hooked], None], tuning: Tuning, way: str
 ) -> None:
@@ -948,6 +962,7 @@ def test_hooks_are_called_once_with_what_are_ordinary_tensors(
     assert_alike(found[1], found[0])
 
 
+@KEPT_ARE_ORDINARY
 def test_hooks_of_all_modules_are_called_once() -> None:
     found: list[Any] = []
     for wrap in (lambda function: function, functools.partial(streamed, tuning=FEW_ROWS)):
@@ -965,6 +980,7 @@ def test_hooks_of_all_modules_are_called_once() -> None:
     assert_alike(found[1], found[0])
 
 
+@KEPT_ARE_ORDINARY
 def test_a_hook_that_is_always_called_sees_the_error_once() -> None:
     for wrap in (lambda function: function, functools.partial(streamed, tuning=FEW_ROWS)):
         hooked = Hooked()
@@ -1060,6 +1076,7 @@ def test_what_is_written_said_and_warned_of_is_so_once(
 
 
 @pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
+@KEPT_ARE_ORDINARY
 def test_an_error_of_the_code_is_the_callers_and_what_was_kept_is_ordinary(tuning: Tuning) -> None:
     kept: list[Tensor] = []
 

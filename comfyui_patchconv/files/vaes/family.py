@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -73,6 +74,20 @@ def check_pairs(file: VaeFile, *pairs: tuple[str, str]) -> None:
             raise incomplete(file.path, there[0], pair[1] if there[0] == pair[0] else pair[0])
 
 
+def of_diffusers(module: str) -> Any:
+    """A module of diffusers, by its full name. Raises ModuleNotFoundError without it, and ValueError where it asks this
+    torch for what came with a newer one."""
+    try:
+        return importlib.import_module(module)
+    except (ImportError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError):
+            raise
+        raise ValueError(
+            f"diffusers {metadata.version('diffusers')} cannot be imported with torch {torch.__version__} "
+            f"({short(str(error))}): run pip install 'diffusers<0.36', which goes with torch 2.1, or use a newer torch."
+        ) from error
+
+
 @dataclass(frozen=True)
 class Kind:
     """A class of diffusers. since: the first release that has it. modules: where it lies, in the newest first."""
@@ -82,17 +97,18 @@ class Kind:
     modules: tuple[str, ...]
 
     def load(self, path: Path) -> Any:
-        """The class. Raises ValueError for a diffusers without it, ModuleNotFoundError without diffusers."""
-        import diffusers  # noqa: F401 - where it is missing that is said, not that it is old
-
+        """The class. Raises ValueError for a diffusers without it, or that this torch is too old for, and
+        ModuleNotFoundError without diffusers."""
+        of_diffusers("diffusers")  # where it is missing that is said, not that it is old
         for module in self.modules:
             try:
-                return getattr(importlib.import_module(module), self.name)
-            except AttributeError:
-                continue
+                found = of_diffusers(module)
             except ModuleNotFoundError as error:
                 if not (error.name or "").startswith("diffusers."):  # what diffusers needs is missing
                     raise
+                continue
+            if hasattr(found, self.name):
+                return getattr(found, self.name)
         raise self.too_old(path)
 
     def too_old(self, path: Path) -> ValueError:

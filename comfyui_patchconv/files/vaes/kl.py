@@ -12,7 +12,7 @@ from torch import nn
 from ..packing import SIDE, Packing
 from ..words import shape_of, short
 from . import ldm
-from .family import Kind, Medium, Plan, Shapes, State, Traits, VaeFile, incomplete, numbered, renaming
+from .family import Kind, Medium, Plan, Shapes, State, Traits, VaeFile, incomplete, numbered, of_diffusers, renaming
 
 NAMES = ("AutoencoderKL",)
 
@@ -53,11 +53,10 @@ _LAYOUTS = {
 
 def random_vae(seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
     """Stable Diffusion's VAE, its real architecture with weights drawn from `seed`; the global generator is kept."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
+    kind = of_diffusers("diffusers.models.autoencoders.autoencoder_kl").AutoencoderKL
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would set those of the GPUs too
-        vae = AutoencoderKL(**_config((128, 256, 512, 512), layers=2, latent=4))
+        vae = kind(**_config((128, 256, 512, 512), layers=2, latent=4))
     nn.Module.to(vae, device=device, dtype=dtype)  # diffusers' own `to` warns of every cast
     return vae.requires_grad_(False).eval()
 
