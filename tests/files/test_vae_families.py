@@ -304,9 +304,11 @@ def test_a_library_that_diffusers_lacks_is_not_taken_for_its_age(
 def test_a_taesds_name_says_of_which_model_it_is(tmp_path: Path, layout: str) -> None:
     theirs, path = stored(ALL["TAESD"], layout, tmp_path)
     latent = random(1, 4, 6, 5)
+    copies = tmp_path / "copies"
+    copies.mkdir()
     for name, factor in (("taesd.safetensors", 0.18215), ("taesdxl_v1.safetensors", 0.13025)):
-        vae = load_vae(shutil.copy(path, tmp_path / name))  # a VAE may still read its file: that keeps its name
-        path = tmp_path / name
+        path = Path(shutil.copy(path, copies / name))  # a VAE may still read its file: that keeps its name
+        vae = load_vae(path)
         with torch.no_grad():
             assert_same(decode(vae, latent), theirs.decode(latent * factor).sample, 1e-5)
     for name in ("other.safetensors", "taesdxyz.safetensors", "taesd3.safetensors"):

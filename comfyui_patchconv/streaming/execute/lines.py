@@ -121,6 +121,8 @@ class _InHostMemory:
 
     def prefetch(self, node: Node, line: Tensor) -> None:
         """This will be fetched next: it may come now, where there is room."""
+        if node in self._coming:
+            return
         try:
             self._start(node, line)
         except (RuntimeError, MemoryError) as error:

@@ -61,7 +61,7 @@ class Loop:
                 if isinstance(step, Apply):
                     self._apply(step)
                 else:
-                    self._sweep(step)
+                    self._run_pass(step)
                 for node in step.freed:
                     stored = self._stored.pop(node, None)
                     if stored is not None:
@@ -72,7 +72,7 @@ class Loop:
             if isinstance(stored, StoredTensor):
                 node.store(stored.tensor)
 
-    def _sweep(self, step: Pass) -> None:
+    def _run_pass(self, step: Pass) -> None:
         self._share.before(step, self._stored)
         bands = self._share.bands(step)
         one_pass = _PassLoop(
@@ -247,12 +247,15 @@ class _PassLoop:
         self._lines = Lines(one_pass.order, one_pass.offloaded_lines, one_pass.device)
         reductions: list[Any] = [node for target in one_pass.targets for node in target.reductions]
         self.gathered: dict[Node, Accumulator] = {node: node.step.start() for node in reductions}
-        while self.new:
-            node, made = self.new.popitem()
-            made.free(node.rows)
+        self._free_new()
         for target in one_pass.targets:
             if target.stored and target.node not in self._stored:
                 self.new[target.node] = self._room_for(target)
+
+    def _free_new(self) -> None:
+        for node, made in self.new.items():
+            made.free(node.rows)
+        self.new.clear()
 
     def _room_for(self, target: Target) -> Stored:
         band = self._bands[target.node]

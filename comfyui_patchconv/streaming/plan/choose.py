@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import inf
 from typing import Optional
 
 from ...memory.sizes import allocator_bytes
@@ -31,14 +32,14 @@ def choose(
 ) -> Schedule:
     """The schedule for `roots`: `in_strips`, or eager's where strips take no less memory, or far longer though eager
     fits. The rest: see `in_strips`."""
-    schedule = in_strips(roots, keep, tuning, budget, held, room, ranks)
     if tuning.always:
-        return schedule
+        return in_strips(roots, keep, tuning, budget, held, room, ranks)
     eager = eager_schedule(roots, keep, held)
+    schedule = in_strips(roots, keep, tuning, budget, held, room, ranks, _SLOWER * eager.seconds)
     slack = allocator_bytes(max(roots, key=lambda node: node.bytes).device.type)
     with_slack = eager.peak + (slack if eager.peak > slack else 0)
     if budget is None or with_slack <= budget:
-        better = eager.peak <= schedule.peak or eager.seconds * _SLOWER < schedule.seconds / ranks
+        better = eager.peak <= schedule.peak or _SLOWER * eager.seconds < schedule.seconds / ranks
     else:  # neither may fit: eager where it is sure to take less, and more than nothing
         better = slack < eager.peak <= schedule.peak - slack
     return replace(eager, peak=with_slack) if better else schedule
@@ -46,14 +47,14 @@ def choose(
 
 def in_strips(
     roots: Sequence[Node], keep: Sequence[Node], tuning: Tuning, budget: Optional[int] = None, held: int = 0,
-    room: Callable[[], int] = lambda: 1 << 62, ranks: int = 1,
+    room: Callable[[], int] = lambda: 1 << 62, ranks: int = 1, seconds: float = inf,
 ) -> Schedule:  # fmt: skip
-    """The schedule in strips: the least work of those that stay within `budget`, and that find `room` for what they
-    offload.
+    """The schedule in strips: the first that stays within `budget`, and that finds `room` for what it offloads, of
+    those that recompute nothing, then more and more of the large maps, and then are made for smaller budgets.
 
-    Where none does, the one that offloads least, or one for a smaller budget that takes less; without a budget,
-    the one of the lowest peak. keep, held: see `Lifetimes` and `Placement`. room: bytes that can be
-    offloaded, asked where it matters. ranks: see `Placement`.
+    Where none does, the one that offloads least, or one for a smaller budget that takes less; without a budget, the one
+    of the lowest peak that takes each rank no longer than `seconds`, as one has to that recomputes nothing. keep, held:
+    see `Lifetimes` and `Placement`. room: bytes that can be offloaded, asked where it matters. ranks: see `Placement`.
     """
     ways = Ways()
     spare: Optional[int] = None
@@ -73,12 +74,13 @@ def in_strips(
     best, chosen = first, None
     for size in sorted((size for size in first.recomputable if size >= first.peak / 8), reverse=True):
         schedule = trial(size, budget, _WORTH * best.peak if budget is None else None)
-        if schedule is None or not _better(schedule, best, budget, unused):
+        slow = budget is None and schedule is not None and schedule.seconds > max(ranks * seconds, first.seconds)
+        if schedule is None or slow or not _better(schedule, best, budget, unused):
             break
         best, chosen = schedule, size
     # What is placed while there is room stays where it is: less of it leaves more for what has to be there.
-    for part in () if budget is None or best.peak <= budget else (budget // 2, budget // 4):
-        schedule = trial(chosen, part, _WORTH * best.peak)
+    for smaller in () if budget is None or best.peak <= budget else (budget // 2, budget // 4):
+        schedule = trial(chosen, smaller, _WORTH * best.peak)
         if schedule is not None and schedule.offloaded_at_once <= max(unused, best.offloaded_at_once):
             best = schedule
     return best
