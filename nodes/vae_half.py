@@ -62,7 +62,7 @@ def stream_half(
 ) -> int:  # fmt: skip
     """Put streaming, an estimate and a meter on one half of `vae`, a copy; returns how many convolutions it has.
 
-    strips: of convolutions, where it may run in them or eagerly too, whatever fits; None to have it always streamed.
+    strips: of convolutions, for `auto`, which also runs eagerly or in them where that fits; None to stream always.
     devices: to stream over; see `CHOICES`.
     """
     model, patcher = vae.first_stage_model, vae.patcher

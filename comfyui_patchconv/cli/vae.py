@@ -71,7 +71,7 @@ class Halves:
         """What the VAE makes of `latent` `[N, C, …]`, on its device: images `[N, 3, H, W]` or videos `[N, 3, T, H, W]`
         from -1 to 1, or sounds `[N, C, L]`. The VAE of a video makes images of latents `[N, C, h, w]`.
 
-        on_choice: see `OnChoice`. into: see `Half`; what it returns is returned.
+        on_choice: see `OnChoice`. into: see `Half`; what it returns is returned. Another function plans anew.
         """
         vae = self.vae
         traits, packing, latent = traits_of(vae), packing_of(vae), latent.to(vae.device)

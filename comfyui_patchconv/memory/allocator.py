@@ -1,4 +1,4 @@
-"""What allocators keep of freed memory, and what it costs to have again."""
+"""What allocators keep of freed memory, what it costs to have again, and when Python looks for garbage."""
 
 from __future__ import annotations
 

@@ -3,9 +3,9 @@
 One decode, from `stream()` to the last strip:
 
 1. `stream(vae)` puts a method in the place of `decode` on the object's class (`target.Entry`), so that copies of the
-   object carry nothing of ours. Its call arrives at `Streamed.call`, which asks `outside.eager_reason` whether there is
-   something that streaming does not go together with, such as an input that requires gradients, and begins a `Call`. A
-   small call that is like an earlier one, for which eager was best, is left to eager.
+   object carry nothing of ours. Its call arrives at `Streamed.call`, which asks `fallback.eager_reason` whether
+   something rules streaming out, such as an input that requires gradients, and begins a `Call`. A small call that is
+   like an earlier one, for which eager was best, is left to eager.
 
 2. record. `Call.run` wraps the maps among the arguments in `record.lazy.LazyTensor`s and calls the program, once. Each
    operator on one of these arrives at `Recorder.call`. It asks `record.shapes` what the result looks like, and the
@@ -20,9 +20,10 @@ One decode, from `stream()` to the last strip:
 4. plan. Integers in, a `plan.schedule.Schedule` out, or the one of an earlier call whose graph was alike. `plan.choose`
    tries a few schedules and keeps the best; `plan.passes` decides for one of them which passes there are and what each
    of them stores: what a step needs whole, what statistics are wanted of, and what later steps read (`plan.kept`,
-   `plan.reduced`). `plan.lifetimes` knows what is stored until when, `plan.placement` what is offloaded. `plan.sweep`
-   counts a pass: how many rows at once, which lie between two strips, what that takes. `plan.eagerly` counts the same
-   graph as eager runs it, and eager's schedule is taken where it is not worse.
+   `plan.reduced`). `plan.lifetimes` knows what is stored until when, `plan.placement` what is offloaded. `plan.way` has
+   the steps of a pass, and `plan.sweep` counts it: how many rows at once, which lie between two strips, what that
+   takes; `plan.cost` reckons its time. `plan.eagerly` counts the same graph as eager runs it, and eager's schedule is
+   taken where it is not worse.
 
 5. execute. `execute.loop.Loop` goes through the schedule's passes, and `_PassLoop` through a pass's strips.
    `execute.strips.Rows` says which rows of which step a strip computes, and which of them the next one will read again

@@ -106,6 +106,13 @@ def assert_alike(
         raise DiffersError("strides", *comparison.other_strides[0])
 
 
+def _ordinary(actual: Any, expected: Any) -> Any:
+    """Before torch 2.3 a map that a program keeps stays deferred: its values, where a tensor is expected."""
+    if not KEPT_STAY_LAZY or type(actual) is not LazyTensor or type(expected) is not Tensor:
+        return actual
+    return torch.empty_strided(actual.shape, actual.stride(), dtype=actual.dtype).copy_(actual)
+
+
 class _Comparison:
     """Walks through both values at once."""
 
@@ -115,9 +122,7 @@ class _Comparison:
         self.other_strides: list[tuple[str, str]] = []
 
     def compare(self, actual: Any, expected: Any, path: str) -> None:
-        if KEPT_STAY_LAZY and type(actual) is LazyTensor and type(expected) is Tensor:
-            like: Any = torch.empty_strided(actual.shape, actual.stride(), dtype=actual.dtype)
-            return self.compare(like.copy_(actual), expected, path)
+        actual = _ordinary(actual, expected)
         if type(actual) is not type(expected):
             raise DiffersError("type", path, f"{type(actual).__name__} for {type(expected).__name__}")
         if isinstance(expected, Tensor):

@@ -37,7 +37,7 @@ class OnOff(Protocol):
 
 
 class PatchedRun(OnOff, Protocol):
-    """That of a run, in which models are patched."""
+    """A run's toggle, with what its stand-ins read."""
 
     settings: Settings
     only_rescue: bool
@@ -50,10 +50,12 @@ class StandIn:
 
     def __init__(self, toggle: OnOff, owner: Any, name: str) -> None:
         self.toggle, self.owner, self.name = toggle, owner, name
-        self.own = name in owner.__dict__
-        self.original: Callable[..., Any] = getattr(owner, name)
-        while isinstance(self.original, StandIn):  # the owner is a copy of one that has this
-            self.original = self.original.original
+        self.own, found = name in owner.__dict__, owner.__dict__.get(name)
+        while isinstance(found, StandIn):  # the owner is a copy of one that has this
+            self.own, found = found.own, found.original
+        if not self.own:
+            owner.__dict__.pop(name, None)
+        self.original: Callable[..., Any] = found if self.own else getattr(owner, name)
         setattr(owner, name, self)
 
     def leave(self) -> bool:

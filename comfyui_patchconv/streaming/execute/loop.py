@@ -20,7 +20,7 @@ from ..plan.schedule import Apply, Pass, Schedule, Target
 from .kernels import Chain, Kernels, chains_of
 from .lines import Lines
 from .share import ALONE, Share, Stored
-from .stored import StoredStrips, StoredTensor, empty
+from .stored import StoredStrips, StoredTensor, empty, no_rows
 from .strips import Parts, Rows, StepRows
 
 OnProgress = Callable[[int], None]
@@ -105,7 +105,7 @@ class Loop:
         return self._own(eager.compute(pieces), pieces)
 
     def _own(self, result: Tensor, pieces: Sequence[Tensor]) -> Tensor:
-        """What an operator gave, of which it is known from now on whether that is what it was given."""
+        """What an operator gave; notes whether it shares memory with what the operator was given."""
         memory = _memory_of(result)
         if memory in map(_memory_of, pieces):
             self._shared.add(memory)
@@ -197,8 +197,8 @@ class _Memory:
             self._hand_back(usual)
 
     def _hand_back(self, usual: int) -> None:
-        """Hand freed memory back to the system where it and what is in use are more than `usual` bytes beside what is
-        held, and what that is at the worst moment of the schedule."""
+        """Hand freed memory back to the system where the process has grown by more than the stored maps, those that are
+        to come at the peak, and `usual` bytes of strips."""
         if anonymous() - self.held - self._before > usual + max(self._stored - self.held, 0):
             trim()
 
@@ -208,7 +208,7 @@ _UNTIL_STEADY = 1
 and where that does not fit all are computed again, smaller."""
 
 _LOOKS = 8
-"""How often it is looked at what the process has, while it computes as much as it may keep."""
+"""Looks at the process's memory while it computes as much as it may keep."""
 
 
 class _PassLoop:
@@ -459,7 +459,7 @@ class _PassLoop:
         if source not in self._inside:
             return self._read(source, dim, low, high)
         if low >= high or source not in strip.there:
-            return _no_rows(source, dim)
+            return no_rows(source, dim)
         begin, piece = strip.there[source]
         assert low >= begin  # what lies before it is gone
         whole = low == begin and high - low == piece.shape[dim]
@@ -493,8 +493,3 @@ class _Strip:
 def _gathers_moments(reduction: Node) -> bool:
     """Whether a reduction is the statistics of a norm, of a map as it is."""
     return isinstance(reduction.step, Reduce) and reduction.step.moments
-
-
-def _no_rows(node: Node, dim: int) -> Tensor:
-    shape = [*node.shape[:dim], 0, *node.shape[dim + 1 :]]
-    return torch.empty(shape, dtype=node.dtype, device=node.device)

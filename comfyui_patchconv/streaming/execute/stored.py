@@ -69,8 +69,7 @@ class StoredStrips:
             buffer.release(self.end)
         parts = [values for _, values in (sorted(found, key=itemgetter(0)) if self.beside else found)]
         if not parts:
-            shape = [*self.node.shape[:dim], 0, *self.node.shape[dim + 1 :]]
-            return torch.empty(shape, dtype=self.node.dtype, device=self.node.device)
+            return no_rows(self.node, dim)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     def free(self, before: int) -> None:
@@ -83,8 +82,8 @@ class StoredStrips:
 
 
 class StoredTensor:
-    """A map in one tensor, with the strides of eager's: in its node's home, or in a file if `offloaded`, where the
-    device is the CPU.
+    """A map in one tensor, with the strides of eager's, or contiguous in a file if `offloaded`, where the device is the
+    CPU: in its node's home where it has one.
 
     count: see `StoredStrips`. first: the row from which on rows are appended; what lies outside of these is `put`.
     """
@@ -124,6 +123,12 @@ class StoredTensor:
         if before >= self.end and self._rows:
             self._count(-self._rows * self.node.row_bytes)
             self._rows = 0
+
+
+def no_rows(node: Node, dim: int) -> Tensor:
+    """None of a map's rows along `dim`."""
+    shape = [*node.shape[:dim], 0, *node.shape[dim + 1 :]]
+    return torch.empty(shape, dtype=node.dtype, device=node.device)
 
 
 def empty(node: Node) -> Tensor:

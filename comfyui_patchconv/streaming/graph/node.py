@@ -6,7 +6,7 @@ a sound, the pixels of a token matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import count
 from math import prod
 from operator import attrgetter
@@ -146,13 +146,14 @@ def in_order(tensor: Any, strides: Sequence[int]) -> bool:
     return all(one == other or side <= 1 for one, other, side in zip(wanted, own, tensor.shape))
 
 
-def ancestors(roots: Iterable[Node]) -> list[Node]:
-    """The nodes that are not stored and lead to `roots`, these included, in the program's order."""
-    stack = [node for node in roots if node.tensor is None]
+def ancestors(roots: Iterable[Node], stored: Collection[Node] = ()) -> list[Node]:
+    """The nodes that are not stored and lead to `roots`, these included, in the program's order. stored: those that a
+    plan has stored by then."""
+    stack = [node for node in roots if node.tensor is None and node not in stored]
     found = set(stack)
     while stack:
         for source in stack.pop().inputs:
-            if source not in found and source.tensor is None:
+            if source not in found and source.tensor is None and source not in stored:
                 found.add(source)
                 stack.append(source)
     return sorted(found, key=attrgetter("serial"))

@@ -144,7 +144,7 @@ class Statistics:
         for state in states:
             count, moments = int(state[0]), state[1:].view(2, self.batch, self.groups)
             if count:
-                self._merge(count, *(moments.to(device) if device.type in ("cpu", "cuda") else moments))
+                self._merge(count, *(moments.to(device) if has_float64(device) else moments))
 
     def _merge(self, count: int, mean: Tensor, squares: Tensor) -> None:
         more = Moments(count, mean, squares)

@@ -92,14 +92,6 @@ class Accumulator(Protocol):
         ...
 
 
-class MomentsAccumulator(Accumulator, Protocol):
-    """Gathers mean and variance of groups of channels."""
-
-    def add_moments(self, moments: Tensor, elements: int) -> None:
-        """Those of so many elements, as `Statistics.add_moments` has them."""
-        ...
-
-
 class Reduce(Step):
     """What comes of all rows and takes little room itself: statistics, means over the image. `start()` gathers it.
 

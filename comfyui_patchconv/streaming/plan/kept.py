@@ -29,6 +29,8 @@ def kept_for_later(targets: Sequence[Node], maps: Lifetimes) -> list[Node]:
             smaller = parts == outside and sum(part.bytes for part in parts) <= node.bytes
             wanted = parts if smaller and node not in maps.kept else [node]
             size = sum(one.bytes for one in wanted)
+            # What is cheap to recompute is stored only where that frees twice its bytes of what it is made of, here
+            # and where it would be recomputed.
             if _is_cheap(node, kept, maps):
                 freeable = maps.freed_after(order, inside) if freeable is None else freeable
                 if freeable < 2 * size or maps.freed_after(maps.steps_to([node]), inside) < 2 * size:
@@ -62,7 +64,8 @@ def parts_of(roots: Sequence[Node]) -> set[Node]:
 
 
 def half_or_less(node: Node, maps: Lifetimes) -> Optional[Node]:
-    """The map of at most half the size of which a few steps row by row make `node`; None where there is none."""
+    """The nearest map of at most half the bytes from which steps with one input make `node` row by row, whatever they
+    cost; None where there is none."""
     source = node
     while 2 * source.bytes > node.bytes:
         rows = source.by_rows
@@ -80,7 +83,9 @@ def _readers_outside(node: Node, inside: Collection[Node], maps: Lifetimes) -> l
     if len(readers) == 1 and readers[0] in inside and node not in maps.kept:
         return []
     outside = [reader for reader in readers if reader not in inside and reader not in maps.stored]
-    return outside or [node] if node in maps.kept and node.tensor is None else outside
+    if not outside and node in maps.kept and node.tensor is None:
+        return [node]
+    return outside
 
 
 def _made_of(node: Node, outside: Sequence[Node], inside: Collection[Node], maps: Lifetimes) -> list[Node]:

@@ -63,8 +63,8 @@ class Lifetimes:
                     stack.append(source)
 
     def freed(self, new: Sequence[Target] = ()) -> list[Node]:
-        """The stored maps that nothing will read behind this step, each told once. new: those that the next step is
-        still to ask for."""
+        """The stored maps that nothing will read behind this step, each told once. new: maps that this pass has just
+        stored: they are not freed yet, even if nothing reads them."""
         fresh = {target.node for target in new}
         freed = [node for node in self._unread if node not in fresh]
         for node in freed:

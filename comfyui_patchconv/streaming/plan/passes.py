@@ -102,8 +102,7 @@ class Passes:
         return source.step.moves and len(source.inputs) > 1 and alone and ready
 
     def _leave_unstored(self, node: Node) -> bool:
-        """Whether `node` is cheap to recompute and the plan has it recomputed wherever it is read: what it is made of
-        is stored then."""
+        """Have `node` recomputed wherever it is read, and store what it is made of; False where it is to be stored."""
         source = half_or_less(node, self._maps)
         if source is None:
             return False

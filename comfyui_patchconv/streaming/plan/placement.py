@@ -1,4 +1,4 @@
-"""Where new maps lie, on the device or offloaded, and what is expected of memory by that."""
+"""Which new maps lie on the device and which are offloaded, and the peak that follows."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ class Tuning:
 
     strip_bytes: of all strips of the widest step that are alive at once; None for what suits the device.
     allocator_bytes: what a plan counts for freed strips that an allocator keeps; None for what it may keep on the
-    device. always: stream even where eager would take less memory, or a little more memory and less time.
+    device. always: stream even where eager would take less memory, or far less time.
     worth_a_cut: a pass is split in two where that takes less than this share of its memory. worth_an_exchange:
     multiplications that a rank would do for rows of others, from which on ranks exchange these rows instead.
     silent_seconds: after which a rank that nothing is heard of ends the call of all.
@@ -37,7 +37,7 @@ STRIPS_LEAVING = 2
 
 @dataclass
 class Target:
-    """A map that a pass computes, and what becomes of its rows.
+    """A map that a pass computes, or reads once more for a reduction, and what becomes of its rows.
 
     stored: they are kept. whole: in one tensor, else strip by strip. result: it outlives the schedule, and lies on its
     device whatever the budget. offloaded: it lies in host memory, or in a file where the device is the CPU. reductions:
@@ -120,9 +120,9 @@ class Schedule:
     """What is done, and what that takes.
 
     peak: bytes of the device expected at once, beyond arguments and weights. stored: of these, of maps. offloaded:
-    bytes of maps that do not lie on the device. offloaded_at_once: of these, at one time. work: bytes of maps computed
-    in all. seconds: reckoned, for comparison alone. recomputable: sizes of maps that could be recomputed wherever they
-    are read.
+    bytes of maps and line buffers that are offloaded. offloaded_at_once: of these, at one time. work: bytes of maps
+    computed in all. seconds: reckoned, for comparison alone. recomputable: sizes of maps that could be recomputed
+    wherever they are read.
     """
 
     steps: list[Union[Pass, Apply]] = field(default_factory=list)

@@ -7,25 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
-from operator import attrgetter
 from typing import Any, Optional
 
-from ..graph.node import Node
-
-
-def steps_to(roots: Iterable[Node], stored: Collection[Node]) -> list[Node]:
-    """The steps that lead to `roots`, these included, from stored maps on, in the program's order."""
-    stack = [node for node in roots if node.tensor is None and node not in stored]
-    found = set(stack)
-    while stack:
-        for source in stack.pop().inputs:
-            if source not in found and source.tensor is None and source not in stored:
-                found.add(source)
-                stack.append(source)
-    return sorted(found, key=_serial)
-
-
-_serial = attrgetter("serial")
+from ..graph.node import Node, ancestors
 
 
 def cheap_to_recompute(order: Sequence[Node], roots: Collection[Node]) -> set[Node]:
@@ -137,10 +121,10 @@ class Ways:
         return state
 
     def steps_to(self, nodes: Sequence[Node], stored: Collection[Node], state: int) -> list[Node]:
-        """See `steps_to`. state: that of `stored`; 0 while nothing is."""
+        """The steps that lead to `nodes`: see `ancestors`. state: that of `stored`; 0 while nothing is."""
         key = state, tuple(nodes)
         if key not in self._steps:
-            self._steps[key] = steps_to(nodes, stored)
+            self._steps[key] = ancestors(nodes, stored)
         return self._steps[key]
 
     def way(
