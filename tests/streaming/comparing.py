@@ -116,7 +116,9 @@ class _Comparison:
 
     def compare(self, actual: Any, expected: Any, path: str) -> None:
         if KEPT_STAY_LAZY and type(actual) is LazyTensor and type(expected) is Tensor:
-            actual = torch.empty_strided(actual.shape, actual.stride(), dtype=actual.dtype).copy_(actual)
+            ordinary = torch.empty_strided(actual.shape, actual.stride(), dtype=actual.dtype)
+            self.tensors(ordinary.copy_(actual), expected, path)
+            return
         if type(actual) is not type(expected):
             raise DiffersError("type", path, f"{type(actual).__name__} for {type(expected).__name__}")
         if isinstance(expected, Tensor):
