@@ -115,7 +115,7 @@ class _Comparison:
         self.other_strides: list[tuple[str, str]] = []
 
     def compare(self, actual: Any, expected: Any, path: str) -> None:
-        if KEPT_STAY_LAZY and type(actual) is LazyTensor and type(expected) is Tensor:
+        if KEPT_STAY_LAZY and (type(actual), type(expected)) == (LazyTensor, Tensor):
             ordinary = torch.empty_strided(actual.shape, actual.stride(), dtype=actual.dtype)
             self.tensors(ordinary.copy_(actual), expected, path)
             return
