@@ -15,9 +15,18 @@ def is_traced(input: Any) -> bool:
         return True  # asked first: dynamo knows the answer
     if not isinstance(input, Tensor) or torch._C._get_tracing_state() is not None:
         return True
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+    if _has_proxies():
         return True
     return not all(isinstance(side, int) for side in input.shape)
+
+
+def _has_proxies() -> bool:
+    """Whether `make_fx` records: its mode has a place of its own, or, before torch 2.2, one among all modes."""
+    core: Any = torch._C
+    if hasattr(core, "_get_dispatch_mode"):
+        return core._get_dispatch_mode(core._TorchDispatchModeKey.PROXY) is not None
+    modes = map(core._get_dispatch_stack_at, range(core._len_torch_dispatch_stack()))
+    return any(type(mode).__name__ == "ProxyTorchDispatchMode" for mode in modes)
 
 
 def is_compiled() -> bool:
