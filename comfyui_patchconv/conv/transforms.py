@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+_OLDER = not hasattr(torch.compiler, "is_compiling")
+"""Whether this is torch 2.1, whose dynamo knows the answer by another name, and reads no `hasattr` of a module."""
 
 
 def is_traced(input: Any) -> bool:
@@ -32,7 +37,10 @@ def _has_proxies() -> bool:
 def is_compiled() -> bool:
     """Whether `torch.compile` or `torch.export` reads this code to write its own: what only watches has no place in
     that."""
-    compiler: Any = getattr(torch, "compiler", None)
+    if _OLDER:
+        older: Any = torch._utils
+        return older.is_compiling()
+    compiler: Any = torch.compiler
     return any(getattr(compiler, name)() for name in ("is_exporting", "is_compiling") if hasattr(compiler, name))
 
 
@@ -44,6 +52,7 @@ def transformed() -> bool:
 
 def is_batched(grad: Tensor) -> bool:
     """Whether a gradient stands for many at once, as `torch.autograd.grad(..., is_grads_batched=True)` makes it."""
-    functorch: Any = getattr(torch._C, "_functorch", None)
-    ask = getattr(functorch, "is_legacy_batchedtensor", None)
-    return ask is not None and ask(grad)
+    core: Any = torch._C
+    if hasattr(core._functorch, "is_legacy_batchedtensor"):
+        return core._functorch.is_legacy_batchedtensor(grad)
+    return re.search(r"\bBatched\b", str(core._dispatch_keys(grad))) is not None  # torch 2.1
