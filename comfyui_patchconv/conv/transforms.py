@@ -6,8 +6,7 @@ import re
 from typing import Any
 
 import torch
-from torch import Tensor
-
+from torch import Tensor, _utils
 
 _OLDER = not hasattr(torch.compiler, "is_compiling")
 """Whether this is torch 2.1, whose dynamo knows the answer by another name, and reads no `hasattr` of a module."""
@@ -38,7 +37,7 @@ def is_compiled() -> bool:
     """Whether `torch.compile` or `torch.export` reads this code to write its own: what only watches has no place in
     that."""
     if _OLDER:
-        older: Any = torch._utils
+        older: Any = _utils
         return older.is_compiling()
     compiler: Any = torch.compiler
     return any(getattr(compiler, name)() for name in ("is_exporting", "is_compiling") if hasattr(compiler, name))
