@@ -131,7 +131,8 @@ def _without_malloc_trim(system: str) -> None:
 
 def _with_open_files_that_stay() -> None:
     """Windows neither replaces nor removes a file that is open or mapped, and opens no folder."""
-    opened, opened_by_number = builtins.open, os.open
+    opened = builtins.open
+    opened_by_number: Any = os.open
 
     def refuse(path: Any) -> None:
         held = os.path.realpath(os.fsdecode(path))

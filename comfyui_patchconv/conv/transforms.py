@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, _utils
+
+_OLDER = not hasattr(torch.compiler, "is_compiling")
+"""Whether this is torch 2.1, whose dynamo knows the answer by another name, and reads no `hasattr` of a module."""
 
 
 def is_traced(input: Any) -> bool:
@@ -15,15 +19,27 @@ def is_traced(input: Any) -> bool:
         return True  # asked first: dynamo knows the answer
     if not isinstance(input, Tensor) or torch._C._get_tracing_state() is not None:
         return True
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+    if _has_proxies():
         return True
     return not all(isinstance(side, int) for side in input.shape)
+
+
+def _has_proxies() -> bool:
+    """Whether `make_fx` records: its mode has a place of its own, or, before torch 2.2, one among all modes."""
+    core: Any = torch._C
+    if hasattr(core, "_get_dispatch_mode"):
+        return core._get_dispatch_mode(core._TorchDispatchModeKey.PROXY) is not None
+    modes = map(core._get_dispatch_stack_at, range(core._len_torch_dispatch_stack()))
+    return any(type(mode).__name__ == "ProxyTorchDispatchMode" for mode in modes)
 
 
 def is_compiled() -> bool:
     """Whether `torch.compile` or `torch.export` reads this code to write its own: what only watches has no place in
     that."""
-    compiler: Any = getattr(torch, "compiler", None)
+    if _OLDER:
+        older: Any = _utils
+        return older.is_compiling()
+    compiler: Any = torch.compiler
     return any(getattr(compiler, name)() for name in ("is_exporting", "is_compiling") if hasattr(compiler, name))
 
 
@@ -35,6 +51,7 @@ def transformed() -> bool:
 
 def is_batched(grad: Tensor) -> bool:
     """Whether a gradient stands for many at once, as `torch.autograd.grad(..., is_grads_batched=True)` makes it."""
-    functorch: Any = getattr(torch._C, "_functorch", None)
-    ask = getattr(functorch, "is_legacy_batchedtensor", None)
-    return ask is not None and ask(grad)
+    core: Any = torch._C
+    if hasattr(core._functorch, "is_legacy_batchedtensor"):
+        return core._functorch.is_legacy_batchedtensor(grad)
+    return re.search(r"\bBatched\b", str(core._dispatch_keys(grad))) is not None  # torch 2.1

@@ -199,9 +199,9 @@ def test_names_that_differ_in_capitals_alone_are_one_where_the_system_has_it_so(
         with pytest.raises(ValueError, match="would both be"):
             Outputs(tmp_path / "out", given, [], ".png")
     else:
-        out = tmp_path / "out"
-        outputs = Outputs(out, given, [], ".png")
-        assert [str(outputs.of(path)[0]) for path in given] == [str(out / "ONE.png"), str(out / "one.png")]
+        outputs = Outputs(tmp_path / "out", given, [], ".png")
+        found = [name for path in given for name in outputs.of(path)]
+        assert found == [tmp_path / "out" / "ONE.png", tmp_path / "out" / "one.png"]
 
 
 @pytest.mark.parametrize(("system", "same"), [("linux", False), ("darwin", True)])

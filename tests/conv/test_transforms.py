@@ -83,6 +83,8 @@ def test_many_gradients_at_once_are_eagers() -> None:
 
 
 def exported(model: Any, **options: Any) -> Any:
+    if not hasattr(torch.export, "Dim") or not hasattr(torch.export.Dim, "AUTO"):
+        pytest.skip("this torch exports with sizes that are free by another way")
     free = torch.export.Dim.AUTO
     return torch.export.export(model, (IMAGE,), dynamic_shapes=({2: free, 3: free},), **options).module()
 
@@ -129,6 +131,8 @@ def test_what_is_recorded_while_patched_takes_other_sizes(name: str, gradients: 
 @pytest.mark.parametrize("padding", ["plain", "partial"])
 def test_what_watches_strips_is_not_compiled(padding: str) -> None:
     """What it does may be nothing that a compiler can read, and would break up what is compiled at each convolution."""
+    if not hasattr(torch.compiler, "is_compiling"):
+        pytest.skip("this torch's compiler reads no convolution: it calls it as it is")
     told: list[object] = []
     lock = threading.Lock()
 
