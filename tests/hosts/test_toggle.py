@@ -145,6 +145,26 @@ def test_the_host_hears_what_a_decode_takes(vae: VAE, settings: Settings) -> Non
     assert kept.memory_used_decode(shape, torch.float32) == eager
 
 
+class Decoder:
+    value = 1
+
+    def decode(self) -> int:
+        return self.value
+
+
+def test_a_copy_of_what_is_stood_in_for_computes_with_its_own_and_is_left_without_a_trace() -> None:
+    model = Decoder()
+    first = stand_ins.StandIn(Toggle(Settings()), model, "decode")
+    copied = copy.copy(model)
+    copied.value = 2
+    second = stand_ins.StandIn(Toggle(Settings()), copied, "decode")
+    assert copied.decode() == 2
+    assert second.leave()
+    assert copied.__dict__ == {"value": 2}
+    assert first.leave()
+    assert not model.__dict__
+
+
 def test_a_model_that_is_no_longer_followed_is_restored(vae: VAE) -> None:
     other = VAE()
     toggle = Toggle(Settings())

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from comfyui_patchconv.conv.geometry import Axis
 from comfyui_patchconv.memory.usage import anonymous
 from comfyui_patchconv.streaming import Streamed, Tuning
+from comfyui_patchconv.streaming.execute import lines as lines_module
+from comfyui_patchconv.streaming.execute.copies import OneAfterTheOther
 from comfyui_patchconv.streaming.execute.lines import Lines
 from comfyui_patchconv.streaming.graph.node import Node
 from comfyui_patchconv.streaming.graph.steps import Convolve
@@ -201,3 +203,27 @@ def test_lines_leave_only_where_that_helps(steps: int, device: str, helps: bool)
     few = sweep.lines_to_offload(1)
     assert sweep.bytes_saved(few) >= int(helps)
     assert len(few) <= len(most)
+
+
+class Counted(OneAfterTheOther):
+    """Counts the copies that are started."""
+
+    started = 0
+
+    def start(self, target: Tensor, source: Tensor) -> OneAfterTheOther:
+        self.started += 1
+        return super().start(target, source)
+
+
+def test_what_is_coming_already_is_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = Counted()
+    monkeypatch.setattr(lines_module, "copies_of", lambda device: copies)
+    node = Node(
+        None, (), (), shape=(1, 4, 9, 5), strides=(180, 45, 5, 1), dtype=torch.float32, device=torch.device("cpu"),
+        itemsize=4, dim=2,
+    )  # fmt: skip
+    memory, line = lines_module._InHostMemory(torch.device("cpu")), torch.randn(1, 4, 2, 5)
+    for _ in range(2):
+        memory.prefetch(node, line)
+    assert copies.started == 1
+    assert torch.equal(memory.fetch(node, line), line)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import allocated
 from conv_helpers import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -232,6 +233,19 @@ def test_a_strip_that_does_not_fit_is_halved(failing: list[BaseException]) -> No
         assert_same(model(x), expected, 1e-6)
     assert not failing
     assert len(done) > 2 * usual  # more strips, and smaller ones
+
+
+def test_what_is_begun_again_has_given_back_what_it_had(failing: list[BaseException]) -> None:
+    """The result is one tensor of 6 MB: before there is room for it once more the first is freed."""
+    model, x = nn.Conv2d(4, 16, 3, padding=1).requires_grad_(False), torch.randn(1, 4, 300, 320)
+    run = streamed(model, tuning=Tuning(strip_bytes=1 << 20, always=True))
+    with torch.no_grad():
+        run(x)
+        _, usual = allocated(lambda: run(x))
+        failing.append(MemoryError())
+        _, again = allocated(lambda: run(x))
+    assert not failing
+    assert again.peak < usual.peak + 3e6
 
 
 def test_an_error_leaves_the_model_as_it_was(failing: list[BaseException]) -> None:
