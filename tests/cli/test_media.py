@@ -74,6 +74,7 @@ def assert_alike(found: np.ndarray, expected: np.ndarray, most: int = 1) -> None
         ("Wan 2.2", 5, "32x40"),
         ("HunyuanVideo", 9, "16x20"),
         ("CogVideoX", 9, "16x20"),
+        ("LTX-Video 0.9", 5, "16x20"),
     ],
 )
 def test_a_video_becomes_numbered_frames(

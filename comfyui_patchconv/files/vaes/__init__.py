@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
-from . import cogvideox, deep_compression, hunyuan_image, hunyuan_video, kl, oobleck, stage_a, tiny, wan
+from . import cogvideox, deep_compression, hunyuan_image, hunyuan_video, kl, ltx, oobleck, stage_a, tiny, wan
 from .family import Family, Shapes, Traits
 
 FAMILIES: tuple[Family, ...] = (
     tiny,
     wan,
+    ltx,
     deep_compression,
     oobleck,
     stage_a,
