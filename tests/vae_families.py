@@ -211,6 +211,45 @@ def hunyuan_video_names(state: State) -> State:
     }
 
 
+# Mochi: what changes sizes is one of the blocks beside it
+
+
+def mochi_names(state: State) -> State:
+    """As the authors have them, of two levels with one block each."""
+    rules = (
+        (r"^encoder\.proj_in\.", "encoder.layers.0."),
+        (r"^encoder\.block_in\.(resnets|norms|attentions)\.0\.", r"encoder.layers.1.\1."),
+        (r"^encoder\.down_blocks\.0\.conv_in\.conv\.", "encoder.layers.2.layers.0."),
+        (r"^encoder\.down_blocks\.0\.(resnets|norms|attentions)\.0\.", r"encoder.layers.2.layers.1.\1."),
+        (r"^encoder\.down_blocks\.1\.conv_in\.conv\.", "encoder.layers.3.layers.0."),
+        (r"^encoder\.down_blocks\.1\.(resnets|norms|attentions)\.0\.", r"encoder.layers.3.layers.1.\1."),
+        (r"^encoder\.block_out\.(resnets|norms|attentions)\.0\.", r"encoder.layers.4.\1."),
+        (r"^encoder\.norm_out\.norm_layer\.", "encoder.output_norm."),
+        (r"^(encoder|decoder)\.proj_out\.", r"\1.output_proj."),
+        (r"^decoder\.conv_in\.", "decoder.blocks.0.0."),
+        (r"^decoder\.block_in\.resnets\.0\.", "decoder.blocks.0.1.resnets."),
+        (r"^decoder\.up_blocks\.0\.resnets\.0\.", "decoder.blocks.1.blocks.0.resnets."),
+        (r"^decoder\.up_blocks\.1\.resnets\.0\.", "decoder.blocks.2.blocks.0.resnets."),
+        (r"^decoder\.up_blocks\.0\.proj\.", "decoder.blocks.1.proj."),
+        (r"^decoder\.up_blocks\.1\.proj\.", "decoder.blocks.2.proj."),
+        (r"^decoder\.block_out\.resnets\.0\.", "decoder.blocks.3.0.resnets."),
+        (r"\.resnets\.norm1\.norm_layer\.", ".stack.0."),
+        (r"\.resnets\.conv1\.conv\.", ".stack.2."),
+        (r"\.resnets\.norm2\.norm_layer\.", ".stack.3."),
+        (r"\.resnets\.conv2\.conv\.", ".stack.5."),
+        (r"\.norms\.norm_layer\.", ".attn_block.norm."),
+        (r"\.attentions\.to_out\.0\.", ".attn_block.attn.out."),
+        (r"\.attentions\.to_q\.", ".attn_block.attn.qkv."),
+    )
+    found: State = {}
+    for name, value in state.items():
+        if ".to_q." in name:
+            value = torch.cat([state[name.replace(".to_q.", f".to_{part}.")] for part in "qkv"])
+        if ".to_k." not in name and ".to_v." not in name:
+            found[substituted(name, rules)] = value
+    return found
+
+
 # LTX-Video: all blocks and samplers of a part in one list, each at its place here
 
 
@@ -467,6 +506,19 @@ IMAGES: dict[str, Case] = {
         ),
         (1, 16, 9, 7),
     ),
+    "Mochi": Case(
+        of_class(
+            "AutoencoderKLMochi",
+            encoder_block_out_channels=(32, 64, 64),
+            decoder_block_out_channels=(32, 64, 64),
+            layers_per_block=(1, 1, 1, 1),
+            temporal_expansions=(2, 3),
+            spatial_expansions=(2, 2),
+            add_attention_block=(False, True, True, True),
+        ),
+        mochi_names,
+        (1, 12, 9, 7),
+    ),
     "Stage A": Case(paella, stage_a_names, (1, 4, 9, 7)),
 }
 
@@ -487,7 +539,7 @@ SOUNDS: dict[str, Case] = {
 
 LTX = ("LTX-Video 0.9", "LTX-Video 0.9.1", "LTX-Video 0.9.5")
 
-VIDEOS = ("Wan 2.1", "Wan 2.2", "Qwen-Image", "HunyuanVideo", "CogVideoX", *LTX)
+VIDEOS = ("Wan 2.1", "Wan 2.2", "Qwen-Image", "HunyuanVideo", "CogVideoX", "Mochi", *LTX)
 """Those of `IMAGES` that make videos too."""
 
 ALL = {**IMAGES, **SOUNDS}

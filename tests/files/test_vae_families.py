@@ -21,6 +21,7 @@ from comfyui_patchconv.cli.vae import RunOptions, channels, decode, encode, scal
 from comfyui_patchconv.files.packing import Statistics, packing_of
 from comfyui_patchconv.files.vae import load_vae, medium_of
 from comfyui_patchconv.files.vaes import traits_of
+from comfyui_patchconv.hosts.eager_needs import EagerNeeds
 
 pytestmark = pytest.mark.filterwarnings("error:Nothing was streamed")
 
@@ -45,10 +46,21 @@ def random(*shape: int, seed: int = 1) -> Tensor:
 def decoded(theirs: Any, latent: Tensor) -> Tensor:
     """What diffusers makes of a latent, all frames at once, and of a decoder that wants a timestep at ComfyUI's."""
     theirs.use_framewise_decoding = False
+    if type(theirs).__name__ == "AutoencoderKLMochi":
+        return decoded_by_mochi(theirs.decoder, latent)
     if not theirs.config.get("timestep_conditioning"):
         return theirs.decode(latent).sample
     torch.manual_seed(0)
     return theirs.decode(latent, torch.full((len(latent),), 0.05)).sample
+
+
+def decoded_by_mochi(decoder: Any, latent: Tensor) -> Tensor:
+    """As Mochi's authors drop the frames before the first: behind each level."""
+    video, _ = decoder.block_in(decoder.conv_in(latent))
+    for block in decoder.up_blocks:
+        video = block(video)[0][:, :, block.temporal_expansion - 1 :]
+    video, _ = decoder.block_out(video)
+    return decoder.proj_out(torch.nn.functional.silu(video).movedim(1, -1)).movedim(-1, 1)
 
 
 def with_time(latent: Tensor, vae: Any) -> Tensor:
@@ -89,6 +101,15 @@ def test_a_video_decodes_as_diffusers_does_without_tiles(tmp_path: Path, name: s
         found = decode(vae, latent, RunOptions(mode, splits=3, threshold=0))
         assert found.shape[2] == traits_of(vae).frames_of(frames)
         assert_same(found, decoded(theirs, latent if packing is None else packing.unpack(latent)), 1e-5)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_a_family_takes_is_known_before_it_runs(tmp_path: Path, name: str) -> None:
+    _, path = stored(ALL[name], "diffusers", tmp_path)
+    vae, latent = load_vae(path), random(*ALL[name].shape)
+    given = with_time(latent, vae)
+    needs = EagerNeeds(vae).of_call("decode", (given,), {}, latent.device, torch.float32)
+    assert needs > given.nbytes
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -218,6 +239,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     name: ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.") for name in VIDEOS
 }
 PARTS |= {name: ("encoder.", "decoder.") for name in ("CogVideoX", *LTX)}
+PARTS["Mochi"] = ("decoder.",)
 
 
 @pytest.mark.parametrize(("name", "missing"), [(name, part) for name in PARTS for part in PARTS[name]])
@@ -248,6 +270,7 @@ CLASSES = {
     "HunyuanVideo": "diffusers.models.autoencoders.autoencoder_kl_hunyuan_video",
     "CogVideoX": "diffusers.models.autoencoders.autoencoder_kl_cogvideox",
     "LTX-Video 0.9": "diffusers.models.autoencoders.autoencoder_kl_ltx",
+    "Mochi": "diffusers.models.autoencoders.autoencoder_kl_mochi",
     "Oobleck": "diffusers.models.autoencoders.autoencoder_oobleck",
 }
 
@@ -349,6 +372,32 @@ def test_the_noise_that_a_latent_gets_is_always_the_same(tmp_path: Path) -> None
     assert isinstance(packing, Statistics)
     own = packing.pack(packing.unpack(latent)) - latent
     assert 0.02 < own.std() < 0.05
+
+
+# Mochi
+
+
+@pytest.mark.parametrize("before", ["decoder.", ""])
+@torch.no_grad()
+def test_mochis_decoder_alone_does_what_it_can(tmp_path: Path, before: str) -> None:
+    case = ALL["Mochi"]
+    assert case.authors is not None
+    theirs = case.make()
+    state = {
+        before + name.removeprefix("decoder."): value
+        for name, value in case.authors(theirs.state_dict()).items()
+        if name.startswith("decoder.")
+    }
+    path = write(tmp_path / "decoder.safetensors", state)
+    assert medium_of(path) == "video"
+    vae, latent = load_vae(path), random(1, 12, 2, 6, 5)
+    for mode in ("plain", "patch", "stream", "auto"):
+        assert_same(decode(vae, latent, RunOptions(mode, 3, 0)), decoded(theirs, latent), 1e-5)
+    with pytest.raises(ValueError, match="decoder alone") as caught:
+        encode(vae, random(1, 3, 24, 20))
+    assert_one_sentence(caught.value, path)
+    for lacking in list(state)[:: max(len(state) // 9, 1)]:
+        refused(write(path, {name: value for name, value in state.items() if name != lacking}))
 
 
 # TAESD's names and halves

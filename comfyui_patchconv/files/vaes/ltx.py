@@ -127,17 +127,21 @@ def traits(vae: Any) -> Traits:
 def _prepared(vae: Any) -> None:
     """Have its statistics apart, and its decoder told the timestep, with the same noise in its layers each time."""
     del vae.latents_mean, vae.latents_std
-    if not vae.config["timestep_conditioning"]:
-        return
-    decode = vae.decode
+    if vae.config["timestep_conditioning"]:
+        vae.decoder.__class__ = _timed(type(vae.decoder))
 
-    def decode_at_time(latent: torch.Tensor, return_dict: bool = True) -> Any:
-        time = torch.full(latent.shape[:1], _TIME, dtype=latent.dtype, device=latent.device)
-        with torch.random.fork_rng([latent.device] if latent.device.type == "cuda" else []):
-            torch.manual_seed(_SEED)
-            return decode(latent, time, return_dict=return_dict)
 
-    vae.decode = decode_at_time
+def _timed(kind: Any) -> Any:
+    """A decoder of the class `kind` that knows the timestep: a class, so that a copy of the VAE is one too."""
+
+    class Timed(kind):
+        def forward(self, hidden_states: torch.Tensor, _: Any = None) -> torch.Tensor:
+            time = hidden_states.new_full(hidden_states.shape[:1], _TIME)
+            with torch.random.fork_rng([hidden_states.device] if hidden_states.device.type == "cuda" else []):
+                torch.manual_seed(_SEED)
+                return super().forward(hidden_states, time)
+
+    return Timed
 
 
 @dataclass(frozen=True)
