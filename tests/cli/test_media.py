@@ -53,8 +53,10 @@ def pixels(path: Path) -> np.ndarray:
 def expected_frames(vae: Any, latent: Path) -> np.ndarray:
     """`[T, H, W, 3]`, as diffusers decodes them."""
     own = load_latent(latent, "video")
-    if hasattr(vae, "latents_std"):  # LTX-Video's, as its pipeline has it
-        own = own * vae.latents_std.view(1, -1, 1, 1, 1) + vae.latents_mean.view(1, -1, 1, 1, 1)
+    buffers = dict(vae.named_buffers())
+    if "latents_std" in buffers:  # LTX-Video's, as its pipeline has it
+        mean, deviation = (buffers[name].view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+        own = own * deviation + mean
     with torch.no_grad():
         video = vae.decode(own).sample[0]
     return levels(video.movedim(0, 1)).numpy().astype(int)

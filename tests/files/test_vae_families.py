@@ -357,6 +357,7 @@ def test_one_whose_metadata_say_that_it_is_unusual_is_refused(tmp_path: Path, sa
 
 def test_statistics_of_other_channels_are_refused_by_their_name(tmp_path: Path) -> None:
     state = ltx_state("LTX-Video 0.9")
+    assert load_vae(write(tmp_path / "vae.safetensors", {**state, "per_channel_statistics.channel": torch.arange(16)}))
     for key in ("per_channel_statistics.mean-of-means", "per_channel_statistics.std-of-means"):
         others = {name: value for name, value in state.items() if name != key}
         for tensors in (others, {**state, key: torch.ones(8)}):

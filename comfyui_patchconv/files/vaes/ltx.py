@@ -77,12 +77,8 @@ def plan(file: VaeFile) -> Plan:
     shapes = {name: file.shapes[own] for name, own in names.items()}
     check_pairs(file, ("encoder.", "decoder."))
     first, inner, last = (f"{name}.conv.weight" for name in ("encoder.conv_in", "decoder.conv_in", "decoder.conv_out"))
-    for name in (
-        first,
-        inner,
-        last,
-        *(name for name in shapes if name.endswith(("conv1.conv.weight", ".conv.conv.weight"))),
-    ):
+    inside = [name for name in shapes if name.endswith(("conv1.conv.weight", ".conv.conv.weight"))]
+    for name in (first, inner, last, *inside):
         if len(shapes.get(name, ())) != 5 or 0 in shapes[name]:
             raise file.other_kind("a VAE like LTX-Video's", names.get(name, name), _WIDTH)
     _check_said(file)
@@ -109,7 +105,7 @@ def _check_said(file: VaeFile) -> None:
     try:
         said = json.loads(file.metadata.get("config", "{}"))["vae"]
         unusual = {name: said[name] for name, usual in _USUAL.items() if said.get(name, usual) != usual}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return
     for name, value in unusual.items():
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from math import prod
-from typing import Any
+from typing import Any, Optional
 
 from torch import Tensor, nn
 
@@ -151,13 +151,7 @@ def _split(state: State) -> State:
 def _rename_of(shapes: Shapes) -> Rename:
     """diffusers' names of the authors' tensors."""
     alone = not any(name.startswith("decoder.") for name in shapes)
-    before = "" if alone else "decoder."
-    up = [
-        int(found[1])
-        for name in shapes
-        if (found := re.match(rf"{re.escape(before)}blocks\.(\d{{1,3}})\.proj\.", name))
-    ]
-    down = [int(found[1]) for name in shapes if (found := re.match(r"encoder\.layers\.(\d{1,3})\.layers\.", name))]
+    down = [int(found[1]) for name in shapes if (found := _ENCODER.fullmatch(name)) and found[2] is not None]
 
     def of_decoder(block: int, nested: bool, place: str, rest: str) -> str:
         if place == "proj" or nested:
@@ -166,7 +160,7 @@ def _rename_of(shapes: Shapes) -> Rename:
             return f"decoder.conv_in.{rest}" if place == "0" else f"decoder.block_in.resnets.{int(place) - 1}.{rest}"
         return f"decoder.block_out.resnets.{place}.{rest}"
 
-    def of_encoder(layer: int, place: str | None, rest: str) -> str:
+    def of_encoder(layer: int, place: Optional[str], rest: str) -> str:
         if place is not None:
             own = "conv_in.conv" if place == "0" else f"resnets.{int(place) - 1}"
             return f"encoder.down_blocks.{layer - min(down)}.{own}.{rest}"
@@ -179,7 +173,7 @@ def _rename_of(shapes: Shapes) -> Rename:
         if alone and name.startswith(("blocks.", "output_proj.")):
             name = f"decoder.{name}"
         found = _DECODER.fullmatch(name)
-        if found is not None and (found[3] != "proj" or int(found[1]) in up):
+        if found is not None:
             name = of_decoder(int(found[1]), found[2] is not None, found[3], found[4])
         found = _ENCODER.fullmatch(name)
         if found is not None:
