@@ -211,6 +211,107 @@ def hunyuan_video_names(state: State) -> State:
     }
 
 
+# Mochi: what changes sizes is one of the blocks beside it
+
+
+def mochi_names(state: State) -> State:
+    """As the authors have them, of two levels with one block each."""
+    rules = (
+        (r"^encoder\.proj_in\.", "encoder.layers.0."),
+        (r"^encoder\.block_in\.(resnets|norms|attentions)\.0\.", r"encoder.layers.1.\1."),
+        (r"^encoder\.down_blocks\.0\.conv_in\.conv\.", "encoder.layers.2.layers.0."),
+        (r"^encoder\.down_blocks\.0\.(resnets|norms|attentions)\.0\.", r"encoder.layers.2.layers.1.\1."),
+        (r"^encoder\.down_blocks\.1\.conv_in\.conv\.", "encoder.layers.3.layers.0."),
+        (r"^encoder\.down_blocks\.1\.(resnets|norms|attentions)\.0\.", r"encoder.layers.3.layers.1.\1."),
+        (r"^encoder\.block_out\.(resnets|norms|attentions)\.0\.", r"encoder.layers.4.\1."),
+        (r"^encoder\.norm_out\.norm_layer\.", "encoder.output_norm."),
+        (r"^(encoder|decoder)\.proj_out\.", r"\1.output_proj."),
+        (r"^decoder\.conv_in\.", "decoder.blocks.0.0."),
+        (r"^decoder\.block_in\.resnets\.0\.", "decoder.blocks.0.1.resnets."),
+        (r"^decoder\.up_blocks\.0\.resnets\.0\.", "decoder.blocks.1.blocks.0.resnets."),
+        (r"^decoder\.up_blocks\.1\.resnets\.0\.", "decoder.blocks.2.blocks.0.resnets."),
+        (r"^decoder\.up_blocks\.0\.proj\.", "decoder.blocks.1.proj."),
+        (r"^decoder\.up_blocks\.1\.proj\.", "decoder.blocks.2.proj."),
+        (r"^decoder\.block_out\.resnets\.0\.", "decoder.blocks.3.0.resnets."),
+        (r"\.resnets\.norm1\.norm_layer\.", ".stack.0."),
+        (r"\.resnets\.conv1\.conv\.", ".stack.2."),
+        (r"\.resnets\.norm2\.norm_layer\.", ".stack.3."),
+        (r"\.resnets\.conv2\.conv\.", ".stack.5."),
+        (r"\.norms\.norm_layer\.", ".attn_block.norm."),
+        (r"\.attentions\.to_out\.0\.", ".attn_block.attn.out."),
+        (r"\.attentions\.to_q\.", ".attn_block.attn.qkv."),
+    )
+    found: State = {}
+    for name, value in state.items():
+        if ".to_q." in name:
+            value = torch.cat([state[name.replace(".to_q.", f".to_{part}.")] for part in "qkv"])
+        if ".to_k." not in name and ".to_v." not in name:
+            found[substituted(name, rules)] = value
+    return found
+
+
+# LTX-Video: all blocks and samplers of a part in one list, each at its place here
+
+
+def ltx_names(encoder: tuple[str, ...], decoder: tuple[str, ...]) -> Callable[[State], State]:
+    """As the authors have them. encoder, decoder: diffusers' names of the lists' elements, in the authors' order."""
+    layers = (
+        (r"\.resnets\.", ".res_blocks."),
+        (r"\.conv_shortcut\.conv\.", ".conv_shortcut."),
+        (r"\.norm3\.", ".norm3.norm."),
+        (r"^decoder\.(time_embedder|scale_shift_table)", r"decoder.last_\1"),
+        (r"^latents_mean$", "per_channel_statistics.mean-of-means"),
+        (r"^latents_std$", "per_channel_statistics.std-of-means"),
+    )
+
+    def renamed(name: str) -> str:
+        for part, way, blocks in (("encoder", "down", encoder), ("decoder", "up", decoder)):
+            own = [block for block in blocks if name.startswith(f"{part}.{block}.")]
+            if own:
+                block = max(own, key=len)
+                name = f"{part}.{way}_blocks.{blocks.index(block)}.{name[len(f'{part}.{block}.') :]}"
+                break
+        return substituted(name, layers)
+
+    return lambda state: {renamed(name): value for name, value in state.items()}
+
+
+def ltx(**config: Any) -> Callable[[], Any]:
+    """Makes an LTX-Video with statistics of its latents."""
+
+    def make() -> nn.Module:
+        model = of_class("AutoencoderKLLTXVideo", latent_channels=16, patch_size=2, **config)()
+        generator = torch.Generator().manual_seed(3)
+        model.latents_mean.normal_(0, 0.2, generator=generator)
+        model.latents_std.uniform_(0.5, 2, generator=generator)
+        return model
+
+    return make
+
+
+_LTX_OLD_ENCODER: dict[str, Any] = {
+    "block_out_channels": (16, 32),
+    "layers_per_block": (2, 1, 1),
+    "spatio_temporal_scaling": (True, False),
+    "down_block_types": ("LTXVideoDownBlock3D",) * 2,
+}
+
+_LTX_TIMED_DECODER: dict[str, Any] = {
+    "decoder_block_out_channels": (32, 64),
+    "decoder_layers_per_block": (1, 2, 1),
+    "decoder_spatio_temporal_scaling": (True, True),
+    "upsample_residual": (True, True),
+    "upsample_factor": (2, 2),
+    "timestep_conditioning": True,
+    "spatial_compression_ratio": 8,
+    "temporal_compression_ratio": 4,
+}
+
+_LTX_OLD = ("down_blocks.0", "down_blocks.0.downsamplers.0", "down_blocks.0.conv_out", "down_blocks.1", "mid_block")
+
+_LTX_TIMED = ("mid_block", "up_blocks.0.upsamplers.0", "up_blocks.0", "up_blocks.1.upsamplers.0", "up_blocks.1")
+
+
 # Stage A
 
 
@@ -365,6 +466,59 @@ IMAGES: dict[str, Case] = {
         None,
         (1, 16, 9, 7),
     ),
+    "LTX-Video 0.9": Case(
+        ltx(
+            **_LTX_OLD_ENCODER,
+            decoder_block_out_channels=(16, 32),
+            decoder_layers_per_block=(1, 2, 1),
+            decoder_spatio_temporal_scaling=(True, False),
+            decoder_inject_noise=(False,) * 3,
+            upsample_residual=(False,) * 2,
+            upsample_factor=(1, 1),
+        ),
+        ltx_names(
+            _LTX_OLD, ("mid_block", "up_blocks.0", "up_blocks.1.conv_in", "up_blocks.1.upsamplers.0", "up_blocks.1")
+        ),
+        (1, 16, 9, 7),
+    ),
+    "LTX-Video 0.9.1": Case(
+        ltx(
+            **_LTX_OLD_ENCODER | {"spatio_temporal_scaling": (True, True)},
+            **_LTX_TIMED_DECODER,
+            decoder_inject_noise=(True, True, False),
+        ),
+        ltx_names((*_LTX_OLD[:4], "down_blocks.1.downsamplers.0", "mid_block"), _LTX_TIMED),
+        (1, 16, 9, 7),
+    ),
+    "LTX-Video 0.9.5": Case(
+        ltx(
+            block_out_channels=(16, 32, 32, 64),
+            layers_per_block=(2, 1, 1, 1),
+            spatio_temporal_scaling=(True, True, True),
+            downsample_type=("spatial", "temporal", "spatiotemporal"),
+            down_block_types=("LTXVideo095DownBlock3D",) * 3,
+            **_LTX_TIMED_DECODER,
+            decoder_inject_noise=(False,) * 3,
+        ),
+        ltx_names(
+            (*(f"down_blocks.{level}{own}" for level in range(3) for own in ("", ".downsamplers.0")), "mid_block"),
+            _LTX_TIMED,
+        ),
+        (1, 16, 9, 7),
+    ),
+    "Mochi": Case(
+        of_class(
+            "AutoencoderKLMochi",
+            encoder_block_out_channels=(32, 64, 64),
+            decoder_block_out_channels=(32, 64, 64),
+            layers_per_block=(1, 1, 1, 1),
+            temporal_expansions=(2, 3),
+            spatial_expansions=(2, 2),
+            add_attention_block=(False, True, True, True),
+        ),
+        mochi_names,
+        (1, 12, 9, 7),
+    ),
     "Stage A": Case(paella, stage_a_names, (1, 4, 9, 7)),
 }
 
@@ -383,7 +537,9 @@ SOUNDS: dict[str, Case] = {
     ),
 }
 
-VIDEOS = ("Wan 2.1", "Wan 2.2", "Qwen-Image", "HunyuanVideo", "CogVideoX")
+LTX = ("LTX-Video 0.9", "LTX-Video 0.9.1", "LTX-Video 0.9.5")
+
+VIDEOS = ("Wan 2.1", "Wan 2.2", "Qwen-Image", "HunyuanVideo", "CogVideoX", "Mochi", *LTX)
 """Those of `IMAGES` that make videos too."""
 
 ALL = {**IMAGES, **SOUNDS}

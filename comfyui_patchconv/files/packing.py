@@ -1,9 +1,10 @@
-"""Latents as hosts keep them, where they are not the VAE's own: Flux.2's, and those that a TAESD decodes."""
+"""Latents as hosts keep them, where they are not the VAE's own: Flux.2's, LTX-Video's, and what a TAESD decodes."""
 
 from __future__ import annotations
 
 from typing import Optional, Union
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -64,7 +65,46 @@ class Scaling(nn.Module):
         return (latent.float() - self.shift) * self.scale
 
 
-def packing_of(vae: nn.Module) -> Optional[Union[Packing, Scaling]]:
+class Statistics(nn.Module):
+    """LTX-Video's, between the VAE's own latents `[B, C, …]` and those that are normalised by channels.
+
+    mean, deviation: of the VAE's own, `[C]`; used in float32. noise: what part of a normalised latent noise takes the
+    place of before it is decoded, drawn from `seed`, the same for each.
+    """
+
+    side = 1
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, mean: Tensor, deviation: Tensor, noise: float = 0.0, seed: int = 0) -> None:
+        super().__init__()
+        self.noise, self.seed = noise, seed
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("deviation", deviation.float())
+
+    @property
+    def channels(self) -> int:
+        """Of a latent."""
+        return self.mean.shape[0]
+
+    def pack(self, latent: Tensor) -> Tensor:
+        """The normalised latent of the VAE's own."""
+        return (latent.float() - self._of(self.mean, latent)) / self._of(self.deviation, latent)
+
+    def unpack(self, latent: Tensor) -> Tensor:
+        """The VAE's own latent of a normalised one."""
+        latent = latent.float()
+        if self.noise:
+            drawn = torch.randn(latent.shape, generator=torch.Generator().manual_seed(self.seed))
+            latent = latent * (1 - self.noise) + drawn.to(latent.device) * self.noise
+        return latent * self._of(self.deviation, latent) + self._of(self.mean, latent)
+
+    @staticmethod
+    def _of(values: Tensor, latent: Tensor) -> Tensor:
+        return values.view(1, -1, *[1] * (latent.dim() - 2))
+
+
+def packing_of(vae: nn.Module) -> Optional[Union[Packing, Scaling, Statistics]]:
     """What `load_vae` found of a VAE whose latents hosts keep in another form; None for others."""
     found = getattr(vae, "packing", None)
-    return found if isinstance(found, (Packing, Scaling)) else None
+    return found if isinstance(found, (Packing, Scaling, Statistics)) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -13,13 +14,14 @@ import pytest
 import torch
 from conv_helpers import assert_same
 from torch import Tensor
-from vae_families import ALL, IMAGES, VIDEOS, Case, oobleck_names
+from vae_families import ALL, IMAGES, LTX, VIDEOS, Case, oobleck_names
 from vae_helpers import assert_one_sentence, small_vae, write
 
 from comfyui_patchconv.cli.vae import RunOptions, channels, decode, encode, scale
-from comfyui_patchconv.files.packing import packing_of
+from comfyui_patchconv.files.packing import Statistics, packing_of
 from comfyui_patchconv.files.vae import load_vae, medium_of, random_vae
 from comfyui_patchconv.files.vaes import traits_of
+from comfyui_patchconv.hosts.eager_needs import EagerNeeds
 
 pytestmark = pytest.mark.filterwarnings("error:Nothing was streamed")
 
@@ -41,6 +43,26 @@ def random(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def decoded(theirs: Any, latent: Tensor) -> Tensor:
+    """What diffusers makes of a latent, all frames at once, and of a decoder that wants a timestep at ComfyUI's."""
+    theirs.use_framewise_decoding = False
+    if type(theirs).__name__ == "AutoencoderKLMochi":
+        return decoded_by_mochi(theirs.decoder, latent)
+    if not theirs.config.get("timestep_conditioning"):
+        return theirs.decode(latent).sample
+    torch.manual_seed(0)
+    return theirs.decode(latent, torch.full((len(latent),), 0.05)).sample
+
+
+def decoded_by_mochi(decoder: Any, latent: Tensor) -> Tensor:
+    """As Mochi's authors drop the frames before the first: behind each level."""
+    video, _ = decoder.block_in(decoder.conv_in(latent))
+    for block in decoder.up_blocks:
+        video = block(video)[0][:, :, block.temporal_expansion - 1 :]
+    video, _ = decoder.block_out(video)
+    return decoder.proj_out(torch.nn.functional.silu(video).movedim(1, -1)).movedim(-1, 1)
+
+
 def with_time(latent: Tensor, vae: Any) -> Tensor:
     return latent[:, :, None] if traits_of(vae).medium == "video" else latent
 
@@ -56,7 +78,7 @@ def test_a_family_decodes_as_diffusers_does(tmp_path: Path, name: str, layout: s
     assert channels(vae) == latent.shape[1]
     packing = packing_of(vae)
     own = latent if packing is None else packing.unpack(latent)
-    expected = theirs.decode(with_time(own, theirs)).sample
+    expected = decoded(theirs, with_time(own, theirs))
     expected = expected[:, :, 0] if expected.dim() == 5 else expected
     if name == "Stage A":  # which has pixels from 0 to 1
         expected = expected * 2 - 1
@@ -71,19 +93,30 @@ def test_a_family_decodes_as_diffusers_does(tmp_path: Path, name: str, layout: s
 def test_a_video_decodes_as_diffusers_does_without_tiles(tmp_path: Path, name: str, mode: str) -> None:
     case = ALL[name]
     theirs, path = stored(case, "diffusers", tmp_path)
-    theirs.use_framewise_decoding = False
     vae = load_vae(path)
-    batch, channels_, *size = case.shape
+    packing = packing_of(vae)
+    batch, count, *size = case.shape
     for frames in (2, 5):
-        latent = random(batch, channels_, frames, *size)
+        latent = random(batch, count, frames, *size)
         found = decode(vae, latent, RunOptions(mode, splits=3, threshold=0))
         assert found.shape[2] == traits_of(vae).frames_of(frames)
-        assert_same(found, theirs.decode(latent).sample, 1e-5)
+        assert_same(found, decoded(theirs, latent if packing is None else packing.unpack(latent)), 1e-5)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_a_family_takes_is_known_before_it_runs(tmp_path: Path, name: str) -> None:
+    _, path = stored(ALL[name], "diffusers", tmp_path)
+    vae, latent = load_vae(path), random(*ALL[name].shape)
+    given = with_time(latent, vae)
+    needs = EagerNeeds(vae).of_call("decode", (given,), {}, latent.device, torch.float32)
+    assert needs > given.nbytes
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_family_decodes_in_half_precision(tmp_path: Path, name: str) -> None:
     _, path = stored(ALL[name], "diffusers", tmp_path)
+    if name == "LTX-Video 0.9.1":  # whose layers add noise, which is another in each precision
+        write(path, {key: value * ("per_channel" not in key) for key, value in load_state(path).items()})
     exact, vae = load_vae(path), load_vae(path, torch.bfloat16)
     latent = random(*ALL[name].shape)
     with torch.no_grad():
@@ -205,7 +238,8 @@ def test_one_that_is_not_finite_is_refused_by_its_name(tmp_path: Path, name: str
 PARTS: dict[str, tuple[str, ...]] = {
     name: ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.") for name in VIDEOS
 }
-PARTS["CogVideoX"] = ("encoder.", "decoder.")
+PARTS |= {name: ("encoder.", "decoder.") for name in ("CogVideoX", *LTX)}
+PARTS["Mochi"] = ("decoder.",)
 
 
 @pytest.mark.parametrize(("name", "missing"), [(name, part) for name in PARTS for part in PARTS[name]])
@@ -235,6 +269,8 @@ CLASSES = {
     "HunyuanImage": "diffusers.models.autoencoders.autoencoder_kl_hunyuanimage",
     "HunyuanVideo": "diffusers.models.autoencoders.autoencoder_kl_hunyuan_video",
     "CogVideoX": "diffusers.models.autoencoders.autoencoder_kl_cogvideox",
+    "LTX-Video 0.9": "diffusers.models.autoencoders.autoencoder_kl_ltx",
+    "Mochi": "diffusers.models.autoencoders.autoencoder_kl_mochi",
     "Oobleck": "diffusers.models.autoencoders.autoencoder_oobleck",
 }
 
@@ -263,10 +299,9 @@ def test_an_older_diffusers_that_lacks_an_argument_is_named(tmp_path: Path, monk
     "names",
     [
         ["decoder.conv_in.conv.weight", "encoder.conv_in.conv.weight"],  # HunyuanVideo 1.5
-        ["decoder.up_blocks.0.res_blocks.0.conv1.conv.weight", "encoder.conv_in.conv.weight"],  # LTX
         ["decoder.1.weight", "decoder.22.bias", "encoder.0.weight"],  # TAEHV
     ],
-    ids=["HunyuanVideo 1.5", "LTX", "TAEHV"],
+    ids=["HunyuanVideo 1.5", "TAEHV"],
 )
 def test_one_of_a_family_that_is_not_known_is_refused(tmp_path: Path, names: list[str]) -> None:
     path = write(tmp_path / "vae.safetensors", {name: torch.zeros(8, 4, 3, 3, 3) for name in names})
@@ -295,6 +330,89 @@ def test_a_library_that_diffusers_lacks_is_not_taken_for_its_age(
     monkeypatch.setitem(sys.modules, "dataclasses", None)
     with pytest.raises(ModuleNotFoundError, match="dataclasses"):
         load_vae(path)
+
+
+# LTX-Video
+
+
+def ltx_state(name: str) -> dict[str, Tensor]:
+    case = ALL[name]
+    assert case.authors is not None
+    return case.authors(case.make().state_dict())
+
+
+def test_one_like_ltx_2s_is_refused_which_pads_otherwise(tmp_path: Path) -> None:
+    state = {
+        key: value
+        for key, value in ltx_state("LTX-Video 0.9.5").items()
+        if not re.search(r"time_embedder|scale_shift_table|timestep", key)
+    }
+    refused(write(tmp_path / "vae.safetensors", state), "decoder.conv_in.conv.weight", "0.9.5 to 0.9.8 is needed")
+
+
+@pytest.mark.parametrize(
+    ("said", "word"),
+    [
+        ({"spatial_padding_mode": "reflect"}, "spatial_padding_mode is reflect"),
+        ({"causal_decoder": True}, "causal_decoder is True"),
+    ],
+    ids=str,
+)
+def test_one_whose_metadata_say_that_it_is_unusual_is_refused(tmp_path: Path, said: dict[str, Any], word: str) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "vae.safetensors"
+    save_file(ltx_state("LTX-Video 0.9"), path, {"config": json.dumps({"vae": said})})
+    refused(path, word)
+    for usual in ({"vae": {"causal_decoder": False}}, {"transformer": {}}, []):
+        save_file(ltx_state("LTX-Video 0.9"), path, {"config": json.dumps(usual)})
+        assert load_vae(path) is not None
+
+
+def test_statistics_of_other_channels_are_refused_by_their_name(tmp_path: Path) -> None:
+    state = ltx_state("LTX-Video 0.9")
+    assert load_vae(write(tmp_path / "vae.safetensors", {**state, "per_channel_statistics.channel": torch.arange(16)}))
+    for key in ("per_channel_statistics.mean-of-means", "per_channel_statistics.std-of-means"):
+        others = {name: value for name, value in state.items() if name != key}
+        for tensors in (others, {**state, key: torch.ones(8)}):
+            refused(write(tmp_path / "vae.safetensors", tensors), key)
+
+
+def test_the_noise_that_a_latent_gets_is_always_the_same(tmp_path: Path) -> None:
+    _, path = stored(ALL["LTX-Video 0.9.1"], "diffusers", tmp_path)
+    latent = random(1, 16, 2, 6, 5)
+    first, second = (decode(load_vae(path), latent, RunOptions("stream")) for _ in range(2))
+    assert torch.equal(first, second)
+    packing = packing_of(load_vae(path))
+    assert isinstance(packing, Statistics)
+    own = packing.pack(packing.unpack(latent)) - latent
+    assert 0.02 < own.std() < 0.05
+
+
+# Mochi
+
+
+@pytest.mark.parametrize("before", ["decoder.", ""])
+@torch.no_grad()
+def test_mochis_decoder_alone_does_what_it_can(tmp_path: Path, before: str) -> None:
+    case = ALL["Mochi"]
+    assert case.authors is not None
+    theirs = case.make()
+    state = {
+        before + name.removeprefix("decoder."): value
+        for name, value in case.authors(theirs.state_dict()).items()
+        if name.startswith("decoder.")
+    }
+    path = write(tmp_path / "decoder.safetensors", state)
+    assert medium_of(path) == "video"
+    vae, latent = load_vae(path), random(1, 12, 2, 6, 5)
+    for mode in ("plain", "patch", "stream", "auto"):
+        assert_same(decode(vae, latent, RunOptions(mode, 3, 0)), decoded(theirs, latent), 1e-5)
+    with pytest.raises(ValueError, match="decoder alone") as caught:
+        encode(vae, random(1, 3, 24, 20))
+    assert_one_sentence(caught.value, path)
+    for lacking in list(state)[:: max(len(state) // 9, 1)]:
+        refused(write(path, {name: value for name, value in state.items() if name != lacking}))
 
 
 # TAESD's names and halves

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
-from . import cogvideox, deep_compression, hunyuan_image, hunyuan_video, kl, oobleck, stage_a, tiny, wan
+from . import cogvideox, deep_compression, hunyuan_image, hunyuan_video, kl, ltx, mochi, oobleck, stage_a, tiny, wan
 from .family import Family, Shapes, Traits
 
 FAMILIES: tuple[Family, ...] = (
+    mochi,
     tiny,
     wan,
+    ltx,
     deep_compression,
     oobleck,
     stage_a,
@@ -18,7 +20,7 @@ FAMILIES: tuple[Family, ...] = (
     hunyuan_video,
     kl,
 )
-"""AutoencoderKL is last, and HunyuanVideo behind CogVideoX: others have their names too."""
+"""AutoencoderKL is last, HunyuanVideo behind CogVideoX, and TAESD behind Mochi: others have their names too."""
 
 
 def of_names(shapes: Shapes) -> Optional[Family]:
