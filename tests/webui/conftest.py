@@ -24,11 +24,11 @@ import pytest
 import torch
 from host_process import HostProcess, checkpoint_in
 from processes import LIMIT
-from upscale_weights import esrgan, real_esrgan
+from upscale_weights import compact, esrgan, real_esrgan
 
 PACK = Path(__file__).parents[2]
 CHECKPOINTS = ("first", "second")
-UPSCALER, REAL_UPSCALER = "patchconv-esrgan", "patchconv-realesrgan-x4plus"
+UPSCALER, REAL_UPSCALER, COMPACT_UPSCALER = "patchconv-esrgan", "patchconv-realesrgan-x4plus", "patchconv-compact"
 PATCH = {"mode": "patch", "unet": True, "splits": 3, "threshold": 0.0}
 STREAM = {"mode": "stream", "unet": True, "splits": 3, "threshold": 0.0}
 MODES = pytest.mark.parametrize("settings", [PATCH, STREAM], ids=["patch", "stream"])
@@ -42,6 +42,7 @@ class Host(NamedTuple):
     half, mixed, bfloat16: flags for half precision; for a U-Net in half precision and a VAE that is not; for bfloat16.
     plot: arguments of the X/Y/Z plot behind its axes: no legend, the single pictures too, no others; no other seeds.
     hires: what a request for hires fix needs beside the usual.
+    compact: where models of RealESRGAN's compact kind lie, which is also what the settings of their tiles begin with.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Host(NamedTuple):
     bfloat16: tuple[str, ...]
     plot: tuple[Any, ...]
     hires: Mapping[str, Any] = MappingProxyType({})
+    compact: str = "ESRGAN"
 
 
 _PLOT = (True, False, False, False, False, False, 0, False)
@@ -72,8 +74,14 @@ REFORGE = Host(
     mixed=("--unet-in-fp16", "--vae-in-fp32"),
     bfloat16=("--unet-in-bf16", "--vae-in-bf16"),
     plot=(False, False, False, 0, *_PLOT),
+    compact="COMPACT",
 )
-FORGE = REFORGE._replace(name="Forge", plot=A1111.plot, hires={"hr_additional_modules": ["Use same choices"]})
+FORGE = REFORGE._replace(
+    name="Forge",
+    plot=A1111.plot,
+    hires={"hr_additional_modules": ["Use same choices"]},
+    compact=A1111.compact,
+)
 
 
 class Result(NamedTuple):
@@ -98,19 +106,14 @@ class WebUI(HostProcess):
         for name in CHECKPOINTS:
             source = checkout / "models" / "Stable-diffusion" / checkpoint
             (checkpoints / f"{name}.safetensors").symlink_to(source.resolve())
-        (folder / "models" / "ESRGAN").mkdir(parents=True)
-        for name, weights in ((UPSCALER, esrgan()), (REAL_UPSCALER, real_esrgan())):
-            if weights is not None:
-                # The WebUI's check of pickles knows no file in the newer format.
-                path = folder / "models" / "ESRGAN" / f"{name}.pth"
-                torch.save(weights, path, _use_new_zipfile_serialization=False)
+        self.host = host_of(checkout)
+        _save_upscalers(folder / "models", self.host)
         # Random weights have no mean that emphasis could be scaled to.
         options = {"emphasis": "No norm", "live_previews_enable": False, "sd_model_checkpoint": "first.safetensors"}
         (folder / "config.json").write_text(json.dumps(options))
         command = [python(), "launch.py", "--skip-prepare-environment", "--no-download-sd-model", "--api"]
         command += ["--do-not-download-clip", "--data-dir", str(folder), "--ckpt-dir", str(checkpoints), *flags]
         command += ["--gradio-allowed-path", str(checkout)]  # Forge hands out its own scripts from the data folder only
-        self.host = host_of(checkout)
         if not torch.cuda.is_available():
             command += self.host.cpu
         environment = {"HF_HUB_OFFLINE": "1", "SD_WEBUI_RESTARTING": "1"}  # restarting: it opens no browser
@@ -145,16 +148,25 @@ class WebUI(HostProcess):
     @contextmanager
     def options(self, **values: Any) -> Iterator[None]:
         """Within the block these are set under Settings."""
-        told = self.get("/sdapi/v1/options")
-        if self.host is not A1111 and not values.keys() <= told.keys():
-            pytest.skip(f"{self.host.name} does not tell {', '.join(values.keys() - told.keys())} by its API")
-        # It tells whole numbers as fractions, which tiles cannot be cut by.
-        there = {name: int(told[name]) if isinstance(told[name], float) else told[name] for name in values}
+        there = self.get(f"/probe/options?names={','.join(values)}")  # the hosts' own API leaves some out
         self.get("/sdapi/v1/options", values)
         try:
             yield
         finally:
             self.get("/sdapi/v1/options", there)
+
+
+def _save_upscalers(models: Path, host: Host) -> None:
+    """Write upscale models to where `host` looks for them in its folder of models."""
+    for folder, name, weights in (
+        ("ESRGAN", UPSCALER, esrgan()),
+        ("ESRGAN", REAL_UPSCALER, real_esrgan()),
+        (host.compact, COMPACT_UPSCALER, compact()),
+    ):
+        if weights is not None:
+            (models / folder).mkdir(parents=True, exist_ok=True)
+            # The WebUI's check of pickles knows no file in the newer format.
+            torch.save(weights, models / folder / f"{name}.pth", _use_new_zipfile_serialization=False)
 
 
 def open_image(data: str) -> Any:

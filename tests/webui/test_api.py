@@ -83,6 +83,8 @@ def test_auto_runs_as_it_fits_and_says_why(webui: WebUI, eager: Result) -> None:
 
 
 def test_a_decode_that_runs_out_of_memory_is_streamed_where_that_is_set(webui: WebUI) -> None:
+    if webui.host is not A1111:
+        pytest.skip(f"{webui.host.name}'s attention takes 512 MiB at this size: memory runs out before the decode")
     large: dict[str, Any] = {"width": 512, "height": 512, "steps": 1}
     eager = webui.run(**large)
     assert eager.report == ""
@@ -289,6 +291,8 @@ def test_a_decode_is_stopped_by(webui: WebUI, settings: dict[str, Any], button: 
 
 def test_live_previews_are_not_counted(webui: WebUI, eager: Result) -> None:
     """Those that are decoded in full."""
+    if webui.host is not A1111:
+        pytest.skip(f"{webui.host.name} decodes no preview in full: it takes Approx NN for that")
     with webui.options(live_previews_enable=True, show_progress_type="Full", show_progress_every_n_steps=1):
         results: list[Result] = []
         thread = threading.Thread(target=lambda: results.append(webui.run(patch_conv=STREAM, steps=8)))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from processes import LIMIT
 from upscale_weights import NO_REAL_WEIGHTS, scene
 
-from .conftest import REAL_UPSCALER, UPSCALER, Result, WebUI, as_base64, open_image
-from .test_api import HIRES, check_second_pass
+from .conftest import COMPACT_UPSCALER, REAL_UPSCALER, UPSCALER, Result, WebUI, as_base64, open_image
+from .test_api import HIRES
 
 UPSCALING = {"upscalers": True, "vae": False}
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 1}
@@ -28,7 +29,7 @@ def tiles(webui: WebUI) -> Iterator[None]:
         pytest.skip(
             f"{webui.host.name} has {', '.join(there)}, and not what is in its models/ESRGAN: is spandrel there?"
         )
-    with webui.options(ESRGAN_tile=16, upscaling_max_images_in_cache=0):
+    with webui.options(ESRGAN_tile=16, ESRGAN_tile_overlap=8, upscaling_max_images_in_cache=0):
         yield
 
 
@@ -66,38 +67,69 @@ def check_level(one: np.ndarray, other: np.ndarray) -> None:
     assert (difference > 0).mean() < 1e-3
 
 
+class Made(NamedTuple):
+    """What a run gave back, and the picture that its upscaler made on the way, `[H, W, 3]`."""
+
+    result: Result
+    upscaled: np.ndarray
+
+
+def make(webui: WebUI, kind: str = "txt2img", **request: Any) -> Made:
+    result = webui.run(kind, **request)
+    return Made(result, np.asarray(open_image(webui.get("/probe/upscaled")["png"])))
+
+
+def check_whole(ours: Made, untiled: Made, tiled: Made) -> None:
+    """What was upscaled is the whole's, and in the end there is nothing of the tiles. One level in two of the values
+    that were upscaled becomes one in 1.6 % of those that are sampled from them in reForge, without Patch Conv too."""
+    check_level(ours.upscaled, untiled.upscaled)
+    from_tiles, from_ours = (
+        np.abs(one.result.images[0].astype(int) - untiled.result.images[0]) for one in (tiled, ours)
+    )
+    print(
+        f"in the end: tiles' mean {from_tiles.mean():.4f}, largest {from_tiles.max()}; "
+        f"ours {from_ours.mean():.4f}, {from_ours.max()}"
+    )
+    assert from_ours.max() <= 1
+    assert (from_ours > 0).mean() < 2e-2
+    assert from_tiles.mean() > 10 * from_ours.mean()
+
+
 @pytest.fixture(scope="module")
-def tiled(webui: WebUI) -> Result:
+def tiled(webui: WebUI) -> Made:
     """By hires fix, as the WebUI has it."""
-    return webui.run(**hires(webui))
+    return make(webui, **hires(webui))
 
 
 @pytest.fixture(scope="module")
-def untiled(webui: WebUI) -> Result:
-    return whole(webui, lambda: webui.run(**hires(webui)))
+def untiled(webui: WebUI) -> Made:
+    return whole(webui, lambda: make(webui, **hires(webui)))
 
 
-def test_hires_fix(webui: WebUI, tiled: Result, untiled: Result) -> None:
+def test_hires_fix(webui: WebUI, tiled: Made, untiled: Made) -> None:
     before = webui.get("/probe/now")
-    assert differs(tiled.images[0], untiled.images[0])
-    result = webui.run(**hires(webui), patch_conv={"upscalers": True})
+    assert differs(tiled.upscaled, untiled.upscaled)
+    ours = make(webui, **hires(webui), patch_conv={"upscalers": True})
+    result = ours.result
     during = webui.get("/probe/during")
     patched = {place for place, method in during.items() if before.get(place) != method}
-    assert {"upscaler_utils.upscale_with_model", "esrgan_model.upscale_with_model"} <= patched
-    check_second_pass(result, untiled)
+    tiling = {place for place in before if place.endswith((".upscale_with_model", ".tiled_upscale_2"))}
+    print(f"tiles are cut by {', '.join(sorted(tiling))}")
+    assert {"upscaler_utils.upscale_with_model", "esrgan_model.upscale_with_model"} <= tiling <= patched
+    check_whole(ours, untiled, tiled)
     assert "; upscaler ESRGAN streamed, peak " in result.report
     assert "whole without Patch Conv: " in result.report
     assert "Patch Conv parts: VAE + Upscalers" in result.infotext
     assert webui.get("/probe/now") == before
 
 
-def test_arguments_in_order(webui: WebUI, tiled: Result, untiled: Result) -> None:
-    result = webui.run(**hires(webui), patch_conv=[True, "stream", False, False, 0, 0.0, 2.0, True])
-    check_second_pass(result, untiled)
-    assert result.report.startswith("Patch Conv: upscaler ESRGAN streamed, peak ")
-    result = webui.run(**hires(webui), patch_conv=[True, "auto", True, False, 0, 0.0, 2.0])
-    check_second_pass(result, tiled)
-    assert "upscaler" not in result.report
+def test_arguments_in_order(webui: WebUI, tiled: Made, untiled: Made) -> None:
+    ours = make(webui, **hires(webui), patch_conv=[True, "stream", False, False, 0, 0.0, 2.0, True])
+    check_whole(ours, untiled, tiled)
+    assert ours.result.report.startswith("Patch Conv: upscaler ESRGAN streamed, peak ")
+    theirs = make(webui, **hires(webui), patch_conv=[True, "auto", True, False, 0, 0.0, 2.0])
+    assert np.array_equal(theirs.upscaled, tiled.upscaled)
+    assert "upscaler" not in theirs.result.report
 
 
 def test_sd_upscale(webui: WebUI, image: np.ndarray) -> None:
@@ -107,39 +139,38 @@ def test_sd_upscale(webui: WebUI, image: np.ndarray) -> None:
         "script_name": "sd upscale", "script_args": ["", 16, UPSCALER, 2.0],
     }  # fmt: skip
 
-    def run(**options: Any) -> Result:
-        return webui.run("img2img", **request, **options)
+    def run(**options: Any) -> Made:
+        return make(webui, "img2img", **request, **options)
 
     before = webui.get("/probe/now")
-    tiled, untiled, result = run(), whole(webui, run), run(patch_conv=UPSCALING)
-    there, ours = (np.abs(one.images[0].astype(int) - untiled.images[0]) for one in (tiled, result))
-    print(f"from whole: tiled mean {there.mean():.4f}, largest {there.max()}; ours {ours.mean():.4f}, {ours.max()}")
-    check_second_pass(result, untiled)
-    assert there.any()  # what follows leaves little of the tiles
-    assert there.mean() > 10 * ours.mean()
+    tiled, untiled, ours = run(), whole(webui, run), run(patch_conv=UPSCALING)
+    assert differs(tiled.upscaled, untiled.upscaled)
+    check_whole(ours, untiled, tiled)
+    result = ours.result
     assert "nothing that it was asked to patch has run" not in result.log
     assert "Patch Conv: upscaler ESRGAN streamed, peak " in result.log
     assert "Patch Conv parts: Upscalers" in result.infotext
     assert webui.get("/probe/now") == before
-    assert np.array_equal(run().images[0], tiled.images[0])
+    assert np.array_equal(run().result.images[0], tiled.result.images[0])
 
 
 def test_img2img_to_another_size(webui: WebUI, image: np.ndarray) -> None:
-    """Sampling with random weights makes some levels of the one by which roundings of the upscaled picture differ."""
     request: dict[str, Any] = {"init_images": [as_base64(image)], **SMALL, "denoising_strength": 0.5, "steps": 2}
 
-    def run(**options: Any) -> Result:
-        return webui.run("img2img", **request, **options)
+    def run(**options: Any) -> Made:
+        return make(webui, "img2img", **request, **options)
 
     with webui.options(upscaler_for_img2img=UPSCALER):
-        tiled, untiled, result = run(), whole(webui, run), run(patch_conv=UPSCALING)
-    there, ours = (np.abs(one.images[0].astype(int) - untiled.images[0]) for one in (tiled, result))
-    print(f"from whole: tiled mean {there.mean():.4f}, largest {there.max()}; ours {ours.mean():.4f}, {ours.max()}")
-    assert there.mean() > 10 * ours.mean()
-    assert result.report.startswith("Patch Conv: upscaler ESRGAN streamed, peak ")
+        tiled, untiled, ours = run(), whole(webui, run), run(patch_conv=UPSCALING)
+    assert differs(tiled.upscaled, untiled.upscaled)
+    check_whole(ours, untiled, tiled)
+    assert ours.result.report.startswith("Patch Conv: upscaler ESRGAN streamed, peak ")
 
 
-def extras(webui: WebUI, image: np.ndarray, **request: Any) -> np.ndarray:
+def extras(webui: WebUI, image: np.ndarray, *, anew: bool = True, **request: Any) -> np.ndarray:
+    """anew: with none of the pictures that Extras keeps, of which one stays even where none is to be kept."""
+    if anew:
+        webui.get("/probe/forget")
     asked = {"image": as_base64(image), **EXTRAS, **request}
     answer = webui.get("/sdapi/v1/extra-single-image", asked, seconds=1800)
     return np.asarray(open_image(answer["image"]))
@@ -157,12 +188,29 @@ def test_extras(webui: WebUI, image: np.ndarray) -> None:
             idle = webui.get("/probe/now")
             changed = {place for place, method in idle.items() if before[place] != method}
             assert changed == {"postprocessing.run_postprocessing"}
-            check_level(extras(webui, image), untiled)  # not what was kept of the tiled one
+            check_level(extras(webui, image, anew=False), untiled)  # not what was kept of the tiled one
             assert "Patch Conv: upscaler ESRGAN streamed, peak " in webui.log()[start:]
             assert webui.get("/probe/now") == idle
             assert webui.run(**hires(webui)).report == ""  # the accordion says so of a run
         assert webui.get("/probe/now") == before
-        assert np.array_equal(extras(webui, image), tiled)
+        assert np.array_equal(extras(webui, image, anew=False), tiled)  # nor this what was kept of ours
+
+
+def test_extras_with_a_model_of_the_compact_kind(webui: WebUI, image: np.ndarray) -> None:
+    """reForge has a module, a folder and tiles of its own for each kind; the others have them beside ESRGAN's."""
+    kind = webui.host.compact
+    request: dict[str, Any] = {"upscaler_1": COMPACT_UPSCALER}
+    with webui.options(**{f"{kind}_tile": 0}):
+        untiled = extras(webui, image, **request)
+    with webui.options(**{f"{kind}_tile": 16, f"{kind}_tile_overlap": 2}):  # less than it sees
+        tiled = extras(webui, image, **request)
+        start = len(webui.log())
+        with webui.options(patch_conv_extras=True):
+            result = extras(webui, image, **request)
+        assert re.search(r"Patch Conv: upscaler .*Compact streamed, peak ", webui.log()[start:])
+        check_level(result, untiled)
+        assert differs(tiled, untiled)
+        assert np.array_equal(extras(webui, image, **request), tiled)
 
 
 @pytest.mark.slow

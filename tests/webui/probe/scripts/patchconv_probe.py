@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from modules import processing, script_callbacks, scripts, shared  # pyright: ignore[reportMissingImports]
+from modules import processing, script_callbacks, scripts, shared, upscaler  # pyright: ignore[reportMissingImports]
 
 _during: dict[str, str] = {}
 _estimates: dict[str, float] = {}
 _decodes: dict[str, Any] = {"counted": 0, "begun": False}
 """How many the last run's report has, and whether one has begun since that was to be watched."""
+
+_upscaled: dict[str, Any] = {}
+"""The picture that an upscaler made last."""
 
 
 def _methods() -> dict[str, str]:
@@ -28,9 +34,9 @@ def _methods() -> dict[str, str]:
 
 def _objects() -> Iterator[tuple[str, Any]]:
     """The model's modules by name; in Forge and reForge those that run are in the hands of `forge_objects`."""
-    for name in ("upscaler_utils", "esrgan_model", "realesrgan_model", "dat_model", "hat_model", "postprocessing"):
-        if f"modules.{name}" in sys.modules:
-            yield name, sys.modules[f"modules.{name}"]
+    for name in sorted(sys.modules):
+        if re.fullmatch(r"modules\.(upscaler_utils|postprocessing|\w+_model)", name):
+            yield name.removeprefix("modules."), sys.modules[name]
     forge = getattr(shared.sd_model, "forge_objects", None)
     if forge is None:
         yield from shared.sd_model.named_modules()
@@ -75,10 +81,38 @@ def _watch_decode() -> bool:
     return True
 
 
+def _note_upscaled() -> None:
+    """Note what upscalers make, which is scaled, sampled or encoded anew before a run gives it back."""
+    upscale = upscaler.Upscaler.upscale
+
+    def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _upscaled["picture"] = picture = upscale(self, *args, **kwargs)
+        return picture
+
+    upscaler.Upscaler.upscale = noting
+
+
+def _upscaled_png() -> dict[str, str]:
+    buffer = io.BytesIO()
+    _upscaled["picture"].save(buffer, "PNG")
+    return {"png": base64.b64encode(buffer.getvalue()).decode()}
+
+
+def _forget() -> bool:
+    """Have Extras upscale anew what it has upscaled before."""
+    scripts.scripts_postproc.image_changed()
+    return True
+
+
 def _seed() -> bool:
     """Before a run: encoding draws from torch's own generator, which a run leaves as it may."""
     torch.manual_seed(1)
     return True
+
+
+def _options(names: str) -> dict[str, Any]:
+    """What is set under Settings, of these names with commas between."""
+    return {name: getattr(shared.opts, name) for name in names.split(",")}
 
 
 def _axes() -> list[str]:
@@ -109,8 +143,12 @@ def _routes(demo: Any, app: Any) -> None:
     app.get("/probe/fail")(_fail_once)
     app.get("/probe/seed")(_seed)
     app.get("/probe/axes")(_axes)
+    app.get("/probe/options")(_options)
     app.get("/probe/decodes")(lambda: _decodes)
     app.get("/probe/watch")(_watch_decode)
+    app.get("/probe/upscaled")(_upscaled_png)
+    app.get("/probe/forget")(_forget)
 
 
+_note_upscaled()
 script_callbacks.on_app_started(_routes)
