@@ -408,6 +408,7 @@ def test_mochis_decoder_alone_does_what_it_can(tmp_path: Path, before: str) -> N
 def test_a_taesds_name_says_of_which_model_it_is(tmp_path: Path, layout: str) -> None:
     theirs, path = stored(ALL["TAESD"], layout, tmp_path)
     latent = random(1, 4, 6, 5)
+    path = path.rename(tmp_path / "first.safetensors")
     for name, factor in (("taesd.safetensors", 0.18215), ("taesdxl_v1.safetensors", 0.13025)):
         vae = load_vae(shutil.copy(path, tmp_path / name))  # a VAE may still read its file: that keeps its name
         path = tmp_path / name
