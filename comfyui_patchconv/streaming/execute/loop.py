@@ -14,7 +14,7 @@ from ...memory.allocator import keep_freed_blocks, release, trim
 from ...memory.errors import is_out_of_memory
 from ...memory.sizes import allocator_bytes
 from ...memory.usage import anonymous
-from ..graph.node import Node, Span, dense_strides, in_order
+from ..graph.node import Node, Span, dense_strides
 from ..graph.steps import Accumulator, Convolve, Reduce
 from ..plan.schedule import Apply, Pass, Schedule, Target
 from .kernels import Chain, Kernels, chains_of
@@ -90,7 +90,7 @@ class Loop:
             result = self._eagerly(step, pieces) if step.eagerly else self._at_once(node, pieces)
         if node.step is not None:
             node.step.end()
-        self._stored[node] = _as_stored(node, result, self._inference, self._memory.count)
+        self._stored[node] = StoredTensor.of(node, result, self._inference, self._memory.count)
         self._on_progress(step.work)
 
     def _eagerly(self, step: Apply, pieces: Sequence[Tensor]) -> Tensor:
@@ -141,19 +141,6 @@ def _reduced(node: Node, pieces: Sequence[Tensor]) -> Tensor:
     result = empty(node)
     gathered.result(result)
     return result
-
-
-def _as_stored(node: Node, result: Tensor, inference: bool, count: Callable[[int], None]) -> StoredTensor:
-    single: StoredTensor = object.__new__(StoredTensor)
-    single.node, single.end, single.dim, single._count = node, node.rows, node.dim or 0, count
-    single._rows = node.rows
-    count(node.bytes)
-    if result.is_inference() != inference or result.shape != node.shape or not in_order(result, node.strides):
-        with torch.inference_mode(inference):
-            kept = empty(node)
-        result = kept.copy_(result)
-    single.tensor = result
-    return single
 
 
 def _whole(node: Node, stored: dict[Node, Any]) -> Tensor:
@@ -320,7 +307,7 @@ class _PassLoop:
         for node, gathered in self.gathered.items():
             result = empty(node)
             gathered.result(result)
-            self._stored[node] = _as_stored(node, result, self._inference, self._memory.count)
+            self._stored[node] = StoredTensor.of(node, result, self._inference, self._memory.count)
         self._stored.update(self.new)
 
     def _strip(self, wanted: dict[Node, Span], single: bool = False) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...memory.mapped import MappedFile
-from ..graph.node import Node, Span, dense_strides
+from ..graph.node import Node, Span, dense_strides, in_order
 from .buffers import FileBuffer, HostBuffer, buffer_for, is_borrowed, no_room
 
 
@@ -102,6 +102,20 @@ class StoredTensor:
             return
         with torch.inference_mode(inference):
             self.tensor = empty(node)
+
+    @classmethod
+    def of(cls, node: Node, result: Tensor, inference: bool, count: Callable[[int], None]) -> StoredTensor:
+        """A map whose rows are all there: `result`, or a copy of it where that looks otherwise than eager's."""
+        stored = cls.__new__(cls)
+        stored.node, stored.end, stored.dim, stored._count = node, node.rows, node.dim or 0, count
+        stored._rows = node.rows
+        count(node.bytes)
+        if result.is_inference() != inference or result.shape != node.shape or not in_order(result, node.strides):
+            with torch.inference_mode(inference):
+                kept = empty(node)
+            result = kept.copy_(result)
+        stored.tensor = result
+        return stored
 
     def append(self, strip: Tensor) -> None:
         rows = strip.shape[self.dim]

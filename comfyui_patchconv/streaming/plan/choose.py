@@ -72,7 +72,7 @@ def in_strips(
     if budget is not None and first.peak <= budget and first.offloaded_at_once <= unused:
         return first
     best, chosen = first, None
-    for size in sorted((size for size in first.recomputable if size >= first.peak / 8), reverse=True):
+    for size in sorted((size for size in first.recomputable_sizes if size >= first.peak / 8), reverse=True):
         schedule = trial(size, budget, _WORTH * best.peak if budget is None else None)
         slow = budget is None and schedule is not None and schedule.seconds > max(ranks * seconds, first.seconds)
         if schedule is None or slow or not _better(schedule, best, budget, unused):

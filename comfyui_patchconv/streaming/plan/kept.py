@@ -22,7 +22,7 @@ def kept_for_later(targets: Sequence[Node], maps: Lifetimes) -> list[Node]:
         outside = [] if node in kept else _readers_outside(node, inside, maps)
         if not outside:
             continue
-        if node in maps.unstored:
+        if node in maps.recomputed_everywhere:
             wanted = [one for one in _made_of(node, outside, inside, maps) if one not in kept]
         else:
             parts = [reader for reader in outside if is_part(reader)]
@@ -108,7 +108,7 @@ def _is_cheap(node: Node, kept: Collection[Node], maps: Lifetimes) -> bool:
     stack, seen = [node], 0
     while stack:
         one = stack.pop()
-        if maps.is_there(one) or one in kept or one in maps.unstored:
+        if maps.is_there(one) or one in kept or one in maps.recomputed_everywhere:
             continue
         seen += 1
         if one.step is None or not (one.step.cheap or one.step.work <= 1) or one.step.takes_all or seen > _FEW:

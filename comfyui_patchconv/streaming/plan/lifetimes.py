@@ -13,8 +13,8 @@ class Lifetimes:
     """The maps on the way to `roots`, each from when it is stored until nothing reads it any more.
 
     keep: maps that the program may still ask for behind this schedule. order: the steps of the way. readers: those that
-    read a map. stored: how those are stored that are by now. unstored: the maps that are recomputed wherever they are
-    read. state: which maps are stored, by the name that `ways` has for it.
+    read a map. stored: how those are stored that are by now. recomputed_everywhere: the maps that are not stored, but
+    recomputed wherever they are read. state: which maps are stored, by the name that `ways` has for it.
     """
 
     def __init__(self, roots: Sequence[Node], keep: Sequence[Node], ways: Ways) -> None:
@@ -26,7 +26,7 @@ class Lifetimes:
             for source in dict.fromkeys(node.inputs):
                 self.readers.setdefault(source, []).append(node)
         self.stored: dict[Node, Target] = {}
-        self.unstored: set[Node] = set()
+        self.recomputed_everywhere: set[Node] = set()
         self._to_read = {node: len(readers) for node, readers in self.readers.items()}
         self._done: set[Node] = set()
         self._unread: dict[Node, None] = {}
@@ -92,7 +92,7 @@ class Lifetimes:
         """What to store for `node`: the map that it shows a part of, where others read that too; else itself."""
         origin = node
         while origin not in self.results and (source := origin.shows) is not None and None not in origin.dims:
-            if self.is_there(source) or source in self.unstored:
+            if self.is_there(source) or source in self.recomputed_everywhere:
                 return node
             origin = source
             others = [reader for reader in self.readers.get(origin, ()) if reader not in self.stored]

@@ -106,12 +106,12 @@ class Passes:
         source = half_or_less(node, self._maps)
         if source is None:
             return False
-        self.schedule.recomputable.add(node.bytes)
+        self.schedule.recomputable_sizes.add(node.bytes)
         if self._recomputed_from is None or node.bytes < self._recomputed_from:
             return False
         if not self._maps.is_there(source):
             self._store([source])
-        self._maps.unstored.add(node)
+        self._maps.recomputed_everywhere.add(node)
         return True
 
     # Storing
@@ -152,7 +152,7 @@ class Passes:
         best, cut = self._tuning.worth_a_cut * self._sweep(wanted).workspace, None
         for frontier in sweep.way.frontiers:
             size = sum(self._placement.bytes_of(self._maps.target(node)) for node in frontier)
-            if size < best and self._maps.unstored.isdisjoint(frontier):
+            if size < best and self._maps.recomputed_everywhere.isdisjoint(frontier):
                 first = [*frontier, *kept_for_later(frontier, self._maps)]
                 behind = [node for node in wanted if node not in first]
                 peak = max(self._sweep(first).workspace, size + self._sweep_behind(first, behind).workspace)
@@ -165,7 +165,7 @@ class Passes:
         """Where ranks would compute many rows at the edges of their bands twice, store what lies between beforehand."""
         order = self._maps.steps_to(roots)
         between = cut_for(order, roots, self._ranks, self._tuning.worth_an_exchange) if order else None
-        if between is not None and self._maps.unstored.isdisjoint(between):
+        if between is not None and self._maps.recomputed_everywhere.isdisjoint(between):
             self._store(between)
 
     # Passes

@@ -32,7 +32,7 @@ def with_reductions(targets: Sequence[Target], order: Sequence[Node], maps: Life
     found = list(targets)
     for node in order:
         wanted = reductions_of(node, node.dim, maps) if node not in known else []
-        if wanted and node not in maps.unstored:
+        if wanted and node not in maps.recomputed_everywhere:
             found.append(Target(node, stored=False, reductions=wanted))
     return found + _parts(found, order, maps)
 

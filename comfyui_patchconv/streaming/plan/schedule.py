@@ -121,7 +121,7 @@ class Schedule:
 
     peak: bytes of the device expected at once, beyond arguments and weights. stored: of these, of maps. offloaded:
     bytes of maps and line buffers that are offloaded. offloaded_at_once: of these, at one time. work: bytes of maps
-    computed in all. seconds: reckoned, for comparison alone. recomputable: sizes of maps that could be recomputed
+    computed in all. seconds: reckoned, for comparison alone. recomputable_sizes: of maps that could be recomputed
     wherever they are read.
     """
 
@@ -132,7 +132,7 @@ class Schedule:
     offloaded_at_once: int = 0
     work: int = 0
     seconds: float = 0.0
-    recomputable: set[int] = field(default_factory=set)
+    recomputable_sizes: set[int] = field(default_factory=set)
 
     def renamed(self, name: Callable[[Any], Any]) -> Schedule:
         """The same schedule for a graph that is alike. name: gives the other node for each."""

@@ -57,14 +57,14 @@ class Sweep:
         self._spare = budget if budget is not None else spare
         height = max(way.height, 1)
         band = -(-height // ranks)
-        share = way.widest // height
+        row_bytes = way.widest // height
         suitable = tuning.strip_bytes if tuning.strip_bytes is not None else strip_bytes(way.device.type)
         self._suitable = suitable
-        rows = min(max(suitable // _STRIPS_AT_ONCE // max(share, 1), 1), height)
-        rows = min(max(rows, self._rows_worth_their_costs(share, height)), band)
+        rows = min(max(suitable // _STRIPS_AT_ONCE // max(row_bytes, 1), 1), height)
+        rows = min(max(rows, self._rows_worth_their_costs(row_bytes, height)), band)
         self.strip_rows = rows if rows == band < height else self._whole_groups(rows)
         single = self.strip_rows >= band  # there is no next strip
-        self._lines = {} if single else {node: node.row_bytes * way.shared[node] for node in way.kept}
+        self._lines = {} if single else {node: node.row_bytes * way.shared[node] for node in way.buffered}
         self.line_bytes = sum(self._lines.values())
         self.keeping = self._keeping_kernels()
         self.workspace = self._bytes_beside_maps()

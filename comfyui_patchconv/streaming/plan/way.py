@@ -29,7 +29,7 @@ class Way:
 
     order: these steps. height: rows of the tallest root. recomputed: the steps that are recomputed rather than kept in
     line buffers. readers: of each map, the steps that read it row by row, and as which of their inputs by rows. shared:
-    of each step, how many rows a strip and the one before it both read. kept: the steps that have a line buffer.
+    of each step, how many rows a strip and the one before it both read. buffered: the steps that have a line buffer.
     last_reads: see `_last_reads`.
     """
 
@@ -49,7 +49,7 @@ class Way:
         self.widest = max(node.bytes for node in nodes)
         self.work = sum(node.bytes for node in self.order)
         self.shared = self._rows_of_two_strips()
-        self.kept = [node for node in self.order if node in self.readers and node not in self.recomputed]
+        self.buffered = [node for node in self.order if node in self.readers and node not in self.recomputed]
         self.last_reads = self._last_reads()
 
     @cached_property
