@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ldm
-from .family import Kind, Medium, Plan, Shapes, Traits, VaeFile, check_pairs, numbered
+from .causal import config_of
+from .family import Kind, Medium, Plan, Shapes, Traits, VaeFile, check_pairs
 
 NAMES = ("AutoencoderKLHunyuanVideo",)
 
@@ -19,8 +20,8 @@ KIND = Kind("AutoencoderKLHunyuanVideo", "0.32", ("diffusers.models.autoencoders
 
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
-_IN_TIME, _RATE = 2, 24.0
-"""How many levels halve the frames, and frames a second."""
+_RATE = 24.0
+"""Frames a second."""
 
 _MIDDLE = ("mid.block_1", "mid_block.resnets.0")
 
@@ -39,29 +40,11 @@ def claims(shapes: Shapes) -> bool:
 
 def plan(file: VaeFile) -> Plan:
     check_pairs(file, ("quant_conv.", "post_quant_conv."), ("encoder.", "decoder."))
-    shapes = file.shapes
-    block = next((block for block in _BLOCKS if block.format(0, 0) in shapes), _BLOCKS[0])
-    levels = numbered(shapes, block.format("{}", 0))
-    first, inner, last = (f"{name}.conv.weight" for name in ("encoder.conv_in", "decoder.conv_in", "decoder.conv_out"))
-    odd = [name for name in (first, inner, last, *levels) if len(shapes.get(name, ())) != 5 or 0 in shapes[name]]
-    if not odd:
-        odd = [name for name, channels in ((first, shapes[first][1]), (last, shapes[last][0])) if channels != 3]
-    if odd or len(levels) <= _IN_TIME:
-        raise file.other_kind(
-            "a VAE like HunyuanVideo's",
-            odd[0] if odd else first,
-            f"one for RGB videos, with more than {_IN_TIME} levels, is needed",
-        )
-    config: dict[str, Any] = {
-        "latent_channels": shapes[inner][1],
-        "block_out_channels": tuple(shapes[name][0] for name in levels),
-        "down_block_types": ("HunyuanVideoDownBlock3D",) * len(levels),
-        "up_block_types": ("HunyuanVideoUpBlock3D",) * len(levels),
-        "layers_per_block": len(numbered(shapes, block.format(0, "{}"))),
-        "spatial_compression_ratio": 2 ** (len(levels) - 1),
-        "temporal_compression_ratio": 2**_IN_TIME,
-    }
-    rename = str if block == _BLOCKS[0] else ldm.rename_of(len(levels))
+    block = next((block for block in _BLOCKS if block.format(0, 0) in file.shapes), _BLOCKS[0])
+    config = config_of(file, "HunyuanVideo", block)
+    levels = len(config["block_out_channels"])
+    config["spatial_compression_ratio"] = 2 ** (levels - 1)
+    rename = str if block == _BLOCKS[0] else ldm.rename_of(levels)
     return Plan(KIND, config, rename, ldm.flat, prepare=_whole)
 
 
