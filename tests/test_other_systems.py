@@ -13,7 +13,7 @@ from processes import LIMIT, environment
 
 TESTS = Path(__file__).parent
 
-AGAIN = ["files/test_atomic.py", "memory/test_mapped.py", "memory/test_recorder.py", "streaming/test_buffers.py",
+AGAIN = ["files/test_atomic.py", "memory/test_mapped.py", "memory/test_recorder.py", "streaming/test_offloaded.py",
          "cli/test_outputs.py", "hosts/test_devices.py", "conv/test_limits.py"]  # fmt: skip
 """What depends on the system most."""
 

@@ -28,7 +28,7 @@ One decode, from `stream()` to the last strip:
 5. execute. `execute.loop.Loop` goes through the schedule's passes, and `_PassLoop` through a pass's strips.
    `execute.strips.Rows` says which rows of which step a strip computes, and which of them the next one will read again
    (line buffers). A strip's last rows go to the stored map (`execute.stored`), which lies on the device, in host memory
-   or in a file (`execute.buffers`, `execute.copies`), and to the statistics of the norm behind it
+   or in a file (`execute.offloaded`, `execute.copies`), and to the statistics of the norm behind it
    (`graph.statistics`). Where a first strip does not fit, the pass begins again in strips of half the rows.
 
 6. The nodes now have values. When the call ends, `Recorder.finish` makes ordinary tensors of all deferred ones that the

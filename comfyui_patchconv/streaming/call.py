@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..memory.allocator import no_collections, rare_collections
-from .execute.buffers import require_room, room
 from .execute.loop import Loop
+from .execute.offloaded import require_room, room
 from .execute.share import ALONE
 from .graph.node import Node, ancestors
 from .graph.steps import RowLocal

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from comfyui_patchconv.streaming import Tuning, expect, stream
 from comfyui_patchconv.streaming.execute import stored
-from comfyui_patchconv.streaming.execute.buffers import HostBuffer
 from comfyui_patchconv.streaming.execute.copies import OneAfterTheOther, SideStreams
+from comfyui_patchconv.streaming.execute.offloaded import HostBuffer
 from comfyui_patchconv.streaming.execute.stored import StoredStrips
 from comfyui_patchconv.streaming.graph.node import Node
 from comfyui_patchconv.streaming.plan.schedule import STRIPS_LEAVING

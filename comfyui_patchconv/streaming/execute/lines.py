@@ -13,8 +13,8 @@ from ...memory.errors import is_out_of_memory
 from ...memory.mapped import MappedFile
 from ..graph.node import Node
 from ..plan.schedule import STRIPS_LEAVING
-from .buffers import dense, lasting, no_room
 from .copies import Arrival, copies_of
+from .offloaded import dense, lasting, no_room
 
 _ALIGNED = 64
 """Bytes of which the parts of a file are multiples, so that each begins where any type of values may."""

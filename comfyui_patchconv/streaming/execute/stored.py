@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...memory.mapped import MappedFile
 from ..graph.node import Node, Span, dense_strides, in_order
-from .buffers import FileBuffer, HostBuffer, buffer_for, is_borrowed, no_room
+from .offloaded import FileBuffer, HostBuffer, buffer_for, is_borrowed, no_room
 
 
 class StoredStrips:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from comfyui_patchconv.memory.usage import anonymous
 from comfyui_patchconv.streaming import Tuning, streamed
 from comfyui_patchconv.streaming.execute import loop
-from comfyui_patchconv.streaming.execute.buffers import FileBuffer, is_borrowed, lasting
+from comfyui_patchconv.streaming.execute.offloaded import FileBuffer, is_borrowed, lasting
 
 SMALL = Tuning(strip_bytes=20_000, allocator_bytes=0, always=True)
 
