@@ -32,7 +32,7 @@ LACKING: dict[str, dict[Any, str]] = {
     },
     "windows": {
         os: "fork forkpty posix_fallocate pwrite pread O_TMPFILE O_CLOEXEC O_DIRECTORY fchmod mkfifo "
-        "setsid killpg getpgid statvfs sched_getaffinity sched_setaffinity memfd_create wait "
+        "setsid killpg getpgid sched_getaffinity sched_setaffinity memfd_create wait "
         "WTERMSIG WIFSIGNALED WEXITSTATUS",
         mmap: "MADV_REMOVE MAP_PRIVATE MAP_ANONYMOUS MAP_SHARED MAP_POPULATE PROT_READ PROT_WRITE",
         signal: "SIGKILL SIGSTOP SIGCONT SIGHUP SIGUSR1 SIGUSR2 SIGXFSZ SIGALRM SIGPIPE setitimer alarm",
