@@ -66,6 +66,7 @@ def test_more_frames_take_no_more_than_their_result() -> None:
 def test_strips_that_do_not_fit_are_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory runs out in the middle of strips of more than one row: halves are tried, to the same values."""
     model, x = Frames(), image(8, 8, 48, 32)
+    monkeypatch.setattr(convolution, "_CONVOLVE", (F.conv1d, F.conv2d, F.conv3d))  # as below: oneDNN rounds otherwise
     expected, free = called(model, x)
     calls = 0
 
@@ -80,7 +81,7 @@ def test_strips_that_do_not_fit_are_begun_again(monkeypatch: pytest.MonkeyPatch)
     result, tight = called(model, x, free.peak // 2)
     assert tight.offloaded
     assert calls > 7
-    assert_same(result, expected, 1e-5)
+    assert_same(result, expected, 1e-6)
 
 
 @pytest.mark.parametrize(("late", "begun_again"), [(2, True), (-1, False)])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any
@@ -133,11 +135,22 @@ def _timed(kind: Any) -> Any:
     class Timed(kind):
         def forward(self, hidden_states: torch.Tensor, _: Any = None) -> torch.Tensor:
             time = hidden_states.new_full(hidden_states.shape[:1], _TIME)
-            with torch.random.fork_rng([hidden_states.device] if hidden_states.device.type == "cuda" else []):
-                torch.manual_seed(_SEED)
+            with _same_noise(hidden_states.device):
                 return super().forward(hidden_states, time)
 
     return Timed
+
+
+@contextmanager
+def _same_noise(device: torch.device) -> Iterator[None]:
+    """Within the block what is drawn is the same each time, and outside of it what it would have been without."""
+    on_device = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=on_device):
+        torch.default_generator.manual_seed(_SEED)  # torch.manual_seed would set those of other GPUs too
+        for one in on_device:
+            with torch.cuda.device(one):
+                torch.cuda.manual_seed(_SEED)
+        yield
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,11 @@ def in_strips(
     """The schedule in strips: the first that stays within `budget`, and that finds `room` for what it offloads, of
     those that recompute nothing, then more and more of the large maps, and then are made for smaller budgets.
 
-    Where none does, the one that offloads least, or one for a smaller budget that takes less; without a budget, the one
-    of the lowest peak that takes each rank no longer than `seconds`, as one has to that recomputes nothing. keep, held:
-    see `Lifetimes` and `Placement`. room: bytes that can be offloaded, asked where it matters. ranks: see `Placement`.
+    Where none does, the one that offloads least, or one for a smaller budget that takes less. Without a budget, the one
+    of the lowest peak that takes each rank no longer than `seconds`, or than the one that recomputes nothing.
+
+    keep, held: see `Lifetimes` and `Placement`. room: bytes that can be offloaded, asked where it matters. ranks: see
+    `Placement`.
     """
     ways = Ways()
     spare: Optional[int] = None
