@@ -416,6 +416,22 @@ class TestNoFolder:
         assert streamed(model, budget=1, tuning=SMALL)(torch.empty(0, 4, 16, 16)).shape == (0, 4, 14, 14)
 
 
+def test_thin_maps_come_in_smaller_strips_unless_there_is_memory_to_spare() -> None:
+    """Strips that suit a CPU would be most of what an upscaler of few channels takes."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, padding=1)]
+    for _ in range(6):
+        layers += [nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1)]
+    upscaler = nn.Sequential(*layers, nn.Conv2d(64, 48, 3, padding=1), nn.PixelShuffle(4))
+
+    def counted(budget: Optional[int]) -> Any:
+        return expect(upscaler, lambda model, make: model(make((1, 3, 512, 512))), device=CPU, budget=budget)
+
+    bounded, unbounded = counted(1 << 40), counted(None)
+    assert unbounded.in_strips
+    assert bounded.in_strips
+    assert unbounded.peak < 0.85 * bounded.peak < 0.85 * bounded.eager
+
+
 def test_never_worse_than_eager() -> None:
     """A network that streaming cannot help runs as it is written, in eager's memory."""
 

@@ -20,6 +20,12 @@ _WORTH = 0.95
 _SLOWER = 1.25
 """How much longer strips may take where eager fits."""
 
+_MODEST = 0.35
+"""The part of eager's memory above which smaller strips than suit the device are tried, where nothing bounds it."""
+
+_SMALLER = (1 / 2, 1 / 4, 1 / 8)
+"""Of what suits the device, which parts: in smaller strips, calls of operators take longer than what they compute."""
+
 
 def choose(
     roots: Sequence[Node],
@@ -31,7 +37,10 @@ def choose(
     ranks: int = 1,
 ) -> Schedule:
     """The schedule for `roots`: `in_strips`, or eager's where strips take no less memory, or far longer though eager
-    fits. The rest: see `in_strips`."""
+    fits. Without a budget strips are smaller than suits the device where they take much of what eager takes.
+
+    The rest: see `in_strips`.
+    """
     if tuning.always:
         return in_strips(roots, keep, tuning, budget, held, room, ranks)
     eager = eager_schedule(roots, keep, held)
@@ -42,7 +51,18 @@ def choose(
         better = eager.peak <= schedule.peak or _SLOWER * eager.seconds < schedule.seconds / ranks
     else:  # neither may fit: eager where it is sure to take less, and more than nothing
         better = slack < eager.peak <= schedule.peak - slack
-    return replace(eager, peak=with_slack) if better else schedule
+    if better:
+        return replace(eager, peak=with_slack)
+    if budget is not None or tuning.strip_bytes is not None:
+        return schedule
+    for part in _SMALLER:
+        if schedule.peak <= _MODEST * eager.peak:
+            break
+        strips = replace(tuning, strip_share=part)
+        smaller = in_strips(roots, keep, strips, held=held, ranks=ranks, seconds=_SLOWER * eager.seconds)
+        if smaller.peak < _WORTH * schedule.peak and smaller.seconds <= ranks * _SLOWER * eager.seconds:
+            schedule = smaller
+    return schedule
 
 
 def in_strips(

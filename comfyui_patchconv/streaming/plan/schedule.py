@@ -13,7 +13,8 @@ from ..graph.node import Node
 class Tuning:
     """How strips are sized, and when streaming is worth it. Users leave it as it is.
 
-    strip_bytes: of all strips of the widest step that are alive at once; None for what suits the device.
+    strip_bytes: of all strips of the widest step that are alive at once; None for what suits the device. strip_share:
+    which part of what suits the device strips take.
     allocator_bytes: what a plan counts for freed strips that an allocator keeps; None for what it may keep on the
     device. always: stream even where eager would take less memory, or far less time.
     worth_a_cut: a pass is split in two where that takes less than this share of its memory. worth_an_exchange:
@@ -22,6 +23,7 @@ class Tuning:
     """
 
     strip_bytes: Optional[int] = None
+    strip_share: float = 1.0
     allocator_bytes: Optional[int] = None
     always: bool = False
     worth_a_cut: float = 0.8

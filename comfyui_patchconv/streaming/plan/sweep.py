@@ -58,8 +58,8 @@ class Sweep:
         height = max(way.height, 1)
         band = -(-height // ranks)
         row_bytes = way.widest // height
-        suitable = tuning.strip_bytes if tuning.strip_bytes is not None else strip_bytes(way.device.type)
-        self._suitable = suitable
+        usual = int(tuning.strip_share * strip_bytes(way.device.type))
+        self._suitable = suitable = usual if tuning.strip_bytes is None else tuning.strip_bytes
         rows = min(max(suitable // _STRIPS_AT_ONCE // max(row_bytes, 1), 1), height)
         rows = min(max(rows, self._rows_worth_their_costs(row_bytes, height)), band)
         self.strip_rows = rows if rows == band < height else self._whole_groups(rows)
@@ -140,7 +140,8 @@ class Sweep:
         for node in self.way.order:
             if node.step is not None and node.step.overlap:
                 source, dim = node.by_rows[0]
-                rows = max(rows, -(-_ROWS_TO_A_HALO * node.step.overlap * height // max(source.shape[dim], 1)))
+                new = int(_ROWS_TO_A_HALO * self._tuning.strip_share * node.step.overlap)
+                rows = max(rows, -(-new * height // max(source.shape[dim], 1)))
         return min(rows, height // _STRIPS_LEFT)
 
     def _whole_groups(self, rows: int) -> int:
