@@ -37,6 +37,7 @@ import comfyui_patchconv.streaming.estimate as estimate_module
 import comfyui_patchconv.streaming.plan.choose as choose_module
 from comfyui_patchconv import convert_model
 from comfyui_patchconv.files.vae import random_vae
+from comfyui_patchconv.memory.allocator import rare_collections
 from comfyui_patchconv.streaming import Streamed, Tuning, expect
 from comfyui_patchconv.streaming.call import Call
 
@@ -106,14 +107,15 @@ def recorded_and_found(
 ) -> float:  # fmt: skip
     """Seconds that a call spends before it computes anything, where `schedules` may have its schedule."""
     begin = clock()
-    call = Call(budget, {}, None, Tuning(), schedules, phantom=True)
+    with torch.no_grad():  # as the caller of a decode is
+        call = Call(budget, {}, None, Tuning(), schedules, phantom=True)
     recorder = call.recorder
 
     def make(shape: Sequence[int], dtype: torch.dtype = dtype) -> Tensor:
         like = estimate_module.Spec.of(torch.empty(tuple(shape), dtype=dtype, device="meta"))
         return recorder.phantom_of(like, torch.device("cpu"))
 
-    with torch.no_grad(), recorder:
+    with torch.no_grad(), recorder, rare_collections():
         result: Any = run(copy, make)
         recorder.store([result.view_.cell.value])
     return clock() - begin

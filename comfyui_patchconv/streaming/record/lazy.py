@@ -147,7 +147,7 @@ class LazyTensor(Tensor):
     def __new__(cls, view: View) -> LazyTensor:
         # All alike: views of others would be tracked. With gradients on a program may save them for some.
         if view.cell.recorder.gradients:
-            with torch._C._InferenceMode(False), torch.no_grad():
+            with torch._C._InferenceMode(False):
                 tensor = _without_values(cls, view)
         else:
             with torch._C._InferenceMode(True):
