@@ -298,7 +298,7 @@ def _traits(node: Node) -> tuple[Any, ...]:
         step.weight_bytes, step.kernel_bytes, step.workspace, step.least_rows, step.rows_together, step.widened,
         step.work,
     )  # fmt: skip
-    return type(step), step.cheap, step.moves, *costs, needs
+    return type(step), step.cheap, step.moves, step.repeats, *costs, needs
 
 
 def _named(nodes: Sequence[Node]) -> dict[Node, int]:

@@ -65,18 +65,21 @@ class Kernels:
         node, dim = chain.last, chain.last.dim
         assert dim is not None
         start, place, _ = chain.links[0]
-        inputs = Inputs(read(chain.source, start.dims[place], first, last))
-        for one, _, element in chain.links:
+        (low, high), *spans = chain.spans(first, last)
+        inputs = Inputs(read(chain.source, start.dims[place], low, high))
+        for (one, _, element), span in zip(chain.links, spans):
             if element.other is not None:
-                piece = read(one.inputs[element.other], one.dims[element.other], first, last)
+                piece = read(one.inputs[element.other], one.dims[element.other], *span)
                 inputs = inputs._replace(**{"line" if element.kind == "scale" else "other": piece})
         above, below = edges or (0, 0)
-        shape = list(inputs.map.shape)
-        shape[dim] += above + below
+        up = chain.form.repeats[dim] if chain.form.repeats else 1
+        rows = first - low * up, last - low * up
+        shape = list(node.shape)
+        shape[dim] = above + last - first + below
         out = torch.empty(
             shape, dtype=node.dtype, device=inputs.map.device, memory_format=self._order(chain, inputs.map)
         )
-        done, moments = by_triton.compute(chain.form, inputs, out, dim, above, gathers)
+        done, moments = by_triton.compute(chain.form, inputs, out, dim, above, gathers, rows)
         return Done(out, edges is not None, moments) if done else None
 
     def _order(self, chain: Chain, piece: Tensor) -> torch.memory_format:

@@ -281,7 +281,13 @@ def _is_doubled(input: Node, weight: Any, axes: Sequence[Axis], groups: int, dty
     """
     step = input.step
     usual = len(axes) == 2 and axes[0] == axes[1] == _USUAL
-    fits = usual and isinstance(step, Resample) and step.double and step.dim == 2 and isinstance(weight, Held)
+    fits = (
+        usual
+        and isinstance(step, Resample)
+        and step.repeats == (1, 1, 2, 2)
+        and step.dim == 2
+        and isinstance(weight, Held)
+    )
     if not fits or groups > 1 or input.device.type != "cpu":
         return False
     return dtype in (torch.float32, torch.float64) or _widened(dtype, input.device) > 1
