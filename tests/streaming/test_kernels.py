@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Optional
 
@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comfyui_patchconv.streaming import Tuning, streamed
-from comfyui_patchconv.streaming.execute import loop
-from comfyui_patchconv.streaming.execute.kernels import by_triton
+from comfyui_patchconv.streaming.execute.kernels import Kernels, by_kitchen, by_triton
 from comfyui_patchconv.streaming.execute.kernels.by_triton import Inputs, compute
 from comfyui_patchconv.streaming.execute.kernels.chains import Chain
 from comfyui_patchconv.streaming.execute.kernels.elements import Form
@@ -37,9 +36,9 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> Any:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU, on which tests/cuda runs the kernels: once compiled they are not interpreted")
     monkeypatch.setenv("PATCHCONV_KERNELS", "triton")
-    by_triton._FAILURES.clear()
+    by_triton._FAILURES.seen.clear()
     yield found
-    by_triton._FAILURES.clear()
+    by_triton._FAILURES.seen.clear()
 
 
 @pytest.fixture
@@ -386,14 +385,14 @@ def decoder() -> nn.Module:
 def chains(triton: Any, monkeypatch: pytest.MonkeyPatch) -> list[Chain]:
     """All chains that passes have."""
     seen: list[Chain] = []
-    find = loop.chains_of
+    find = Kernels.chains_of
 
-    def watched(*given: Any) -> dict[Any, Chain]:
-        found = find(*given)
+    def watched(kernels: Kernels, *given: Any) -> dict[Any, Chain]:
+        found = find(kernels, *given)
         seen.extend(found.values())
         return found
 
-    monkeypatch.setattr(loop, "chains_of", watched)
+    monkeypatch.setattr(Kernels, "chains_of", watched)
     return seen
 
 
@@ -561,6 +560,74 @@ def test_an_upscaler_by_kernels(launched: list[dict[str, Any]]) -> None:
         x = drawn(1, 4, 24, 7)
         exactness(streamed(run, tuning=SMALL)(x), run(x), x.double())
     assert any(one["FIRST"] == 2 and one["ADDS"] for one in launched)
+
+
+# comfy-kitchen's kernel: its eager backend, which gives on a CPU what its others give elsewhere
+
+
+@pytest.fixture
+def kitchen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """What its operator is given."""
+    pytest.importorskip("comfy_kitchen", reason="comfy-kitchen is not installed: pip install comfy-kitchen")
+    if by_kitchen.operator() is None:
+        pytest.skip("this comfy-kitchen takes no statistics: 0.2.40 does")
+    monkeypatch.setenv("PATCHCONV_KERNELS", "kitchen")
+    seen: list[Any] = []
+    found: Any = by_kitchen.operator()
+    monkeypatch.setattr(by_kitchen, "operator", lambda: lambda *given: seen.append(given) or found(*given))
+    yield seen
+    by_kitchen._failures.seen.clear()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("shape", "dim"), [((2, 16, 5, 7), 2), ((1, 8, 5, 7), 3), ((2, 8, 3, 5, 7), 3)])
+@pytest.mark.parametrize("silu", [True, False])
+def test_a_norm_by_the_kitchen_is_what_float64_has(
+    kitchen: list[Any], shape: tuple[int, ...], dim: int, silu: bool, dtype: torch.dtype
+) -> None:
+    form, line = Form(scaled=True, first="silu" if silu else None), line_of(*shape[:2])
+    line[2, 3] = 0.0  # a channel that its norm makes one value of
+    inputs = Inputs(drawn(*shape, dtype=dtype), None, line)
+    found = by_kitchen.compute(form, inputs.map, by_kitchen.statistics(line, shape), dim, 2, 1)
+    pad = (*(0, 0) * (len(shape) - 1 - dim), 2, 1)
+    exact = F.pad(in_float64(form, inputs), pad)
+    normed = in_float64(Form(scaled=True), inputs).to(dtype)
+    torchs = F.pad(F.silu(normed) if silu else normed, pad)
+    assert found is not None
+    ours, theirs = ((one - exact).square().mean().sqrt() for one in (found, torchs))
+    assert float(ours) <= 1.01 * float(theirs)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_decode_by_the_kitchen(kitchen: list[Any], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(
+        nn.Conv2d(4, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.SiLU(), nn.Conv2d(16, 8, 3, padding=1),
+        nn.GroupNorm(2, 8), nn.Conv2d(8, 3, 3, padding=1),
+    )  # fmt: skip
+    model.requires_grad_(False).to(dtype=dtype, memory_format=LAST)
+    x = drawn(1, 4, 40, 17).to(dtype, memory_format=LAST)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        eager, result = model(x), streamed(model, tuning=SMALL)(x)
+        exact = model.double()(x.double())
+    exactness(result, eager, exact)
+    assert len(kitchen) > 4
+    assert {given[5][2] + given[5][3] for given in kitchen} >= {0, 1}, "no edge was padded, or nothing else"
+
+
+def test_a_kitchen_that_fails_leaves_the_work_to_torch(kitchen: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: Any) -> Tensor:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(by_kitchen, "operator", lambda: fails)
+    half = torch.bfloat16
+    model = nn.Sequential(nn.GroupNorm(4, 16), nn.SiLU(), nn.Conv2d(16, 8, 3, padding=1)).requires_grad_(False).to(half)
+    x = drawn(1, 16, 40, 17).to(half, memory_format=LAST)
+    with torch.inference_mode(), pytest.warns(RuntimeWarning, match="comfy-kitchen could not run a kernel .*no kernel"):
+        result = streamed(model, tuning=SMALL)(x)
+    torch.testing.assert_close(result, model(x), rtol=2e-2, atol=2e-2)
+    assert not by_kitchen.works()
 
 
 # Where kernels are not

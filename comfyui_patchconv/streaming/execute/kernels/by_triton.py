@@ -3,7 +3,6 @@ the statistics of what is written."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from math import prod
@@ -12,9 +11,8 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from ....memory.errors import is_out_of_memory
 from ...graph.node import Span
-from .choice import VARIABLE
+from .choice import Failures
 from .elements import TYPES, Form
 
 _TILE = 2048
@@ -175,36 +173,24 @@ def _slope(activation: Any) -> float:
     return 0.0 if activation is None or activation == "silu" else activation
 
 
-_FAILURES: list[str] = []
-"""Why a kernel could not be compiled or launched, from when on none is."""
+_FAILURES = Failures("Triton could not compile or launch a kernel")
 
 
 def works() -> bool:
     """Whether no kernel has failed to compile or to launch so far."""
-    return not _FAILURES
+    return not _FAILURES.seen
 
 
 def _launch(device: torch.device, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> bool:
     """Launch the kernel; False, behind one warning, where it cannot be compiled or launched. Raises what says that
     memory ran out."""
-    if not works():
-        return False
-    try:
+
+    def launch() -> bool:
         from .source import chain
 
         kernel: Any = chain
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             kernel[grid](*arguments, **constants)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        text = (str(error).strip().splitlines() or [""])[0]
-        _FAILURES.append(f"{type(error).__name__}: {text[:200]}")
-        warnings.warn(
-            f"Triton could not compile or launch a kernel ({_FAILURES[-1]}): PyTorch's operators do its work from "
-            f"now on. {VARIABLE}=torch has them do it from the beginning.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return False
-    return True
+        return True
+
+    return works() and bool(_FAILURES.attempt(launch))
