@@ -296,7 +296,7 @@ def _traits(node: Node) -> tuple[Any, ...]:
     needs = tuple(tuple(step.needs(row, row + 1)) for row in rows)
     costs = (
         step.weight_bytes, step.kernel_bytes, step.workspace, step.least_rows, step.rows_together, step.widened,
-        step.work,
+        step.work, step.copies,
     )  # fmt: skip
     return type(step), step.cheap, step.moves, step.repeats, *costs, needs
 

@@ -175,7 +175,8 @@ class Sweep:
         usual = min(_STRIPS_AT_ONCE, len(self.way.order) + 2) * largest
         # Small strips leave gaps between them; of large ones the last is still there when the next one comes.
         steps = [node.step for node in self.way.order if node.step is not None]
-        copies = (_COPIES + (usual > self._suitable)) * largest * max((step.widened for step in steps), default=1)
+        copied = _COPIES + (usual > self._suitable) + max((step.copies for step in steps), default=0)
+        copies = copied * largest * max((step.widened for step in steps), default=1)
         widest = max(min(usual, self._suitable), self._bytes_alive(strips) + copies)
         of_steps = max((step.workspace for step in steps), default=0)
         if self.way.device.type == "cpu":  # weights in the order of its backend
