@@ -39,6 +39,7 @@ from comfyui_patchconv.pixel_models.patch_diffusion.config import Config
 from comfyui_patchconv.pixel_models.patch_diffusion.model import PatchUNet
 from comfyui_patchconv.streaming import Streamed, Tuning, expect, stream, streamed
 from comfyui_patchconv.streaming.execute import loop
+from comfyui_patchconv.streaming.suited import measured
 
 SECOND = torch.device("privateuseone", 0)  # which is how torch calls it before it has a name
 Answer = dict[str, Any]
@@ -241,6 +242,14 @@ def videos(counter: Any) -> Answer:
     return answer
 
 
+def sizes(counter: Any) -> Answer:
+    """Strips are tried there, too, and nothing of them stays."""
+    tried, before = [1 << 20, 6 << 20], counter.now()
+    found = measured(SECOND, tried)
+    assert counter.now() == before
+    return {"measured": float(found not in tried)}
+
+
 def peaks(counter: Any) -> Answer:
     """What a decode, an encode and a video's frames take at once, and what their plans say."""
     answer = {}
@@ -328,7 +337,7 @@ if __name__ == "__main__":
             json.dumps(
                 {
                     part.__name__: part(counted)
-                    for part in (models, networks, layers, ranks, workers, pixel_models, videos, peaks, waits)
+                    for part in (models, networks, layers, ranks, workers, pixel_models, videos, sizes, peaks, waits)
                 }
             )
         )
