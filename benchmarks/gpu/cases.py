@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 METHODS = {
     "eager": "eager",
     "stream": "ours, streamed",
+    "strips": "ours, streamed, strips of {strips} MiB",
     "operators": "ours, streamed, by PyTorch's operators alone",
+    "kitchen": "ours, streamed, by comfy-kitchen's kernel",
     "bounded": "ours, streamed within {budget}",
     "chunks": "ours, streamed by chunks",
     "patch": "ours, strips",
@@ -20,7 +22,7 @@ METHODS = {
 }
 OTHERS = ("eager", "patch_conv", "tiled", "comfyui")
 IMAGE = ("eager", "stream", "bounded", "patch", "tiled", "comfyui")
-DECODE = ("eager", "stream", "operators", *IMAGE[2:])
+DECODE = ("eager", "stream", "operators", "kitchen", *IMAGE[2:])
 CLIP = ("eager", "stream", "bounded", "tiled")
 BY_CHUNKS = (*CLIP, "chunks")  # of a VAE whose decoder is called for each latent frame
 UPSCALE = ("eager", "stream", "bounded", "comfyui")
@@ -36,7 +38,7 @@ class Case:
 
     network: see `work.BUILDERS`. part: what is run of it. shape: of the input; kernel: of a convolution. seconds: what
     it takes in all on a large GPU, roughly; it is left out where that is more than there is left. exact: errors against
-    float64 are measured. toy: the network is of toy width.
+    float64 are measured. toy: the network is of toy width. strip_bytes: as of `Tuning`; 0 for what suits the device.
     """
 
     table: str
@@ -50,6 +52,7 @@ class Case:
     kernel: int = 0
     exact: bool = False
     toy: bool = False
+    strip_bytes: int = 0
 
     @property
     def budget(self) -> int | None:
@@ -66,7 +69,7 @@ class Case:
         """The method, as the table shows it."""
         budget = self.budget or 0
         text = f"{budget >> 30} GiB" if budget >> 30 else f"{budget >> 20} MiB"
-        return METHODS[self.method].format(budget=text)
+        return METHODS[self.method].format(budget=text, strips=self.strip_bytes >> 20)
 
 
 class About(NamedTuple):
@@ -83,6 +86,9 @@ ABOUT = {
     "sd_encode": About("Encoding with Stable Diffusion's VAE, and SDXL's", _VAE, "image"),
     "flux_decode": About("Decoding with Flux's VAE", _VAE, "image"),
     "flux_encode": About("Encoding with Flux's VAE", _VAE, "image"),
+    "strips": About(
+        "Decoding in strips of so many rows", f"{_VAE}The first row has the strips that were chosen. ", "image"
+    ),
     "single_conv": About("One convolution", "Random weights, the input's rows alike. ", "convolution"),
     "profile": About("Profile of one decode", "Stable Diffusion's VAE, the longest kernels first. ", "image"),
     "wan": About("Decoding a clip with Wan 2.1's VAE", _VAE, "clip"),
@@ -150,6 +156,17 @@ def profiles(size: int, dtype: str, toy: bool = False) -> list[Case]:
     return [Case(**vars(one) | {"table": "profile", "exact": False}) for one in cases]
 
 
+STRIPS = (4, 8, 16, 32, 64, 128, 256)
+"""MiB of a strip that are tried beside what is chosen for a device, from the least to the most that may be."""
+
+
+def strips(size: int, dtype: str, toy: bool = False) -> list[Case]:
+    """A decode of `size` pixels a side in strips of several heights, and of the height that is chosen."""
+    (case,) = images("sd_decode", [size], dtype, methods=("stream",), toy=toy)
+    case = replace(case, table="strips", exact=False)
+    return [case, *(replace(case, method="strips", strip_bytes=one << 20) for one in STRIPS[: 2 if toy else None])]
+
+
 def of_a_gpu() -> list[Case]:
     """All of them, the most valuable first, in half precision as users have it."""
     half, wide = "float16", "bfloat16"
@@ -158,8 +175,10 @@ def of_a_gpu() -> list[Case]:
     return [
         *images("sd_decode", [1024], half, methods=DECODE, exact=1024),
         *profiles(1024, half),
+        *strips(1024, half),
         *convolutions([(512, 512, 3), *large], half, exact=512),
         *images("sd_decode", [2048], half, methods=DECODE),
+        *strips(2048, half),
         *images("sd_encode", [1024], half, exact=1024),
         *clips("wan", 9, 240, 416, 3, wide, exact=True),
         *upscales([256, 512], half, exact=256),
@@ -189,8 +208,9 @@ def of_toys() -> list[Case]:
     vaes = ("sd_decode", "sd_encode", "flux_decode", "flux_encode")
     return [
         *(case for table in vaes for case in images(table, [64], single, exact=64, toy=True)),
-        *images("sd_decode", [128], single, methods=("eager", "stream", "operators"), toy=True),
+        *images("sd_decode", [128], single, methods=("eager", "stream", "operators", "kitchen"), toy=True),
         *profiles(64, single, toy=True),
+        *strips(64, single, toy=True),
         *convolutions([(4, 64, 3), (4, 64, 7)], single, exact=64, toy=True),
         *clips("wan", 5, 64, 64, 0.1, single, exact=True, toy=True),
         *clips("ltx", 9, 64, 64, 0.1, single, exact=True, toy=True),

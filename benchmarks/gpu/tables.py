@@ -14,13 +14,13 @@ from .cases import ABOUT, Case
 Found = dict[str, Any]
 
 FIGURES = [
-    "peak MB", "expected MB", "memory / eager", "all MB", "reserved MB", "ms", "time / eager", "launches",
+    "peak MB", "expected MB", "memory / eager", "all MB", "reserved MB", "ms", "time / eager", "launches", "rows",
     "largest error", "mean error",
 ]  # fmt: skip
 WHAT = (
     "{dtype}. Peak is memory beyond the weights and the input, expected what the plan said of it; all and reserved are "
-    "what torch's tensors and its allocator had at once. {clock} Errors are differences to float64, of its range, "
-    "where they were measured."
+    "what torch's tensors and its allocator had at once; rows are those of a strip of the pass that computes most. "
+    "{clock} Errors are differences to float64, of its range, where they were measured."
 )
 CLOCKS = {
     "cuda": "Time is between two events: the median of up to seven runs behind a first one, or that of a first one of "
@@ -81,9 +81,9 @@ class Tables:
         peak, expected, everything, reserved = (_megabytes(found.get(key)) for key in KEYS)
         errors = [f"{value:.2e}" for value in found.get("errors", ())] or ["", ""]
         milliseconds = f"{found['seconds'] * 1000:.1f}"
-        launches = str(found.get("launches") or "")
+        launches, rows = (str(found.get(key) or "") for key in ("launches", "rows"))
         return [
-            [*first, peak, expected, ratios[0], everything, reserved, milliseconds, ratios[1], launches, *errors]
+            [*first, peak, expected, ratios[0], everything, reserved, milliseconds, ratios[1], launches, rows, *errors]
         ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import importlib.util
 import json
 import os
@@ -10,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Optional
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from comfyui_patchconv import patched
 from comfyui_patchconv.memory.errors import is_out_of_memory
 from comfyui_patchconv.streaming import Streamed, Tuning
-from comfyui_patchconv.streaming.execute.kernels import VARIABLE, Kernels
+from comfyui_patchconv.streaming.execute.kernels import VARIABLE, Kernels, by_kitchen
 
 from .cases import Case
 from .measure import MOST_RUNS, clean, errors, kernels, measured
@@ -174,7 +175,7 @@ class Worker:
             counted = not case.toy or case.method == "eager"  # the profiler takes longer than a toy
             runs = MOST_RUNS if not case.toy else int(counted)
             result, found = measured(lambda: function(input), self.device, runs, counted)
-            found["expected"] = expected()
+            found["expected"], found["rows"] = expected()
         if case.exact and self._exact is not None:
             found["errors"] = errors(result, self._exact)
         return found
@@ -216,53 +217,61 @@ def exactly(network: Network, case: Case, input: Tensor) -> Optional[Tensor]:
         return None
 
 
-Way = tuple[Callable[[Tensor], Tensor], Callable[[], int]]
+Way = tuple[Callable[[Tensor], Tensor], Callable[[], tuple[int, int]]]
 
 
 @contextmanager
 def way(network: Network, case: Case) -> Iterator[Way]:
-    """What runs a case by its method, and tells afterwards the bytes that its plan expected (0 for none)."""
+    """What runs a case by its method, and tells afterwards the bytes that its plan expected, and the rows of a strip (0
+    for none)."""
     run, method = network.parts[case.part], case.method
-    if method in ("stream", "operators", "bounded", "chunks"):
+    if method in ("stream", "operators", "kitchen", "bounded", "chunks", "strips"):
         place = network.chunks if method == "chunks" else network.streamed[case.part]
         if place is None:
             raise LackingError("it is not decoded by chunks")
         tuning = SMALL if case.toy else USUAL
+        tuning = replace(tuning, strip_bytes=case.strip_bytes) if case.strip_bytes else tuning
         with kernels_of(method, network.module), streaming(*place, case.budget, tuning) as runner:
-            yield run, lambda: runner.last.peak if runner.last is not None else 0
+            yield run, lambda: (0, 0) if runner.last is None else (runner.last.peak, runner.last.rows)
     elif method in ("patch", "patch16"):
         with patched(network.module, 16 if method == "patch16" else 0, threshold=0):
-            yield run, lambda: 0
+            yield run, lambda: (0, 0)
     elif method == "patch_conv":
         if importlib.util.find_spec("patch_conv") is None:
             raise LackingError("patch_conv is not installed here")
-        yield patch_conv_module().PatchConv2d(splits=16, conv2d=network.module[0]), lambda: 0  # pyright: ignore
+        yield patch_conv_module().PatchConv2d(splits=16, conv2d=network.module[0]), lambda: (0, 0)  # pyright: ignore
     elif method == "tiled":
         if network.tile is None:
             raise LackingError("diffusers is not installed here, which has the tiles")
         network.tile(True)
         try:
-            yield run, lambda: 0
+            yield run, lambda: (0, 0)
         finally:
             network.tile(False)
     elif method == "comfyui":
         tile, overlap = comfyui_tile(case)
-        yield lambda input: thrice(run, input, tile, overlap, network.scales[case.part]), lambda: 0
+        yield lambda input: thrice(run, input, tile, overlap, network.scales[case.part]), lambda: (0, 0)
     else:
-        yield run, lambda: 0
+        yield run, lambda: (0, 0)
 
 
 @contextmanager
 def kernels_of(method: str, module: nn.Module) -> Iterator[None]:
-    """Within the block what lies between convolutions is left to PyTorch's operators, where the method says so."""
-    if method != "operators":
+    """Within the block what lies between convolutions is left to PyTorch's operators, or to comfy-kitchen's kernel,
+    where the method says so."""
+    if method not in ("operators", "kitchen"):
         yield
         return
     device = next(module.parameters()).device
-    if device.type == "cuda" and not Kernels(device).by_triton:
+    if method == "kitchen":
+        with suppress(ImportError):
+            importlib.import_module("comfy_kitchen")
+        if by_kitchen.operator() is None:
+            raise LackingError("no comfy-kitchen is installed here that takes statistics, as 0.2.40 does")
+    elif device.type == "cuda" and not Kernels(device).by_triton:
         raise LackingError("there is no Triton here that works: PyTorch's operators alone is what streamed above")
     before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = "torch"
+    os.environ[VARIABLE] = "torch" if method == "operators" else "kitchen"
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from ..memory.allocator import keep_freed_blocks, release
 from ..memory.errors import is_out_of_memory
-from . import onednn
+from . import onednn, videos
 from .backward import Differentiable, OwnWaysError
 from .geometry import Axis, Window, equal_strips
 from .strip_sizes import legal_rows, strip_rows
@@ -247,7 +247,7 @@ class ConvCall:
         """Output rows `[first, last)` from the input rows of their window."""
         count = last - first
         if self.opaque:
-            with onednn.in_strips(piece, self._by_onednn):
+            with videos.in_strips(piece, weight, self._by_onednn):
                 result = self.whole(piece, weight, bias)
             self._check(result, self.axis.output_size(piece.shape[self.dim]))
             return result.narrow(self.dim, window.skip, count)
@@ -258,7 +258,7 @@ class ConvCall:
             piece = F.pad(piece, pads)
         piece = _in_format(piece, self._format, len(self.module.kernel_size))
         forward = type(self.module)._conv_forward  # type: ignore[attr-defined]
-        with onednn.in_strips(piece, self._by_onednn):
+        with videos.in_strips(piece, weight, self._by_onednn):
             result = forward(self._strip_module, piece, weight, bias, *self._args, **self._kwargs)
         self._check(result, count)
         return result

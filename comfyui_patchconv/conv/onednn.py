@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 _SMALL = 20480
 """Batch x channels x frames x rows up to which torch leaves a 3-D convolution in float32 on a CPU to a kernel that
@@ -65,13 +63,3 @@ def _casts() -> bool:
         return torch.is_autocast_enabled("cpu")
     except TypeError:  # before torch 2.4
         return torch.is_autocast_cpu_enabled()
-
-
-class _Conv3d(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (conv3d if func is F.conv3d else func)(*args, **(kwargs or {}))
-
-
-def in_strips(input: Tensor, of_large: bool = True) -> AbstractContextManager[object]:
-    """Within the block `F.conv3d` is the one above, if oneDNN can take strips of `input`, a large video."""
-    return _Conv3d() if of_large and input.dim() == 5 and applies(input) else nullcontext()

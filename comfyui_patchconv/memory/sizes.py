@@ -7,7 +7,10 @@ STRIP_BYTES = {"cpu": 32 << 20}
 0.80 to 0.98 of eager's time, and in 1.1 to 1.4 with 64 MiB each way."""
 
 _STRIP_BYTES_OF_OTHERS = 64 << 20
-"""Enough rows to fill a GPU, little beside what it holds anyway. Not measured yet."""
+"""Enough rows to fill a GPU, little beside what it holds anyway, where nothing was measured (`streaming.suited`)."""
+
+STRIPS_AT_ONCE = 6
+"""Strips of the widest step alive at once: with their halo rows, its result, and what a backend copies of them."""
 
 _ALLOCATOR_BYTES = {"cpu": 24 << 20}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Optional
 from weakref import ref
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..memory.allocator import no_collections, rare_collections
+from . import suited
 from .execute.loop import Loop
 from .execute.offloaded import require_room, room
 from .execute.share import ALONE
@@ -34,8 +36,9 @@ class Call:
     """One call of a function. report, on_progress: see `streamed`. schedules: of earlier calls, by what they are for.
     ranks: who makes it together; None for this process alone.
 
-    peak: bytes expected at once, of all segments. work: bytes of maps computed so far. in_strips: whether anything was
-    to be computed otherwise than eager does. on_cpu: whether on the CPU.
+    peak: bytes expected at once, of all segments. rows: of a strip of the pass that computes most. work: bytes of maps
+    computed so far. in_strips: whether anything was to be computed otherwise than eager does. on_cpu: whether on the
+    CPU.
     """
 
     def __init__(
@@ -44,8 +47,9 @@ class Call:
     ) -> None:  # fmt: skip
         self.budget, self.report, self.tuning = budget, report, tuning
         self.peak = self.stored = self.offloaded = self.offloaded_at_once = 0
-        self.work = self.eager_peak = self.planned = 0
+        self.work = self.eager_peak = self.planned = self.rows = 0
         self.streamed = self.in_strips = self.on_cpu = False
+        self._most = 0
         self._on_progress, self._schedules, self._phantom = on_progress, schedules, phantom
         self._made: list[ref[Node]] = []
         self._ranks, self._inputs = ranks, ""
@@ -114,6 +118,8 @@ class Call:
         self.offloaded_at_once = max(self.offloaded_at_once, schedule.offloaded_at_once)
         self.planned += schedule.work
         passes = [step for step in schedule.steps if isinstance(step, Pass)]
+        for one in passes:
+            self._most, self.rows = max((self._most, self.rows), (one.work, one.strip_rows))
         self.in_strips = self.in_strips or bool(passes)
         self.on_cpu = self.on_cpu or any(one.device.type == "cpu" for one in passes)
         if self._phantom:
@@ -161,11 +167,20 @@ class Call:
             return found.renamed(lambda number: there[number])
         with no_collections():
             device = max(roots, key=lambda node: node.bytes).device
-            schedule = choose(roots, keep, self.tuning, self.budget, held, unused or (lambda: room(device)), ranks)
+            schedule = choose(
+                roots, keep, self._tuning_for(device), self.budget, held, unused or (lambda: room(device)), ranks
+            )
             self._schedules[key] = self.budget, schedule.renamed(lambda node: names[node])
         while len(self._schedules) > _MOST:
             self._schedules.popitem(last=False)
         return schedule
+
+    def _tuning_for(self, device: torch.device) -> Tuning:
+        """Strips of the bytes that suit a device, where nobody said how many."""
+        tuning = self.tuning
+        if tuning.strip_bytes is None and tuning.suitable_bytes is None:
+            tuning = replace(tuning, suitable_bytes=suited.USUAL.strip_bytes(device))
+        return tuning
 
     def _progress(self, work: int) -> None:
         self.streamed = True
@@ -296,9 +311,9 @@ def _traits(node: Node) -> tuple[Any, ...]:
     needs = tuple(tuple(step.needs(row, row + 1)) for row in rows)
     costs = (
         step.weight_bytes, step.kernel_bytes, step.workspace, step.least_rows, step.rows_together, step.widened,
-        step.work,
+        step.work, step.copies,
     )  # fmt: skip
-    return type(step), step.cheap, step.moves, *costs, needs
+    return type(step), step.cheap, step.moves, step.repeats, *costs, needs
 
 
 def _named(nodes: Sequence[Node]) -> dict[Node, int]:

@@ -57,10 +57,12 @@ def test_a_form_and_its_moments(gpu: torch.device, shape: tuple[int, ...], last:
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("part", ["decode", "encode"])
-@pytest.mark.parametrize("choice", ["auto", "torch"])
+@pytest.mark.parametrize("choice", ["auto", "torch", "kitchen"])
 def test_a_vae_by_kernels_and_without(
     gpu: torch.device, part: str, dtype: torch.dtype, choice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if choice == "kitchen":
+        pytest.importorskip("comfy_kitchen", reason="comfy-kitchen is not installed here")
     launched: list[Any] = []
     launch = by_triton._launch
     monkeypatch.setattr(by_triton, "_launch", lambda *given, **named: launched.append(named) or launch(*given, **named))

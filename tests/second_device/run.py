@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 from comfyui_patchconv import PartialConv2d, PConv2d, Tiling, convert_model
 from comfyui_patchconv.conv.fill import fill
 from comfyui_patchconv.conv.holes import with_holes
+from comfyui_patchconv.conv.videos import VARIABLE
 from comfyui_patchconv.hosts.devices.team import Team
 from comfyui_patchconv.pixel_models.patch_ddpm import diffusion as patch_ddpm
 from comfyui_patchconv.pixel_models.patch_diffusion import diffusion as patch_diffusion
@@ -37,6 +39,7 @@ from comfyui_patchconv.pixel_models.patch_diffusion.config import Config
 from comfyui_patchconv.pixel_models.patch_diffusion.model import PatchUNet
 from comfyui_patchconv.streaming import Streamed, Tuning, expect, stream, streamed
 from comfyui_patchconv.streaming.execute import loop
+from comfyui_patchconv.streaming.suited import measured
 
 SECOND = torch.device("privateuseone", 0)  # which is how torch calls it before it has a name
 Answer = dict[str, Any]
@@ -201,6 +204,52 @@ def pixel_models(counter: Any) -> Answer:
     return answer
 
 
+@contextmanager
+def made_of_images() -> Iterator[None]:
+    """Within the block convolutions of videos are made of such of images, as where a device refuses them."""
+    os.environ[VARIABLE] = "images"
+    try:
+        yield
+    finally:
+        del os.environ[VARIABLE]
+
+
+def videos(counter: Any) -> Answer:
+    """Convolutions of videos that are made of such of images: in strips, streamed, and what the latter takes."""
+    answer = {}
+    layer, x = nn.Conv3d(4, 6, 3, padding=1), torch.randn(2, 4, 5, 40, 9)
+    expected = layer(x)
+    with made_of_images():
+        model = nn.Sequential(layer.to(SECOND))
+        convert_model(model, splits=3, threshold=0)
+        answer["in strips"] = difference(model(x.to(SECOND)), expected)
+    frames, input = Frames(), image(8, 48, 96, 64)
+    expected = frames(input)
+    frames.to(SECOND)
+    input = input.to(SECOND)
+    for share in (None, 2, 12):
+        with made_of_images():
+            run = lambda copy, make: copy(make(input.shape))  # noqa: E731
+            free = expect(frames, run, device=torch.device(SECOND), tuning=SMALL).peak
+            budget = None if share is None else free // share
+            plan = expect(frames, run, device=torch.device(SECOND), budget=budget, tuning=SMALL).peak
+            before = counter.now()
+            counter.reset_peak()
+            result = streamed(frames, budget=budget, tuning=SMALL)(input)
+            peak = counter.peak() - before
+        answer[f"streamed, budget {budget}"] = difference(result, expected)
+        assert peak <= 1.05 * plan, f"{peak} bytes where {plan} were planned"
+    return answer
+
+
+def sizes(counter: Any) -> Answer:
+    """Strips are tried there, too, and nothing of them stays."""
+    tried, before = [1 << 20, 6 << 20], counter.now()
+    found = measured(SECOND, tried)
+    assert counter.now() == before
+    return {"measured": float(found not in tried)}
+
+
 def peaks(counter: Any) -> Answer:
     """What a decode, an encode and a video's frames take at once, and what their plans say."""
     answer = {}
@@ -288,7 +337,7 @@ if __name__ == "__main__":
             json.dumps(
                 {
                     part.__name__: part(counted)
-                    for part in (models, networks, layers, ranks, workers, pixel_models, peaks, waits)
+                    for part in (models, networks, layers, ranks, workers, pixel_models, videos, sizes, peaks, waits)
                 }
             )
         )

@@ -21,7 +21,7 @@ from comfyui_patchconv.streaming.execute import lines as lines_module
 from comfyui_patchconv.streaming.execute.copies import OneAfterTheOther
 from comfyui_patchconv.streaming.execute.lines import Lines
 from comfyui_patchconv.streaming.graph.node import Node
-from comfyui_patchconv.streaming.graph.steps import Convolve
+from comfyui_patchconv.streaming.graph.steps import Convolve, Resample
 from comfyui_patchconv.streaming.plan.sweep import Sweep
 from comfyui_patchconv.streaming.plan.way import Way
 from comfyui_patchconv.streaming.record.operators import convolution
@@ -204,6 +204,28 @@ def test_lines_leave_only_where_that_helps(steps: int, device: str, helps: bool)
     few = sweep.lines_to_offload(1)
     assert sweep.bytes_saved(few) >= int(helps)
     assert len(few) <= len(most)
+
+
+def test_what_is_upsampled_has_no_line_buffer() -> None:
+    """The rows that it is made of have one, of a quarter of the bytes."""
+
+    def node(step: Any, side: int, *inputs: Node) -> Node:
+        return Node(
+            step, inputs, (2,) * len(inputs), shape=(1, 8, side, side), strides=(8 * side * side, side * side, side, 1),
+            dtype=torch.float32, device=torch.device("cpu"), itemsize=4, dim=2,
+        )  # fmt: skip
+
+    def convolve(side: int) -> Convolve:
+        return Convolve(Axis.of(3, 1, 1, 1), side, 2, lambda pieces: pieces[0])
+
+    source = node(None, 64)
+    source.tensor = True
+    small = node(convolve(64), 64, source)
+    large = node(Resample(2, 1, 64, 2, lambda piece: piece, repeats=(1, 1, 2, 2)), 128, small)
+    last = node(convolve(128), 128, large)
+    sweep = Sweep(Way([last], [small, large, last], {}), Tuning(1), None)
+    assert sweep.way.buffered == [small]
+    assert 0 < sweep.line_bytes <= 2 * small.row_bytes
 
 
 class Counted(OneAfterTheOther):

@@ -595,3 +595,11 @@ def test_a_plan_that_recomputes_is_no_slower_than_would_have_eager_taken() -> No
     )
     expected = expect(model, lambda copy, make: copy(make((1, 64, 128, 128))), device=CPU)
     assert expected.peak < 0.7 * expected.eager
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_what_is_repeated_takes_what_it_has(dim: int) -> None:
+    """It is a copy, whichever dimension it is made along."""
+    x = image(8, 256, 256)
+    _, last = called(lambda map: (map * 2.0).repeat_interleave(4, dim), x, tuning=Tuning())
+    assert last.peak >= 4 * x.nbytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any, Optional
 
 import pytest
@@ -11,10 +12,11 @@ from conv_helpers import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_zoo import draw_weights, image, wan
+from network_helpers import Frames
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comfyui_patchconv.conv import onednn
+from comfyui_patchconv.conv import onednn, videos
 from comfyui_patchconv.conv.patch import convert_model
 from comfyui_patchconv.streaming import Streamed, Tuning, expect, stream, streamed
 from comfyui_patchconv.streaming.call import Call
@@ -471,3 +473,71 @@ def test_zeros_that_are_written_to_are_none_any_more(written: Any, before: bool)
     if written is written_by_numpy and not before:
         pytest.skip("what NumPy writes to a tensor that is read already is not seen")
     assert_same(streamed(run, tuning=SMALL)(x), run(x), 1e-6)
+
+
+# Convolutions of videos that are made of such of images
+
+
+def seen_by(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    seen: list[tuple[int, ...]] = []
+    convolve = videos.by_images
+    monkeypatch.setattr(videos, "by_images", lambda x, *given: seen.append(tuple(x.shape)) or convolve(x, *given))
+    monkeypatch.setenv(videos.VARIABLE, "images")
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("budget", [None, 1])
+def test_strips_are_made_of_images_where_videos_are_refused(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, budget: Any
+) -> None:
+    model, x = Frames().requires_grad_(False).to(dtype), image(8, 6, 32, 16).to(dtype)
+    exact = deepcopy(model).double()(x.double())
+    expected = model(x)
+    seen = seen_by(monkeypatch)
+    with torch.no_grad():
+        result = streamed(model, budget=budget, tuning=SMALL)(x)
+    ours, theirs = ((one - exact).square().mean().sqrt() for one in (result, expected))
+    assert seen
+    if dtype == torch.float32:
+        assert_same(result, expected, 1e-5)
+    else:
+        assert 0 < float(ours) <= 1.05 * float(theirs)
+
+
+def test_what_is_made_of_images_takes_what_its_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = seen_by(monkeypatch)
+    model, x = Frames(), image(8, 6, 192, 128)
+    for tuning in (Tuning(2_000_000, allocator_bytes=0, always=True), Tuning(1 << 40, allocator_bytes=0)):
+        runner = Streamed(tuning=tuning)
+        with torch.no_grad():
+            _, found = allocated(lambda runner=runner: runner.call(model, (x,), {}))
+        assert runner.last is not None
+        assert found.peak <= 1.05 * runner.last.peak
+    assert seen
+
+
+def test_a_convolution_that_a_host_asks_of_cudnn_is_one_as_any_other() -> None:
+    """ComfyUI calls cuDNN by its name where PyTorch would not; that operator is given a meaning on the CPU here."""
+
+    def convolve(x: Tensor, weight: Tensor, padding: Any, stride: Any, dilation: Any, groups: int, *_: bool) -> Tensor:
+        return torch.ops.aten.convolution(x, weight, None, stride, padding, dilation, False, [0] * 3, groups)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("cudnn_convolution", convolve, "CPU")
+    weight, options = image(4, 3, 3, 3).expand(4, -1, -1, -1, -1) / 9, (False, False, True)
+
+    def run(x: Tensor) -> Tensor:
+        y = torch.cudnn_convolution(F.silu(x), weight, (1, 1, 1), (1, 2, 1), (1, 1, 1), 1, *options)
+        return torch.cudnn_convolution(y.add_(0.5), weight, (0, 1, 1), (1, 1, 1), (1, 1, 1), 1, *options)
+
+    try:
+        report: dict[str, int] = {}
+        x = image(4, 5, 60, 24)
+        with torch.no_grad():
+            assert_same(streamed(run, report=report, tuning=SMALL)(x), run(x), 1e-6)
+        assert not report
+        model = nn.Conv3d(1, 1, 1)
+        assert expect(model, lambda copy, make: run(make(x.shape)), device=torch.device("cpu"), tuning=SMALL).in_strips
+    finally:
+        library._destroy()

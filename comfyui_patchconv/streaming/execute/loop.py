@@ -17,7 +17,7 @@ from ...memory.usage import anonymous
 from ..graph.node import Node, Span, dense_strides
 from ..graph.steps import Accumulator, Convolve, Reduce
 from ..plan.schedule import Apply, Pass, Schedule, Target
-from .kernels import Chain, Kernels, chains_of
+from .kernels import Chain, Kernels
 from .lines import Lines
 from .share import ALONE, Share, Stored
 from .stored import StoredStrips, StoredTensor, empty, no_rows
@@ -218,9 +218,7 @@ class _PassLoop:
         self._kernels = kernels
         self._wanted = {target.node for target in one_pass.targets}
         self._gathering = {target.node for target in one_pass.targets if any(map(_gathers_moments, target.reductions))}
-        self._chains: dict[Node, Chain] = {}
-        if kernels.by_triton:
-            self._chains = chains_of(one_pass.order, self._wanted, one_pass.recomputed)
+        self._chains = kernels.chains_of(one_pass.order, self._wanted, one_pass.recomputed)
         self._computed_as = {link.node: node for node, chain in self._chains.items() for link in chain.links}
         self._sources = self._read_at_once()
         self._last_readers = {source: node for node, sources in self._sources.items() for source in sources}

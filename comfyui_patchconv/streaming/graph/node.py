@@ -23,16 +23,20 @@ class Step:
     takes_all: it needs all of its inputs and gives all of its result at once. reduces: it takes rows and gives its
     result after the last. workspace: bytes that it takes, whatever the rows, beside those and what it computes them
     from. weight_bytes: bytes that are read for any number of rows. least_rows: below which a device is not busy.
-    widened: how many times the bytes of its result it computes in. rows_together: so many rows at once take less work
-    than one by one. work: multiplications for each element of the result. kernel_bytes: of what makes it faster, if it
-    is kept from strip to strip. overlap: rows of its input that a row of its result and the one behind it both read.
+    widened: how many times the bytes of its result it computes in. copies: of its input's rows, that it makes.
+    rows_together: so many rows at once take less work than one by one. work: multiplications for each element of the
+    result. kernel_bytes: of what makes it faster, if it is kept from strip to strip. overlap: rows of its input that a
+    row of its result and the one behind it both read. repeats: how many times in a row it gives each value of its only
+    input, along each dimension, as nearest upsampling does, which is as cheap to make anew as to keep; () where it does
+    anything else.
     """
 
     name = ""
     cheap = moves = takes_all = reduces = False
-    workspace = weight_bytes = kernel_bytes = overlap = 0
+    workspace = weight_bytes = kernel_bytes = overlap = copies = 0
     least_rows = rows_together = widened = 1
     work = 1
+    repeats: Sequence[int] = ()
 
     def needs(self, first: int, last: int) -> Sequence[Span]:
         """For each input that is read row by row, in order, the rows that output rows `[first, last)` are made of."""

@@ -170,16 +170,16 @@ class ConvolveTransposed(Step):
 class Resample(Step):
     """Each `down` input rows become `up` output rows: upsampling, pixel shuffle, which need no other rows.
 
-    halo: how many rows beside them `call` reads all the same, as smooth upsampling does; `down` is 1 then.
-    double: it is nearest upsampling to twice the height and width of an image.
+    halo: how many rows beside them `call` reads all the same, as smooth upsampling does; `down` is 1 then. repeats: see
+    `Step`.
     """
 
     def __init__(
         self, up: int, down: int, rows: int, dim: int, call: Callable[[Tensor], Tensor], *, halo: int = 0,
-        double: bool = False, cheap: bool = False,
+        cheap: bool = False, repeats: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self.up, self.down, self.rows, self.dim, self.call = up, down, rows, dim, call
-        self.halo, self.double, self.cheap = halo, double, cheap
+        self.halo, self.cheap, self.repeats = halo, cheap, tuple(repeats)
 
     def needs(self, first: int, last: int) -> Sequence[Span]:
         if first >= last:

@@ -49,9 +49,12 @@ def sources_of(node: Node) -> list[Node]:
 
 def _copies(node: Node, sources: Sequence[Node]) -> int:
     """Bytes that an operator takes beside its result: on a CPU a convolution has copies in the order of its backend."""
-    if node.step is None or not node.step.weight_bytes or node.device.type != "cpu":
+    if node.step is None or not node.step.weight_bytes:
         return 0
-    copied = node.bytes + max((source.bytes for source in sources), default=0) + node.step.weight_bytes
+    largest = max((source.bytes for source in sources), default=0)
+    if node.device.type != "cpu":
+        return node.step.copies * largest + node.step.workspace if node.step.copies else 0
+    copied = node.bytes + (1 + node.step.copies) * largest + node.step.weight_bytes
     return copied if node.step.widened == 1 else 2 * node.step.widened * copied  # wider, and in its order
 
 

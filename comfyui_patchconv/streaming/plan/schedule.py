@@ -19,7 +19,8 @@ class Tuning:
     device. always: stream even where eager would take less memory, or far less time.
     worth_a_cut: a pass is split in two where that takes less than this share of its memory. worth_an_exchange:
     multiplications that a rank would do for rows of others, from which on ranks exchange these rows instead.
-    silent_seconds: after which a rank that nothing is heard of ends the call of all.
+    silent_seconds: after which a rank that nothing is heard of ends the call of all. suitable_bytes: instead of what
+    was measured of the device (`suited`), where `strip_bytes` is None.
     """
 
     strip_bytes: Optional[int] = None
@@ -29,6 +30,7 @@ class Tuning:
     worth_a_cut: float = 0.8
     worth_an_exchange: int = 1 << 28
     silent_seconds: float = 60.0
+    suitable_bytes: Optional[int] = None
 
 
 USUAL = Tuning()

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Optional
 
-from ...memory.sizes import allocator_bytes, strip_bytes
+from ...memory.sizes import STRIPS_AT_ONCE, allocator_bytes, strip_bytes
 from ..graph.node import Node
 from .schedule import STRIPS_LEAVING, Pass, Target, Tuning
 from .way import Way
-
-_STRIPS_AT_ONCE = 6
-"""Strips of the widest step alive at once: with their halo rows, its result, and what a backend copies of them."""
 
 _COPIES = 3
 """What the widest step takes beside the strips that are alive: padded rows, and what a backend copies of them."""
@@ -58,9 +55,11 @@ class Sweep:
         height = max(way.height, 1)
         band = -(-height // ranks)
         row_bytes = way.widest // height
-        usual = int(tuning.strip_share * strip_bytes(way.device.type))
-        self._suitable = suitable = usual if tuning.strip_bytes is None else tuning.strip_bytes
-        rows = min(max(suitable // _STRIPS_AT_ONCE // max(row_bytes, 1), 1), height)
+        usual = strip_bytes(way.device.type) if tuning.suitable_bytes is None else tuning.suitable_bytes
+        self._suitable = suitable = (
+            int(tuning.strip_share * usual) if tuning.strip_bytes is None else tuning.strip_bytes
+        )
+        rows = min(max(suitable // STRIPS_AT_ONCE // max(row_bytes, 1), 1), height)
         rows = min(max(rows, self._rows_worth_their_costs(row_bytes, height)), band)
         self.strip_rows = rows if rows == band < height else self._whole_groups(rows)
         single = self.strip_rows >= band  # there is no next strip
@@ -130,7 +129,7 @@ class Sweep:
             rows = max(rows, self._rows_worth_their_halos(height))
         if self._spare is not None:
             alive = self._bytes_alive([node.bytes / height for node in self.way.order])
-            row_bytes = max(_STRIPS_AT_ONCE * row_bytes, int(alive) + _COPIES * row_bytes)
+            row_bytes = max(STRIPS_AT_ONCE * row_bytes, int(alive) + _COPIES * row_bytes)
             rows = min(rows, self._spare // _SHARE_FOR_COSTS // max(row_bytes, 1))
         return min(rows, height)
 
@@ -173,10 +172,11 @@ class Sweep:
         share = self.strip_rows / max(self.way.height, 1)
         strips = [node.row_bytes * min(share * node.rows + self.way.shared[node], node.rows) for node in self.way.order]
         largest = max(strips, default=0.0)
-        usual = min(_STRIPS_AT_ONCE, len(self.way.order) + 2) * largest
+        usual = min(STRIPS_AT_ONCE, len(self.way.order) + 2) * largest
         # Small strips leave gaps between them; of large ones the last is still there when the next one comes.
         steps = [node.step for node in self.way.order if node.step is not None]
-        copies = (_COPIES + (usual > self._suitable)) * largest * max((step.widened for step in steps), default=1)
+        copied = _COPIES + (usual > self._suitable) + max((step.copies for step in steps), default=0)
+        copies = copied * largest * max((step.widened for step in steps), default=1)
         widest = max(min(usual, self._suitable), self._bytes_alive(strips) + copies)
         of_steps = max((step.workspace for step in steps), default=0)
         if self.way.device.type == "cpu":  # weights in the order of its backend

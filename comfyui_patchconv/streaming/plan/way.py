@@ -19,7 +19,7 @@ def cheap_to_recompute(order: Sequence[Node], roots: Collection[Node]) -> set[No
     for node in order:
         assert node.step is not None
         near = all(source not in inside or source in cheap for source in node.inputs)
-        if node not in roots and (node.step.moves or (node.step.cheap and near)):
+        if node not in roots and (node.step.moves or node.step.repeats or (node.step.cheap and near)):
             cheap.add(node)
     return cheap
 

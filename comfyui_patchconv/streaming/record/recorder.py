@@ -148,6 +148,8 @@ class Recorder(Writes, TorchDispatchMode):
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """What `func` returns, deferred tensors being among its arguments."""
         with self._lock:
+            if func is operators.CUDNN:
+                return self._by_cudnn(func, args, kwargs)
             operator = operator_of(func)
             if operator.written:
                 return self.write(func, operator, args, kwargs)
@@ -185,6 +187,15 @@ class Recorder(Writes, TorchDispatchMode):
             if nodes is None:
                 return self.now(func, args, kwargs)
             return tuple(self.own(node, spec) for node, spec in zip(nodes, specs))
+
+    def _by_cudnn(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A convolution that is asked of cuDNN, whatever the device: it is one as any other."""
+        same, given = operators.usual(*args, **kwargs)
+        specs = specs_of(same, given, {}, spec_of) if are_usual(tensors_in(args)) else None
+        node = self.compute(same, given, {}, specs) if isinstance(specs, Spec) else None
+        if node is None or not isinstance(specs, Spec):
+            return self.now(func, args, kwargs)
+        return self.own(node, specs)
 
     def compute(self, func: Any, args: Any, kwargs: dict[str, Any], spec: Spec) -> Optional[Node]:
         """The node of what `func` returns; None where it is better computed at once."""

@@ -1,7 +1,8 @@
-"""What lies between convolutions, in one pass over memory: by one kernel of Triton's, where there is a GPU for it."""
+"""What lies between convolutions, in one pass over memory: by one kernel of Triton's or comfy-kitchen's, where there
+is a GPU for it."""
 
-from .chains import Chain, chains_of
+from .chains import Chain
 from .choice import VARIABLE
 from .run import Kernels
 
-__all__ = ["VARIABLE", "Chain", "Kernels", "chains_of"]
+__all__ = ["VARIABLE", "Chain", "Kernels"]

@@ -17,12 +17,13 @@ Read = Callable[[Node, Optional[int], int, int], Tensor]
 def compute(chain: Chain, first: int, last: int, read: Read) -> Tensor:
     """Rows `[first, last)` of what a chain gives."""
     start, place, _ = chain.links[0]
-    value = read(chain.source, start.dims[place], first, last)
-    for node, place, _ in chain.links:
+    of_source, *spans = chain.spans(first, last)
+    value = read(chain.source, start.dims[place], *of_source)
+    for (node, place, _), span in zip(chain.links, spans):
         pieces = [
-            value if index == place else read(one, dim, first, last)
+            value if index == place else read(one, dim, *span)
             for index, (one, dim) in enumerate(zip(node.inputs, node.dims))
         ]
         assert node.step is not None
-        value = node.step.compute(first, last, pieces)
+        value = node.step.compute(*span, pieces)
     return value

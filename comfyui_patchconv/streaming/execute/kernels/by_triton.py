@@ -3,7 +3,6 @@ the statistics of what is written."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from math import prod
@@ -12,8 +11,8 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from ....memory.errors import is_out_of_memory
-from .choice import VARIABLE
+from ...graph.node import Span
+from .choice import Failures
 from .elements import TYPES, Form
 
 _TILE = 2048
@@ -30,21 +29,24 @@ _MOST_PROGRAMS = (1 << 16) - 1
 
 
 class KernelView(NamedTuple):
-    """A map as a kernel sees it, `[N, C, frames, pixels]`: sizes and strides, in elements."""
+    """A map as a kernel sees it, `[N, C, frames, rows, pixels]`: sizes and strides, in elements."""
 
-    sizes: tuple[int, int, int, int]
-    strides: tuple[int, int, int, int]
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
 
     @classmethod
-    def of(cls, map: Tensor, dim: int) -> Optional[KernelView]:
-        """A map whose rows lie along `dim`: pixels are those of its rows. None where they are not evenly apart."""
+    def of(cls, map: Tensor, dim: int, rows: bool = False) -> Optional[KernelView]:
+        """A map whose rows lie along `dim`. Those are one row of all of its pixels, unless single `rows` are wanted.
+        None where they are not evenly apart."""
         if dim < 2:
             return None
-        frames, pixels = (_merged(map, part) for part in (range(2, dim), range(dim, map.dim())))
-        if frames is None or pixels is None:
+        places = range(2, dim), range(dim, dim + rows), range(dim + rows, map.dim())
+        parts = [_merged(map, part) for part in places]
+        found = [part for part in parts if part is not None]
+        if len(found) < len(parts):
             return None
-        sizes = map.shape[0], map.shape[1], frames[0], pixels[0]
-        return cls(sizes, (map.stride(0), map.stride(1), frames[1], pixels[1]))
+        sizes, strides = zip((map.shape[0], map.stride(0)), (map.shape[1], map.stride(1)), *found)
+        return cls(sizes, strides)
 
 
 def _merged(map: Tensor, dims: Sequence[int]) -> Optional[tuple[int, int]]:
@@ -61,6 +63,16 @@ def _merged(map: Tensor, dims: Sequence[int]) -> Optional[tuple[int, int]]:
     return size, stride
 
 
+def _times(repeats: Sequence[int], dim: int) -> Optional[tuple[int, int, int]]:
+    """How many times frames, rows and pixels are repeated; None where a view merges dimensions that differ in that."""
+    if not repeats:
+        return 1, 1, 1
+    frames, pixels = repeats[2:dim], repeats[dim + 1 :]
+    if any(len(part) > 1 and max(part) > 1 for part in (frames, pixels)):
+        return None
+    return prod(frames), repeats[dim], prod(pixels)
+
+
 class Inputs(NamedTuple):
     """What a form reads: the map, what is added to it, and the line of a norm (see `ScaleAndShift`)."""
 
@@ -69,27 +81,51 @@ class Inputs(NamedTuple):
     line: Optional[Tensor] = None
 
 
+class _Views(NamedTuple):
+    """What is read and written, as a kernel sees it. times: how often frames, rows and pixels are written."""
+
+    map: KernelView
+    other: Optional[KernelView]
+    out: Optional[KernelView]
+    times: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, form: Form, inputs: Inputs, out: Optional[Tensor], dim: int) -> Optional[_Views]:
+        """None where a kernel does not see all of them, or there is nothing to see."""
+        times, given = _times(form.repeats, dim), (inputs.map, inputs.other, out)
+        if times is None or not inputs.map.numel() or any(one is not None and one.dtype not in TYPES for one in given):
+            return None
+        single = *(max(times[1:]) > 1,) * 2, False
+        map, other, to = (
+            None if one is None else KernelView.of(one, dim, rows) for one, rows in zip(given, single)
+        )  # fmt: skip
+        seen = [view is not None for view in (map, other, to)]
+        if map is None or seen != [one is not None for one in given]:
+            return None
+        return None if other is not None and other.sizes != map.sizes else cls(map, other, to, times)
+
+
 def compute(
-    form: Form, inputs: Inputs, out: Optional[Tensor], dim: int, above: int = 0, gathers: bool = False
-) -> tuple[bool, Optional[Tensor]]:
+    form: Form, inputs: Inputs, out: Optional[Tensor], dim: int, above: int = 0, gathers: bool = False,
+    rows: Optional[Span] = None,
+) -> tuple[bool, Optional[Tensor]]:  # fmt: skip
     """Write `form` of its inputs to `out`, whose rows lie along `dim`: behind `above` rows of zeros, and as many more
-    behind it as there is room for. out: None where the moments of the map alone are wanted.
+    behind it as there is room for. out: None where the moments of the map alone are wanted. rows: of what it gives,
+    those that are wanted; None for all.
 
     Whether it was done, and where it `gathers` the moments of each channel of what is written, as
     `Statistics.add_moments` takes them. It is not where maps have other types than `TYPES`, or strides by which they
-    are not `[N, C, frames, pixels]`, nor where a kernel fails.
+    are not `[N, C, frames, rows, pixels]`, nor where a kernel fails.
     """
-    maps = [inputs.map, *(one for one in (inputs.other, out) if one is not None)]
-    views = [KernelView.of(one, dim) for one in maps]
-    if any(view is None for view in views) or any(one.dtype not in TYPES for one in maps) or not inputs.map.numel():
+    views, map = _Views.of(form, inputs, out, dim), inputs.map
+    if views is None:
         return False, None
-    x, to = views[0], views[-1] if out is not None else None
-    other = views[1] if inputs.other is not None else None
-    assert x is not None
-    batch, channels, frames, pixels = x.sizes
-    if other is not None and other.sizes != x.sizes:
-        return False, None
-    out_pixels = to.sizes[3] if to is not None else pixels
+    x, other, to, times = views
+    batch, channels, frames = *x.sizes[:2], x.sizes[2] * times[0]
+    width = prod(map.shape[dim + 1 :]) * times[2]
+    first, last = rows or (0, map.shape[dim] * times[1])
+    pixels = (last - first) * width
+    out_pixels = to.sizes[4] if to is not None else pixels
     at_once, of_pixels = _tile(x, to, out_pixels)
     turns = min(_TURNS, _power(-(-out_pixels // of_pixels))) if gathers else 1
     parts = -(-out_pixels // (of_pixels * turns))
@@ -98,16 +134,17 @@ def compute(
         return False, None
     moments = None
     if gathers:
-        moments = torch.empty((3, parts * frames, batch, channels), dtype=torch.float32, device=inputs.map.device)
-    map, none = inputs.map, (0, 0, 0, 0)
+        moments = torch.empty((3, parts * frames, batch, channels), dtype=torch.float32, device=map.device)
+    none = (0,) * 5
     launched = _launch(
         map.device, grid, map, inputs.other if other is not None else map,
         inputs.line if form.scaled else map, out if out is not None else map, moments if gathers else map,
-        channels, frames, pixels, out_pixels, above * prod(map.shape[dim + 1 :]), batch * channels, parts * frames,
+        channels, frames, pixels, out_pixels, above * width, width, first, batch * channels, parts * frames,
         *x.strides, *(none if other is None else other.strides), *(none if to is None else to.strides),
         form.inner, form.added or 0.0, form.factor, _slope(form.first), _slope(form.second),
         SCALED=form.scaled, FIRST=_kind(form.first), ADDS=other is not None, SECOND=_kind(form.second),
-        WRITES=out is not None, GATHERS=gathers, PIXELS=of_pixels, CHANNELS=at_once, TURNS=turns,
+        WRITES=out is not None, GATHERS=gathers, FRAME_TIMES=times[0], ROW_TIMES=times[1], PIXEL_TIMES=times[2],
+        PIXELS=of_pixels, CHANNELS=at_once, TURNS=turns,
     )  # fmt: skip
     return launched, moments if launched else None
 
@@ -117,7 +154,7 @@ def _tile(x: KernelView, to: Optional[KernelView], out_pixels: int) -> tuple[int
     channels = x.sizes[1]
     ends = [one for one in (x, to) if one is not None]
     by_channels = any(one.strides[1] == 1 < channels for one in ends)
-    by_pixels = any(one.strides[3] == 1 for one in ends)
+    by_pixels = any(one.strides[4] == 1 for one in ends)
     most = _LEAST_CHANNELS if not by_channels else _MOST_CHANNELS // 2 if by_pixels else _MOST_CHANNELS
     at_once = min(_power(channels), most)
     return at_once, min(_power(out_pixels), max(_TILE // at_once, 1))
@@ -136,36 +173,24 @@ def _slope(activation: Any) -> float:
     return 0.0 if activation is None or activation == "silu" else activation
 
 
-_FAILURES: list[str] = []
-"""Why a kernel could not be compiled or launched, from when on none is."""
+_FAILURES = Failures("Triton could not compile or launch a kernel")
 
 
 def works() -> bool:
     """Whether no kernel has failed to compile or to launch so far."""
-    return not _FAILURES
+    return not _FAILURES.seen
 
 
 def _launch(device: torch.device, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> bool:
     """Launch the kernel; False, behind one warning, where it cannot be compiled or launched. Raises what says that
     memory ran out."""
-    if not works():
-        return False
-    try:
+
+    def launch() -> bool:
         from .source import chain
 
         kernel: Any = chain
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             kernel[grid](*arguments, **constants)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        text = (str(error).strip().splitlines() or [""])[0]
-        _FAILURES.append(f"{type(error).__name__}: {text[:200]}")
-        warnings.warn(
-            f"Triton could not compile or launch a kernel ({_FAILURES[-1]}): PyTorch's operators do its work from "
-            f"now on. {VARIABLE}=torch has them do it from the beginning.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return False
-    return True
+        return True
+
+    return works() and bool(_FAILURES.attempt(launch))

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Optional
 
-from ...graph.node import Node
+from ...graph.node import Node, Span
 from ...graph.steps import Convolve
 from .elements import Element, Form, element_of
 
@@ -22,7 +22,7 @@ class Link(NamedTuple):
 
 @dataclass(frozen=True)
 class Chain:
-    """Steps that treat each element by itself, of which nothing but the next one reads what they give.
+    """Steps that treat each element by itself, or repeat it, of which nothing but the next one reads what they give.
 
     form: all of them as one pass. convolution: the one that alone reads the last one's rows, anew for each strip; None
     where there is none such.
@@ -40,6 +40,16 @@ class Chain:
     def source(self) -> Node:
         """The map that goes through it."""
         return self.links[0].node.inputs[self.links[0].place]
+
+    def spans(self, first: int, last: int) -> list[Span]:
+        """Of the source, then of what each step gives, the rows that rows `[first, last)` of the last one's are made
+        of."""
+        found = [(first, last)]
+        for node, place, _ in reversed(self.links):
+            assert node.step is not None
+            by_rows = sum(dim is not None for dim in node.dims[:place])
+            found.append(node.step.needs(*found[-1])[by_rows])
+        return found[::-1]
 
 
 def chains_of(order: Sequence[Node], roots: Collection[Node], recomputed: Collection[Node]) -> dict[Node, Chain]:
@@ -62,7 +72,9 @@ def chains_of(order: Sequence[Node], roots: Collection[Node], recomputed: Collec
             if element is None:
                 continue
             link, before = Link(node, place, element), ends.get(source)
-            if before is not None and alone(source) and (source in recomputed) == (node in recomputed):
+            # A row that is repeated is read for several: what computes each row but once has it no more for the second.
+            again = (source in recomputed) if element.repeats else (source in recomputed) == (node in recomputed)
+            if before is not None and alone(source) and again:
                 form = before.form.then(element)
                 if form is not None:
                     best = Chain([*before.links, link], form)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Optional, TypeGuard
 import torch
 
 from ...graph.node import Node
-from ...graph.steps import Cast, RowLocal, ScaleAndShift
+from ...graph.steps import Cast, Resample, RowLocal, ScaleAndShift
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Of the maps that are computed in float32, in one pass."""
@@ -18,23 +18,27 @@ TYPES = (torch.float32, torch.float16, torch.bfloat16)
 class Element(NamedTuple):
     """What a step does to each element of one of its inputs.
 
-    kind: `scale` (and shift, by channel), `silu`, `relu`, `leaky_relu`, `multiply`, `add` (a map) or `cast`. number:
-    the slope, the factor, or what the added map is multiplied by. other: which input that map is, or the line.
+    kind: `scale` (and shift, by channel), `silu`, `relu`, `leaky_relu`, `multiply`, `add` (a map), `cast` or `repeat`.
+    number: the slope, the factor, or what the added map is multiplied by. other: which input that map is, or the line.
+    repeats: see `Step`.
     """
 
     kind: str
     number: float = 0.0
     other: Optional[int] = None
+    repeats: tuple[int, ...] = ()
 
 
 def element_of(node: Node, place: int) -> Optional[Element]:
     """What the step of `node` does to each element of its input `place`; None where that is nothing known."""
     source, step = node.inputs[place], node.step
-    if not isinstance(step, RowLocal) or source.shape != node.shape or node.dims[place] != node.dim:
-        return None
     if node.dim is None or node.dim < 2 or node.dtype not in TYPES or source.dtype not in TYPES:
         return None
-    if source.device != node.device:
+    if source.device != node.device or node.dims[place] != node.dim:
+        return None
+    if isinstance(step, Resample) and step.repeats and step.repeats[:2] == (1, 1):
+        return Element("repeat", repeats=tuple(step.repeats))
+    if not isinstance(step, RowLocal) or source.shape != node.shape:
         return None
     if isinstance(step, ScaleAndShift):
         return Element("scale", other=1) if place == 0 else None
@@ -110,7 +114,7 @@ class Form:
 
     scaled: whether there are a scale and a shift for each channel. first, second: the slope below zero of an
     activation, `silu` or None for none. inner, factor: numbers. added: what the other map is multiplied by; None where
-    there is none. stage: how far it is filled.
+    there is none. repeats: how many times in a row each result is written, see `Step`. stage: how far it is filled.
     """
 
     scaled: bool = False
@@ -119,6 +123,7 @@ class Form:
     added: Optional[float] = None
     factor: float = 1.0
     second: Any = None
+    repeats: tuple[int, ...] = ()
     stage: int = 0
 
     def then(self, element: Element) -> Optional[Form]:
@@ -126,10 +131,12 @@ class Form:
         kind, stage = element.kind, self.stage
         if kind == "cast":
             return self
+        if kind == "repeat":  # what follows may as well come before it, but for a map of the larger size
+            return None if self.repeats else replace(self, repeats=element.repeats)
         if kind == "scale":
             return None if stage else replace(self, scaled=True, stage=1)
         if kind == "add":
-            return None if stage > 3 else replace(self, added=element.number, stage=4)
+            return None if stage > 3 or self.repeats else replace(self, added=element.number, stage=4)
         if kind == "multiply":
             if stage <= 2:
                 return replace(self, inner=self.inner * element.number, stage=2)

@@ -1,7 +1,8 @@
-"""Computes chains on a device: by Triton's kernels where these can, else by PyTorch's operators."""
+"""Computes chains on a device: by Triton's kernels or comfy-kitchen's where these can, else by PyTorch's operators."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from functools import cache
 from typing import NamedTuple, Optional
 
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ...graph.node import Node
-from . import by_torch, by_triton
+from . import by_kitchen, by_torch, by_triton
 from .by_torch import Read
 from .by_triton import Inputs
-from .chains import Chain
-from .choice import uses_triton
+from .chains import Chain, chains_of
+from .choice import uses_kitchen, uses_triton
 from .elements import Form
 
 _MOMENTS = Form()
@@ -38,11 +39,24 @@ class Kernels:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._triton = uses_triton(device)
+        self._kitchen = not self._triton and uses_kitchen(device) and by_kitchen.operator() is not None
+        self._statistics: dict[Node, tuple[Tensor, Tensor]] = {}  # the line of a norm, and what it is for the kitchen
 
     @property
     def by_triton(self) -> bool:
         """Whether Triton's kernels do what they can."""
         return self._triton and by_triton.works()
+
+    def chains_of(
+        self, order: Sequence[Node], roots: Collection[Node], recomputed: Collection[Node]
+    ) -> dict[Node, Chain]:
+        """The chains of a pass that are computed in one go, by their last steps; see `chains.chains_of`."""
+        if self.by_triton:
+            return chains_of(order, roots, recomputed)
+        if not self._kitchen or not by_kitchen.works():
+            return {}
+        found = chains_of(order, roots, recomputed)
+        return {node: one for node, one in found.items() if by_kitchen.takes(one)}
 
     def compute(
         self, chain: Chain, first: int, last: int, read: Read, edges: Optional[tuple[int, int]], gathers: bool
@@ -51,6 +65,10 @@ class Kernels:
         below, where its convolution reads just these rows; None where it does not. gathers: moments are wanted."""
         if self.by_triton:
             done = self._by_triton(chain, first, last, read, edges, gathers)
+            if done is not None:
+                return done
+        elif self._kitchen:
+            done = self._by_kitchen(chain, first, last, read, edges)
             if done is not None:
                 return done
         return Done(by_torch.compute(chain, first, last, read))
@@ -65,19 +83,35 @@ class Kernels:
         node, dim = chain.last, chain.last.dim
         assert dim is not None
         start, place, _ = chain.links[0]
-        inputs = Inputs(read(chain.source, start.dims[place], first, last))
-        for one, _, element in chain.links:
+        (low, high), *spans = chain.spans(first, last)
+        inputs = Inputs(read(chain.source, start.dims[place], low, high))
+        for (one, _, element), span in zip(chain.links, spans):
             if element.other is not None:
-                piece = read(one.inputs[element.other], one.dims[element.other], first, last)
+                piece = read(one.inputs[element.other], one.dims[element.other], *span)
                 inputs = inputs._replace(**{"line" if element.kind == "scale" else "other": piece})
         above, below = edges or (0, 0)
-        shape = list(inputs.map.shape)
-        shape[dim] += above + below
+        up = chain.form.repeats[dim] if chain.form.repeats else 1
+        rows = first - low * up, last - low * up
+        shape = list(node.shape)
+        shape[dim] = above + last - first + below
         out = torch.empty(
             shape, dtype=node.dtype, device=inputs.map.device, memory_format=self._order(chain, inputs.map)
         )
-        done, moments = by_triton.compute(chain.form, inputs, out, dim, above, gathers)
+        done, moments = by_triton.compute(chain.form, inputs, out, dim, above, gathers, rows)
         return Done(out, edges is not None, moments) if done else None
+
+    def _by_kitchen(
+        self, chain: Chain, first: int, last: int, read: Read, edges: Optional[tuple[int, int]]
+    ) -> Optional[Done]:
+        norm = chain.links[0].node
+        map, line = (read(one, dim, first, last) for one, dim in zip(norm.inputs, norm.dims))
+        if self._order(chain, map) is torch.contiguous_format:  # it would copy it
+            return None
+        known = self._statistics.get(norm)
+        if known is None or known[0] is not line:
+            known = self._statistics[norm] = line, by_kitchen.statistics(line, norm.shape)
+        rows = by_kitchen.compute(chain.form, map, known[1], chain.last.dim or 0, *(edges or (0, 0)))
+        return None if rows is None else Done(rows, edges is not None)
 
     def _order(self, chain: Chain, piece: Tensor) -> torch.memory_format:
         """The order in which what reads a chain takes it fastest."""

@@ -18,30 +18,35 @@ def _activated(value, kind: tl.constexpr, slope):  # Triton compiles no names of
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def chain(
     x, other, line, out, moments,
-    channels, frames, pixels, out_pixels, above, lines, parts,
-    x_n, x_c, x_a, x_p, other_n, other_c, other_a, other_p, out_n, out_c, out_a, out_p,
+    channels, frames, pixels, out_pixels, above, width, first, lines, parts,
+    x_n, x_c, x_a, x_r, x_p, other_n, other_c, other_a, other_r, other_p, out_n, out_c, out_a, out_r, out_p,
     inner, added, factor, slope_first, slope_second,
     SCALED: tl.constexpr, FIRST: tl.constexpr, ADDS: tl.constexpr, SECOND: tl.constexpr, WRITES: tl.constexpr,
-    GATHERS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TURNS: tl.constexpr,
+    GATHERS: tl.constexpr, FRAME_TIMES: tl.constexpr, ROW_TIMES: tl.constexpr, PIXEL_TIMES: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
-    """One pass over a map `[N, C, frames, pixels]`, in float32: `Form`, written with `above` pixels of zeros before
-    it and more behind it, up to `out_pixels`; and the moments of each channel of what is written, `[3, parts, N, C]`,
-    a part for each frame and each TURNS blocks of PIXELS.
+    """One pass over a map `[N, C, frames, rows, pixels]`, in float32: `Form`, written with `above` pixels of zeros
+    before it and more behind it, up to `out_pixels`; and the moments of each channel of what is written,
+    `[3, parts, N, C]`, a part for each frame and each TURNS blocks of PIXELS.
 
-    Grid: parts of a frame, blocks of CHANNELS, frames of all samples. Strides are in elements. line: see
-    `ScaleAndShift`, of `lines` channels in all. FIRST, SECOND: 0 for no activation, 1 SiLU, 2 leaky, 3 ReLU.
+    Frames, rows and pixels are written so many TIMES each: rows of `width` pixels then, from row `first` of them on;
+    where all are written once, a row has all pixels. Sizes are of what is written, strides in elements.
+
+    Grid: parts of a frame, blocks of CHANNELS, frames of all samples. line: see `ScaleAndShift`, of `lines` channels in
+    all. FIRST, SECOND: 0 for no activation, 1 SiLU, 2 leaky, 3 ReLU.
     """
     part, sample = tl.program_id(0), tl.program_id(2) // frames
     frame = tl.program_id(2) % frames
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     there = c < channels
     wide_c, wide_n, wide_a = c.to(tl.int64), sample.to(tl.int64), frame.to(tl.int64)
-    x_at = x + wide_n * x_n + wide_a * x_a + (wide_c * x_c)[None, :]
+    read_a = (frame // FRAME_TIMES).to(tl.int64)
+    x_at = x + wide_n * x_n + read_a * x_a + (wide_c * x_c)[None, :]
     if ADDS:
-        other_at = other + wide_n * other_n + wide_a * other_a + (wide_c * other_c)[None, :]
+        other_at = other + wide_n * other_n + read_a * other_a + (wide_c * other_c)[None, :]
     if WRITES:
         out_at = out + wide_n * out_n + wide_a * out_a + (wide_c * out_c)[None, :]
     if SCALED:
@@ -54,13 +59,18 @@ def chain(
         q = (part * TURNS + turn) * PIXELS + tl.arange(0, PIXELS)
         inside = (q >= above) & (q < above + pixels)
         mask = inside[:, None] & there[None, :]
-        p = (q - above).to(tl.int64)[:, None]
-        value = tl.load(x_at + p * x_p, mask=mask, other=0.0).to(tl.float32)
+        p = q - above
+        r = p - p  # a row of all pixels
+        if ROW_TIMES * PIXEL_TIMES > 1:
+            r = (p // width + first) // ROW_TIMES
+            p = p % width // PIXEL_TIMES
+        r, p = r.to(tl.int64)[:, None], p.to(tl.int64)[:, None]
+        value = tl.load(x_at + r * x_r + p * x_p, mask=mask, other=0.0).to(tl.float32)
         if SCALED:
             value = value * scale + shift
         value = _activated(value, FIRST, slope_first) * inner
         if ADDS:
-            value += added * tl.load(other_at + p * other_p, mask=mask, other=0.0).to(tl.float32)
+            value += added * tl.load(other_at + r * other_r + p * other_p, mask=mask, other=0.0).to(tl.float32)
         value = _activated(value * factor, SECOND, slope_second)
         value = tl.where(mask, value, 0.0)
         if WRITES:

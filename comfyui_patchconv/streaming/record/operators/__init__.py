@@ -17,8 +17,12 @@ from ...graph.node import Node
 from ..shapes import Spec
 from . import arranging, convolution, kitchen, matrices, norms, pools, reductions, resample
 from .common import AsCalled, OperatorCall, over, row_local
+from .convolution import CUDNN, usual
 
-__all__ = ["FILLED", "LIKE", "MADE", "OF_MAPS", "OF_PARAMETERS", "build", "build_several", "fill_like", "knows", "over"]
+__all__ = [
+    "CUDNN", "FILLED", "LIKE", "MADE", "OF_MAPS", "OF_PARAMETERS", "build", "build_several", "fill_like", "knows",
+    "over", "usual",
+]  # fmt: skip
 
 _POINTWISE = frozenset(
     """

@@ -82,12 +82,11 @@ def repeat_interleave(call: OperatorCall) -> Optional[Node]:
     dim = dim_of(input)
     if dim is None:
         return None
-    if dim == along:
-        step = Resample(times, 1, input.shape[dim], dim, lambda piece: piece.repeat_interleave(times, dim), cheap=True)
-        return call.node(step, [input], [dim], dim)
-    step = RowLocal(
-        lambda pieces, first, last: pieces[0].repeat_interleave(times, along), 1, cheap=True, moves=True
-    )  # fmt: skip
+    repeats = [times if place == along else 1 for place in range(len(input.shape))]
+    up = times if dim == along else 1
+    step = Resample(
+        up, 1, input.shape[dim], dim, lambda piece: piece.repeat_interleave(times, along), cheap=True, repeats=repeats
+    )
     return call.node(step, [input], [dim], dim)
 
 

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ....conv import doubled, winograd
+from ....conv import doubled, videos, winograd
 from ....conv.geometry import Axis
-from ....conv.onednn import conv3d
 from ...graph.node import Node, Span, Step
 from ...graph.steps import Convolve, ConvolveTransposed, Pieces, Resample
 from ..memory import Held
 from .common import OperatorCall, dim_of, each
 
-_CONVOLVE = (F.conv1d, F.conv2d, conv3d)
+_CONVOLVE = (F.conv1d, F.conv2d, videos.conv3d)
 _CONVOLVE_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 _axis = cache(Axis.of)
@@ -56,7 +55,22 @@ def convolution(call: OperatorCall) -> Optional[Node]:
     else:
         step = Convolve(axis, input.shape[dim], dim, run, weight_bytes=_bytes(weight), work=prod(weight.shape[1:]))
     step.widened = _widened(call.spec.dtype, call.device)
+    if sides == 3 and videos.of_images(call.device, call.spec.dtype):
+        step.copies, step.workspace = 1, step.weight_bytes
     return call.node(step, inputs, [dim, *(None,) * (len(inputs) - 1)], dim)
+
+
+CUDNN = torch.ops.aten.cudnn_convolution.default
+"""What ComfyUI calls itself for videos, with the versions that PyTorch does not ask it with."""
+
+
+def usual(
+    self: Any, weight: Any, padding: Any, stride: Any, dilation: Any, groups: int, *_: Any, **__: Any
+) -> tuple[Any, tuple[Any, ...]]:
+    """The same as `CUDNN` of these arguments, by the operator that knows all devices."""
+    return torch.ops.aten.convolution.default, (
+        self, weight, None, stride, padding, dilation, False, [0] * len(padding), groups,
+    )  # fmt: skip
 
 
 class _Run:
@@ -212,7 +226,7 @@ def has_better(node: Node) -> bool:
     if not isinstance(node.step, (Convolve, ConvolveTransposed)) or not node.step.weight_bytes:  # a pool
         return False
     if node.device.type != "cpu":
-        return False
+        return node.step.copies > 0
     return len(node.shape) == 5 or node.step.widened > 1
 
 
@@ -281,7 +295,13 @@ def _is_doubled(input: Node, weight: Any, axes: Sequence[Axis], groups: int, dty
     """
     step = input.step
     usual = len(axes) == 2 and axes[0] == axes[1] == _USUAL
-    fits = usual and isinstance(step, Resample) and step.double and step.dim == 2 and isinstance(weight, Held)
+    fits = (
+        usual
+        and isinstance(step, Resample)
+        and step.repeats == (1, 1, 2, 2)
+        and step.dim == 2
+        and isinstance(weight, Held)
+    )
     if not fits or groups > 1 or input.device.type != "cpu":
         return False
     return dtype in (torch.float32, torch.float64) or _widened(dtype, input.device) > 1

@@ -41,9 +41,14 @@ def upsample(call: OperatorCall) -> Optional[Node]:
     def run(piece: Tensor) -> Tensor:
         return F.interpolate(piece, scale_factor=factors, mode=mode)
 
-    double = mode == "nearest" and factors == [2.0, 2.0]
-    step = Resample(up, 1, input.shape[dim], dim, run, halo=halo, double=double)
+    repeats = (1, 1, *map(int, factors)) if mode == "nearest" and _repeats(factors, input.shape[2:]) else ()
+    step = Resample(up, 1, input.shape[dim], dim, run, halo=halo, repeats=repeats)
     return call.node(step, [input], [dim], dim)
+
+
+def _repeats(factors: Sequence[float], sides: Sequence[int]) -> bool:
+    """Whether nearest upsampling of so many pixels gives each of them as often as the others."""
+    return all(not up & (up - 1) or _finds_rows(up, side) for up, side in zip(map(int, factors), sides))
 
 
 @cache
