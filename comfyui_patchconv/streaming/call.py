@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..memory.allocator import no_collections, rare_collections
 from .execute.loop import Loop
 from .execute.offloaded import require_room, room
-from .execute.share import ALONE
+from .execute.share import ALONE, Share
 from .graph.node import Node, ancestors
 from .graph.steps import RowLocal
 from .plan.choose import choose
@@ -24,6 +24,7 @@ from .record.memory import is_ordinary
 from .record.recorder import Recorder
 from .spread.agree import Offer, agree, at_home, program_of, sum_of
 from .spread.ranks import Ranks
+from .spread.samples import Batch
 from .spread.together import Together
 
 OnProgress = Callable[[int, int], None]
@@ -35,7 +36,8 @@ class Call:
     ranks: who makes it together; None for this process alone.
 
     peak: bytes expected at once, of all segments. work: bytes of maps computed so far. in_strips: whether anything was
-    to be computed otherwise than eager does. on_cpu: whether on the CPU.
+    to be computed otherwise than eager does. on_cpu: whether on the CPU. parts: in how many parts the samples of a
+    batch were at most, which groups of ranks have taken.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Call:
         self._on_progress, self._schedules, self._phantom = on_progress, schedules, phantom
         self._made: list[ref[Node]] = []
         self._ranks, self._inputs = ranks, ""
+        self.parts, self._samples = 1, 1
         self.recorder = Recorder(self.evaluate, report, phantom, **({"small": 0} if tuning.always else {}))
 
     def run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -73,6 +76,8 @@ class Call:
         with rare_collections() if self._ranks is None else no_collections():
             if self._ranks is not None:
                 self._inputs = sum_of(list(originals.values()))
+                batches = {value.shape[0] for value in originals.values()}
+                self._samples = batches.pop() if len(batches) == 1 else 1
             try:
                 with recorder:
                     result = function(*given, **named)
@@ -108,7 +113,14 @@ class Call:
         """Store `roots`: plan the way to them, and run the plan."""
         self._made = [one for one in self._made if one() is not None]
         held = sum(node.bytes for node in (one() for one in self._made) if node is not None)
-        schedule = self._schedule(roots, keep, held) if self._ranks is None else self._agreed(roots, keep, held)
+        batch = self._batch(roots)
+        wanted = roots if batch is None else batch.roots
+        if self._ranks is None:
+            schedule = self._schedule(roots, keep, held)
+        elif batch is None:
+            schedule = self._agreed(roots, keep, held, self._ranks.count)
+        else:  # what the program may still ask for is computed again: this rank has a part of the samples
+            schedule = self._agreed(wanted, [], held + batch.bytes, batch.peers.count)
         self.peak, self.stored = max(self.peak, schedule.peak), max(self.stored, schedule.stored)
         self.offloaded += schedule.offloaded
         self.offloaded_at_once = max(self.offloaded_at_once, schedule.offloaded_at_once)
@@ -122,8 +134,11 @@ class Call:
             self.recorder.memory.require_there()
             if schedule.offloaded_at_once and roots[0].device.type == "cpu":
                 require_room(schedule.offloaded_at_once)
-            share = ALONE if self._ranks is None else Together(self._ranks)
+            peers = self._ranks if batch is None else batch.peers
+            share: Share = ALONE if peers is None or peers.count == 1 else Together(peers)
             Loop(schedule, self.recorder.inference, self._progress, share).run()
+            if batch is not None:
+                batch.put_together()
         for node in (*roots, *keep):
             if node.tensor is not None:
                 if node.home is None:
@@ -131,8 +146,17 @@ class Call:
                 if not self._phantom:  # it may be a view of another that is stored, or of an argument
                     self.recorder.memory.watch(node)
 
-    def _agreed(self, roots: Sequence[Node], keep: Sequence[Node], held: int) -> Schedule:
-        """The one that all ranks follow."""
+    def _batch(self, roots: Sequence[Node]) -> Optional[Batch]:
+        """How the samples of `roots` are split over the ranks; None where they are not."""
+        if self._ranks is None or self._samples == 1:
+            return None
+        batch = Batch.of(roots, self._ranks, self._samples, self.recorder.inference)
+        if batch is not None:
+            self.parts = max(self.parts, batch.parts)
+        return batch
+
+    def _agreed(self, roots: Sequence[Node], keep: Sequence[Node], held: int, together: int) -> Schedule:
+        """The one that all ranks follow. together: how many share the rows of these nodes."""
         assert self._ranks is not None
         nodes = ancestors(roots)
         names = _named(nodes)
@@ -141,19 +165,20 @@ class Call:
 
         def plan(budget: Optional[int], held: int, room: int) -> Schedule:
             self.budget = budget
-            return self._schedule(roots, keep, held, lambda: room).renamed(lambda node: names[node])
+            schedule = self._schedule(roots, keep, held, lambda: room, together)
+            return schedule.renamed(lambda node: names[node])
 
         there = list(names)
         return at_home(agree(self._ranks, offer, plan).renamed(lambda number: there[number]))
 
     def _schedule(
-        self, roots: Sequence[Node], keep: Sequence[Node], held: int, unused: Optional[Callable[[], int]] = None
-    ) -> Schedule:
+        self, roots: Sequence[Node], keep: Sequence[Node], held: int, unused: Optional[Callable[[], int]] = None,
+        ranks: int = 1,
+    ) -> Schedule:  # fmt: skip
         """The schedule of an earlier call that was alike, or a new one. unused: room for what is offloaded; None to
-        look for it."""
+        look for it. ranks: how many share the rows."""
         nodes = ancestors(roots)
         names = _named(nodes)
-        ranks = 1 if self._ranks is None else self._ranks.count
         key = _fingerprint(nodes, names, roots, keep), held, ranks
         budget, found = self._schedules.get(key, (None, None))
         if found is not None and _suits(found, budget, self.budget):

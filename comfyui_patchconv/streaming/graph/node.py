@@ -26,6 +26,8 @@ class Step:
     widened: how many times the bytes of its result it computes in. rows_together: so many rows at once take less work
     than one by one. work: multiplications for each element of the result. kernel_bytes: of what makes it faster, if it
     is kept from strip to strip. overlap: rows of its input that a row of its result and the one behind it both read.
+    samples: of each input, whether some samples of the result, which lie along the first dimension, are made of the
+    same samples of it, however many; of the others all is read. None where samples are mixed, or that is not known.
     """
 
     name = ""
@@ -33,6 +35,7 @@ class Step:
     workspace = weight_bytes = kernel_bytes = overlap = 0
     least_rows = rows_together = widened = 1
     work = 1
+    samples: Optional[Sequence[bool]] = None
 
     def needs(self, first: int, last: int) -> Sequence[Span]:
         """For each input that is read row by row, in order, the rows that output rows `[first, last)` are made of."""

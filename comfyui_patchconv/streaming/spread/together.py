@@ -15,7 +15,7 @@ from ..graph.steps import Accumulator
 from ..plan.bands import band
 from ..plan.schedule import Pass
 from .bands import Move, bands_of, moves_before
-from .ranks import Ranks, bytes_of
+from .ranks import Peers, bytes_of
 
 BYTES_AT_ONCE = 4 << 20
 """Bytes of a rank's band that are on their way at once while a map is put together."""
@@ -28,7 +28,7 @@ class Together:
     merged in the order of the ranks, so that all have the same, and what is stored whole is put together everywhere.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Peers) -> None:
         self._ranks = ranks
         self._lent: list[StoredStrips] = []
 
@@ -64,7 +64,7 @@ class Together:
         for target in one_pass.targets:
             whole = new.get(target.node)
             if isinstance(whole, StoredTensor):
-                self._put_together(whole, target.rows)
+                put_together(self._ranks, whole, target.rows)
 
     def _merge(self, gathered: Sequence[Accumulator]) -> None:
         """Have each of these gather what those of all ranks have."""
@@ -74,25 +74,26 @@ class Together:
         for place, one in enumerate(gathered):
             one.merge([state[place] for state in states])
 
-    def _put_together(self, whole: StoredTensor, rows: int) -> None:
-        """Have all rows of a map here, of which each rank has its band."""
-        ranks, node = self._ranks, whole.node
-        row_bytes = node.bytes // max(rows, 1)
-        at_once = max(BYTES_AT_ONCE // max(row_bytes, 1), 1)
-        bands = [band(rows, rank, ranks.count) for rank in range(ranks.count)]
-        for begin in range(0, max(last - first for first, last in bands), at_once):
-            parts = {
-                rank: (first + begin, min(first + begin + at_once, last))
-                for rank, (first, last) in enumerate(bands)
-                if first + begin < last
-            }
-            own = parts.pop(ranks.rank, None)
-            others = [rank for rank in range(ranks.count) if rank != ranks.rank]
-            outgoing = dict.fromkeys(others, bytes_of(whole.read(*own), ranks.device)) if own is not None else {}
-            incoming = {rank: ranks.room((last - first) * row_bytes) for rank, (first, last) in parts.items()}
-            ranks.exchange(outgoing, incoming)
-            for rank, (first, _) in parts.items():
-                whole.put(first, _rows_of(incoming[rank], node, whole.dim))
+
+def put_together(ranks: Peers, whole: StoredTensor, rows: int) -> None:
+    """Have all of so many rows of a map here, of which each rank has its band."""
+    node = whole.node
+    row_bytes = node.bytes // max(rows, 1)
+    at_once = max(BYTES_AT_ONCE // max(row_bytes, 1), 1)
+    bands = [band(rows, rank, ranks.count) for rank in range(ranks.count)]
+    for begin in range(0, max(last - first for first, last in bands), at_once):
+        parts = {
+            rank: (first + begin, min(first + begin + at_once, last))
+            for rank, (first, last) in enumerate(bands)
+            if first + begin < last
+        }
+        own = parts.pop(ranks.rank, None)
+        others = [rank for rank in range(ranks.count) if rank != ranks.rank]
+        outgoing = dict.fromkeys(others, bytes_of(whole.read(*own), ranks.device)) if own is not None else {}
+        incoming = {rank: ranks.room((last - first) * row_bytes) for rank, (first, last) in parts.items()}
+        ranks.exchange(outgoing, incoming)
+        for rank, (first, _) in parts.items():
+            whole.put(first, _rows_of(incoming[rank], node, whole.dim))
 
 
 def _rows_of(received: Tensor, node: Node, dim: int) -> Tensor:

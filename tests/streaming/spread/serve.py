@@ -86,6 +86,7 @@ def found(asked: dict[str, Any], groups: dict[int, Any]) -> dict[str, Any]:
     return {
         "error": error, "result": written, "peak": peak, "sent": runner.sent, "messages": runner.messages,
         "planned": call.peak, "offloaded": call.offloaded, "in_strips": call.in_strips, "report": runner.report,
+        "parts": call.parts,
     }  # fmt: skip
 
 
