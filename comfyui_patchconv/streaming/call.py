@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any, Optional
 from weakref import ref
 
@@ -17,6 +18,7 @@ from .execute.offloaded import require_room, room
 from .execute.share import ALONE, Share
 from .graph.node import Node, ancestors
 from .graph.steps import RowLocal
+from .plan.bands import band
 from .plan.choose import choose
 from .plan.schedule import Pass, Schedule, Tuning
 from .record.lazy import LazyTensor
@@ -24,6 +26,7 @@ from .record.memory import is_ordinary
 from .record.recorder import Recorder
 from .spread.agree import Offer, agree, at_home, program_of, sum_of
 from .spread.ranks import Ranks
+from .spread.results import Band
 from .spread.samples import Batch
 from .spread.together import Together
 
@@ -33,7 +36,7 @@ OnProgress = Callable[[int, int], None]
 
 class Call:
     """One call of a function. report, on_progress: see `streamed`. schedules: of earlier calls, by what they are for.
-    ranks: who makes it together; None for this process alone.
+    ranks: who makes it together; None for this process alone. in_bands: each is to have its `Band` of results.
 
     peak: bytes expected at once, of all segments. work: bytes of maps computed so far. in_strips: whether anything was
     to be computed otherwise than eager does. on_cpu: whether on the CPU. parts: in how many parts the samples of a
@@ -42,7 +45,7 @@ class Call:
 
     def __init__(
         self, budget: Optional[int], report: dict[str, int], on_progress: Optional[OnProgress], tuning: Tuning,
-        schedules: OrderedDict[Any, Any], phantom: bool = False, ranks: Optional[Ranks] = None,
+        schedules: OrderedDict[Any, Any], phantom: bool = False, ranks: Optional[Ranks] = None, in_bands: bool = False,
     ) -> None:  # fmt: skip
         self.budget, self.report, self.tuning = budget, report, tuning
         self.peak = self.stored = self.offloaded = self.offloaded_at_once = 0
@@ -52,6 +55,7 @@ class Call:
         self._made: list[ref[Node]] = []
         self._ranks, self._inputs = ranks, ""
         self.parts, self._samples = 1, 1
+        self._in_bands, self._bands = in_bands and ranks is not None, dict[Node, Tensor]()
         self.recorder = Recorder(self.evaluate, report, phantom, **({"small": 0} if tuning.always else {}))
 
     def run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -86,10 +90,39 @@ class Call:
                 raise
             del given, named
             with torch.no_grad():
+                if self._in_bands:
+                    result = self._with_bands(result)
                 recorder.finish()
         self.eager_peak = recorder.eager_peak
         back = {id(value): originals[id(value)] for value in entered.values()}
         return _with_originals(result, back)
+
+    def _with_bands(self, result: Any) -> Any:
+        """A result with this rank's bands in the place of deferred maps that come by rows."""
+        deferred: dict[int, Node] = {}
+
+        def find(value: Any) -> Any:
+            lazy = isinstance(value, LazyTensor) and is_map_of(value.view_.spec) and value.view_.cell.real is None
+            node = value.view_.node() if lazy else None
+            if node is not None and node.tensor is None and node.dim is not None and node.home is None:
+                deferred[id(value)] = node
+            return value
+
+        replaced(result, find)
+        for node in deferred.values():
+            node.in_bands = True
+        self.recorder.store(deferred.values())
+        bands = {key: self._band(node) for key, node in deferred.items() if node in self._bands}
+        for node in deferred.values():
+            node.in_bands = False
+        self._bands = {}
+        return replaced(result, lambda value: bands.get(id(value), value))
+
+    def _band(self, node: Node) -> Band:
+        assert self._ranks is not None
+        assert node.dim is not None
+        first, _ = band(node.rows, self._ranks.rank, self._ranks.count)
+        return Band(self._bands[node], node.dim, first, node.rows)
 
     def _forsake(self) -> None:
         """The program failed: what it left behind has values all the same, if they can be had.
@@ -136,7 +169,9 @@ class Call:
                 require_room(schedule.offloaded_at_once)
             peers = self._ranks if batch is None else batch.peers
             share: Share = ALONE if peers is None or peers.count == 1 else Together(peers)
-            Loop(schedule, self.recorder.inference, self._progress, share).run()
+            loop = Loop(schedule, self.recorder.inference, self._progress, share)
+            loop.run()
+            self._bands |= loop.bands
             if batch is not None:
                 batch.put_together()
         for node in (*roots, *keep):
@@ -148,7 +183,7 @@ class Call:
 
     def _batch(self, roots: Sequence[Node]) -> Optional[Batch]:
         """How the samples of `roots` are split over the ranks; None where they are not."""
-        if self._ranks is None or self._samples == 1:
+        if self._ranks is None or self._samples == 1 or any(root.in_bands for root in roots):
             return None
         batch = Batch.of(roots, self._ranks, self._samples, self.recorder.inference)
         if batch is not None:
@@ -208,7 +243,12 @@ _ALIKE = 1.25
 
 def is_map(value: Any) -> bool:
     """Whether an argument is a feature map: of an image `[B, C, H, W]`, a video, a sound `[B, C, L]`, or tokens."""
-    return is_ordinary(value) and value.is_floating_point() and value.dim() >= 3 and value.numel() > 0
+    return is_ordinary(value) and is_map_of(value)
+
+
+def is_map_of(looks: Any) -> bool:
+    """The same of a tensor by its looks."""
+    return looks.dtype.is_floating_point and len(looks.shape) >= 3 and prod(looks.shape) > 0
 
 
 def joins(args: Any, kwargs: Any) -> bool:
@@ -262,24 +302,33 @@ def store_without_values(nodes: Sequence[Node]) -> None:
             node.store(torch.empty_strided(node.shape, node.strides, dtype=node.dtype, device="meta"))
 
 
-def _with_originals(value: Any, originals: dict[int, Tensor], depth: int = 8) -> Any:
+def _with_originals(value: Any, originals: dict[int, Tensor]) -> Any:
     """A result in which what stood for an argument is that argument again, and what is still deferred is not."""
-    if id(value) in originals:
-        return originals[id(value)]
-    if isinstance(value, LazyTensor):  # before torch 2.3 no object becomes another
-        with torch.no_grad():
-            originals[id(value)] = value.view_.cell.recorder.real(value).detach()
-        return originals[id(value)]
+
+    def original(one: Any) -> Any:
+        if id(one) not in originals and isinstance(one, LazyTensor):  # before torch 2.3 no object becomes another
+            with torch.no_grad():
+                originals[id(one)] = one.view_.cell.recorder.real(one).detach()
+        return originals.get(id(one), one)
+
+    return replaced(value, original)
+
+
+def replaced(value: Any, other: Callable[[Any], Any], depth: int = 8) -> Any:
+    """A result with what `other` gives in the place of each thing in it, in lists, tuples and dictionaries too."""
+    new = other(value)
+    if new is not value or isinstance(value, Tensor):
+        return new
     if depth and type(value) in (list, tuple):
-        mapped = [_with_originals(one, originals, depth - 1) for one in value]
-        if any(one is not other for one, other in zip(mapped, value)):
+        mapped = [replaced(one, other, depth - 1) for one in value]
+        if any(one is not before for one, before in zip(mapped, value)):
             if isinstance(value, list):
                 value[:] = mapped
             else:
                 return tuple(mapped)
     elif depth and isinstance(value, dict):
         for key, one in list(value.items()):
-            mapped_one = _with_originals(one, originals, depth - 1)
+            mapped_one = replaced(one, other, depth - 1)
             if mapped_one is not one:
                 value[key] = mapped_one
     return value
@@ -299,7 +348,7 @@ def _fingerprint(nodes: Sequence[Node], names: dict[Node, int], roots: Sequence[
     """What a schedule for these nodes depends on: the graph, which steps the program had write in place, and which rows
     each step reads, at three places of it."""
     return (
-        tuple((names[node], node.home is None) for node in roots),
+        tuple((names[node], node.home is None, node.in_bands) for node in roots),
         tuple(names[node] for node in keep),
         tuple(
             (

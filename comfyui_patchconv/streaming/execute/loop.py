@@ -20,7 +20,7 @@ from ..plan.schedule import Apply, Pass, Schedule, Target
 from .kernels import Chain, Kernels, chains_of
 from .lines import Lines
 from .share import ALONE, Share, Stored
-from .stored import StoredStrips, StoredTensor, empty, no_rows
+from .stored import StoredStrips, StoredTensor, empty, joined, no_rows
 from .strips import Parts, Rows, StepRows
 
 OnProgress = Callable[[int], None]
@@ -40,7 +40,8 @@ _AUTOCAST: Any = functools.reduce(
 class Loop:
     """Runs `schedule` and stores its results in their nodes. Raises ValueError where `PATCHCONV_KERNELS` is no choice.
 
-    inference: whether the caller is in inference mode. share: the part of it that this process does.
+    inference: whether the caller is in inference mode. share: the part of it that this process does. bands: this
+    process's rows of the results that are to lie in bands.
     """
 
     def __init__(self, schedule: Schedule, inference: bool, on_progress: OnProgress, share: Share = ALONE) -> None:
@@ -48,6 +49,8 @@ class Loop:
         self._stored: dict[Node, Stored] = {}
         self._memory = _Memory(schedule)
         self._shared: set[int] = set()  # memory of maps that others show too
+        self._bands_of_results: dict[Node, Span] = {}
+        self.bands: dict[Node, Tensor] = {}
         devices = {step.device for step in schedule.steps if isinstance(step, Pass)}
         self._kernels = {device: Kernels(device) for device in devices}
 
@@ -71,10 +74,14 @@ class Loop:
         for node, stored in self._stored.items():
             if isinstance(stored, StoredTensor):
                 node.store(stored.tensor)
+            elif node.in_bands:
+                self.bands[node] = joined(stored, self._bands_of_results[node], self._inference)
+                stored.free(node.rows)
 
     def _run_pass(self, step: Pass) -> None:
         self._share.before(step, self._stored)
         bands = self._share.bands(step)
+        self._bands_of_results |= {node: rows for node, rows in bands.items() if node.in_bands}
         one_pass = _PassLoop(
             step, bands, self._stored, self._memory, self._inference, self._on_progress, self._kernels[step.device]
         )

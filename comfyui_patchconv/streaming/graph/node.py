@@ -79,11 +79,12 @@ class Node:
     dim: along which it comes in rows itself; None where it comes whole. eager: what gives all of it at once, as the
     program has it; None where `step` does that. home: memory that is there already, to which its rows may be written as
     they are computed; None for memory of its own. serial: the place in the program. strides: those of eager's result.
+    in_bands: of several ranks, each is to have its band of it in the end, and none the whole.
     """
 
     __slots__ = (
-        "__weakref__", "bytes", "device", "dim", "dims", "dtype", "eager", "home", "inputs", "itemsize", "row_bytes",
-        "rows", "serial", "shape", "step", "strides", "tensor",
+        "__weakref__", "bytes", "device", "dim", "dims", "dtype", "eager", "home", "in_bands", "inputs", "itemsize",
+        "row_bytes", "rows", "serial", "shape", "step", "strides", "tensor",
     )  # fmt: skip
 
     def __init__(
@@ -108,6 +109,7 @@ class Node:
         self.tensor: Any = None
         self.home: Any = None
         self.eager: Optional[Eager] = None
+        self.in_bands = False
 
     @property
     def flexible(self) -> bool:

@@ -82,7 +82,7 @@ class Lifetimes:
 
     def target(self, node: Node) -> Target:
         """How `node` is to be stored: strip by strip where all who read it do so along its rows, else in one tensor."""
-        whole = self.outlives(node) or node.dim is None
+        whole = (self.outlives(node) and not node.in_bands) or node.dim is None
         for reader in self.readers.get(node, ()):
             for source, dim in zip(reader.inputs, reader.dims):
                 whole = whole or (source is node and dim != node.dim)

@@ -50,6 +50,7 @@ class Passes:
         rest = [root for root in self._roots if root not in stored]
         for device in dict.fromkeys(root.device for root in rest):
             self._store([root for root in rest if root.device == device and root not in stored])
+        self._placement.join([stored[root] for root in self._roots if root.in_bands and root in stored])
         return None if below is not None and self.schedule.peak >= below else self.schedule
 
     # What a step needs beforehand

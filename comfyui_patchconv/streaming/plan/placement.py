@@ -42,6 +42,11 @@ class Placement:
         else:
             self._held -= self.bytes_of(target)
 
+    def join(self, results: Sequence[Target]) -> None:
+        """The strips of bands that are results become one tensor each, one after the other."""
+        sizes = [self.bytes_of(target) for target in results if not target.whole]
+        self._note(max(sizes, default=0), 0, 0)
+
     def place(
         self, targets: Sequence[Target], reductions: Sequence[Node], shrinking: Sequence[Target], sweep: Sweep
     ) -> dict[Node, int]:

@@ -8,5 +8,5 @@ A batch is split by sample first (`samples`). Where no recorded step mixes sampl
 ranks come in as many groups as divide both their number and the batch, and each group takes as many samples: a rank
 follows the plan for these alone, over the rows that it shares with the others of its group, and only the results go to
 the other groups. Where the two have no divisor in common, or samples are mixed, each rank has a band of the rows of
-all.
+all. `results` leaves results in bands, and puts them together on one rank.
 """

@@ -98,11 +98,15 @@ def put_together(ranks: Peers, whole: StoredTensor, rows: int) -> None:
 
 def _rows_of(received: Tensor, node: Node, dim: int) -> Tensor:
     """Rows of a map from their bytes."""
-    values = received.to(node.device)
-    if values.storage_offset() % node.itemsize:  # it lies behind rows of another type
-        values = values.clone()
     shape = list(node.shape)
     shape[dim] = 1
-    rows = values.numel() // max(prod(shape) * node.itemsize, 1)
-    shape[dim] = rows
-    return values.view(node.dtype).view(shape)
+    shape[dim] = received.numel() // max(prod(shape) * node.itemsize, 1)
+    return rows_of(received, shape, node.dtype, node.device)
+
+
+def rows_of(received: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor from its bytes."""
+    values = received.to(device)
+    if values.storage_offset() % dtype.itemsize:  # it lies behind rows of another type
+        values = values.clone()
+    return values.view(dtype).view(list(shape))

@@ -119,6 +119,39 @@ def test_random_networks_of_batches(ranks: Ranks, seed: int) -> None:
         ranks.run("network", seed, 9, batch, ranks=count, strip_bytes=400, inference=bool(seed % 2))
 
 
+@COUNTS
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("decoder", 3), ("decoder", 5, 9, 2), ("video", 3, 5), ("codec", 601), ("several", 11), ("written", 11),
+        ("reductions", 11), ("evaluated_whole", 11), ("demanded", 11),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_results_in_bands_put_together_on_any_rank_are_eagers(ranks: Ranks, case: tuple[Any, ...], count: int) -> None:
+    found = ranks.run(*case, ranks=count, strip_bytes=500, in_bands=True)
+    for places in zip(*(one["bands"] for one in found)):
+        ends = [first + shape[dim] for shape, dim, first, _ in places]
+        assert [first for _, _, first, _ in places] == [0, *ends[:-1]]
+        assert ends[-1] == places[0][-1]
+
+
+def test_results_in_bands_take_a_part_of_the_memory_and_are_not_sent(ranks: Ranks) -> None:
+    """Of a call that stores nothing else whole."""
+    case = "without_norms", 2_000
+    whole = 3 * 2_000 * 8 * 4
+    usual, bands = (ranks.run(*case, ranks=4, strip_bytes=1, allocator_bytes=0, in_bands=one) for one in (False, True))
+    for one, other in zip(usual, bands):
+        assert one["sent"] - other["sent"] >= 3 * whole // 4
+        assert one["planned"] - other["planned"] >= whole // 2
+
+
+def test_one_process_has_one_band(ranks: Ranks) -> None:
+    (found,) = ranks.run("decoder", 3, ranks=1, strip_bytes=500, in_bands=True)
+    ((shape, dim, first, rows),) = found["bands"]
+    assert (shape[dim], first) == (rows, 0)
+
+
 def test_eager_where_that_takes_less(ranks: Ranks) -> None:
     found = ranks.run("decoder", 2, ranks=3, always=False)
     assert not any(one["in_strips"] for one in found)
