@@ -36,7 +36,7 @@ from comfyui_patchconv.memory.recorder import Recorder
 from comfyui_patchconv.streaming import Streamed, Tuning, expect
 from comfyui_patchconv.streaming.graph.node import Node
 from comfyui_patchconv.streaming.plan.bands import band
-from comfyui_patchconv.streaming.plan.schedule import Pass, Schedule
+from comfyui_patchconv.streaming.plan.schedule import InTurn, Pass, Schedule
 from comfyui_patchconv.streaming.spread.bands import moves_before
 from comfyui_patchconv.streaming.spread.together import BYTES_AT_ONCE
 
@@ -140,6 +140,15 @@ def traffic(schedule: Schedule, ranks: int) -> tuple[list[int], list[int]]:
                     size[rank] += (ranks - 1) * (last - first) * node.row_bytes
                     messages[rank] += (ranks - 1) * -(-(last - first) // max(BYTES_AT_ONCE // node.row_bytes, 1))
             stored |= {target.node: None for target in step.targets if target.stored and not target.whole}
+        elif isinstance(step, InTurn):
+            _, *moving = step.target.node.inputs
+            for rank in range(ranks):
+                for owner in range(ranks):
+                    first, last = band(moving[0].rows, owner, ranks)
+                    if owner != (rank - 1) % ranks:  # whose pieces have come all round
+                        size[rank] += (last - first) * sum(node.row_bytes for node in moving)
+                        messages[rank] += -(-(last - first) // step.keys)
+            stored[step.target.node] = None
         for node in step.freed:
             stored.pop(node, None)
     return size, messages

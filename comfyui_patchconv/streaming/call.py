@@ -20,7 +20,7 @@ from .graph.node import Node, ancestors
 from .graph.steps import RowLocal
 from .plan.bands import band
 from .plan.choose import choose
-from .plan.schedule import Pass, Schedule, Tuning
+from .plan.schedule import InTurn, Pass, Schedule, Tuning
 from .record.lazy import LazyTensor
 from .record.memory import is_ordinary
 from .record.recorder import Recorder
@@ -40,7 +40,8 @@ class Call:
 
     peak: bytes expected at once, of all segments. work: bytes of maps computed so far. in_strips: whether anything was
     to be computed otherwise than eager does. on_cpu: whether on the CPU. parts: in how many parts the samples of a
-    batch were at most, which groups of ranks have taken.
+    batch were at most, which groups of ranks have taken. in_turn: of how many attentions keys and values went from rank
+    to rank.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Call:
         self._on_progress, self._schedules, self._phantom = on_progress, schedules, phantom
         self._made: list[ref[Node]] = []
         self._ranks, self._inputs = ranks, ""
-        self.parts, self._samples = 1, 1
+        self.parts, self._samples, self.in_turn = 1, 1, 0
         self._in_bands, self._bands = in_bands and ranks is not None, dict[Node, Tensor]()
         self.recorder = Recorder(self.evaluate, report, phantom, **({"small": 0} if tuning.always else {}))
 
@@ -159,6 +160,7 @@ class Call:
         self.offloaded_at_once = max(self.offloaded_at_once, schedule.offloaded_at_once)
         self.planned += schedule.work
         passes = [step for step in schedule.steps if isinstance(step, Pass)]
+        self.in_turn += sum(isinstance(step, InTurn) for step in schedule.steps)
         self.in_strips = self.in_strips or bool(passes)
         self.on_cpu = self.on_cpu or any(one.device.type == "cpu" for one in passes)
         if self._phantom:

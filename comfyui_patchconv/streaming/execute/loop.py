@@ -14,9 +14,10 @@ from ...memory.allocator import keep_freed_blocks, release, trim
 from ...memory.errors import is_out_of_memory
 from ...memory.sizes import allocator_bytes
 from ...memory.usage import anonymous
+from ..graph.attention import Attend, Merging
 from ..graph.node import Node, Span, dense_strides
 from ..graph.steps import Accumulator, Convolve, Reduce
-from ..plan.schedule import Apply, Pass, Schedule, Target
+from ..plan.schedule import Apply, InTurn, Pass, Schedule, Target
 from .kernels import Chain, Kernels, chains_of
 from .lines import Lines
 from .share import ALONE, Share, Stored
@@ -63,6 +64,8 @@ class Loop:
             for step in self._schedule.steps:
                 if isinstance(step, Apply):
                     self._apply(step)
+                elif isinstance(step, InTurn):
+                    self._attend_in_turn(step)
                 else:
                     self._run_pass(step)
                 for node in step.freed:
@@ -88,6 +91,25 @@ class Loop:
         one_pass.compute()
         self._share.after(step, one_pass.new, one_pass.gathered)
         one_pass.finish()
+
+    def _attend_in_turn(self, step: InTurn) -> None:
+        target, node, attend = step.target, step.target.node, step.target.node.step
+        assert isinstance(attend, Attend)
+        queries, *maps = (self._in_strips(source) for source in node.inputs)
+        first, last = self._share.band(node.rows)
+        merging = Merging(attend, queries.read, (first, last), step.queries, no_rows(node, node.dim or 0))
+        for row, (keys, values) in self._share.in_turn(maps, step.keys):
+            merging.add(keys, values, row)
+        result = StoredStrips(node, target.offloaded, self._memory.count, (first, last))
+        if first < last:
+            result.append(merging.result())
+        self._stored[node] = result
+        self._on_progress(step.work)
+
+    def _in_strips(self, node: Node) -> StoredStrips:
+        stored = self._stored[node]
+        assert isinstance(stored, StoredStrips)
+        return stored
 
     def _apply(self, step: Apply) -> None:
         node = step.node

@@ -28,10 +28,11 @@ class Step:
     is kept from strip to strip. overlap: rows of its input that a row of its result and the one behind it both read.
     samples: of each input, whether some samples of the result, which lie along the first dimension, are made of the
     same samples of it, however many; of the others all is read. None where samples are mixed, or that is not known.
+    in_turn: it is attention, of its first input to its second and third, and these can come in pieces.
     """
 
     name = ""
-    cheap = moves = takes_all = reduces = False
+    cheap = moves = takes_all = reduces = in_turn = False
     workspace = weight_bytes = kernel_bytes = overlap = 0
     least_rows = rows_together = widened = 1
     work = 1
@@ -100,7 +101,9 @@ class Node:
         itemsize: int,
         dim: Optional[int],
     ) -> None:
-        self.step, self.inputs, self.dims = step, tuple(inputs), tuple(dims)
+        self.step = step
+        self.inputs: tuple[Node, ...] = tuple(inputs)
+        self.dims: tuple[Optional[int], ...] = tuple(dims)
         self.shape, self.strides, self.dtype, self.device = tuple(shape), tuple(strides), dtype, device
         self.itemsize, self.dim, self.serial = itemsize, dim, next(_serials)
         self.bytes = prod(self.shape) * itemsize

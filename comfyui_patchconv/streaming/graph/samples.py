@@ -44,7 +44,8 @@ def _read_by_sample(node: Node, parts: int) -> Optional[Sequence[bool]]:
         return None
     if isinstance(step, Reduce) and step.part is None:
         return None
-    if isinstance(step, ScaleAndShift) and node.inputs[1].step is None:  # its samples lie along the second dimension
+    *_, last = node.inputs or (node,)
+    if isinstance(step, ScaleAndShift) and last.step is None:  # whose samples lie along the second dimension
         return None
     if not isinstance(step, Reduce) and not _comes_in(node, parts):
         return None
@@ -63,7 +64,8 @@ def of_part(apart: Sequence[Node], part: int, parts: int) -> dict[Node, Node]:
 
 
 def _narrowed(node: Node, inputs: Sequence[Node], part: int, parts: int) -> Node:
-    step, shape = node.step, (node.shape[0] // parts, *node.shape[1:])
+    step = node.step
+    shape: tuple[int, ...] = node.shape[0] // parts, *node.shape[1:]
     if isinstance(step, Reduce):
         assert step.part is not None
         step, shape = step.part(inputs[0].shape[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 
 import torch
@@ -54,6 +54,29 @@ class Together:
                 here = maps[move.node]
                 here.beside.append((move.rows[0], _rows_of(part, move.node, here.dim)))
                 self._lent.append(here)
+
+    def band(self, rows: int) -> Span:
+        return band(rows, self._ranks.rank, self._ranks.count)
+
+    def in_turn(self, maps: Sequence[StoredStrips], rows: int) -> Iterator[tuple[int, Sequence[Tensor]]]:
+        """Each piece of a rank's band goes all round: to the rank before, which has used its own meanwhile."""
+        ranks, nodes = self._ranks, [one.node for one in maps]
+        count, row_bytes = ranks.count, sum(node.row_bytes for node in nodes)
+        bands = [band(nodes[0].rows, rank, count) for rank in range(count)]
+        before, behind = (ranks.rank - 1) % count, (ranks.rank + 1) % count
+        for begin in range(0, max(last - first for first, last in bands), rows):
+            pieces = [(min(first + begin, last), min(first + begin + rows, last)) for first, last in bands]
+            here = torch.cat([bytes_of(one.read(*pieces[ranks.rank]), ranks.device) for one in maps])
+            for turn in range(count):
+                first, last = pieces[(ranks.rank + turn) % count]
+                if first < last:
+                    parts = here.split([(last - first) * node.row_bytes for node in nodes])
+                    yield first, [_rows_of(part, node, one.dim) for part, node, one in zip(parts, nodes, maps)]
+                if turn + 1 < count:
+                    low, high = pieces[(ranks.rank + turn + 1) % count]
+                    coming = ranks.room((high - low) * row_bytes)
+                    ranks.exchange({before: here} if first < last else {}, {behind: coming} if low < high else {})
+                    here = coming
 
     def after(self, one_pass: Pass, new: Mapping[Node, Stored], gathered: Mapping[Node, Accumulator]) -> None:
         for strips in self._lent:

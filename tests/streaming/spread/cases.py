@@ -63,6 +63,23 @@ def linear_attention(height: int = 12) -> Case:
     return run, (drawn(1, 4, height, 9),)
 
 
+def attention(height: int, width: int, causal: bool = False, dtype: str = "float32", heads: int = 2) -> Case:
+    """Of every fourth pixel to all, whose scores are far apart, behind a convolution and before another."""
+    kind = getattr(torch, dtype)
+    first = seeded(lambda: nn.Conv2d(1, 8, 3, padding=1)).to(kind)
+    make, back = (seeded(lambda ways=ways: nn.Conv2d(8, ways, 3, padding=1)).to(kind) for ways in (16, 8))
+
+    def run(x: Tensor) -> Tensor:
+        x = first(x)
+        k, v = make(x).flatten(2).unflatten(1, (2, heads, -1)).transpose(-1, -2).unbind(1)
+        few = x[:, :, ::2, ::2]
+        q = few.flatten(2).unflatten(1, (heads, -1)).transpose(-1, -2)
+        found = F.scaled_dot_product_attention(3 * q, 3 * k, v, is_causal=causal)
+        return back(few + found.transpose(-1, -2).flatten(1, 2).unflatten(-1, few.shape[2:]))
+
+    return run, (drawn(1, 1, height, width).to(kind),)
+
+
 def reductions(height: int = 17) -> Case:
     convolution = seeded(lambda: nn.Conv2d(4, 4, 3, padding=1))
 
@@ -185,6 +202,6 @@ CASES: dict[str, Callable[..., Case]] = {
     make.__name__: make
     for make in (
         decoder, vae_decoder, vae_encoder, circular, video, codec, linear_attention, reductions, evaluated_whole,
-        demanded, several, without_norms, written, apart, mixed, network, program,
+        demanded, several, without_norms, written, apart, attention, mixed, network, program,
     )
 }  # fmt: skip

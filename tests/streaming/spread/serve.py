@@ -29,6 +29,7 @@ from cases import CASES  # noqa: E402
 
 from comfyui_patchconv.streaming import Band, InBands, Streamed, Tuning, gathered  # noqa: E402
 from comfyui_patchconv.streaming.execute import loop  # noqa: E402
+from comfyui_patchconv.streaming.plan import choose  # noqa: E402
 from streaming.comparing import assert_alike, copied, seed_all, tensors_in  # noqa: E402
 
 RANKS = 4
@@ -50,6 +51,17 @@ def rows_at_once(most: int) -> Iterator[None]:
         yield
     finally:
         loop._PassLoop._compute = compute
+
+
+@contextmanager
+def in_turn_at_all_costs() -> Iterator[None]:
+    """Within the block keys and values that a budget has no room for go in turn, whatever that saves."""
+    saves = choose._saves
+    choose._saves = lambda *args: True
+    try:
+        yield
+    finally:
+        choose._saves = saves
 
 
 def bands_in(value: Any) -> list[Band]:
@@ -100,7 +112,8 @@ def found(asked: dict[str, Any], groups: dict[int, Any]) -> dict[str, Any]:
         result, memory = allocated(lambda: runner.call(function, others, {}))
         peak = memory.peak
     else:
-        with rows_at_once(2) if short else nullcontext():
+        costly = in_turn_at_all_costs() if asked.get("at_all_costs") else nullcontext()
+        with rows_at_once(2) if short else nullcontext(), costly:
             result, peak = runner.call(function, others, {}), 0
     error, planned = "", runner.last
     try:
@@ -117,7 +130,8 @@ def found(asked: dict[str, Any], groups: dict[int, Any]) -> dict[str, Any]:
     return {
         "error": error, "result": written, "peak": peak, "sent": runner.sent, "messages": runner.messages,
         "planned": call.peak, "offloaded": call.offloaded, "in_strips": call.in_strips, "report": runner.report,
-        "parts": call.parts, "bands": [(list(one.values.shape), one.dim, one.first, one.rows) for one in bands],
+        "parts": call.parts, "in_turn": call.in_turn,
+        "bands": [(list(one.values.shape), one.dim, one.first, one.rows) for one in bands],
     }  # fmt: skip
 
 

@@ -75,8 +75,8 @@ def test_a_strip_that_does_not_fit_is_halved_where_it_does_not(ranks: Ranks, cou
 @COUNTS
 @pytest.mark.parametrize("batch", range(1, 6))
 def test_samples_are_split_over_as_many_groups_as_divide_both(ranks: Ranks, batch: int, count: int) -> None:
-    for case, strip_bytes in ((("decoder", 5, 9, batch), 1), (("apart", batch), 2_000)):
-        found = ranks.run(*case, ranks=count, strip_bytes=strip_bytes)
+    for case, options, strip_bytes in (("decoder", (5, 9, batch), 1), ("apart", (batch,), 2_000)):
+        found = ranks.run(case, *options, ranks=count, strip_bytes=strip_bytes)
         assert {one["parts"] for one in found} == {gcd(batch, count)}
 
 
@@ -150,6 +150,42 @@ def test_one_process_has_one_band(ranks: Ranks) -> None:
     (found,) = ranks.run("decoder", 3, ranks=1, strip_bytes=500, in_bands=True)
     ((shape, dim, first, rows),) = found["bands"]
     assert (shape[dim], first) == (rows, 0)
+
+
+IN_TURN = {"float32": 40_000, "float64": 80_000, "bfloat16": 25_000}
+"""By the type, a budget in which the keys and values of `cases.attention` are to be whole on no rank."""
+
+
+@COUNTS
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("dtype", IN_TURN)
+def test_keys_and_values_go_in_turn_where_the_budget_asks_for_it(
+    ranks: Ranks, count: int, causal: bool, dtype: str
+) -> None:
+    for budget in (None, IN_TURN[dtype]):
+        found = ranks.run(
+            "attention", 61, 8, causal, dtype, 1 + causal, ranks=count, strip_bytes=1, allocator_bytes=0, budget=budget
+        )
+        assert {one["in_turn"] for one in found} == {int(budget is not None)}
+
+
+@COUNTS
+@pytest.mark.parametrize(
+    "case", [("attention", 3, 2), ("attention", 5, 2), ("decoder", 5), ("decoder", 1), ("vae_decoder", 7)], ids=str
+)
+def test_keys_and_values_in_turn_of_any_network_and_of_few_rows(
+    ranks: Ranks, case: tuple[Any, ...], count: int
+) -> None:
+    found = ranks.run(*case, ranks=count, strip_bytes=1, allocator_bytes=0, budget=1, at_all_costs=True)
+    assert {one["in_turn"] for one in found} == {1}
+
+
+def test_what_keys_and_values_in_turn_take_is_planned(ranks: Ranks) -> None:
+    options = {"strip_bytes": 1, "allocator_bytes": 0, "budget": IN_TURN["float32"]}
+    ranks.run("attention", 61, 8, ranks=4, **options)  # what is allocated once
+    found = ranks.run("attention", 61, 8, ranks=4, **options, measured=True)
+    assert {one["in_turn"] for one in found} == {1}
+    assert all(one["peak"] <= one["planned"] for one in found)
 
 
 def test_eager_where_that_takes_less(ranks: Ranks) -> None:

@@ -58,7 +58,7 @@ def _image(call: OperatorCall, node: Node) -> ByInput:
 
 def _along_others(call: OperatorCall, node: Node) -> ByInput:
     """An operator that treats some dimensions as a whole, if these are others than the first."""
-    given, count = call.given(), len(node.inputs[0].shape)
+    given, count = call.given(), len(next(iter(node.inputs)).shape)
     dims = given.get("dim", given.get("dims"))
     if dims is None or dims == [] or len(node.inputs) != 1:
         return None
@@ -70,7 +70,7 @@ def _joined(call: OperatorCall, node: Node) -> ByInput:
 
 
 def _repeated(call: OperatorCall, node: Node) -> ByInput:
-    times, count = call.args[1], len(node.inputs[0].shape)
+    times, count = call.args[1], len(next(iter(node.inputs)).shape)
     return [True] if len(times) < count or (len(times) == count and times[0] == 1) else None
 
 
