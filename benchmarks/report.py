@@ -45,6 +45,7 @@ BENCHMARKS = {
     "streaming_video": ["streaming_video.py"],
     "autoencoders": ["autoencoders.py"],
     "spread": ["spread.py", "measured"],
+    "spread_beside": ["spread.py", "beside"],
     "spread_reckoned": ["spread.py", "reckoned"],
     "upscale": ["upscale.py"],
     "architectures": ["architectures.py"],

@@ -1,6 +1,7 @@
 """One decode over several processes: what each takes, what it sends to the others, and how long it all takes.
 
     python benchmarks/spread.py measured [--size 256] [--ranks 1 2 3 4] [--rounds 3]
+    python benchmarks/spread.py beside [--size 256] [--ranks 2 3 4] [--rounds 1] [--by ours theirs]
     python benchmarks/spread.py reckoned [--sizes 1024 2048] [--ranks 1 2 4 8 16 32 64]
 
 The decoder of Stable Diffusion's VAE at full width, with random weights, in float32.
@@ -9,6 +10,9 @@ measured: the ranks are processes of one thread on this machine, which talk over
 processes, whose first decode is not measured. The largest peak of a rank is the kernel's mark of its resident memory
 beyond what was in use before (the weights and the latent), and beside it what was planned. What is sent stands beside
 what is reckoned for it.
+beside: the same decode by DistVAE, which has to be there (`pip install --no-deps distvae==0.1.0`). What it sends is
+counted at its calls of `torch.distributed`: a message to one rank once; of `all_gather`, what a rank has as often as
+there are others; of `all_reduce`, twice that share which is another's.
 reckoned: nothing is computed. The plan for so many ranks, and the rows that its passes read of others' bands, give each
 rank's peak, bytes and messages; `LINKS` what these take.
 """
@@ -16,10 +20,13 @@ rank's peak, bytes and messages; `LINKS` what these take.
 from __future__ import annotations
 
 import argparse
+import copy
+import importlib
 import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +34,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import torch
 import torch.distributed as dist
-from harness import latent_of, publish, run_fresh
+from harness import kept_rows, latent_of, publish, run_fresh
 from torch import Tensor, nn
 
 import comfyui_patchconv.streaming.call as calls_module
@@ -36,7 +43,7 @@ from comfyui_patchconv.memory.recorder import Recorder
 from comfyui_patchconv.streaming import Streamed, Tuning, expect
 from comfyui_patchconv.streaming.graph.node import Node
 from comfyui_patchconv.streaming.plan.bands import band
-from comfyui_patchconv.streaming.plan.schedule import Pass, Schedule
+from comfyui_patchconv.streaming.plan.schedule import InTurn, Pass, Schedule
 from comfyui_patchconv.streaming.spread.bands import moves_before
 from comfyui_patchconv.streaming.spread.together import BYTES_AT_ONCE
 
@@ -44,28 +51,79 @@ MB = 1e6
 ALWAYS = Tuning(always=True)
 
 
-def measured(decoder: nn.Module, latent: Tensor, rounds: int) -> dict[str, Any]:
-    """What one rank found."""
-    runner = Streamed(group=dist.group.WORLD, tuning=ALWAYS)
+class Ours:
+    """A decode by Patch Conv. sent, messages: see `Streamed`."""
 
-    def run() -> Tensor:
-        return runner.call(decoder, (latent,), {})
+    def __init__(self, decoder: nn.Module) -> None:
+        self._decoder, self._runner = decoder, Streamed(group=dist.group.WORLD, tuning=ALWAYS)
 
-    run()
-    sent, messages, seconds, peaks = runner.sent, runner.messages, [], []
+    def __call__(self, latent: Tensor) -> Tensor:
+        return self._runner.call(self._decoder, (latent,), {})
+
+    @property
+    def sent(self) -> int:
+        return self._runner.sent
+
+    @property
+    def messages(self) -> int:
+        return self._runner.messages
+
+    @property
+    def planned(self) -> int:
+        assert self._runner.last is not None
+        return self._runner.last.peak
+
+
+class Theirs:
+    """A decode by DistVAE. sent, messages: bytes and pieces that it has this rank send, however Gloo goes about it."""
+
+    planned = 0
+
+    def __init__(self, decoder: nn.Module) -> None:
+        adapters = importlib.import_module("distvae.modules.adapters.vae.decoder_adapters")
+        self.sent = self.messages = 0
+        self._decoder = adapters.DecoderAdapter(decoder, dist.group.WORLD)
+        others = dist.get_world_size() - 1
+        self._count("all_gather", lambda buffers, tensor: (others * tensor.nbytes, others))
+        self._count("all_reduce", lambda tensor: (2 * others * tensor.nbytes // (others + 1), 2 * others))
+        self._count("batch_isend_irecv", _of_messages)
+
+    def __call__(self, latent: Tensor) -> Tensor:
+        return self._decoder(latent)
+
+    def _count(self, name: str, size_of: Callable[..., tuple[int, int]]) -> None:
+        called = getattr(dist, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            size, messages = size_of(*args)
+            self.sent, self.messages = self.sent + size, self.messages + messages
+            return called(*args, **kwargs)
+
+        setattr(dist, name, counted)
+
+
+def _of_messages(operations: Any) -> tuple[int, int]:
+    sizes = [one.tensor.nbytes for one in operations if one.op is dist.isend]
+    return sum(sizes), len(sizes)
+
+
+def measured(decoder: nn.Module, latent: Tensor, rounds: int, by: str) -> dict[str, Any]:
+    """What one rank found. by: "ours" or "theirs"."""
+    error, plain = 0.0, copy.deepcopy(decoder) if by == "theirs" else decoder  # that changes the decoder itself
+    decode = Ours(decoder) if by == "ours" else Theirs(decoder)
+    decode(latent)
+    sent, messages, seconds, peaks = decode.sent, decode.messages, [], []
     for _ in range(rounds):
         dist.barrier()
         with Recorder() as recorder:
-            result = run()
+            result = decode(latent)
         seconds.append(recorder.seconds)
         peaks.append(recorder.peak)
-    found = {"sent": (runner.sent - sent) / rounds, "messages": (runner.messages - messages) / rounds}
-    call, error = runner.last, 0.0
-    assert call is not None
+    found = {"sent": (decode.sent - sent) / rounds, "messages": (decode.messages - messages) / rounds}
     if dist.get_rank() == 0:
-        eager = decoder(latent)
+        eager = plain(latent)
         error = float((result - eager).abs().max() / (eager.max() - eager.min()))
-    return found | {"seconds": min(seconds), "peak": max(peaks), "planned": call.peak, "error": error}
+    return found | {"seconds": min(seconds), "peak": max(peaks), "planned": decode.planned, "error": error}
 
 
 def worker(case: dict[str, Any]) -> list[dict[str, Any]]:
@@ -80,7 +138,7 @@ def worker(case: dict[str, Any]) -> list[dict[str, Any]]:
                 store = dist.FileStore(str(Path(folder, "store")), ranks)  # type: ignore[reportPrivateImportUsage]
                 dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
                 with torch.inference_mode():
-                    found = measured(decoder, latent, case["rounds"])
+                    found = measured(decoder, latent, case["rounds"], case.get("by", "ours"))
                 Path(folder, f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
                 dist.destroy_process_group()
                 os._exit(0)
@@ -140,6 +198,15 @@ def traffic(schedule: Schedule, ranks: int) -> tuple[list[int], list[int]]:
                     size[rank] += (ranks - 1) * (last - first) * node.row_bytes
                     messages[rank] += (ranks - 1) * -(-(last - first) // max(BYTES_AT_ONCE // node.row_bytes, 1))
             stored |= {target.node: None for target in step.targets if target.stored and not target.whole}
+        elif isinstance(step, InTurn):
+            _, *moving = step.target.node.inputs
+            for rank in range(ranks):
+                for owner in range(ranks):
+                    first, last = band(moving[0].rows, owner, ranks)
+                    if owner != (rank - 1) % ranks:  # whose pieces have come all round
+                        size[rank] += (last - first) * sum(node.row_bytes for node in moving)
+                        messages[rank] += -(-(last - first) // step.keys)
+            stored[step.target.node] = None
         for node in step.freed:
             stored.pop(node, None)
     return size, messages
@@ -224,6 +291,48 @@ def publish_measured(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
+NAMES = {"ours": "Patch Conv", "theirs": "DistVAE 0.1.0"}
+
+
+def row_beside(ranks: int, by: str, found: list[dict[str, Any]]) -> list[str]:
+    each = {key: [rank[key] for rank in found] for key in found[0]}
+    peaks, sent = ([value / MB for value in each[key]] for key in ("peak", "sent"))
+    return [
+        str(ranks), NAMES[by], f"{max(peaks):.1f}", f"{min(sent):.2f} to {max(sent):.2f}",
+        f"{max(each['messages']):.0f}", f"{max(each['error']):.1e}",
+    ]  # fmt: skip
+
+
+def publish_beside(args: argparse.Namespace) -> None:
+    """The rows that are asked for, beside those that are kept of the same size, each as soon as it is there."""
+    title = f"One decode of {args.size}² over several processes, beside DistVAE"
+    rows = {(one[0], one[1]): one for one in kept_rows("spread_beside", title)}
+    for ranks in args.ranks:
+        for by in args.by:
+            case = {"size": args.size, "ranks": ranks, "rounds": args.rounds, "by": by}
+            found = run_fresh(case, [sys.executable, __file__])
+            print(f"  {case} -> {found}", file=sys.stderr, flush=True)
+            if "error" in found:
+                raise SystemExit(found["error"])
+            rows[str(ranks), NAMES[by]] = row_beside(ranks, by, found["ranks"])
+            keep_beside(title, [rows[key] for key in sorted(rows, key=lambda key: (key[0], key[1] != NAMES["ours"]))])
+
+
+def keep_beside(title: str, rows: list[list[str]]) -> None:
+    publish(
+        "spread_beside",
+        title,
+        "By the decoder of Stable Diffusion's VAE at full width, in float32, over processes of one thread each on one "
+        f"machine of {os.cpu_count()} cores, by Gloo. Peaks are the largest of a rank, beyond weights and latent; what "
+        "is sent is each rank's, the result's band to all others included. What DistVAE sends is counted at its calls "
+        "of torch.distributed.",
+        ["ranks", "by", "peak MB", "sent MB", "messages", "largest error"],
+        rows,
+        device="cpu",
+        packages=["diffusers", "distvae"],
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
@@ -233,6 +342,12 @@ def main() -> None:
     measures.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4])
     measures.add_argument("--rounds", type=int, default=3)
     measures.set_defaults(publish=publish_measured)
+    besides = tables.add_parser("beside")
+    besides.add_argument("--size", type=int, default=256)
+    besides.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4])
+    besides.add_argument("--rounds", type=int, default=1)
+    besides.add_argument("--by", nargs="+", choices=NAMES, default=[*NAMES])
+    besides.set_defaults(publish=publish_beside)
     reckons = tables.add_parser("reckoned")
     reckons.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048])
     reckons.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])

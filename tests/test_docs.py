@@ -94,6 +94,7 @@ OF_OTHERS = {
     "--no-half-vae",
     "--always-low-vram",
     "--always-no-vram",
+    "--local-addr",
 }
 
 

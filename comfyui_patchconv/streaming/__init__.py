@@ -53,19 +53,23 @@ import torch
 from torch import Tensor, nn
 
 from ..memory.allocator import trim
-from .call import Call, OnProgress, arguments, is_map, joins, signature
+from .call import Call, OnProgress, arguments, is_map, joins, replaced, signature
 from .errors import CannotEstimateError, SpreadError
 from .estimate import Expected, Make, expect, peak_activations
 from .fallback import eager_reason, undisturbed
 from .plan.schedule import USUAL, Tuning
+from .record.operators.common import default_dim
 from .spread.own_group import OwnGroup
 from .spread.ranks import Ranks
+from .spread.results import Band, InBands, gathered
 from .target import Entry, methods_of
 
 __all__ = [
     "USUAL",
+    "Band",
     "CannotEstimateError",
     "Expected",
+    "InBands",
     "Make",
     "OnProgress",
     "OwnGroup",
@@ -73,6 +77,7 @@ __all__ = [
     "Streamed",
     "Tuning",
     "expect",
+    "gathered",
     "joins",
     "peak_activations",
     "stream",
@@ -109,6 +114,8 @@ class Streamed:
 
     def over(self, group: Any) -> None:
         """Have the calls from now on made together by the ranks of `group`; None for this process alone."""
+        self._in_bands = isinstance(group, InBands)
+        group = group.group if isinstance(group, InBands) else group
         ranks = None if group is None else Ranks(group, self.tuning.silent_seconds)
         self._ranks = ranks if ranks is not None and ranks.count > 1 else None
 
@@ -124,6 +131,19 @@ class Streamed:
         """What `function(*args, **kwargs)` returns."""
         if joins(args, kwargs):
             return function(*args, **kwargs)
+        result = self._call(function, args, kwargs)
+        return replaced(result, self._in_its_band) if self._in_bands else result
+
+    def _in_its_band(self, value: Any) -> Any:
+        """This rank's band of a map that is there as a whole; anything else as it is."""
+        dim = default_dim(value.shape) if is_map(value) else None
+        if dim is None:
+            return value
+        rank, count = (0, 1) if self._ranks is None else (self._ranks.rank, self._ranks.count)
+        return Band.of(value, dim, rank, count)
+
+    def _call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The same, where it is no part of another streamed call."""
         self.ran_eagerly = False
         reason = eager_reason(args, kwargs)
         if reason is not None:
@@ -154,8 +174,9 @@ class Streamed:
     def _record(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The same, recorded and run in strips."""
         self.last = call = Call(
-            self.budget, self.report, self.on_progress, self.tuning, self._schedules, ranks=self._ranks
-        )
+            self.budget, self.report, self.on_progress, self.tuning, self._schedules, ranks=self._ranks,
+            in_bands=self._in_bands,
+        )  # fmt: skip
         with undisturbed():
             result = call.run(function, args, kwargs)
         self.calls += call.recorder.deferred > 0
@@ -207,9 +228,9 @@ def streamed(
 
     group: a process group of `torch.distributed`, such as `dist.group.WORLD`, or an `OwnGroup`, whose ranks all make
     the same calls with equal arguments: each computes and stores a band of the rows of every map, within the least of
-    their budgets, and all get the whole result. None for this process alone. Calls raise SpreadError, which names the
-    rank, where another one fails, is gone, or does not come (`Tuning.silent_seconds`); ValueError is raised for a group
-    that this process is not in.
+    their budgets, and all get the whole result; with `InBands(group)` each gets its own band of it. None for this
+    process alone. Calls raise SpreadError, which names the rank, where another one fails, is gone, or does not come
+    (`Tuning.silent_seconds`); ValueError is raised for a group that this process is not in.
     """
     runner = Streamed(budget, report, on_progress, tuning, group)
 

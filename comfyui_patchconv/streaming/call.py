@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any, Optional
 from weakref import ref
 
@@ -16,16 +17,19 @@ from ..memory.allocator import no_collections, rare_collections
 from . import suited
 from .execute.loop import Loop
 from .execute.offloaded import require_room, room
-from .execute.share import ALONE
+from .execute.share import ALONE, Share
 from .graph.node import Node, ancestors
 from .graph.steps import RowLocal
+from .plan.bands import band
 from .plan.choose import choose
-from .plan.schedule import Pass, Schedule, Tuning
+from .plan.schedule import InTurn, Pass, Schedule, Tuning
 from .record.lazy import LazyTensor
 from .record.memory import is_ordinary
 from .record.recorder import Recorder
 from .spread.agree import Offer, agree, at_home, program_of, sum_of
 from .spread.ranks import Ranks
+from .spread.results import Band
+from .spread.samples import Batch
 from .spread.together import Together
 
 OnProgress = Callable[[int, int], None]
@@ -34,16 +38,17 @@ OnProgress = Callable[[int, int], None]
 
 class Call:
     """One call of a function. report, on_progress: see `streamed`. schedules: of earlier calls, by what they are for.
-    ranks: who makes it together; None for this process alone.
+    ranks: who makes it together; None for this process alone. in_bands: each is to have its `Band` of results.
 
     peak: bytes expected at once, of all segments. rows: of a strip of the pass that computes most. work: bytes of maps
     computed so far. in_strips: whether anything was to be computed otherwise than eager does. on_cpu: whether on the
-    CPU.
+    CPU. parts: in how many parts the samples of a batch were at most, which groups of ranks have taken. in_turn: of how
+    many attentions keys and values went from rank to rank.
     """
 
     def __init__(
         self, budget: Optional[int], report: dict[str, int], on_progress: Optional[OnProgress], tuning: Tuning,
-        schedules: OrderedDict[Any, Any], phantom: bool = False, ranks: Optional[Ranks] = None,
+        schedules: OrderedDict[Any, Any], phantom: bool = False, ranks: Optional[Ranks] = None, in_bands: bool = False,
     ) -> None:  # fmt: skip
         self.budget, self.report, self.tuning = budget, report, tuning
         self.peak = self.stored = self.offloaded = self.offloaded_at_once = 0
@@ -53,6 +58,8 @@ class Call:
         self._on_progress, self._schedules, self._phantom = on_progress, schedules, phantom
         self._made: list[ref[Node]] = []
         self._ranks, self._inputs = ranks, ""
+        self.parts, self._samples, self.in_turn = 1, 1, 0
+        self._in_bands, self._bands = in_bands and ranks is not None, dict[Node, Tensor]()
         self.recorder = Recorder(self.evaluate, report, phantom, **({"small": 0} if tuning.always else {}))
 
     def run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -77,6 +84,8 @@ class Call:
         with rare_collections() if self._ranks is None else no_collections():
             if self._ranks is not None:
                 self._inputs = sum_of(list(originals.values()))
+                batches = {value.shape[0] for value in originals.values()}
+                self._samples = batches.pop() if len(batches) == 1 else 1
             try:
                 with recorder:
                     result = function(*given, **named)
@@ -85,10 +94,39 @@ class Call:
                 raise
             del given, named
             with torch.no_grad():
+                if self._in_bands:
+                    result = self._with_bands(result)
                 recorder.finish()
         self.eager_peak = recorder.eager_peak
         back = {id(value): originals[id(value)] for value in entered.values()}
         return _with_originals(result, back)
+
+    def _with_bands(self, result: Any) -> Any:
+        """A result with this rank's bands in the place of deferred maps that come by rows."""
+        deferred: dict[int, Node] = {}
+
+        def find(value: Any) -> Any:
+            lazy = isinstance(value, LazyTensor) and is_map_of(value.view_.spec) and value.view_.cell.real is None
+            node = value.view_.node() if lazy else None
+            if node is not None and node.tensor is None and node.dim is not None and node.home is None:
+                deferred[id(value)] = node
+            return value
+
+        replaced(result, find)
+        for node in deferred.values():
+            node.in_bands = True
+        self.recorder.store(deferred.values())
+        bands = {key: self._band(node) for key, node in deferred.items() if node in self._bands}
+        for node in deferred.values():
+            node.in_bands = False
+        self._bands = {}
+        return replaced(result, lambda value: bands.get(id(value), value))
+
+    def _band(self, node: Node) -> Band:
+        assert self._ranks is not None
+        assert node.dim is not None
+        first, _ = band(node.rows, self._ranks.rank, self._ranks.count)
+        return Band(self._bands[node], node.dim, first, node.rows)
 
     def _forsake(self) -> None:
         """The program failed: what it left behind has values all the same, if they can be had.
@@ -112,7 +150,14 @@ class Call:
         """Store `roots`: plan the way to them, and run the plan."""
         self._made = [one for one in self._made if one() is not None]
         held = sum(node.bytes for node in (one() for one in self._made) if node is not None)
-        schedule = self._schedule(roots, keep, held) if self._ranks is None else self._agreed(roots, keep, held)
+        batch = self._batch(roots)
+        wanted = roots if batch is None else batch.roots
+        if self._ranks is None:
+            schedule = self._schedule(roots, keep, held)
+        elif batch is None:
+            schedule = self._agreed(roots, keep, held, self._ranks.count)
+        else:  # what the program may still ask for is computed again: this rank has a part of the samples
+            schedule = self._agreed(wanted, [], held + batch.bytes, batch.peers.count)
         self.peak, self.stored = max(self.peak, schedule.peak), max(self.stored, schedule.stored)
         self.offloaded += schedule.offloaded
         self.offloaded_at_once = max(self.offloaded_at_once, schedule.offloaded_at_once)
@@ -120,6 +165,7 @@ class Call:
         passes = [step for step in schedule.steps if isinstance(step, Pass)]
         for one in passes:
             self._most, self.rows = max((self._most, self.rows), (one.work, one.strip_rows))
+        self.in_turn += sum(isinstance(step, InTurn) for step in schedule.steps)
         self.in_strips = self.in_strips or bool(passes)
         self.on_cpu = self.on_cpu or any(one.device.type == "cpu" for one in passes)
         if self._phantom:
@@ -128,8 +174,13 @@ class Call:
             self.recorder.memory.require_there()
             if schedule.offloaded_at_once and roots[0].device.type == "cpu":
                 require_room(schedule.offloaded_at_once)
-            share = ALONE if self._ranks is None else Together(self._ranks)
-            Loop(schedule, self.recorder.inference, self._progress, share).run()
+            peers = self._ranks if batch is None else batch.peers
+            share: Share = ALONE if peers is None or peers.count == 1 else Together(peers)
+            loop = Loop(schedule, self.recorder.inference, self._progress, share)
+            loop.run()
+            self._bands |= loop.bands
+            if batch is not None:
+                batch.put_together()
         for node in (*roots, *keep):
             if node.tensor is not None:
                 if node.home is None:
@@ -137,8 +188,17 @@ class Call:
                 if not self._phantom:  # it may be a view of another that is stored, or of an argument
                     self.recorder.memory.watch(node)
 
-    def _agreed(self, roots: Sequence[Node], keep: Sequence[Node], held: int) -> Schedule:
-        """The one that all ranks follow."""
+    def _batch(self, roots: Sequence[Node]) -> Optional[Batch]:
+        """How the samples of `roots` are split over the ranks; None where they are not."""
+        if self._ranks is None or self._samples == 1 or any(root.in_bands for root in roots):
+            return None
+        batch = Batch.of(roots, self._ranks, self._samples, self.recorder.inference)
+        if batch is not None:
+            self.parts = max(self.parts, batch.parts)
+        return batch
+
+    def _agreed(self, roots: Sequence[Node], keep: Sequence[Node], held: int, together: int) -> Schedule:
+        """The one that all ranks follow. together: how many share the rows of these nodes."""
         assert self._ranks is not None
         nodes = ancestors(roots)
         names = _named(nodes)
@@ -147,19 +207,20 @@ class Call:
 
         def plan(budget: Optional[int], held: int, room: int) -> Schedule:
             self.budget = budget
-            return self._schedule(roots, keep, held, lambda: room).renamed(lambda node: names[node])
+            schedule = self._schedule(roots, keep, held, lambda: room, together)
+            return schedule.renamed(lambda node: names[node])
 
         there = list(names)
         return at_home(agree(self._ranks, offer, plan).renamed(lambda number: there[number]))
 
     def _schedule(
-        self, roots: Sequence[Node], keep: Sequence[Node], held: int, unused: Optional[Callable[[], int]] = None
-    ) -> Schedule:
+        self, roots: Sequence[Node], keep: Sequence[Node], held: int, unused: Optional[Callable[[], int]] = None,
+        ranks: int = 1,
+    ) -> Schedule:  # fmt: skip
         """The schedule of an earlier call that was alike, or a new one. unused: room for what is offloaded; None to
-        look for it."""
+        look for it. ranks: how many share the rows."""
         nodes = ancestors(roots)
         names = _named(nodes)
-        ranks = 1 if self._ranks is None else self._ranks.count
         key = _fingerprint(nodes, names, roots, keep), held, ranks
         budget, found = self._schedules.get(key, (None, None))
         if found is not None and _suits(found, budget, self.budget):
@@ -198,7 +259,12 @@ _ALIKE = 1.25
 
 def is_map(value: Any) -> bool:
     """Whether an argument is a feature map: of an image `[B, C, H, W]`, a video, a sound `[B, C, L]`, or tokens."""
-    return is_ordinary(value) and value.is_floating_point() and value.dim() >= 3 and value.numel() > 0
+    return is_ordinary(value) and is_map_of(value)
+
+
+def is_map_of(looks: Any) -> bool:
+    """The same of a tensor by its looks."""
+    return looks.dtype.is_floating_point and len(looks.shape) >= 3 and prod(looks.shape) > 0
 
 
 def joins(args: Any, kwargs: Any) -> bool:
@@ -252,24 +318,33 @@ def store_without_values(nodes: Sequence[Node]) -> None:
             node.store(torch.empty_strided(node.shape, node.strides, dtype=node.dtype, device="meta"))
 
 
-def _with_originals(value: Any, originals: dict[int, Tensor], depth: int = 8) -> Any:
+def _with_originals(value: Any, originals: dict[int, Tensor]) -> Any:
     """A result in which what stood for an argument is that argument again, and what is still deferred is not."""
-    if id(value) in originals:
-        return originals[id(value)]
-    if isinstance(value, LazyTensor):  # before torch 2.3 no object becomes another
-        with torch.no_grad():
-            originals[id(value)] = value.view_.cell.recorder.real(value).detach()
-        return originals[id(value)]
+
+    def original(one: Any) -> Any:
+        if id(one) not in originals and isinstance(one, LazyTensor):  # before torch 2.3 no object becomes another
+            with torch.no_grad():
+                originals[id(one)] = one.view_.cell.recorder.real(one).detach()
+        return originals.get(id(one), one)
+
+    return replaced(value, original)
+
+
+def replaced(value: Any, other: Callable[[Any], Any], depth: int = 8) -> Any:
+    """A result with what `other` gives in the place of each thing in it, in lists, tuples and dictionaries too."""
+    new = other(value)
+    if new is not value or isinstance(value, Tensor):
+        return new
     if depth and type(value) in (list, tuple):
-        mapped = [_with_originals(one, originals, depth - 1) for one in value]
-        if any(one is not other for one, other in zip(mapped, value)):
+        mapped = [replaced(one, other, depth - 1) for one in value]
+        if any(one is not before for one, before in zip(mapped, value)):
             if isinstance(value, list):
                 value[:] = mapped
             else:
                 return tuple(mapped)
     elif depth and isinstance(value, dict):
         for key, one in list(value.items()):
-            mapped_one = _with_originals(one, originals, depth - 1)
+            mapped_one = replaced(one, other, depth - 1)
             if mapped_one is not one:
                 value[key] = mapped_one
     return value
@@ -289,7 +364,7 @@ def _fingerprint(nodes: Sequence[Node], names: dict[Node, int], roots: Sequence[
     """What a schedule for these nodes depends on: the graph, which steps the program had write in place, and which rows
     each step reads, at three places of it."""
     return (
-        tuple((names[node], node.home is None) for node in roots),
+        tuple((names[node], node.home is None, node.in_bands) for node in roots),
         tuple(names[node] for node in keep),
         tuple(
             (

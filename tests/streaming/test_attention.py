@@ -275,3 +275,25 @@ def test_sums_of_other_products_are_evaluated_whole(equation: str) -> None:
     x = torch.randn(1, 40, 40, *((6,) if "w" in equation else ()), dtype=torch.float64)
     run = streamed(lambda x: torch.einsum(equation, x, x) + 1, tuning=Tuning(1, allocator_bytes=0, always=True))
     assert_same(run(x), torch.einsum(equation, x, x) + 1, 1e-12)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_keys_in_pieces_in_any_order_give_what_all_give(causal: bool, dtype: torch.dtype) -> None:
+    """Queries in pieces, too, of a band of them; some pieces of keys are seen by none of these."""
+    torch.manual_seed(0)
+    first, last, channels = 5, 31, 6
+    queries, keys = (torch.randn(2, 3, 41, 4, dtype=dtype) * 4 for _ in "qk")
+    values = torch.randn(2, 3, 41, channels, dtype=dtype)
+    step = attention.Attend(lambda pieces, first, last: pieces[0], 1, 0.3, causal, in_turn=True)
+    like = values[..., :0, :]
+    merging = attention.Merging(step, lambda low, high: queries[..., low:high, :], (first, last), 7, like)
+    for low in (36, 9, 0, 18, 27):
+        merging.add(keys[..., low : low + 9, :], values[..., low : low + 9, :], low)
+    whole = F.scaled_dot_product_attention(
+        queries.double(), keys.double(), values.double(), is_causal=causal, scale=0.3
+    )[..., first:last, :]
+    found = merging.result()
+    assert found.dtype == dtype
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2.0**-8}[dtype]
+    assert (found.double() - whole).abs().max() <= tolerance * whole.abs().max()

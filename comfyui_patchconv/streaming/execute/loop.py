@@ -14,13 +14,14 @@ from ...memory.allocator import keep_freed_blocks, release, trim
 from ...memory.errors import is_out_of_memory
 from ...memory.sizes import allocator_bytes
 from ...memory.usage import anonymous
+from ..graph.attention import Attend, Merging
 from ..graph.node import Node, Span, dense_strides
 from ..graph.steps import Accumulator, Convolve, Reduce
-from ..plan.schedule import Apply, Pass, Schedule, Target
+from ..plan.schedule import Apply, InTurn, Pass, Schedule, Target
 from .kernels import Chain, Kernels
 from .lines import Lines
 from .share import ALONE, Share, Stored
-from .stored import StoredStrips, StoredTensor, empty, no_rows
+from .stored import StoredStrips, StoredTensor, empty, joined, no_rows
 from .strips import Parts, Rows, StepRows
 
 OnProgress = Callable[[int], None]
@@ -40,7 +41,8 @@ _AUTOCAST: Any = functools.reduce(
 class Loop:
     """Runs `schedule` and stores its results in their nodes. Raises ValueError where `PATCHCONV_KERNELS` is no choice.
 
-    inference: whether the caller is in inference mode. share: the part of it that this process does.
+    inference: whether the caller is in inference mode. share: the part of it that this process does. bands: this
+    process's rows of the results that are to lie in bands.
     """
 
     def __init__(self, schedule: Schedule, inference: bool, on_progress: OnProgress, share: Share = ALONE) -> None:
@@ -48,6 +50,8 @@ class Loop:
         self._stored: dict[Node, Stored] = {}
         self._memory = _Memory(schedule)
         self._shared: set[int] = set()  # memory of maps that others show too
+        self._bands_of_results: dict[Node, Span] = {}
+        self.bands: dict[Node, Tensor] = {}
         devices = {step.device for step in schedule.steps if isinstance(step, Pass)}
         self._kernels = {device: Kernels(device) for device in devices}
 
@@ -60,6 +64,8 @@ class Loop:
             for step in self._schedule.steps:
                 if isinstance(step, Apply):
                     self._apply(step)
+                elif isinstance(step, InTurn):
+                    self._attend_in_turn(step)
                 else:
                     self._run_pass(step)
                 for node in step.freed:
@@ -71,16 +77,39 @@ class Loop:
         for node, stored in self._stored.items():
             if isinstance(stored, StoredTensor):
                 node.store(stored.tensor)
+            elif node.in_bands:
+                self.bands[node] = joined(stored, self._bands_of_results[node], self._inference)
+                stored.free(node.rows)
 
     def _run_pass(self, step: Pass) -> None:
         self._share.before(step, self._stored)
         bands = self._share.bands(step)
+        self._bands_of_results |= {node: rows for node, rows in bands.items() if node.in_bands}
         one_pass = _PassLoop(
             step, bands, self._stored, self._memory, self._inference, self._on_progress, self._kernels[step.device]
         )
         one_pass.compute()
         self._share.after(step, one_pass.new, one_pass.gathered)
         one_pass.finish()
+
+    def _attend_in_turn(self, step: InTurn) -> None:
+        target, node, attend = step.target, step.target.node, step.target.node.step
+        assert isinstance(attend, Attend)
+        queries, *maps = (self._in_strips(source) for source in node.inputs)
+        first, last = self._share.band(node.rows)
+        merging = Merging(attend, queries.read, (first, last), step.queries, no_rows(node, node.dim or 0))
+        for row, (keys, values) in self._share.in_turn(maps, step.keys):
+            merging.add(keys, values, row)
+        result = StoredStrips(node, target.offloaded, self._memory.count, (first, last))
+        if first < last:
+            result.append(merging.result())
+        self._stored[node] = result
+        self._on_progress(step.work)
+
+    def _in_strips(self, node: Node) -> StoredStrips:
+        stored = self._stored[node]
+        assert isinstance(stored, StoredStrips)
+        return stored
 
     def _apply(self, step: Apply) -> None:
         node = step.node

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, Union
+
+from torch import Tensor
 
 from ..graph.node import Node, Span
 from ..graph.steps import Accumulator
@@ -24,6 +26,15 @@ class Share(Protocol):
         """Have the rows of stored maps here that `one_pass` reads of them."""
         ...
 
+    def band(self, rows: int) -> Span:
+        """Of a map of so many rows those of this process."""
+        ...
+
+    def in_turn(self, maps: Sequence[StoredStrips], rows: int) -> Iterator[tuple[int, Sequence[Tensor]]]:
+        """All rows of maps that lie in bands, so many at once: the first of them, and the rows of each map, which are
+        there until the next ones are asked for."""
+        ...
+
     def after(self, one_pass: Pass, new: Mapping[Node, Stored], gathered: Mapping[Node, Accumulator]) -> None:
         """Have all rows of the new maps that are stored whole, and all that was gathered."""
         ...
@@ -34,6 +45,14 @@ class Alone:
 
     def bands(self, one_pass: Pass) -> dict[Node, Span]:
         return {target.node: (0, target.rows) for target in one_pass.targets}
+
+    def band(self, rows: int) -> Span:
+        return 0, rows
+
+    def in_turn(self, maps: Sequence[StoredStrips], rows: int) -> Iterator[tuple[int, Sequence[Tensor]]]:
+        count = maps[0].node.rows
+        for first in range(0, count, rows):
+            yield first, [one.read(first, min(first + rows, count)) for one in maps]
 
     def before(self, one_pass: Pass, stored: Mapping[Node, Stored]) -> None:
         """All rows are here."""

@@ -139,6 +139,18 @@ class StoredTensor:
             self._rows = 0
 
 
+def joined(stored: StoredStrips, band: Span, inference: bool) -> Tensor:
+    """Rows `band` of a map in one tensor, in the order of eager's."""
+    node, rows = stored.node, band[1] - band[0]
+    shape = [*node.shape[: stored.dim], rows, *node.shape[stored.dim + 1 :]]
+    dense = dense_strides(shape, node.strides)
+    with torch.inference_mode(inference):
+        result = torch.empty(shape, dtype=node.dtype, device=node.device)
+        if dense is not None:
+            result = torch.empty_strided(shape, dense, dtype=node.dtype, device=node.device)
+        return result.copy_(stored.read(*band))
+
+
 def no_rows(node: Node, dim: int) -> Tensor:
     """None of a map's rows along `dim`."""
     shape = [*node.shape[:dim], 0, *node.shape[dim + 1 :]]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .node import Span
+from .steps import RowLocal
 
 
 class Shape(NamedTuple):
@@ -26,6 +30,68 @@ _COPIES_OF_SCORES = 3
 
 _QUERIES_THAT_SUIT = 1 << 14
 """Queries at once that occupy a GPU: kernels give its processors 32 to 128 each. Not measured yet."""
+
+
+class Attend(RowLocal):
+    """Attention of rows of queries to all keys and values. scale, causal: as of `F.scaled_dot_product_attention`.
+
+    in_turn: see `Step`; there is no mask then, and heads and samples are as many of all three.
+    """
+
+    def __init__(
+        self, function: Callable[[Sequence[Tensor], int, int], Tensor], count: int, scale: Optional[float],
+        causal: bool, in_turn: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(function, count, cheap=True)
+        self.cheap, self.scale, self.causal, self.in_turn = False, scale, causal, in_turn
+
+
+class Merging:
+    """Attention of some queries to keys and values that come in pieces, in any order: the softmax's largest score and
+    its sum, and the sum of values, in float32 at least.
+
+    step: of queries, `[…, pixels, C]`. read: gives those from one pixel to another. rows: the pixels. at_once: of
+    them, how many meet a piece at a time. like: a map of `[…, pixels, C]` as the result is, of no pixels.
+    """
+
+    def __init__(
+        self, step: Attend, read: Callable[[int, int], Tensor], rows: Span, at_once: int, like: Tensor
+    ) -> None:
+        wide = torch.promote_types(like.dtype, torch.float32)
+        shape = *like.shape[:-2], rows[1] - rows[0]
+        self._step, self._read, self._rows, self._at_once, self._dtype = step, read, rows, at_once, like.dtype
+        self._largest = torch.full((*shape, 1), float("-inf"), dtype=wide, device=like.device)
+        self._sum = torch.zeros_like(self._largest)
+        self._values = torch.zeros((*shape, like.shape[-1]), dtype=wide, device=like.device)
+
+    def add(self, keys: Tensor, values: Tensor, first: int) -> None:
+        """Keys and values from pixel `first` of all on, `[…, pixels, C]`."""
+        wide, (begin, end) = self._values.dtype, self._rows
+        keys, values = keys.to(wide).mT, values.to(wide)
+        for low in range(begin, end if keys.shape[-1] else begin, self._at_once):
+            self._meet(low, min(low + self._at_once, end), keys, values, first)
+
+    def _meet(self, low: int, high: int, keys: Tensor, values: Tensor, first: int) -> None:
+        if self._step.causal and first >= high:
+            return
+        queries = self._read(low, high).to(keys.dtype)
+        scores = (queries * (queries.shape[-1] ** -0.5 if self._step.scale is None else self._step.scale)) @ keys
+        if self._step.causal:
+            seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(low - first)
+            scores.masked_fill_(~seen, float("-inf"))
+        here = slice(low - self._rows[0], high - self._rows[0])
+        before, total, sums = (one[..., here, :] for one in (self._largest, self._sum, self._values))
+        largest = torch.maximum(before, scores.amax(-1, keepdim=True))
+        base = largest.masked_fill(largest == float("-inf"), 0.0)  # of queries that have met no key yet
+        kept = (before - base).exp_()
+        scores.sub_(base).exp_()
+        total.mul_(kept).add_(scores.sum(-1, keepdim=True))
+        sums.mul_(kept).add_(scores @ values)
+        before.copy_(largest)
+
+    def result(self) -> Tensor:
+        """Of all that have come, `[…, pixels, C]`."""
+        return self._values.div_(self._sum).to(self._dtype)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, scale: Optional[float]) -> Tensor:

@@ -28,15 +28,18 @@ class Step:
     result. kernel_bytes: of what makes it faster, if it is kept from strip to strip. overlap: rows of its input that a
     row of its result and the one behind it both read. repeats: how many times in a row it gives each value of its only
     input, along each dimension, as nearest upsampling does, which is as cheap to make anew as to keep; () where it does
-    anything else.
+    anything else. samples: of each input, whether some samples of the result, which lie along the first dimension, are
+    made of the same samples of it, however many; of the others all is read. None where samples are mixed, or that is
+    not known. in_turn: it is attention, of its first input to its second and third, and these can come in pieces.
     """
 
     name = ""
-    cheap = moves = takes_all = reduces = False
+    cheap = moves = takes_all = reduces = in_turn = False
     workspace = weight_bytes = kernel_bytes = overlap = copies = 0
     least_rows = rows_together = widened = 1
     work = 1
     repeats: Sequence[int] = ()
+    samples: Optional[Sequence[bool]] = None
 
     def needs(self, first: int, last: int) -> Sequence[Span]:
         """For each input that is read row by row, in order, the rows that output rows `[first, last)` are made of."""
@@ -80,11 +83,12 @@ class Node:
     dim: along which it comes in rows itself; None where it comes whole. eager: what gives all of it at once, as the
     program has it; None where `step` does that. home: memory that is there already, to which its rows may be written as
     they are computed; None for memory of its own. serial: the place in the program. strides: those of eager's result.
+    in_bands: of several ranks, each is to have its band of it in the end, and none the whole.
     """
 
     __slots__ = (
-        "__weakref__", "bytes", "device", "dim", "dims", "dtype", "eager", "home", "inputs", "itemsize", "row_bytes",
-        "rows", "serial", "shape", "step", "strides", "tensor",
+        "__weakref__", "bytes", "device", "dim", "dims", "dtype", "eager", "home", "in_bands", "inputs", "itemsize",
+        "row_bytes", "rows", "serial", "shape", "step", "strides", "tensor",
     )  # fmt: skip
 
     def __init__(
@@ -100,7 +104,9 @@ class Node:
         itemsize: int,
         dim: Optional[int],
     ) -> None:
-        self.step, self.inputs, self.dims = step, tuple(inputs), tuple(dims)
+        self.step = step
+        self.inputs: tuple[Node, ...] = tuple(inputs)
+        self.dims: tuple[Optional[int], ...] = tuple(dims)
         self.shape, self.strides, self.dtype, self.device = tuple(shape), tuple(strides), dtype, device
         self.itemsize, self.dim, self.serial = itemsize, dim, next(_serials)
         self.bytes = prod(self.shape) * itemsize
@@ -109,6 +115,7 @@ class Node:
         self.tensor: Any = None
         self.home: Any = None
         self.eager: Optional[Eager] = None
+        self.in_bands = False
 
     @property
     def flexible(self) -> bool:

@@ -40,6 +40,8 @@ class RowLocal(Step):
 class Cast(RowLocal):
     """Another type or device. widens: the values are what they were, in more bytes."""
 
+    samples = (True,)
+
     def __init__(self, function: Callable[[Pieces, int, int], Tensor], widens: bool) -> None:
         super().__init__(function, 1, cheap=True)
         self.widens = widens
@@ -50,6 +52,8 @@ class ScaleAndShift(RowLocal):
 
     Its second input, read whole, is `[4, N·C]`: rows of 0 and 1, the factors, and what is added.
     """
+
+    samples = True, True
 
     def __init__(self, function: Callable[[Pieces, int, int], Tensor]) -> None:
         super().__init__(function, 1, cheap=True)
@@ -95,13 +99,18 @@ class Accumulator(Protocol):
 class Reduce(Step):
     """What comes of all rows and takes little room itself: statistics, means over the image. `start()` gathers it.
 
-    moments: it gathers the moments of the rows as they are.
+    moments: it gathers the moments of the rows as they are. part: the same of an input of so many samples, and the
+    shape of its result; None where samples are mixed.
     """
 
     reduces = True
 
-    def __init__(self, start: Callable[[], Accumulator], moments: bool = False) -> None:
-        self.start, self.moments = start, moments
+    def __init__(
+        self, start: Callable[[], Accumulator], moments: bool = False,
+        part: Optional[Callable[[int], tuple[Reduce, tuple[int, ...]]]] = None,
+    ) -> None:  # fmt: skip
+        self.start, self.moments, self.part = start, moments, part
+        self.samples = None if part is None else (True,)
 
     def needs(self, first: int, last: int) -> Sequence[Span]:
         return ((first, last),)
@@ -202,6 +211,7 @@ class Regroup(Step):
     """
 
     cheap = moves = True
+    samples = (True,)
 
     def __init__(self, from_dim: int, to_dim: int, inner_in: int, inner_out: int, shape: Sequence[int]) -> None:
         unit = lcm(inner_in, inner_out)
@@ -237,6 +247,7 @@ class Pick(Step):
     """Every `stride`-th row from row `start` on."""
 
     cheap = moves = True
+    samples = (True,)
 
     def __init__(self, start: int, stride: int, dim: int) -> None:
         self.start, self.stride, self.dim = start, stride, dim
@@ -258,6 +269,7 @@ class Overlay(Step):
     """
 
     cheap = True
+    samples = True, True
 
     def __init__(self, start: int, stop: int, stride: int, dim: int, single: bool = False) -> None:
         self.start, self.stop, self.stride, self.dim, self.single = start, stop, stride, dim, single

@@ -72,8 +72,10 @@ def in_strips(
     """The schedule in strips: the first that stays within `budget`, and that finds `room` for what it offloads, of
     those that recompute nothing, then more and more of the large maps, and then are made for smaller budgets.
 
-    Where none does, the one that offloads least, or one for a smaller budget that takes less. Without a budget, the one
-    of the lowest peak that takes each rank no longer than `seconds`, or than the one that recomputes nothing.
+    Where several ranks would have to offload, or do not fit, keys and values of attention go from rank to rank in turn
+    if that helps. Where none does, the one that offloads least, or one for a smaller budget that takes less. Without a
+    budget, the one of the lowest peak that takes each rank no longer than `seconds`, or than the one that recomputes
+    nothing.
 
     keep, held: see `Lifetimes` and `Placement`. room: bytes that can be offloaded, asked where it matters. ranks: see
     `Placement`.
@@ -85,12 +87,20 @@ def in_strips(
         assert alone is not None
         spare = alone.peak // ranks
 
+    in_turn = False
+
     def trial(size: Optional[int], budget: Optional[int], below: Optional[float] = None) -> Optional[Schedule]:
-        return Passes(roots, keep, tuning, budget, size, held, ways, ranks, spare).plan(below)
+        return Passes(roots, keep, tuning, budget, size, held, ways, ranks, spare, in_turn).plan(below)
 
     first = trial(None, budget)
     assert first is not None
     unused = room() if first.offloaded_at_once else 0
+    if budget is not None and ranks > 1 and (first.peak > budget or first.offloaded):
+        in_turn = True
+        turned = trial(None, budget)
+        assert turned is not None
+        in_turn = _saves(turned, first, budget, unused)
+        first = turned if in_turn else first
     if budget is not None and first.peak <= budget and first.offloaded_at_once <= unused:
         return first
     best, chosen = first, None
@@ -106,6 +116,13 @@ def in_strips(
         if schedule is not None and schedule.offloaded_at_once <= max(unused, best.offloaded_at_once):
             best = schedule
     return best
+
+
+def _saves(schedule: Schedule, other: Schedule, budget: int, room: int) -> bool:
+    """Whether a schedule that sends keys and values in turn is worth it: it offloads less, or comes nearer a budget."""
+    if schedule.peak > budget and other.peak > budget:
+        return schedule.peak < _WORTH * other.peak
+    return _better(schedule, other, budget, room)
 
 
 def _better(schedule: Schedule, best: Schedule, budget: Optional[int], room: int) -> bool:

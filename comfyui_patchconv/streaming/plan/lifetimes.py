@@ -14,7 +14,8 @@ class Lifetimes:
 
     keep: maps that the program may still ask for behind this schedule. order: the steps of the way. readers: those that
     read a map. stored: how those are stored that are by now. recomputed_everywhere: the maps that are not stored, but
-    recomputed wherever they are read. state: which maps are stored, by the name that `ways` has for it.
+    recomputed wherever they are read. in_turn: the attentions whose keys and values need not be whole. state: which
+    maps are stored, by the name that `ways` has for it.
     """
 
     def __init__(self, roots: Sequence[Node], keep: Sequence[Node], ways: Ways) -> None:
@@ -27,6 +28,7 @@ class Lifetimes:
                 self.readers.setdefault(source, []).append(node)
         self.stored: dict[Node, Target] = {}
         self.recomputed_everywhere: set[Node] = set()
+        self.in_turn: set[Node] = set()
         self._to_read = {node: len(readers) for node, readers in self.readers.items()}
         self._done: set[Node] = set()
         self._unread: dict[Node, None] = {}
@@ -82,10 +84,10 @@ class Lifetimes:
 
     def target(self, node: Node) -> Target:
         """How `node` is to be stored: strip by strip where all who read it do so along its rows, else in one tensor."""
-        whole = self.outlives(node) or node.dim is None
+        whole = (self.outlives(node) and not node.in_bands) or node.dim is None
         for reader in self.readers.get(node, ()):
             for source, dim in zip(reader.inputs, reader.dims):
-                whole = whole or (source is node and dim != node.dim)
+                whole = whole or (source is node and dim != node.dim and reader not in self.in_turn)
         return Target(node, whole=whole, result=node in self.results)
 
     def origin(self, node: Node) -> Node:

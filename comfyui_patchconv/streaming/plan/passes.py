@@ -8,11 +8,12 @@ from typing import Any, Optional
 from ..graph.node import Node
 from .bands import cut_for
 from .cost import seconds_of
+from .in_turn import can_be_in_turn, pieces_of, workspace_of
 from .kept import half_or_less, kept_for_later, parts_of
 from .lifetimes import Lifetimes
 from .placement import Placement
 from .reduced import reductions_of, with_reductions
-from .schedule import Apply, Pass, Schedule, Target, Tuning
+from .schedule import Apply, InTurn, Pass, Schedule, Target, Tuning
 from .sweep import Sweep
 from .way import Way, Ways
 
@@ -21,17 +22,18 @@ class Passes:
     """Plans the way to `roots`: what a step needs whole, or statistics of, is stored or gathered in a pass beforehand.
 
     keep: see `Lifetimes`. budget, held, ranks: see `Placement`. recomputed_from: maps of so many bytes that are cheap
-    to recompute from a smaller one are recomputed wherever they are read; None for never. spare: see `Sweep`.
+    to recompute from a smaller one are recomputed wherever they are read; None for never. spare: see `Sweep`. in_turn:
+    keys and values of attention are whole on no rank where that can be.
     """
 
     def __init__(
         self, roots: Sequence[Node], keep: Sequence[Node], tuning: Tuning, budget: Optional[int],
         recomputed_from: Optional[int] = None, held: int = 0, ways: Optional[Ways] = None, ranks: int = 1,
-        spare: Optional[int] = None,
+        spare: Optional[int] = None, in_turn: bool = False,
     ) -> None:  # fmt: skip
         self.schedule = Schedule()
         self._roots, self._tuning, self._budget, self._recomputed_from = list(roots), tuning, budget, recomputed_from
-        self._ranks, self._spare = ranks, spare
+        self._ranks, self._spare, self._in_turn = ranks, spare, in_turn
         self._ways = ways or Ways()
         self._maps = Lifetimes(roots, keep, self._ways)
         self._placement = Placement(self.schedule, budget, held, ranks)
@@ -50,6 +52,7 @@ class Passes:
         rest = [root for root in self._roots if root not in stored]
         for device in dict.fromkeys(root.device for root in rest):
             self._store([root for root in rest if root.device == device and root not in stored])
+        self._placement.join([stored[root] for root in self._roots if root.in_bands and root in stored])
         return None if below is not None and self.schedule.peak >= below else self.schedule
 
     # What a step needs beforehand
@@ -58,6 +61,8 @@ class Passes:
         """Have what `node` needs before any of its rows can be computed, and what comes whole."""
         step = node.step
         assert step is not None
+        if self._in_turn and can_be_in_turn(node) and self._attend_in_turn(node):
+            return
         whole = [
             source
             for source, dim in zip(node.inputs, node.dims)
@@ -69,6 +74,25 @@ class Passes:
             self._apply(node)
         elif step.reduces:
             self._gather(node)
+
+    def _attend_in_turn(self, node: Node) -> bool:
+        """Have attention with its queries, keys and values in bands; False where one of these maps has to be whole."""
+        maps, sources = self._maps, list(dict.fromkeys(node.inputs))
+        maps.in_turn.add(node)
+        target = maps.target(node)
+        if target.whole or any(maps.target(source).whole for source in sources):
+            maps.in_turn.discard(node)
+            return False
+        self._store_themselves(sources)
+        pieces = pieces_of(node, self._budget, self._ranks)
+        self._placement.put_band(target, workspace_of(node, pieces, self._ranks))
+        maps.store(target)
+        freed = maps.freed([target])
+        self._release(freed)
+        self.schedule.steps.append(InTurn(target, pieces.keys, pieces.queries, freed, node.bytes))
+        self.schedule.work += node.bytes
+        self.schedule.seconds += seconds_of([node])
+        return True
 
     def _apply(self, node: Node) -> None:
         self._placement.put(node)

@@ -42,6 +42,23 @@ class Placement:
         else:
             self._held -= self.bytes_of(target)
 
+    def put_band(self, target: Target, workspace: int) -> None:
+        """The band of a map that no pass makes lies on the device from now on, or is offloaded. workspace: bytes that
+        making it takes."""
+        size = self.bytes_of(target)
+        target.offloaded = not target.result and size > 0 and not self._fits(self._held + workspace, 0, size)
+        if target.offloaded:
+            self.offloaded.add(target.node)
+            self._schedule.offloaded += size
+        self._note(0 if target.offloaded else size, size if target.offloaded else 0, workspace)
+        self._held += 0 if target.offloaded else size
+        self._offloaded_bytes += size if target.offloaded else 0
+
+    def join(self, results: Sequence[Target]) -> None:
+        """The strips of bands that are results become one tensor each, one after the other."""
+        sizes = [self.bytes_of(target) for target in results if not target.whole]
+        self._note(max(sizes, default=0), 0, 0)
+
     def place(
         self, targets: Sequence[Target], reductions: Sequence[Node], shrinking: Sequence[Target], sweep: Sweep
     ) -> dict[Node, int]:

@@ -120,6 +120,25 @@ class Apply:
 
 
 @dataclass
+class InTurn:
+    """Attention of a rank's queries to all keys and values, which lie in bands: pieces of these go from rank to rank.
+
+    target: what it gives. keys, queries: how many of a band meet at once. freed, work: as of `Pass`.
+    """
+
+    target: Target
+    keys: int
+    queries: int
+    freed: list[Node]
+    work: int
+
+    def renamed(self, name: Callable[[Any], Any]) -> InTurn:
+        """The same for another node."""
+        target = replace(self.target, node=name(self.target.node))
+        return replace(self, target=target, freed=[name(node) for node in self.freed])
+
+
+@dataclass
 class Schedule:
     """What is done, and what that takes.
 
@@ -129,7 +148,7 @@ class Schedule:
     wherever they are read.
     """
 
-    steps: list[Union[Pass, Apply]] = field(default_factory=list)
+    steps: list[Union[Pass, Apply, InTurn]] = field(default_factory=list)
     peak: int = 0
     stored: int = 0
     offloaded: int = 0

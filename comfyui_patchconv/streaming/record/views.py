@@ -111,6 +111,7 @@ def _permuted(recorder: Any, parent: Node, order: Sequence[int], spec: Spec) -> 
     assert dim is not None
     order = list(order)
     step = RowLocal(lambda pieces, first, last: pieces[0].permute(order), 1, moves=True)
+    step.samples = (True,) if order[0] == 0 else None
     return _plain(recorder, step, [parent], [dim], spec, order.index(dim))
 
 
@@ -120,8 +121,11 @@ def _expanded(recorder: Any, parent: Node, spec: Spec) -> Optional[Node]:
     to = dim - len(parent.shape) + len(spec.shape)
     if spec.shape[to] != parent.shape[dim]:
         return None
-    shape = [*spec.shape[:to], -1, *spec.shape[to + 1 :]]
+    added = len(spec.shape) - len(parent.shape)
+    there = [None] * added + list(parent.shape)
+    shape = [-1 if side == before else side for side, before in zip(spec.shape, there)]
     step = RowLocal(lambda pieces, first, last: pieces[0].expand(shape), 1, moves=True)
+    step.samples = (True,) if shape[0] == -1 else None
     return _plain(recorder, step, [parent], [dim], spec, to)
 
 
@@ -170,7 +174,9 @@ def _cut(recorder: Any, parent: Node, part: _Part, spec: Spec) -> Optional[Node]
             return pieces[0][(slice(None),) * dim + (slice(part.start, part.stop, part.stride),)]
 
         to = stream - (part.dropped and dim < stream)
-        return _plain(recorder, RowLocal(run, 1, moves=True), [parent], [stream], spec, to)
+        step = RowLocal(run, 1, moves=True)
+        step.samples = (True,) if dim else None
+        return _plain(recorder, step, [parent], [stream], spec, to)
     pick = Pick(part.start, part.stride, dim)
     if not part.dropped:
         return _plain(recorder, pick, [parent], [dim], spec, dim)
@@ -258,6 +264,7 @@ def _overlaid(recorder: Any, before: Node, written: Node, part: _Part, spec: Spe
     if written.shape[inner] != before.shape[stream] or count == 0:
         return None
     step = RowLocal(lambda pieces, first, last: put(pieces), 2, cheap=True)
+    step.samples = (True, True) if dim else None
     return _plain(recorder, step, [before, written], [stream, inner], spec, stream)
 
 

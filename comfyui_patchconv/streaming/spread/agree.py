@@ -61,7 +61,7 @@ def _difference(offers: Sequence[Offer]) -> str:
 
 def program_of(nodes: Sequence[Node], names: Mapping[Node, int], roots: Sequence[Node], keep: Sequence[Node]) -> str:
     """What tells two graphs apart, whatever devices they are for. names: a number for each node."""
-    found = [([names[node] for node in roots], [names[node] for node in keep])]
+    found = [([(names[node], node.in_bands) for node in roots], [names[node] for node in keep])]
     written = hashlib.sha256(repr(found).encode())
     for node in nodes:
         step = node.step

@@ -40,7 +40,47 @@ class _Past:
 _pasts: WeakKeyDictionary[Any, _Past] = WeakKeyDictionary()
 
 
-class Ranks:
+class Peers:
+    """This process among others that it sends to and receives from. rank, count: which one it is, of how many. device:
+    where bytes have to lie that are sent."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    def exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> None:
+        """Send each rank the bytes for it, and fill those that come from each: flat uint8 tensors on `device`.
+
+        Others have to expect the same. Raises SpreadError where that cannot be.
+        """
+        raise NotImplementedError
+
+    def of_all(self, mine: Tensor) -> list[Tensor]:
+        """What each rank gave: flat uint8 tensors on `device`, of one size."""
+        others = [rank for rank in range(self.count) if rank != self.rank]
+        found = {rank: torch.empty_like(mine) for rank in others}
+        self.exchange(dict.fromkeys(others, mine), found)
+        return [found.get(rank, mine) for rank in range(self.count)]
+
+    def room(self, size: int) -> Tensor:
+        """Room for so many bytes that come from another rank."""
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+
+class _Some(Peers):
+    """Some of the ranks of a group, this process among them."""
+
+    def __init__(self, ranks: Peers, numbers: Sequence[int]) -> None:
+        self._ranks, self._numbers = ranks, numbers
+        self.rank, self.count, self.device = numbers.index(ranks.rank), len(numbers), ranks.device
+
+    def exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> None:
+        self._ranks.exchange(
+            *({self._numbers[rank]: one for rank, one in each.items()} for each in (outgoing, incoming))
+        )
+
+
+class Ranks(Peers):
     """This process among those of `group`, which is one of `torch.distributed` or an `OwnGroup`.
 
     rank, count: which one it is, of how many. sent, messages: bytes sent to others so far, and in how many pieces.
@@ -110,11 +150,11 @@ class Ranks:
 
     # Bytes
 
-    def exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> None:
-        """Send each rank the bytes for it, and fill those that come from each: flat uint8 tensors on `device`.
+    def some(self, numbers: Sequence[int]) -> Peers:
+        """Those of these numbers, of which this process is one."""
+        return self if len(numbers) == self.count else _Some(self, numbers)
 
-        Others have to expect the same. Raises SpreadError where that cannot be.
-        """
+    def exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> None:
         assert self._watch is not None
         if not incoming and not outgoing:
             return
@@ -173,17 +213,6 @@ class Ranks:
             f"rank {peer} has ended or cannot be reached from rank {self.rank}: see what it said last, and start all "
             "ranks again."
         )
-
-    def of_all(self, mine: Tensor) -> list[Tensor]:
-        """What each rank gave: flat uint8 tensors on `device`, of one size."""
-        others = [rank for rank in range(self.count) if rank != self.rank]
-        found = {rank: torch.empty_like(mine) for rank in others}
-        self.exchange(dict.fromkeys(others, mine), found)
-        return [found.get(rank, mine) for rank in range(self.count)]
-
-    def room(self, size: int) -> Tensor:
-        """Room for so many bytes that come from another rank."""
-        return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     # Objects
 

@@ -18,12 +18,12 @@ from streaming.test_sound import Codec, sound
 Case = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
-def decoder(height: int = 13, width: int = 9) -> Case:
-    return seeded(Decoder), (drawn(1, 4, height, width),)
+def decoder(height: int = 13, width: int = 9, batch: int = 1) -> Case:
+    return seeded(Decoder), (drawn(batch, 4, height, width),)
 
 
-def vae_decoder(height: int = 7, width: int = 5) -> Case:
-    return small_vae().decoder, (drawn(1, 4, height, width),)
+def vae_decoder(height: int = 7, width: int = 5, batch: int = 1) -> Case:
+    return small_vae().decoder, (drawn(batch, 4, height, width),)
 
 
 def vae_encoder(height: int = 72) -> Case:
@@ -61,6 +61,23 @@ def linear_attention(height: int = 12) -> Case:
         return ((v @ k.transpose(1, 2)) @ q).reshape(x.shape)
 
     return run, (drawn(1, 4, height, 9),)
+
+
+def attention(height: int, width: int, causal: bool = False, dtype: str = "float32", heads: int = 2) -> Case:
+    """Of every fourth pixel to all, whose scores are far apart, behind a convolution and before another."""
+    kind = getattr(torch, dtype)
+    first = seeded(lambda: nn.Conv2d(1, 8, 3, padding=1)).to(kind)
+    make, back = (seeded(lambda ways=ways: nn.Conv2d(8, ways, 3, padding=1)).to(kind) for ways in (16, 8))
+
+    def run(x: Tensor) -> Tensor:
+        x = first(x)
+        k, v = make(x).flatten(2).unflatten(1, (2, heads, -1)).transpose(-1, -2).unbind(1)
+        few = x[:, :, ::2, ::2]
+        q = few.flatten(2).unflatten(1, (heads, -1)).transpose(-1, -2)
+        found = F.scaled_dot_product_attention(3 * q, 3 * k, v, is_causal=causal)
+        return back(few + found.transpose(-1, -2).flatten(1, 2).unflatten(-1, few.shape[2:]))
+
+    return run, (drawn(1, 1, height, width).to(kind),)
 
 
 def reductions(height: int = 17) -> Case:
@@ -126,19 +143,65 @@ def written(height: int = 11) -> Case:
     return run, (drawn(1, 3, height, 8),)
 
 
-def network(seed: int, height: int) -> Case:
+def network(seed: int, height: int, batch: int = 1) -> Case:
     operators, channels = random_network(seed)
-    return lambda x: run_network(operators, x, 2), (drawn(1, channels, height, 7).double(),)
+    return lambda x: run_network(operators, x, 2), (drawn(batch, channels, height, 7).double(),)
 
 
 def program(seed: int) -> Case:
     return random_program(seed)
 
 
+def apart(batch: int, height: int = 11) -> Case:
+    """Much that treats samples each by itself: views, joins, pools, sums, tables and writes."""
+    same, wide = (seeded(lambda sides=sides: nn.Conv2d(4, 4, 3, padding=1)) for sides in (1, 2))
+    table, tokens = drawn(4, 1, 1), seeded(lambda: nn.Linear(4, 4))
+
+    def run(x: Tensor, other: Tensor) -> dict[str, Any]:
+        y = F.instance_norm(same(x)) * table + F.interpolate(
+            F.avg_pool2d(F.pad(x, (1, 1, 0, 0)), (1, 3), 1), scale_factor=1.0
+        )
+        y[:, :, 3:7].mul_(2).add_(1)
+        y[:, 1] = y[:, 0]
+        frames = y.unflatten(1, (2, 2)).transpose(1, 2).flatten(0, 0)
+        weights = torch.softmax(frames.flatten(1, 2), 1).mean((2, 3), keepdim=True)
+        z = torch.cat((wide(y * weights), other), 1).reshape(batch, 2, 2, -1, height, x.shape[-1]).flatten(1, 3)
+        rows = F.layer_norm(tokens(z[:, :4].flatten(2).mT), (4,)).amax(-1)
+        return {"map": F.pixel_shuffle(z[:, :4].flip(2), 2), "parts": [z, z.expand_as(z)[:, ::2]], "rows": rows,
+                "most": z.amax((1, 2, 3)), "spread": z.std((2, 3))}  # fmt: skip
+
+    return run, (drawn(batch, 4, height, 6), drawn(batch, 4, height, 6) * 2)
+
+
+def mixed(batch: int, how: str, height: int = 9) -> Case:
+    """What mixes samples in one way, between convolutions that do not."""
+    same = seeded(lambda: nn.Conv2d(4, 4, 3, padding=1))
+    held, order = drawn(batch, 4, 1, 1), torch.arange(batch).flip(0)
+    ways: dict[str, Callable[[Tensor], Tensor]] = {
+        "mean": lambda y: y - y.mean(0, keepdim=True),
+        "largest": lambda y: y / y.amax((0, 2, 3), keepdim=True),
+        "roll": lambda y: y.roll(1, 0),
+        "flip": lambda y: y.flip(0),
+        "index": lambda y: y[order],
+        "softmax": lambda y: y.softmax(0),
+        "held": lambda y: y * held,
+        "exchanged": lambda y: y.transpose(0, 1).contiguous().view(y.shape),
+        "one": lambda y: y + y[:1],
+        "shifted": lambda y: F.pad(y, (0, 0, 0, 0, 0, 0, 1, -1)),
+        "joined": lambda y: torch.cat((y[1:], y[:1])),
+        "norm": lambda y: F.layer_norm(y, y.shape),
+        "cumulated": lambda y: y.cumsum(0),
+        "written": lambda y: y.clone().index_fill_(0, order[:1], 2.0),
+        "trained": lambda y: F.batch_norm(y, None, None, training=True),
+        "product": lambda y: y * (y.flatten(1) @ y.flatten(1).mT).sum(1)[:, None, None, None],
+    }
+    return lambda x: same(ways[how](same(x))), (drawn(batch, 4, height, 6),)
+
+
 CASES: dict[str, Callable[..., Case]] = {
     make.__name__: make
     for make in (
         decoder, vae_decoder, vae_encoder, circular, video, codec, linear_attention, reductions, evaluated_whole,
-        demanded, several, without_norms, written, network, program,
+        demanded, several, without_norms, written, apart, attention, mixed, network, program,
     )
 }  # fmt: skip

@@ -27,8 +27,9 @@ import torch.distributed as dist  # noqa: E402
 from allocations import allocated  # noqa: E402
 from cases import CASES  # noqa: E402
 
-from comfyui_patchconv.streaming import Streamed, Tuning  # noqa: E402
+from comfyui_patchconv.streaming import Band, InBands, Streamed, Tuning, gathered  # noqa: E402
 from comfyui_patchconv.streaming.execute import loop  # noqa: E402
+from comfyui_patchconv.streaming.plan import choose  # noqa: E402
 from streaming.comparing import assert_alike, copied, seed_all, tensors_in  # noqa: E402
 
 RANKS = 4
@@ -52,6 +53,44 @@ def rows_at_once(most: int) -> Iterator[None]:
         loop._PassLoop._compute = compute
 
 
+@contextmanager
+def in_turn_at_all_costs() -> Iterator[None]:
+    """Within the block keys and values that a budget has no room for go in turn, whatever that saves."""
+    saves = choose._saves
+    choose._saves = lambda *args: True
+    try:
+        yield
+    finally:
+        choose._saves = saves
+
+
+def bands_in(value: Any) -> list[Band]:
+    """The bands in a result."""
+    if isinstance(value, Band):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [band for part in parts for band in bands_in(part)]
+
+
+def on_one(result: Any, expected: Any, group: Any) -> Any:
+    """A result put together from the bands of all ranks on each in turn, or on the first alone where others find it as
+    it should be."""
+    if isinstance(result, Band):
+        assert isinstance(expected, torch.Tensor)
+        rows = expected.narrow(result.dim, result.first, result.values.shape[result.dim])
+        assert_alike(result.values, rows, strides=False)
+        wholes = [gathered(result, group, rank) for rank in range(dist.get_world_size(group))]
+        whole = wholes.pop(dist.get_rank(group))
+        assert whole is not None
+        assert not any(one is not None for one in wholes)
+        return torch.empty_strided(expected.shape, expected.stride(), dtype=whole.dtype).copy_(whole)
+    if isinstance(result, dict):
+        return {key: on_one(one, expected[key], group) for key, one in result.items()}
+    if isinstance(result, (list, tuple)):
+        return type(result)(on_one(one, other, group) for one, other in zip(result, expected))
+    return result
+
+
 def found(asked: dict[str, Any], groups: dict[int, Any]) -> dict[str, Any]:
     """What one rank has to say of a case: `error` tells how it differs from eager, and is empty where it does not."""
     seed_all()
@@ -65,27 +104,34 @@ def found(asked: dict[str, Any], groups: dict[int, Any]) -> dict[str, Any]:
     budget = asked.get("budget")
     if isinstance(budget, list):
         budget = budget[dist.get_rank()]
-    runner = Streamed(budget, tuning=tuning, group=groups[asked["ranks"]])
+    group = groups[asked["ranks"]]
+    runner = Streamed(budget, tuning=tuning, group=InBands(group) if asked.get("in_bands") else group)
     seed_all()
     short = asked.get("short_of_memory") == dist.get_rank()
     if asked.get("measured"):
         result, memory = allocated(lambda: runner.call(function, others, {}))
         peak = memory.peak
     else:
-        with rows_at_once(2) if short else nullcontext():
+        costly = in_turn_at_all_costs() if asked.get("at_all_costs") else nullcontext()
+        with rows_at_once(2) if short else nullcontext(), costly:
             result, peak = runner.call(function, others, {}), 0
-    error = ""
+    error, planned = "", runner.last
     try:
+        bands = bands_in(result)
+        if asked.get("in_bands"):
+            result = on_one(result, expected, group)
         assert_alike(result, expected, asked.get("tolerance"), strides=asked.get("strides", True))
         assert_alike(others, args, path="arguments")
     except AssertionError as differs:
         error = str(differs)
     written = hashlib.sha256(b"".join(str(one.double().tolist()).encode() for one in tensors_in(result))).hexdigest()
-    call = runner.last
+    call = planned
     assert call is not None
     return {
         "error": error, "result": written, "peak": peak, "sent": runner.sent, "messages": runner.messages,
         "planned": call.peak, "offloaded": call.offloaded, "in_strips": call.in_strips, "report": runner.report,
+        "parts": call.parts, "in_turn": call.in_turn,
+        "bands": [(list(one.values.shape), one.dim, one.first, one.rows) for one in bands],
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Any
 
 import pytest
@@ -9,6 +10,12 @@ import pytest
 from comfyui_patchconv.streaming import Streamed
 
 from .conftest import Ranks
+
+MIXED = (
+    "mean", "largest", "roll", "flip", "index", "softmax", "held", "exchanged", "one", "shifted", "joined", "norm",
+    "cumulated", "written", "trained", "product",
+)  # fmt: skip
+"""How `cases.mixed` mixes samples."""
 
 COUNTS = pytest.mark.parametrize("count", [2, 3, 4])
 
@@ -63,6 +70,122 @@ def test_a_strip_that_does_not_fit_is_halved_where_it_does_not(ranks: Ranks, cou
     usual = ranks.run("without_norms", ranks=count, strip_bytes=1 << 30)
     halved = ranks.run("without_norms", ranks=count, strip_bytes=1 << 30, short_of_memory=1)
     assert [one["sent"] for one in halved] == [one["sent"] for one in usual]
+
+
+@COUNTS
+@pytest.mark.parametrize("batch", range(1, 6))
+def test_samples_are_split_over_as_many_groups_as_divide_both(ranks: Ranks, batch: int, count: int) -> None:
+    for case, options, strip_bytes in (("decoder", (5, 9, batch), 1), ("apart", (batch,), 2_000)):
+        found = ranks.run(case, *options, ranks=count, strip_bytes=strip_bytes)
+        assert {one["parts"] for one in found} == {gcd(batch, count)}
+
+
+@pytest.mark.parametrize("how", MIXED)
+def test_samples_that_are_mixed_are_not_split(ranks: Ranks, how: str) -> None:
+    for count, batch in ((2, 4), (3, 3)):
+        found = ranks.run("mixed", batch, how, ranks=count, strip_bytes=500)
+        assert {one["parts"] for one in found} == {1}
+
+
+def test_groups_of_samples_send_the_result_alone(ranks: Ranks) -> None:
+    """Where each rank has whole samples, nothing but the agreement and the results is sent."""
+    found = ranks.run("decoder", 13, 9, 4, ranks=4, strip_bytes=1)
+    sample = 3 * 52 * 36 * 4
+    assert all(3 * sample <= one["sent"] <= 3 * sample + 100_000 for one in found)
+
+
+def test_samples_within_the_least_budget(ranks: Ranks) -> None:
+    found = ranks.run(
+        "decoder", 13, 9, 4, ranks=4, strip_bytes=1, allocator_bytes=0, budget=[90_000, None, 200_000, None]
+    )
+    assert len({one["planned"] for one in found}) == 1
+    assert all(one["offloaded"] > 0 for one in found)
+
+
+def test_memory_of_samples_is_shared_out(ranks: Ranks) -> None:
+    ranks.run("vae_decoder", ranks=2)
+    peaks = {}
+    for count in (1, 2):
+        found = ranks.run("vae_decoder", 21, 16, 4, ranks=count, strip_bytes=100_000, allocator_bytes=0, measured=True)
+        peaks[count] = max(one["peak"] for one in found)
+        assert all(one["peak"] <= one["planned"] for one in found)
+    result = 4 * 3 * 168 * 128 * 4  # which all have
+    assert peaks[2] - result <= (1 / 2 + 0.05) * (peaks[1] - result)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_networks_of_batches(ranks: Ranks, seed: int) -> None:
+    for count, batch in ((2, 4), (4, 2), (3, 3)):
+        ranks.run("network", seed, 9, batch, ranks=count, strip_bytes=400, inference=bool(seed % 2))
+
+
+@COUNTS
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("decoder", 3), ("decoder", 5, 9, 2), ("video", 3, 5), ("codec", 601), ("several", 11), ("written", 11),
+        ("reductions", 11), ("evaluated_whole", 11), ("demanded", 11),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_results_in_bands_put_together_on_any_rank_are_eagers(ranks: Ranks, case: tuple[Any, ...], count: int) -> None:
+    found = ranks.run(*case, ranks=count, strip_bytes=500, in_bands=True)
+    for places in zip(*(one["bands"] for one in found)):
+        ends = [first + shape[dim] for shape, dim, first, _ in places]
+        assert [first for _, _, first, _ in places] == [0, *ends[:-1]]
+        assert ends[-1] == places[0][-1]
+
+
+def test_results_in_bands_take_a_part_of_the_memory_and_are_not_sent(ranks: Ranks) -> None:
+    """Of a call that stores nothing else whole."""
+    case = "without_norms", 2_000
+    whole = 3 * 2_000 * 8 * 4
+    usual, bands = (ranks.run(*case, ranks=4, strip_bytes=1, allocator_bytes=0, in_bands=one) for one in (False, True))
+    for one, other in zip(usual, bands):
+        assert one["sent"] - other["sent"] >= 3 * whole // 4
+        assert one["planned"] - other["planned"] >= whole // 2
+
+
+def test_one_process_has_one_band(ranks: Ranks) -> None:
+    (found,) = ranks.run("decoder", 3, ranks=1, strip_bytes=500, in_bands=True)
+    ((shape, dim, first, rows),) = found["bands"]
+    assert (shape[dim], first) == (rows, 0)
+
+
+IN_TURN = {"float32": 40_000, "float64": 80_000, "bfloat16": 25_000}
+"""By the type, a budget in which the keys and values of `cases.attention` are to be whole on no rank."""
+
+
+@COUNTS
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("dtype", IN_TURN)
+def test_keys_and_values_go_in_turn_where_the_budget_asks_for_it(
+    ranks: Ranks, count: int, causal: bool, dtype: str
+) -> None:
+    for budget in (None, IN_TURN[dtype]):
+        found = ranks.run(
+            "attention", 61, 8, causal, dtype, 1 + causal, ranks=count, strip_bytes=1, allocator_bytes=0, budget=budget
+        )
+        assert {one["in_turn"] for one in found} == {int(budget is not None)}
+
+
+@COUNTS
+@pytest.mark.parametrize(
+    "case", [("attention", 3, 2), ("attention", 5, 2), ("decoder", 5), ("decoder", 1), ("vae_decoder", 7)], ids=str
+)
+def test_keys_and_values_in_turn_of_any_network_and_of_few_rows(
+    ranks: Ranks, case: tuple[Any, ...], count: int
+) -> None:
+    found = ranks.run(*case, ranks=count, strip_bytes=1, allocator_bytes=0, budget=1, at_all_costs=True)
+    assert {one["in_turn"] for one in found} == {1}
+
+
+def test_what_keys_and_values_in_turn_take_is_planned(ranks: Ranks) -> None:
+    options = {"strip_bytes": 1, "allocator_bytes": 0, "budget": IN_TURN["float32"]}
+    ranks.run("attention", 61, 8, ranks=4, **options)  # what is allocated once
+    found = ranks.run("attention", 61, 8, ranks=4, **options, measured=True)
+    assert {one["in_turn"] for one in found} == {1}
+    assert all(one["peak"] <= one["planned"] for one in found)
 
 
 def test_eager_where_that_takes_less(ranks: Ranks) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...graph.node import Node
 from ..shapes import Spec
-from . import arranging, convolution, kitchen, matrices, norms, pools, reductions, resample
+from . import arranging, convolution, kitchen, matrices, norms, pools, reductions, resample, samples
 from .common import AsCalled, OperatorCall, over, row_local
 from .convolution import CUDNN, usual
 
@@ -100,7 +100,10 @@ def build(
     builder = _builder(func)
     if builder is None or 0 in spec.shape:
         return None
-    node = builder(OperatorCall(recorder, func, args, kwargs, spec, device))
+    call = OperatorCall(recorder, func, args, kwargs, spec, device)
+    node = builder(call)
+    if node is not None:
+        samples.mark(call, node, builder is _pointwise)
     if node is not None and node.eager is None and not convolution.has_better(node):
         node.eager = AsCalled(func, args, kwargs, writing)
     return node
@@ -113,7 +116,11 @@ def build_several(
     name = func.overloadpacket.__name__
     if name not in norms.SEVERAL or 0 in specs[0].shape or not isinstance(args[0], Node):
         return None
-    return norms.native(OperatorCall(recorder, func, args, kwargs, specs[0], args[0].device), specs)
+    call = OperatorCall(recorder, func, args, kwargs, specs[0], args[0].device)
+    nodes = norms.native(call, specs)
+    if nodes is not None:
+        samples.mark(call, nodes[0], False)
+    return nodes
 
 
 MADE = frozenset({"empty", "zeros", "ones", "full", "empty_strided", "randn", "rand"})

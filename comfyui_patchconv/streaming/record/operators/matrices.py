@@ -229,7 +229,10 @@ def scaled_dot_product(call: OperatorCall) -> Optional[Node]:
     def run(pieces: Sequence[Tensor], first: int, last: int) -> Tensor:
         return apply(lambda q, k, v, rows: attend(q, k, v, rows, first), pieces)
 
-    step = RowLocal(run, sum(one is not None for one in dims))
+    in_turn = mask is None and not given["enable_gqa"] and len(inputs) == 3
+    in_turn = in_turn and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+    rows = sum(one is not None for one in dims)
+    step = attention.Attend(run, rows, options["scale"], bool(causal), in_turn)
     step.work = 2 * keys
     step.workspace = attention.bytes_of_scores(*(_like(one, call) for one in (query, key, value))) if count == 4 else 0
     step.least_rows = attention.least_rows(prod(query.shape[:-2]), call.device)

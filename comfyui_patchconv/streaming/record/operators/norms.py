@@ -49,8 +49,14 @@ def _normalised(call: OperatorCall, input: Any, groups: int, weight: Any, bias: 
     wide = torch.promote_types(call.spec.dtype, torch.float32)
     spec = Spec((4, batch * channels), (batch * channels, 1), 0, wide)
     shape, device = input.shape, call.device
-    reduce = Reduce(lambda: Line(groups, shape, weight, bias, eps, wide, device), moments=True)
-    reduce.name = call.name
+
+    def gather(batch: int) -> tuple[Reduce, tuple[int, ...]]:
+        of_batch = batch, *shape[1:]
+        step = Reduce(lambda: Line(groups, of_batch, weight, bias, eps, wide, device), moments=True, part=gather)
+        step.name = call.name
+        return step, (4, batch * channels)
+
+    reduce, _ = gather(batch)
     line = call.recorder.node(reduce, [input], [dim], spec, call.device, None)
     return call.node(ScaleAndShift(_line_by_line), [input, line], [dim, None], dim)
 

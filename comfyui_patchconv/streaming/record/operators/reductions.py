@@ -52,10 +52,23 @@ def _gathered(call: OperatorCall, input: Node, given: dict[str, Any], dims: list
     correction = 1 if correction is None else correction
     shape, size = call.spec.shape, prod(input.shape[one] for one in dims)
     integers, device = not input.dtype.is_floating_point, call.device
-    step = Reduce(lambda: _Gathered(name, dims, size, shape, correction, integers, device))
+
+    def make(shape: Sequence[int]) -> _Gathered:
+        return _Gathered(name, dims, size, shape, correction, integers, device)
+
+    return call.recorder.node(_step(name, make, dims, shape), [input], [dim], call.spec, call.device, None)
+
+
+def _step(name: str, make: Callable[[Sequence[int]], _Gathered], dims: Sequence[int], shape: Sequence[int]) -> Reduce:
+    """A reduction over `dims` to a result of `shape`, which `make` makes what gathers it."""
+
+    def part(samples: int) -> tuple[Reduce, tuple[int, ...]]:
+        fewer = samples, *shape[1:]
+        return _step(name, make, dims, fewer), fewer
+
+    step = Reduce(lambda: make(shape), part=None if 0 in dims else part)
     step.name = name
-    node = call.recorder.node(step, [input], [dim], call.spec, call.device, None)
-    return node
+    return step
 
 
 class _Gathered:
@@ -143,8 +156,11 @@ def pooled_to_one(call: OperatorCall) -> Optional[Node]:
     if dim is None:
         return None
     size, shape, device = prod(input.shape[2:]), call.spec.shape, call.device
-    step = Reduce(lambda: _Gathered("mean", dims, size, shape, 0, False, device))
-    step.name = call.name
+
+    def make(shape: Sequence[int]) -> _Gathered:
+        return _Gathered("mean", dims, size, shape, 0, False, device)
+
+    step = _step(call.name, make, dims, shape)
     return call.recorder.node(step, [input], [dim], call.spec, call.device, None)
 
 
