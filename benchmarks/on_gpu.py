@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import signal
 import subprocess
 import sys
 import time
@@ -32,6 +33,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 TESTS_SHARE = 0.4
 """Of the time, what the tests may take."""
+
+SECONDS_TO_END = 15.0
+"""For tests that are interrupted, until they have said what failed."""
 
 
 def main() -> int:
@@ -79,13 +83,27 @@ def tests(device: str, folder: Path, seconds: float) -> bool:
     command = [sys.executable, "-m", "pytest", "tests/cuda", "-m", "cuda", "--device", device, "-q", "-rsfE",
                "-p", "no:cacheprovider", "--durations=10"]  # fmt: skip
     with path.open("w", encoding="utf-8") as output:
-        try:
-            done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, timeout=seconds)
-        except subprocess.TimeoutExpired:
+        running = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        code = _ended(running, seconds)
+        if code is None:
             output.write(f"\nThe tests took longer than {seconds:.0f} s and were ended.\n")
-            done = None
     print(path.read_text(encoding="utf-8")[-4000:], flush=True)
-    return done is not None and done.returncode == 0
+    return code == 0
+
+
+def _ended(running: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """The exit code of a process; None where it took longer than so many seconds. It is interrupted then, so that it
+    says what failed until then, and killed where it does not end of that."""
+    try:
+        return running.wait(seconds)
+    except subprocess.TimeoutExpired:
+        running.send_signal(signal.SIGINT) if sys.platform != "win32" else running.terminate()
+    try:
+        running.wait(SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        running.kill()
+        running.wait()
+    return None
 
 
 def measure(cases: list[Case], tables: Tables, clock: Clock, device: str) -> list[tuple[Case, str]]:

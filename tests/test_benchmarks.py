@@ -24,6 +24,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import charts  # noqa: E402
 import harness  # noqa: E402
+import on_gpu  # noqa: E402
 import report  # noqa: E402
 import tiles  # noqa: E402
 import train_vae  # noqa: E402
@@ -168,6 +169,27 @@ def test_a_case_without_time_is_a_row_that_says_so(tmp_path: Path) -> None:
     found = harness.Result(**json.loads((tmp_path / "esrgan.json").read_text(encoding="utf-8")))
     assert {row[2] for row in found.rows} == {"left out: no time was left"}
     assert len(found.rows) == len(cases.UPSCALE)
+
+
+INTERRUPTED = """
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    print("begun", flush=True)
+    time.sleep(10_000)
+except KeyboardInterrupt:
+    print("one failed")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such signal on Windows")
+def test_tests_that_take_too_long_are_interrupted_so_that_they_say_what_failed() -> None:
+    running = subprocess.Popen([sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE)
+    assert running.stdout is not None
+    assert running.stdout.readline() == b"begun\n"
+    assert on_gpu._ended(running, 0.01) is None
+    assert running.stdout.read() == b"one failed\n"
+    assert on_gpu._ended(subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"]), LIMIT) == 3
 
 
 def test_a_case_that_ends_its_process_or_takes_too_long_is_a_row_of_its_own() -> None:

@@ -171,7 +171,7 @@ def of_a_gpu() -> list[Case]:
     """All of them, the most valuable first, in half precision as users have it."""
     half, wide = "float16", "bfloat16"
     large = [(512, 2048, 3), (256, 4096, 3), (512, 2048, 5), (256, 4096, 5), (512, 2048, 7), (256, 4096, 7)]
-    few = ("stream", "bounded", "eager", "comfyui")
+    few, rest = ("stream", "bounded", "eager", "comfyui"), ("patch", "tiled")
     return [
         *images("sd_decode", [1024], half, methods=DECODE, exact=1024),
         *profiles(1024, half),
@@ -199,6 +199,10 @@ def of_a_gpu() -> list[Case]:
         *images("sd_encode", [8192], half, methods=few),
         *images("flux_decode", [8192], half, methods=few),
         *images("flux_encode", [8192], half, methods=few),
+        *images("sd_encode", [4096, 8192], half, methods=rest),
+        *images("sd_decode", [8192], half, methods=rest),
+        *images("flux_decode", [2048, 4096, 8192], half, methods=rest),
+        *images("flux_encode", [2048, 4096, 8192], half, methods=rest),
     ]
 
 

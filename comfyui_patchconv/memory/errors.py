@@ -9,6 +9,7 @@ _MESSAGES = (
     "can't allocate memory",
     "not enough memory",
     "cannot allocate memory",
+    "status_alloc_failed",  # cuDNN and cuBLAS, where there is none for what they work in
     "could not create a primitive",  # oneDNN, where there is no room for what it works in
 )
 

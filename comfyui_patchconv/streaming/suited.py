@@ -78,11 +78,12 @@ def clock_of(device: torch.device) -> Clock:
     """The device's own: between two events on CUDA."""
 
     def by_events(work: Callable[[], object]) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
+        with torch.cuda.device(device):  # whose stream events are recorded on
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            work()
+            end.record()
+            end.synchronize()
         return begin.elapsed_time(end) / 1000
 
     def by_host(work: Callable[[], object]) -> float:
@@ -122,7 +123,7 @@ def _work(device: torch.device, size: int) -> tuple[Callable[[], Tensor], int]:
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
     dtype = torch.float16 if fast else torch.float32
     rows = max(size // STRIPS_AT_ONCE // (_WIDTH * _CHANNELS * dtype.itemsize), 1)
-    order = torch.channels_last if fast else torch.contiguous_format
+    order = torch.channels_last if fast and torch.version.hip is None else torch.contiguous_format
     map = torch.zeros(1, _CHANNELS, rows + 2, _WIDTH, device=device, dtype=dtype).contiguous(memory_format=order)
     weight = torch.zeros(_CHANNELS, _CHANNELS, 3, 3, device=device, dtype=dtype)
     return lambda: F.silu(F.conv2d(map, weight, padding=(0, 1))) + map[:, :, 1:-1], rows

@@ -56,6 +56,20 @@ def test_a_form_and_its_moments(gpu: torch.device, shape: tuple[int, ...], last:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("last", [False, True])
+def test_an_upsampled_form(gpu: torch.device, last: bool, dtype: torch.dtype) -> None:
+    order = torch.channels_last if last else torch.contiguous_format
+    map, other = (drawn(gpu, 2, 70, 9, 33, dtype=dtype, seed=seed) for seed in (1, 2))
+    rows = torch.full((2, 70, 20, 66), 9.0, device=gpu, dtype=dtype).to(memory_format=order)
+    form = Form(first="silu", added=1.0, repeats=(1, 1, 2, 2))
+    done, _ = compute(form, Inputs(map.to(memory_format=order), other), rows, 2, 1, rows=(1, 18))
+    exact = F.interpolate(F.silu(map.double()) + other.double(), scale_factor=2.0, mode="nearest")[:, :, 1:18]
+    assert done
+    most = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    assert float((rows - F.pad(exact, (0, 0, 1, 2))).abs().max()) <= most * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("part", ["decode", "encode"])
 @pytest.mark.parametrize("choice", ["auto", "torch", "kitchen"])
 def test_a_vae_by_kernels_and_without(

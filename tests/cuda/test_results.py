@@ -10,6 +10,7 @@ from network_helpers import random_network, run_network
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from comfyui_patchconv.conv.videos import VARIABLE
 from comfyui_patchconv.streaming import stream, streamed
 
 from .helpers import HALVES, SMALL, apart, assert_near, drawn, exactly, vae
@@ -95,8 +96,12 @@ def test_networks_of_diffusers_are_as_near_to_float64_as_eager(device: torch.dev
     assert_near(result, eager, exact)
 
 
+@pytest.mark.parametrize("made_of", ["auto", "images", "videos"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-def test_a_streamed_conv3d_is_as_near_to_float64_as_eager(device: torch.device, dtype: torch.dtype) -> None:
+def test_a_streamed_conv3d_is_as_near_to_float64_as_eager(
+    device: torch.device, dtype: torch.dtype, made_of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, made_of)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv3d(4, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.SiLU(), nn.Conv3d(16, 3, 3))
     model = model.to(device, dtype).requires_grad_(False)

@@ -21,9 +21,11 @@ ERRORS = [
     RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to ..."),
     RuntimeError("MPS backend out of memory (MPS allocated: 17.94 GB, other allocations: 1.22 GB)."),
     RuntimeError("XPU out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     MemoryError("std::bad_alloc"),
 ]
-NAMES = ["cuda", "cpu", "windows", "mps", "xpu", "python"]
+NAMES = ["cuda", "cpu", "windows", "mps", "xpu", "cudnn", "cublas", "python"]
 
 
 def no_strip_above(rows: int, error: BaseException) -> Any:

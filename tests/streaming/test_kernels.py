@@ -312,7 +312,7 @@ TARGETS = {"cubin": GPUTarget("cuda", 80, 32), "hsaco": GPUTarget("hip", "gfx942
 for kind, dtype, flags in (("cubin", "fp16", (1, 1, 1, 2, 1, 1)), ("hsaco", "bf16", (1, 1, 1, 3, 1, 1)),
                            ("cubin", "fp32", (0, 0, 0, 0, 0, 1))):
     constants = dict(zip(("SCALED", "FIRST", "ADDS", "SECOND", "WRITES", "GATHERS"), flags))
-    constants |= dict.fromkeys(("FRAME_TIMES", "ROW_TIMES", "PIXEL_TIMES"), 1 + (kind == "hsaco"))
+    constants |= dict.fromkeys(("FRAME_TIMES", "ROW_TIMES", "PIXEL_TIMES"), 1 + (dtype != "fp32"))
     constants |= {"PIXELS": 64, "CHANNELS": 32, "TURNS": 8}
     types = {"line": "*fp32", "moments": "*fp32"} | dict.fromkeys(("x", "other", "out"), "*" + dtype)
     types |= dict.fromkeys(FLOATS, "fp32") | dict.fromkeys(constants, "constexpr")

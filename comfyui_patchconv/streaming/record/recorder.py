@@ -84,7 +84,7 @@ class Recorder(Writes, TorchDispatchMode):
         if not isinstance(func, torch._ops.OpOverload):  # it takes functions, as torch.cond and flex_attention do
             return self._of_functions(func, args, kwargs)
         if recorder_of(args, kwargs) is not None:
-            return self.call(func, args, kwargs)
+            return (self._by_cudnn if func is operators.CUDNN else self.call)(func, args, kwargs)
         operator = operator_of(func)
         if operator.written:
             for value in written_by(operator, args, kwargs):
@@ -148,8 +148,6 @@ class Recorder(Writes, TorchDispatchMode):
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """What `func` returns, deferred tensors being among its arguments."""
         with self._lock:
-            if func is operators.CUDNN:
-                return self._by_cudnn(func, args, kwargs)
             operator = operator_of(func)
             if operator.written:
                 return self.write(func, operator, args, kwargs)
@@ -190,12 +188,13 @@ class Recorder(Writes, TorchDispatchMode):
 
     def _by_cudnn(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """A convolution that is asked of cuDNN, whatever the device: it is one as any other."""
-        same, given = operators.usual(*args, **kwargs)
-        specs = specs_of(same, given, {}, spec_of) if are_usual(tensors_in(args)) else None
-        node = self.compute(same, given, {}, specs) if isinstance(specs, Spec) else None
-        if node is None or not isinstance(specs, Spec):
-            return self.now(func, args, kwargs)
-        return self.own(node, specs)
+        with self._lock:
+            same, given = operators.usual(*args, **kwargs)
+            specs = specs_of(same, given, {}, spec_of) if are_usual(tensors_in(args)) else None
+            node = self.compute(same, given, {}, specs) if isinstance(specs, Spec) else None
+            if node is None or not isinstance(specs, Spec):
+                return self.now(func, args, kwargs)
+            return self.own(node, specs)
 
     def compute(self, func: Any, args: Any, kwargs: dict[str, Any], spec: Spec) -> Optional[Node]:
         """The node of what `func` returns; None where it is better computed at once."""

@@ -128,19 +128,17 @@ def compute(
     out_pixels = to.sizes[4] if to is not None else pixels
     at_once, of_pixels = _tile(x, to, out_pixels)
     turns = min(_TURNS, _power(-(-out_pixels // of_pixels))) if gathers else 1
-    parts = -(-out_pixels // (of_pixels * turns))
-    grid = parts, -(-channels // at_once), batch * frames
+    grid = (parts := -(-out_pixels // (of_pixels * turns))), -(-channels // at_once), batch * frames
     if max(grid[1:]) > _MOST_PROGRAMS:
         return False, None
     moments = None
     if gathers:
         moments = torch.empty((3, parts * frames, batch, channels), dtype=torch.float32, device=map.device)
-    none = (0,) * 5
     launched = _launch(
         map.device, grid, map, inputs.other if other is not None else map,
         inputs.line if form.scaled else map, out if out is not None else map, moments if gathers else map,
         channels, frames, pixels, out_pixels, above * width, width, first, batch * channels, parts * frames,
-        *x.strides, *(none if other is None else other.strides), *(none if to is None else to.strides),
+        *x.strides, *((0,) * 5 if other is None else other.strides), *((0,) * 5 if to is None else to.strides),
         form.inner, form.added or 0.0, form.factor, _slope(form.first), _slope(form.second),
         SCALED=form.scaled, FIRST=_kind(form.first), ADDS=other is not None, SECOND=_kind(form.second),
         WRITES=out is not None, GATHERS=gathers, FRAME_TIMES=times[0], ROW_TIMES=times[1], PIXEL_TIMES=times[2],
