@@ -111,7 +111,12 @@ class _Worker:
         held.streamed.over(self._group)
         held.streamed.budget = given["budget"] or int(OF_FREE * free(self._device)) or 1
         set_states(self._device, given["random"])
-        with torch.inference_mode() if given["inference"] else nullcontext(), torch.set_grad_enabled(given["grad"]):
+        dtype, casts = given["autocast"]
+        with (
+            torch.inference_mode() if given["inference"] else nullcontext(),
+            torch.set_grad_enabled(given["grad"]),
+            torch.autocast(self._device.type, dtype) if casts else nullcontext(),
+        ):
             args, kwargs = unpacked(frame.looks, frame.received, frame.rest, self._device)
             held.streamed.call(held.function, args, kwargs)
 
