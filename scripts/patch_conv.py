@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, ClassVar, Optional
 
 import gradio as gr  # pyright: ignore[reportMissingImports]
 from modules import (  # pyright: ignore[reportMissingImports]
+    devices,
+    paths,
     postprocessing,
     script_callbacks,
     script_loading,
@@ -19,11 +22,13 @@ from modules import (  # pyright: ignore[reportMissingImports]
 )
 from modules.ui_components import InputAccordion  # pyright: ignore[reportMissingImports]
 
+from comfyui_patchconv.hosts.devices.spread import ALL, CHOICES, ONE, end_all, others_than
 from comfyui_patchconv.hosts.modes import MODES
 from comfyui_patchconv.hosts.webui.extras import Extras
 from comfyui_patchconv.hosts.webui.host import Host
 from comfyui_patchconv.hosts.webui.parameters import (
     DEFAULTS,
+    MACHINES,
     NAMES,
     TITLE,
     from_infotext,
@@ -33,6 +38,7 @@ from comfyui_patchconv.hosts.webui.parameters import (
     to_infotext,
 )
 from comfyui_patchconv.hosts.webui.settings import Settings
+from comfyui_patchconv.hosts.webui.several import Replaced, as_imported
 from comfyui_patchconv.hosts.webui.toggle import Toggle
 from comfyui_patchconv.hosts.webui.upscalers import having_them
 
@@ -67,6 +73,7 @@ _INFO = {
 }
 _RESCUE = "patch_conv_instead_of_tiles"
 _EXTRAS = "patch_conv_extras"
+_DEVICES = "patch_conv_devices"
 _NOTHING = "Neither VAE nor U-Net nor Upscalers is ticked: nothing will be patched."
 _IGNORED = "Not used with what is chosen above."
 _REPORT = f"{TITLE} report"
@@ -146,13 +153,13 @@ class PatchConvScript(scripts.Script):
             p.extra_generation_params.pop(name, None)
         try:
             settings = _settings(args, getattr(p, "patch_conv_axes", {}))
+            rescue = settings is None and getattr(shared.opts, _RESCUE, False)
+            if settings is None and not rescue:
+                return
+            p.patch_conv = Toggle(settings or _checked(Settings(devices=_devices())), _host(), only_rescue=rescue)
         except ValueError as error:
             p.patch_conv_off = f"{TITLE} is off: {error}"
             return
-        rescue = settings is None and getattr(shared.opts, _RESCUE, False)
-        if settings is None and not rescue:
-            return
-        p.patch_conv = Toggle(settings or Settings(), _host(), only_rescue=rescue)
         if settings is not None:
             p.extra_generation_params.update(to_infotext(settings))
         _stop_at_close(p, p.patch_conv)
@@ -193,11 +200,55 @@ def _add_report(processed: Any, report: str) -> None:
 
 def _settings(args: Sequence[Any], changes: Optional[dict[str, Any]] = None) -> Optional[Settings]:
     """Read the settings that arguments of the script, and `changes`, ask for. The rest: see `settings_of`."""
-    return settings_of(args, changes or {}, {name: _default(name) for name in NAMES})
+    defaults = {name: _default(name) for name in NAMES}
+    settings = settings_of(args, changes or {}, {**defaults, **dict.fromkeys(MACHINES, _devices())})
+    return settings and _checked(settings)
+
+
+def _checked(settings: Settings) -> Settings:
+    """Raise ValueError, in a sentence, now rather than in a decode, where it cannot be known what devices there are."""
+    if settings.devices != ONE:
+        others_than(devices.device)
+    return settings
+
+
+def _devices() -> str:
+    """What is set for this machine; one where there is no other, which is no setting then."""
+    return getattr(shared.opts, _DEVICES, ONE) if _has_several() else ONE
+
+
+def _choices() -> list[str]:
+    """What there is to choose: this device alone, where there is no other."""
+    try:
+        others = len(others_than(devices.device))
+    except ValueError:  # a run on several says so
+        return [*CHOICES]
+    return [ONE, ALL, *map(str, range(2, 2 + others))] if others else [ONE]
+
+
+def _has_several() -> bool:
+    return len(_choices()) > 1
 
 
 def _host() -> Host:
-    return Host(shared.state, _cheap, sd_samplers_common)
+    # SDXL's modules lie where that finds them, and import some that are not there.
+    calls = ["modules.paths:mute_sdxl_imports"] if hasattr(paths, "mute_sdxl_imports") else []
+    return Host(shared.state, _cheap, sd_samplers_common, calls=calls, imported=_as_imported)
+
+
+def _as_imported() -> AbstractContextManager[None]:
+    """Make a context in which a VAE runs what its modules have, as it does in a worker, not what Automatic1111 has put
+    in its place; Forge and reForge put nothing there."""
+    found = [sys.modules.get(f"{name}.modules.diffusionmodules.model") for name in ("ldm", "sgm")]
+    hijack, attention = (sys.modules.get(f"modules.sd_hijack{name}") for name in ("", "_optimizations"))
+    originals = (
+        getattr(hijack, "diffusionmodules_model_AttnBlock_forward", None),
+        getattr(attention, "sgm_diffusionmodules_model_AttnBlock_forward", None),
+    )
+    nonlinearity = getattr(hijack, "diffusionmodules_model_nonlinearity", None)
+    places = [Replaced(module, "nonlinearity", nonlinearity) for module in found if module and nonlinearity]
+    places += [Replaced(one.AttnBlock, "forward", own) for one, own in zip(found, originals) if one and own]
+    return as_imported(places)
 
 
 def stop() -> None:
@@ -340,6 +391,14 @@ def _add_settings() -> None:
     )
     shared.opts.onchange(_EXTRAS, _set_extras, call=False)
     _follow_extras()
+    if _has_several():
+        chosen = shared.OptionInfo(ONE, f"{TITLE}: devices", gr.Radio, {"choices": _choices()}, section=section)
+        chosen.info(
+            "Those that what is streamed is computed on, each a band of its rows, in memory of its own; the same "
+            "picture. one: the WebUI's. all: every one of its kind. A number: so many of them. The others belong to "
+            "worker processes, which stay for the next decode."
+        )
+        shared.opts.add_option(_DEVICES, chosen)
 
 
 def _set_extras() -> None:
@@ -363,7 +422,7 @@ def leave_extras() -> None:
 
 def _begin_extras() -> Optional[Toggle]:
     try:
-        settings = Settings(vae=False, upscalers=True, budget=_default("budget"))
+        settings = _checked(Settings(vae=False, upscalers=True, budget=_default("budget"), devices=_devices()))
     except ValueError as error:
         print(f"{TITLE} is off: {error}")
         return None
@@ -428,3 +487,4 @@ script_callbacks.on_before_ui(_extend_plots)
 script_callbacks.on_model_loaded(_loaded)
 script_callbacks.on_script_unloaded(stop)
 script_callbacks.on_script_unloaded(leave_extras)
+script_callbacks.on_script_unloaded(end_all)

@@ -63,6 +63,26 @@ class Kept:
             time.sleep(1)
 
 
+def refuse_to_load() -> None:
+    """As Automatic1111 does, whose `torch.load` takes files alone."""
+
+    def load(*_: Any, **__: Any) -> Any:
+        raise TypeError("expected str, bytes or os.PathLike object, not BytesIO")
+
+    torch.load = load
+
+
+class Unreadable:
+    """Cannot be made again from its bytes."""
+
+    def __reduce__(self) -> Any:
+        return fail, ()
+
+
+def fail() -> Any:
+    raise LookupError("nothing is there")
+
+
 def half(seed: int = 0) -> Half:
     torch.manual_seed(seed)
     return Half().requires_grad_(False).eval()

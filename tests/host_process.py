@@ -81,6 +81,18 @@ class HostProcess:
             body = answer.read()
         return json.loads(body) if body.lstrip()[:1] in (b"{", b"[") else body
 
+    def workers(self) -> list[int]:
+        """Its processes for other devices. Skips where nothing tells them from others."""
+        tasks = Path(f"/proc/{self._process.pid}/task")
+        if not tasks.exists():
+            pytest.skip("this system has no /proc, by which a host's workers are found")
+        children = {int(one) for task in tasks.iterdir() for one in (task / "children").read_text().split()}
+        return sorted(one for one in children if "start.py" in Path(f"/proc/{one}/cmdline").read_text())
+
+    def kill(self) -> None:
+        """End it so that it has no time for anything."""
+        self._process.kill()
+
     def peak_of(self, work: Callable[[], Any]) -> tuple[Any, int]:
         """What `work` returns, and the most bytes that the host's resident memory grew by meanwhile."""
         process = Path(f"/proc/{self._process.pid}")
@@ -125,6 +137,14 @@ def page_of(address: str, width: int, height: int) -> Iterator[Any]:
         page.goto(f"http://{address}")
         yield page
         browser.close()
+
+
+def is_there(pid: int) -> bool:
+    """Whether a process is, and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def checkpoint_in(folder: Path, variable: str, name: Optional[str]) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from .autocast import autocast_state
 from .transforms import is_batched, transformed
 
 
@@ -70,13 +71,7 @@ class Differentiable(torch.autograd.Function):
 
 
 def _same_autocast(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
-    """What makes a context with the present state of autocast; torch before 2.4 asks for it per device."""
+    """What makes a context with the present state of autocast."""
     if device_type == "meta":
         return nullcontext
-    try:
-        enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-    except (TypeError, AttributeError):
-        cpu = device_type == "cpu"
-        enabled = torch.is_autocast_cpu_enabled() if cpu else torch.is_autocast_enabled()
-        dtype = torch.get_autocast_cpu_dtype() if cpu else torch.get_autocast_gpu_dtype()
-    return partial(torch.autocast, device_type, dtype, enabled)
+    return partial(torch.autocast, device_type, *autocast_state(device_type))

@@ -96,6 +96,16 @@ def in_precision(model: Any, dtype: torch.dtype) -> Any:
     return with_network(model, copy.deepcopy(model.model).to(dtype))
 
 
+def for_another_process(model: Any) -> Any:
+    """Of what describes a model, what its call needs; a module that nobody describes as it is."""
+    if isinstance(model, nn.Module):
+        return model
+    copied = copy.copy(model)
+    for name in ("patcher", "architecture", "_architecture"):  # the host's, and how files are recognised
+        vars(copied).pop(name, None)
+    return copied
+
+
 class StreamedUpscaler:
     """Runs a model of images over pictures, one after the other, each streamed as a whole.
 
@@ -158,11 +168,7 @@ class _Picture:
         return made.movedim(1, -1).to(device, dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For another process: of what describes the model, what its call needs."""
-        model = copy.copy(self.model)
-        for name in ("patcher", "architecture", "_architecture"):  # the host's, and how files are recognised
-            vars(model).pop(name, None)
-        return {"model": model, "output": self.output}
+        return {"model": for_another_process(self.model), "output": self.output}
 
 
 def joined(pictures: Iterator[Tensor], count: int) -> Tensor:

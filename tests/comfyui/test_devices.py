@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from host_process import is_there
 from PIL import Image
 from processes import until
 from safetensors.torch import save_file
@@ -25,30 +26,10 @@ ALL: Graph = STREAM | {"devices": "all"}
 
 @pytest.fixture(scope="module")
 def spread_server(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    if not Path("/proc/self/task").exists():
-        pytest.skip("this system has no /proc, by which the server's workers are found")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATCHCONV_CPU_WORKERS", "2")
         patch.setenv("PYTHONPATH", str(Path(__file__).with_name("in_workers")), prepend=os.pathsep)
         yield from serve(checkout, tmp_path_factory.mktemp("spread"))
-
-
-def workers(server: Server) -> list[int]:
-    """Their processes."""
-    pid = server._process.pid
-    children = {int(one) for task in Path(f"/proc/{pid}/task").iterdir() for one in children_of(task)}
-    return sorted(one for one in children if "start.py" in Path(f"/proc/{one}/cmdline").read_text())
-
-
-def children_of(task: Path) -> list[str]:
-    return (task / "children").read_text().split()
-
-
-def is_there(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def told(messages: list[Any]) -> str:
@@ -61,19 +42,19 @@ def test_the_same_picture(spread_server: Server, checkpoint: str) -> None:
     with server.messages() as messages:
         one = server.run(decoding(checkpoint, latent, patched=STREAM))
     assert "over" not in told(messages)
-    assert not workers(server)
+    assert not server.workers()
     with server.messages() as messages:
         many = server.run(decoding(checkpoint, latent, patched=ALL))
     assert "over 3 processes" in told(messages)
     assert_same_image(one["patched"], many["patched"])
-    before = workers(server)
+    before = server.workers()
     assert len(before) == 2
     settings = DEFAULTS | {"mode": "auto", "budget": 0.01, "devices": "2"}
     with server.messages() as messages:
         two = server.run(decoding(checkpoint, latent, patched=settings))
     assert "over 2 processes" in told(messages)
     assert_same_image(one["patched"], two["patched"])
-    assert workers(server) == before
+    assert server.workers() == before
 
 
 def test_encode(spread_server: Server, checkpoint: str) -> None:
@@ -93,7 +74,7 @@ def test_encode(spread_server: Server, checkpoint: str) -> None:
 def test_interrupt(spread_server: Server, checkpoint: str) -> None:
     server = spread_server
     server.run(decoding(checkpoint, server.latent("warm", 128), patched=ALL))
-    before = workers(server)
+    before = server.workers()
     graph = decoding(checkpoint, server.latent("long", 1024), patched=ALL)
     shown = server.interrupted(graph, "patched_decode")
     assert shown[-1] < 900  # of a thousand: it does not go on to the end
@@ -102,13 +83,13 @@ def test_interrupt(spread_server: Server, checkpoint: str) -> None:
         images = server.run(decoding(checkpoint, latent, eager=True, patched=ALL))
     assert "over 3 processes" in told(messages)
     assert_same_image(images["eager"], images["patched"])
-    assert workers(server) == before
+    assert server.workers() == before
 
 
 def test_a_worker_that_is_killed(spread_server: Server, checkpoint: str) -> None:
     server = spread_server
     server.run(decoding(checkpoint, server.latent("warm", 128, seed=1), patched=ALL))
-    first, second = workers(server)
+    first, second = server.workers()
     latent = server.latent("killed", 320)
     graph = decoding(checkpoint, latent, patched=ALL)
     with server.messages() as messages:
@@ -128,8 +109,8 @@ def test_a_worker_that_is_killed(spread_server: Server, checkpoint: str) -> None
     with server.messages() as messages:
         server.run(decoding(checkpoint, server.latent("again", 256, seed=2), patched=ALL))
     assert "over 3 processes" in told(messages)
-    assert second in workers(server)
-    assert len(workers(server)) == 2
+    assert second in server.workers()
+    assert len(server.workers()) == 2
 
 
 def test_upscaling(spread_server: Server) -> None:
@@ -145,7 +126,7 @@ def test_upscaling(spread_server: Server) -> None:
 
 def test_no_process_is_left(spread_server: Server) -> None:
     """Whatever ends the host."""
-    before = workers(spread_server)
+    before = spread_server.workers()
     assert before
-    spread_server._process.kill()
+    spread_server.kill()
     until(lambda: not any(is_there(pid) for pid in before))

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from devices_toys import Drawing, Half, Kept, half, latent
+from devices_toys import Drawing, Half, Kept, Unreadable, half, latent
 from processes import LIMIT, environment, until
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -25,6 +25,7 @@ from comfyui_patchconv.hosts.clones import Wrapper
 from comfyui_patchconv.hosts.devices import spread as spreading
 from comfyui_patchconv.hosts.devices.packing import CannotSendError, packed, unpacked
 from comfyui_patchconv.hosts.devices.spread import Outcome, Spread, end_all, others_than
+from comfyui_patchconv.hosts.devices.team import DevicesError, Worker
 from comfyui_patchconv.hosts.streamed import StreamedForward
 from comfyui_patchconv.hosts.upscale import StreamedUpscaler, joined
 from comfyui_patchconv.streaming import Tuning
@@ -154,6 +155,52 @@ def test_lists_and_random_numbers() -> None:
     run = Run(drawing)
     assert_same(run(z), expected)
     assert run.outcomes == [Outcome("3 processes")]
+
+
+def test_autocast_is_on_in_all_of_them() -> None:
+    """A WebUI encodes under it."""
+    network, z = half(), latent()
+    run = Run(network)
+    with torch.autocast("cpu", torch.bfloat16):
+        made, expected = run(z), network(z)
+    assert run.outcomes == [Outcome("3 processes")]
+    assert made.dtype == expected.dtype == torch.bfloat16
+    exact = half()(z)
+    assert float((made - exact).abs().mean()) <= 1.05 * float((expected - exact).abs().mean())
+    assert_same(run(z), exact)
+
+
+def test_a_host_that_loads_tensors_in_its_own_way() -> None:
+    network, z = half(), latent()
+    outcomes: list[Outcome] = []
+    spread = Spread("2", ("devices_toys:refuse_to_load",), on_outcome=outcomes.append, seconds=SECONDS)
+    stand_in = StreamedForward(network.forward, 0, lambda _: 1 << 30, tuning=ALWAYS, spread=spread)
+    assert_same(stand_in(z), network(z))
+    assert outcomes == [Outcome("2 processes")]
+
+
+def test_a_worker_that_cannot_read_what_it_is_asked_ends() -> None:
+    worker = Worker(1, CPU, ())
+    try:
+        assert worker.answer(SECONDS, lambda: None) == ""
+        worker.ask("hold", name=Unreadable())
+        with pytest.raises(DevicesError, match="has ended with status 1"):
+            worker.answer(SECONDS, lambda: None)
+    finally:
+        worker.kill()
+
+
+def test_workers_import_this_package_and_none_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host may have loaded it from a folder that is on no search path."""
+    package = Worker.__module__.partition(".")[0]
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text("raise ImportError('this is another')")
+    monkeypatch.syspath_prepend(tmp_path)
+    worker = Worker(1, CPU, ())
+    try:
+        assert worker.answer(SECONDS, lambda: None) == ""
+    finally:
+        worker.kill()
 
 
 @pytest.mark.parametrize(

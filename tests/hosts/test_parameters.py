@@ -82,7 +82,8 @@ def test_nothing_asked_for(args: list[Any]) -> None:
     [
         (
             {"tiles": 3},
-            "there is no argument 'tiles': use enabled, mode, vae, unet, splits, threshold, budget, upscalers.",
+            "there is no argument 'tiles': use enabled, mode, vae, unet, splits, threshold, budget, upscalers, "
+            "devices.",
         ),
         ({"enabled": 2}, "enabled is 2: use True or False."),
         ({"vae": "perhaps"}, "vae is 'perhaps': use True or False."),
@@ -90,12 +91,28 @@ def test_nothing_asked_for(args: list[Any]) -> None:
         ({"splits": 1e9}, "splits is 1000000000.0: use at most 4096 strips."),
         ({"splits": None}, "splits is None: use a number of strips, or 0."),
         ({"mode": "tile"}, "mode is 'tile': use 'auto', 'patch' or 'stream'."),
+        ({"devices": "both"}, "devices is 'both': use one, all or a number of devices such as 2."),
+        ({"devices": 0}, "devices is '0': use one, all or a number of devices such as 2."),
+        ({"devices": True}, "devices is True: use one, all or a number of devices such as 2."),
     ],
 )
 def test_wrong_arguments_are_refused_in_a_sentence(named: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         settings_of([{"enabled": True, **named}], {})
     assert str(error.value) == message
+
+
+def test_devices_are_named_or_those_of_the_machine() -> None:
+    """They are no argument by place, and no picture's parameter: the picture is the same."""
+    machine = DEFAULTS | {"devices": "all"}
+    for args in ([True, "stream"], [{"enabled": True, "mode": "stream"}]):
+        assert settings_of(args, {}) == Settings("stream")
+        assert settings_of(args, {}, machine) == Settings("stream", devices="all")
+    for value in ("ONE", 1, "2", 2, " all "):
+        settings = settings_of([{"enabled": True, "devices": value}], {}, machine)
+        assert settings == Settings(devices=str(value).strip().lower())
+    assert not [name for name in infotext_names() if "devices" in name]
+    assert to_infotext(Settings(devices="all")) == to_infotext(Settings())
 
 
 def test_a_ninth_argument() -> None:

@@ -104,4 +104,5 @@ def test_settings(page: Any) -> None:
         entry = page.locator(f"#setting_patch_conv_{name}")
         assert entry.is_visible()
         assert "Patch Conv: " in entry.inner_text()
+    assert not page.locator("#setting_patch_conv_devices").count()  # there is one
     assert page.get_by_text("the whole VAE in strips, by far the least memory").last.is_visible()

@@ -18,6 +18,7 @@ from typing import Any, Optional
 
 import torch
 
+from ...conv.autocast import autocast_state
 from ...streaming import USUAL, OwnGroup, SpreadError, Streamed, Tuning
 from .draws import states
 from .frames import Frame, read, write
@@ -207,7 +208,7 @@ class Team:
             self._number += 1
             plain = dict(
                 call=self._number, name=name, budget=budget, random=states(self._first), grad=torch.is_grad_enabled(),
-                inference=torch.is_inference_mode_enabled(),
+                inference=torch.is_inference_mode_enabled(), autocast=autocast_state(self._first.type),
             )  # fmt: skip
             for worker in self._called:
                 worker.ask("call", given, **plain)

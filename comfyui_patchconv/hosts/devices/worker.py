@@ -8,9 +8,10 @@ import queue
 import shutil
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, BinaryIO, Optional
+from typing import Any, BinaryIO, NoReturn, Optional
 
 import torch
 
@@ -52,7 +53,11 @@ class _Requests:
 
     def _read(self) -> None:
         while True:
-            frame = read(self._file)
+            try:
+                frame = read(self._file)
+            except Exception:  # nothing that is asked from now on could be answered
+                traceback.print_exc()
+                self._end(1)
             if frame is None:
                 self._end()
             elif frame.kind == "stop":
@@ -66,10 +71,10 @@ class _Requests:
             time.sleep(_PARENT)
         self._end()
 
-    def _end(self) -> None:
+    def _end(self, status: int = 0) -> NoReturn:
         if self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)  # the host's, which may have had no time for it
-        os._exit(0)
+        os._exit(status)
 
 
 class _Held:
@@ -111,7 +116,12 @@ class _Worker:
         held.streamed.over(self._group)
         held.streamed.budget = given["budget"] or int(OF_FREE * free(self._device)) or 1
         set_states(self._device, given["random"])
-        with torch.inference_mode() if given["inference"] else nullcontext(), torch.set_grad_enabled(given["grad"]):
+        dtype, casts = given["autocast"]
+        with (
+            torch.inference_mode() if given["inference"] else nullcontext(),
+            torch.set_grad_enabled(given["grad"]),
+            torch.autocast(self._device.type, dtype) if casts else nullcontext(),
+        ):
             args, kwargs = unpacked(frame.looks, frame.received, frame.rest, self._device)
             held.streamed.call(held.function, args, kwargs)
 

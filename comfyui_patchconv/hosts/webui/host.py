@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -25,12 +25,15 @@ class Host:
     cheap: makes a picture of latents by their channels alone, without a model, in the latents' size.
     previews: the module whose `single_sample_to_image` makes live previews.
     clock: the time, in the seconds that `state.time_start` is in.
+    calls: functions as `module:name` by which a worker process is prepared to import models.
+    imported: makes a context in which what models call is as it is imported; see `AsImported`.
     """
 
     def __init__(
-        self, state: Any, cheap: Callable[[Tensor], Tensor], previews: Any, clock: Callable[[], float] = time.time
-    ) -> None:
-        self.previews = previews
+        self, state: Any, cheap: Callable[[Tensor], Tensor], previews: Any, clock: Callable[[], float] = time.time,
+        calls: Sequence[str] = (), imported: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:  # fmt: skip
+        self.previews, self.calls, self.imported = previews, calls, imported
         self._state, self._cheap, self._clock = state, cheap, clock
 
     def stop_asked(self, part: str) -> bool:

@@ -11,7 +11,11 @@ TITLE = "Patch Conv"
 NAMES = ("enabled", "mode", "vae", "unet", "splits", "threshold", "budget", "upscalers")
 """The arguments, in this order, or in a dictionary by these names."""
 
-DEFAULTS: dict[str, Any] = {"enabled": False, **{name: getattr(Settings, name) for name in NAMES[1:]}}
+MACHINES = ("devices",)
+"""What a dictionary may name besides. It tells nothing of the picture, which is the same, but of the machine: so it is
+set once for all runs, and is no control of a run, nor among a picture's parameters."""
+
+DEFAULTS: dict[str, Any] = {"enabled": False, **{name: getattr(Settings, name) for name in (*NAMES[1:], *MACHINES)}}
 _PARTS = {"vae": "VAE", "unet": "U-Net", "upscalers": "Upscalers"}
 _NUMBERS = ("splits", "threshold", "budget")
 _HEEDED = {"auto": _NUMBERS, "patch": ("splits", "threshold"), "stream": ("budget",)}
@@ -26,21 +30,23 @@ def settings_of(
     """Read the settings that arguments ask for; None where they do not ask for Patch Conv.
 
     args: values in the order of `NAMES`, or first of all a dictionary, of which `defaults` fill in what is left out.
-        What comes behind them has to be empty.
+        What comes behind them has to be empty. Of `MACHINES` they count for both.
     changes: values by name that count before those. Raises ValueError for an unknown name or a wrong value, and where
         nothing is to be patched.
     """
     if any(value not in (None, "") for value in args[len(NAMES) :]):
         raise ValueError(f"there are more than {len(NAMES)} arguments: use {', '.join(NAMES)}.")
     named = {**defaults, **args[0]} if args and isinstance(args[0], Mapping) else _in_order(args)
-    values: dict[str, Any] = {**named, **changes}
-    unknown = [name for name in values if name not in NAMES]
+    values: dict[str, Any] = {**{name: defaults[name] for name in MACHINES}, **named, **changes}
+    names = (*NAMES, *MACHINES)
+    unknown = [name for name in values if name not in names]
     if unknown:
-        raise ValueError(f"there is no argument {unknown[0]!r}: use {', '.join(NAMES)}.")
+        raise ValueError(f"there is no argument {unknown[0]!r}: use {', '.join(names)}.")
     if not _switch("enabled", values.pop("enabled", False)):
         return None
     switches = {name: _switch(name, values[name]) for name in _PARTS if name in values}
-    settings = Settings(**{**values, **switches, "mode": _mode(values.get("mode", DEFAULTS["mode"]))})
+    mode, devices = _mode(values.get("mode", DEFAULTS["mode"])), _choice(values["devices"])
+    settings = Settings(**{**values, **switches, "mode": mode, "devices": devices})
     if not any(getattr(settings, name) for name in _PARTS):
         raise ValueError(f"neither {' nor '.join(_PARTS.values())} is chosen, so nothing will be patched.")
     return settings
@@ -64,6 +70,11 @@ def _switch(name: str, value: object) -> bool:
 
 def _mode(value: Any) -> Any:
     return value.strip().lower() if isinstance(value, str) else value
+
+
+def _choice(value: Any) -> Any:
+    """Read a choice of devices; JSON may have a number of them."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else _mode(value)
 
 
 def heeded(mode: str, vae: bool, unet: bool, upscalers: bool) -> set[str]:

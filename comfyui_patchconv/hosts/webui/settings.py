@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ...conv.strip_sizes import DEFAULT_THRESHOLD
 from ...units import MILLION
+from ..devices.spread import ONE, check_choice
 from ..modes import MODES
 from ..numbers import check_number
 
@@ -24,6 +25,7 @@ class Settings:
     splits: strips per convolution; 0 for automatic. For `"patch"` and `"auto"`, and for the U-Net in any mode.
     threshold: millions of input elements from which a convolution runs in strips. As splits.
     budget: GiB that `"auto"`, `"stream"` and upscalers stay within beside the weights; 0 for what is free.
+    devices: that what is streamed is computed on; see `CHOICES`.
 
     Raises ValueError for anything else.
     """
@@ -35,6 +37,7 @@ class Settings:
     threshold: float = DEFAULT_THRESHOLD / MILLION
     budget: float = 0.0
     upscalers: bool = False
+    devices: str = ONE
 
     def __post_init__(self) -> None:
         check_mode(self.mode)
@@ -43,6 +46,7 @@ class Settings:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: use True or False.")
         for name in _NUMBERS:
             check_setting(name, getattr(self, name))
+        check_choice(self.devices)
 
 
 def check_mode(mode: object) -> None:

@@ -17,6 +17,7 @@ from ...streaming import OnProgress
 from ...units import GIB, MILLION
 from ..attributes import FORGE_CASTS
 from ..auto import AutoForward, OnChoice
+from ..clones import Wrapper
 from ..eager_needs import EagerNeeds
 from ..estimates import AutoEstimate, Estimate, Needs, StreamEstimate, StripEstimate, needs_of
 from ..figures import Figures, StripCount
@@ -25,6 +26,7 @@ from ..modes import RunMode
 from ..streamed import StreamedForward, Switch
 from .host import Host
 from .settings import Settings
+from .several import Several
 from .stopping import Stopped, Stops
 from .work import Work
 
@@ -45,7 +47,7 @@ class PatchedRun(OnOff, Protocol):
     stops: Stops
 
 
-class StandIn:
+class StandIn(Wrapper):
     """Stands in for a method of an object, a module or what a host holds one in, from when it is made to `leave`."""
 
     def __init__(self, toggle: OnOff, owner: Any, name: str) -> None:
@@ -56,6 +58,7 @@ class StandIn:
         if not self.own:
             owner.__dict__.pop(name, None)
         self.original: Callable[..., Any] = found if self.own else getattr(owner, name)
+        self.forward = self.original
         setattr(owner, name, self)
 
     def leave(self) -> bool:
@@ -105,7 +108,8 @@ class HalfStandIn(StandIn):
         self.half, self.figures, self.on_strip = half, figures, on_strip
         self._eager = EagerNeeds(module)
         self._work = Work(figures, toggle.stops, toggle.host, f"VAE {half} in strips")
-        self._run = _HalfRun(self, self._work.on_progress, self._chosen)
+        several = Several(toggle.settings.devices, toggle.stops, toggle.host, figures)
+        self._run = _HalfRun(self, self._work.on_progress, self._chosen, several)
         self._preview = _HalfRun(self, lambda done, work: toggle.stops.check())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -148,12 +152,18 @@ class HalfStandIn(StandIn):
 
 
 class _HalfRun:
-    """Runs the method that a `HalfStandIn` stands in for, as its mode asks. The rest: see `AutoForward`."""
+    """Runs the method that a `HalfStandIn` stands in for, as its mode asks. several: devices that it is streamed on;
+    None for one. The rest: see `AutoForward`."""
 
-    def __init__(self, half: HalfStandIn, on_progress: OnProgress, on_choice: Optional[OnChoice] = None) -> None:
+    def __init__(
+        self, half: HalfStandIn, on_progress: OnProgress, on_choice: Optional[OnChoice] = None,
+        several: Optional[Several] = None,
+    ) -> None:  # fmt: skip
         settings = half.toggle.settings
         budget, streaming = round(settings.budget * GIB), Switch(settings.mode == "stream")
-        self._streamed = StreamedForward(half.original, budget, free, on_progress, switch=streaming)
+        forward = half.original if several is None else several.runs(half.original)
+        spread = None if several is None else several.spread
+        self._streamed = StreamedForward(forward, budget, free, on_progress, switch=streaming, spread=spread)
         self._run: Callable[..., Any] = self._streamed
         if settings.mode == "auto":
             on = partial(streaming.set_to, True)

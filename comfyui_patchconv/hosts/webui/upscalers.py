@@ -12,7 +12,8 @@ from ...memory.usage import free
 from ...units import GIB
 from ..figures import Figures
 from ..streamed import StreamedForward
-from ..upscale import name_of, network_of
+from ..upscale import for_another_process, name_of, network_of
+from .several import Several
 from .stand_ins import PatchedRun, StandIn
 from .stopping import Stopped
 from .work import Work
@@ -44,6 +45,19 @@ def _is_of_host(value: Any) -> bool:
     return callable(function) and getattr(function, "__module__", None) == _HOME
 
 
+class _Described:
+    """Calls a model, for which another process gets what that needs of what describes it."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return self._model(image)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_model": for_another_process(self._model)}
+
+
 class Upscaler:
     """Streams the models of one architecture, and counts what that takes."""
 
@@ -51,7 +65,8 @@ class Upscaler:
         self.figures, self._stops = figures, toggle.stops
         self._work = Work(figures, toggle.stops, toggle.host, f"{figures.part} in strips")
         budget = round(toggle.settings.budget * GIB)
-        self._streamed = StreamedForward(_upscaled, budget, free, self._work.on_progress)
+        self._several = Several(toggle.settings.devices, toggle.stops, toggle.host, figures)
+        self._streamed = StreamedForward(_no_model, budget, free, self._work.on_progress, spread=self._several.spread)
 
     def __call__(self, image: Tensor, model: Any) -> Tensor:
         """What `model` makes of an image `[N, C, H, W]`."""
@@ -60,14 +75,19 @@ class Upscaler:
         assert network is not None
         device = next(network.parameters()).device
         self._streamed.start()
-        with self._work.measured(device):
-            result = self._streamed(image.to(device), model)  # the host moves single tiles
-        self.figures.eager = max(self.figures.eager, self._streamed.eager)
+        self._streamed.forward = self._several.runs(_Described(model))
+        try:
+            with self._work.measured(device):
+                result = self._streamed(image.to(device))  # the host moves single tiles
+            self.figures.eager = max(self.figures.eager, self._streamed.eager)
+        finally:  # the host loads one for each picture
+            self._streamed.forward = _no_model
+            self._several.forget()
         return result
 
 
-def _upscaled(image: Tensor, model: Any) -> Tensor:
-    return model(image)
+def _no_model(image: Tensor) -> Tensor:
+    raise AssertionError("an upscaler was called without its model")
 
 
 class _StreamedModel:
