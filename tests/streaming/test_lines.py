@@ -14,7 +14,6 @@ from processes import ended
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comfyui_patchconv.conv import onednn
 from comfyui_patchconv.conv.geometry import Axis
 from comfyui_patchconv.memory.usage import anonymous
 from comfyui_patchconv.streaming import Streamed, Tuning
@@ -61,7 +60,7 @@ def test_more_frames_take_no_more_than_their_result() -> None:
     result, bounded = called(model, long, 1)
     assert_same(result, expected, 1e-6)
     assert bounded.peak - few.peak <= result.nbytes
-    gain = 0.6 if onednn.applies(long) else 0.67  # without its convolutions a call without a budget takes less
+    gain = 0.67 if torch.__version__.startswith("2.1.") else 0.6  # without a budget a call takes less there
     assert bounded.peak < gain * free.peak
 
 
