@@ -27,8 +27,9 @@ VENV = ROOT / ".venv"
 NAME = "patchconv"
 PYTHON = (3, 10)
 TORCH, LEAST_TORCH = "torch==2.13.0", (2, 1)
-OLDER_DIFFUSERS = "diffusers<0.36"
-"""Of torch below 2.6: newer ones look for `torch.accelerator` when they are imported."""
+BESIDE_OLDER = {(2, 6): "diffusers<0.36", (2, 3): "numpy<2"}
+"""What goes with a torch below each version: newer diffusers look for `torch.accelerator` when they are imported, and a
+torch that was built for NumPy 1 makes no tensors of NumPy 2's arrays."""
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 
 
@@ -176,11 +177,11 @@ def set_up(extra: str) -> int:
 
 
 def beside(torch: str | None) -> list[str]:
-    """What pip has to keep to where torch of this version is installed: that very torch, and a diffusers that goes with
-    it. Nothing where it is not known."""
+    """What pip has to keep to where torch of this version is installed: that very torch, and what goes with it. Nothing
+    where it is not known."""
     if torch is None:
         return []
-    return [f"torch=={torch}", *([OLDER_DIFFUSERS] if numbers(torch) < (2, 6) else [])]
+    return [f"torch=={torch}", *(wanted for newer, wanted in BESIDE_OLDER.items() if numbers(torch) < newer)]
 
 
 def cpu_only() -> list[str]:

@@ -24,7 +24,12 @@ def allocated(call: Callable[[], Any]) -> tuple[Any, Allocated]:
     now = peak = largest = 0
     recorded: Any = profiled.profiler
     events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
+    for event in sorted(events, key=_start):
         now += event.nbytes()
         peak, largest = max(peak, now), max(largest, event.nbytes())
     return result, Allocated(peak, largest)
+
+
+def _start(event: Any) -> int:
+    """In the microseconds of torch 2.1 where it has no nanoseconds."""
+    return event.start_ns() if hasattr(event, "start_ns") else event.start_us()

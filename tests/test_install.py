@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -223,20 +224,32 @@ def test_an_old_python_is_told_so(
         ("2.13.0+cpu", ["torch==2.13.0+cpu"]),
         ("2.6.0", ["torch==2.6.0"]),
         ("2.5.1", ["torch==2.5.1", "diffusers<0.36"]),
-        ("2.1.2+cu121", ["torch==2.1.2+cu121", "diffusers<0.36"]),
+        ("2.3.0", ["torch==2.3.0", "diffusers<0.36"]),
+        ("2.2.2", ["torch==2.2.2", "diffusers<0.36", "numpy<2"]),
+        ("2.1.2+cu121", ["torch==2.1.2+cu121", "diffusers<0.36", "numpy<2"]),
         (None, []),
     ],
 )
-def test_the_torch_that_is_there_stays_and_gets_a_diffusers_that_goes_with_it(
+def test_the_torch_that_is_there_stays_and_gets_what_goes_with_it(
     torch: str | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What tests need would have pip replace an old torch, and the newest diffusers asks for a newer one."""
+    """What tests need would have pip replace an old torch, and the newest diffusers and NumPy ask for a newer one."""
     asked: list[str] = []
     monkeypatch.setattr(install, "pip", lambda message, *arguments: asked.extend(arguments) or 0)
     monkeypatch.setattr(install, "installed", lambda name: torch)
     monkeypatch.setattr(install, "ready", lambda extra: False)
     assert install.set_up("demo") == 0
     assert asked == ["install", "--editable", f"{ROOT}[demo]", *expected]
+
+
+@pytest.mark.parametrize(("torch", "triton"), [("2.1.2", "2.1.0"), ("2.5.1", "3.1.0"), ("2.13.0", "3.7.1")])
+def test_what_tests_need_is_met_beside_the_triton_of_a_torch_for_cuda(torch: str, triton: str) -> None:
+    """Such a torch asks for one Triton and no other: pip refuses a second wish, or replaces torch."""
+    requirements = pytest.importorskip("packaging.requirements", reason="packaging is not installed")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    wanted = [requirements.Requirement(line) for line in re.findall(r'"(triton\b[^"]*)"', project)]
+    assert wanted
+    assert all(one.specifier.contains(triton) for one in wanted), f"torch {torch} comes with Triton {triton}"
 
 
 def test_a_machine_with_an_nvidia_gpu_gets_the_usual_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -342,7 +342,8 @@ def test_whoever_only_wants_to_be_rescued_hears_of_nothing_else(
     assert "auto" not in caplog.text
     Full(monkeypatch)
     assert_same(vae.decode(z), expected, 1e-6)
-    assert toggle.report().startswith("Patch Conv: VAE decoder auto: streamed (memory ran out eagerly), peak ")
+    # No peak is told where the process had room for so small a decode.
+    assert toggle.report().startswith("Patch Conv: VAE decoder auto: streamed (memory ran out eagerly), ")
     toggle.off()
     assert methods(vae) == before
     Full(monkeypatch)

@@ -55,7 +55,9 @@ def test_a_picture_is_that_of_the_model_run_whole(mode: str, way: str) -> None:
     assert np.array_equal(upscale(model, image), tiled)
     assert host.asked == [0, 16, 0, 16]
     report = toggle.report()
-    assert re.match(r"Patch Conv: upscaler Small streamed, peak .*\(whole without Patch Conv: (at|not)", report), report
+    # No peak is told where the process had room for so small an image.
+    words = r"Patch Conv: upscaler Small streamed, (peak [^,]*\()?whole without Patch Conv: (at|not)"
+    assert re.match(words, report), report
     assert set(vars(model)) == set(vars(upscaler()))
     assert not [value for value in vars(model.model).values() if callable(value)]
 

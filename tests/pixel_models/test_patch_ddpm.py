@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from patch_ddpm_helpers import CELEBA, CHECKPOINT, DATA, FEW, TALL, inputs, rand
 from torch.nn import functional as F
 
 import comfyui_patchconv.pixel_models.patch_ddpm.model as model_module
-from comfyui_patchconv.pixel_models.patch_ddpm.checkpoints import import_torch
+from comfyui_patchconv.pixel_models.patch_ddpm import checkpoints
 from comfyui_patchconv.pixel_models.patch_ddpm.config import ModelConfig
 from comfyui_patchconv.pixel_models.patch_ddpm.diffusion import sample
 from comfyui_patchconv.pixel_models.patch_ddpm.model import PatchDenoiser, cut, join, patch_bytes
 from comfyui_patchconv.streaming import peak_activations
+
+import_torch = partial(checkpoints.import_torch, trust=True)
+"""On any torch: it is known who made these files."""
 
 
 def test_it_computes_what_the_authors_model_does() -> None:

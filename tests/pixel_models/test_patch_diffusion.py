@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from conv_helpers import assert_same
 from torch import Tensor
 from training_helpers import write_keras
 
-from comfyui_patchconv.pixel_models.patch_diffusion.checkpoints import import_keras, import_torch, load, load_all, save
+from comfyui_patchconv.pixel_models.patch_diffusion import checkpoints
+from comfyui_patchconv.pixel_models.patch_diffusion.checkpoints import import_keras, load, load_all, save
 from comfyui_patchconv.pixel_models.patch_diffusion.config import PUBLISHED, Config
 from comfyui_patchconv.pixel_models.patch_diffusion.diffusion import (
     denoise,
@@ -37,6 +39,8 @@ from comfyui_patchconv.pixel_models.patch_diffusion.model import (
     to_patches,
 )
 
+import_torch = partial(checkpoints.import_torch, trust=True)
+"""On any torch: it is known who made these files."""
 DATA = Path(__file__).parents[1] / "data"
 PORT = {
     "uncond_p4": Config(64, 4, 32, (1, 1), 1, head_channels=32, norm_eps=1e-5),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ from training_helpers import words, write_images, write_keras
 
 from comfyui_patchconv import cli
 from comfyui_patchconv.files.images import grid, levels
-from comfyui_patchconv.pixel_models.patch_diffusion.checkpoints import import_torch, load, save
+from comfyui_patchconv.pixel_models.patch_diffusion import checkpoints
+from comfyui_patchconv.pixel_models.patch_diffusion.checkpoints import load, save
 from comfyui_patchconv.pixel_models.patch_diffusion.config import PUBLISHED, Config
 from comfyui_patchconv.pixel_models.patch_diffusion.diffusion import signal_share
 from comfyui_patchconv.pixel_models.patch_diffusion.loss import WEIGHTS, Loss
 from comfyui_patchconv.pixel_models.patch_diffusion.model import PatchUNet
 
+import_torch = partial(checkpoints.import_torch, trust=True)
+"""On any torch: it is known who made these files."""
 DATA = Path(__file__).parents[1] / "data"
 CONFIG = Config(16, 4, 32, (1,), 1, head_channels=32)
 CLASSES = Config(16, 4, 32, (1,), 1, classes=2, head_channels=32)

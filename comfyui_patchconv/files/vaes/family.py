@@ -156,9 +156,9 @@ class Plan:
         """The VAE, without values. Raises ValueError where diffusers has no such class, or not with such a shape."""
         kind = self.kind.load(file.path)
         try:
-            with torch.device("meta"), warnings.catch_warnings():
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # of weight norm, which diffusers makes the old way
-                vae = kind(**self.config)
+                vae = _without_values(kind, self.config)
         except TypeError:  # an argument that came with a later release
             raise self.kind.too_old(file.path) from None
         except Exception as error:  # shapes that do not go together
@@ -170,6 +170,16 @@ class Plan:
             ) from None
         self.prepare(vae)
         return vae
+
+
+def _without_values(kind: Any, config: dict[str, Any]) -> nn.Module:
+    """`kind(**config)` on the meta device; the state of random numbers stays as it is."""
+    try:
+        with torch.device("meta"):
+            return kind(**config)
+    except NotImplementedError:  # torch 2.1 has no weight norm there
+        with torch.random.fork_rng(devices=[]):
+            return kind(**config).to("meta")
 
 
 @dataclass(frozen=True)

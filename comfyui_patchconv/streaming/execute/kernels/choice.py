@@ -21,6 +21,9 @@ Triton interpret them), or `kitchen` (comfy-kitchen's, on any device)."""
 
 _CHOICES = ("auto", "torch", "triton", "kitchen")
 
+LEAST_TRITON = (3, 2)
+"""The kernels never ran by an older one, which a torch for CUDA below 2.6 brings, and whose interpreter runs none."""
+
 
 def uses_triton(device: torch.device) -> bool:
     """Whether chains on `device` are computed by Triton's kernels. Raises ValueError for a choice that is none."""
@@ -57,12 +60,15 @@ def interprets() -> bool:
 
 @cache
 def has_triton() -> bool:
-    """Whether Triton can be imported."""
+    """Whether Triton can be imported, of a version that the kernels have run by."""
     try:
-        import triton.language  # noqa: F401  # type: ignore[import-not-found]
+        import triton
+        import triton.language  # type: ignore[import-not-found]
+
+        major, minor = map(int, triton.__version__.split(".")[:2])
     except Exception:  # one that is broken is as none
         return False
-    return True
+    return (major, minor) >= LEAST_TRITON
 
 
 class Failures:
