@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comfyui_patchconv.streaming import Tuning, streamed
-from comfyui_patchconv.streaming.execute import loop
 from comfyui_patchconv.streaming.execute.kernels import Kernels, by_kitchen, by_triton, choice
 from comfyui_patchconv.streaming.execute.kernels.by_triton import Inputs, compute
 from comfyui_patchconv.streaming.execute.kernels.chains import Chain
