@@ -530,6 +530,47 @@ class TestWritesInPlace:
         assert peaks == [X_LARGE.nbytes, 2 * X_LARGE.nbytes, X_LARGE.nbytes]
 
 
+class TestEagersPeak:
+    """Eager's footprint, which plans are compared with, is what eager allocates: a copy has memory of its own, and what
+    a view shows is there as long as the view is."""
+
+    def repeated(self, x: Tensor) -> Tensor:
+        return (x * 2).repeat(1, 3, 1, 1).sigmoid()
+
+    def rolled(self, x: Tensor) -> Tensor:
+        return (x * 2).roll(1, 2).sigmoid()
+
+    def put_in_order(self, x: Tensor) -> Tensor:
+        return (x * 2).transpose(2, 3).contiguous().sigmoid()
+
+    def shuffled(self, x: Tensor) -> Tensor:
+        return nn.functional.pixel_shuffle(x * 2, 2).sigmoid()
+
+    def turned(self, x: Tensor) -> Tensor:
+        return (x * 2).transpose(2, 3).sigmoid().exp()
+
+    def a_part(self, x: Tensor) -> Tensor:
+        return (x * 2)[:, :1].repeat_interleave(8, 1) + x
+
+    def parts_of_parts(self, x: Tensor) -> Tensor:
+        first, second = (x * 2).flatten(2).chunk(2, 1)
+        return (first.sigmoid() * second).exp()
+
+    @pytest.mark.parametrize(
+        "name", ["repeated", "rolled", "put_in_order", "shuffled", "turned", "a_part", "parts_of_parts"]
+    )
+    @torch.no_grad()
+    def test_it_is_what_eager_allocates(self, name: str) -> None:
+        def eagerly(roots: Any, keep: Any, tuning: Any, budget: Any, held: int, *_: Any) -> Schedule:
+            return eager_schedule(roots, keep, held)
+
+        function = getattr(self, name)
+        _, eager = allocated(lambda: function(X_LARGE))
+        with patch.object(call, "choose", eagerly):
+            _, last = called(function, X_LARGE)
+        assert eager.peak <= last.peak <= eager.peak + (1 << 12)
+
+
 class TestCopies:
     """What is counted is a copy, and the model is left as it was."""
 

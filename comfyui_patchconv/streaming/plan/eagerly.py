@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Optional
 
 from ..graph.node import Node
@@ -21,25 +21,43 @@ def eager_schedule(roots: Sequence[Node], keep: Sequence[Node], held: int = 0) -
             stack.extend(source for source in sources[node] if source.tensor is None)
     way = sorted(sources, key=lambda node: node.serial)
     outer = {*roots, *keep}
-    last: dict[Node, Node] = {}
-    for node in way:
-        for source in sources[node]:
-            last[source] = node
+    views = {node for node in way if node.shows is not None and node.eager is None}  # else the operator copies
+    freed_at = _last_reads(way, sources, views, outer)
     schedule = Schedule()
-    shared = {source for node in way if node.shows for source in (node, *sources[node])}
+    shared = {source for node in views for source in (node, *sources[node])}
     for node in way:
-        freed = [source for source in sources[node] if last[source] is node and source not in outer]
-        freed = [source for source in freed if source.tensor is None]
+        freed = [source for source in freed_at.get(node, ()) if source.tensor is None]
         written = _written(node)
         in_place = written in freed and written not in shared
-        held += 0 if node.shows or in_place else node.bytes
+        held += 0 if node in views or in_place else node.bytes
         schedule.peak = max(schedule.peak, held + _copies(node, sources[node]))
         schedule.stored = max(schedule.stored, held)
-        held -= sum(0 if one.shows or (in_place and one is written) else one.bytes for one in freed)
+        held -= sum(0 if one in views or (in_place and one is written) else one.bytes for one in freed)
         schedule.steps.append(Apply(node, freed, node.bytes, node.eager is not None, in_place))
         schedule.work += node.bytes
     schedule.seconds = seconds_of(way)
     return schedule
+
+
+def _last_reads(
+    way: Sequence[Node], sources: dict[Node, list[Node]], views: Collection[Node], outer: Collection[Node]
+) -> dict[Node, list[Node]]:
+    """By the steps that read them last, the maps that are freed then: what a view shows when nothing reads that."""
+    last: dict[Node, Node] = {}
+    kept = set(outer)
+    for node in reversed(way):
+        for source in sources[node]:
+            last.setdefault(source, node)
+            if node in views:
+                read = last.get(node, node)
+                last[source] = max(last[source], read, key=lambda one: one.serial)
+                if node in kept:
+                    kept.add(source)
+    freed_at: dict[Node, list[Node]] = {}
+    for source, node in last.items():
+        if source not in kept:
+            freed_at.setdefault(node, []).append(source)
+    return freed_at
 
 
 def sources_of(node: Node) -> list[Node]:
