@@ -324,7 +324,9 @@ def _with_originals(value: Any, originals: dict[int, Tensor]) -> Any:
     def original(one: Any) -> Any:
         if id(one) not in originals and isinstance(one, LazyTensor):  # before torch 2.3 no object becomes another
             with torch.no_grad():
-                originals[id(one)] = one.view_.cell.recorder.real(one).detach()
+                ordinary = originals[id(one)] = one.view_.cell.recorder.real(one).detach()
+            own = {name: of_it for name, of_it in vars(one).items() if name not in ("original_", "view_")}
+            vars(ordinary).update(replaced(own, original))
         return originals.get(id(one), one)
 
     return replaced(value, original)

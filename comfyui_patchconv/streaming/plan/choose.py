@@ -21,7 +21,7 @@ _SLOWER = 1.25
 """How much longer strips may take where eager fits."""
 
 _MODEST = 0.35
-"""The part of eager's memory above which smaller strips than suit the device are tried, where nothing bounds it."""
+"""The part of eager's memory above which smaller strips than suit the device are tried, where there is no budget."""
 
 _SMALLER = (1 / 2, 1 / 4, 1 / 8)
 """Of what suits the device, which parts: in smaller strips, calls of operators take longer than what they compute."""
@@ -37,7 +37,8 @@ def choose(
     ranks: int = 1,
 ) -> Schedule:
     """The schedule for `roots`: `in_strips`, or eager's where strips take no less memory, or far longer though eager
-    fits. Without a budget strips are smaller than suits the device where they take much of what eager takes.
+    fits. Strips are smaller than suits the device where they do not fit a budget, or, without one, take much of what
+    eager takes.
 
     The rest: see `in_strips`.
     """
@@ -53,15 +54,22 @@ def choose(
         better = slack < eager.peak <= schedule.peak - slack
     if better:
         return replace(eager, peak=with_slack)
-    if budget is not None or tuning.strip_bytes is not None:
+    if tuning.strip_bytes is not None:
         return schedule
+    wanted = _MODEST * eager.peak if budget is None else budget
     for part in _SMALLER:
-        if schedule.peak <= _MODEST * eager.peak:
+        if schedule.peak <= wanted:
             break
         strips = replace(tuning, strip_share=part)
-        smaller = in_strips(roots, keep, strips, held=held, ranks=ranks, seconds=_SLOWER * eager.seconds)
-        if smaller.peak < _WORTH * schedule.peak and smaller.seconds <= ranks * _SLOWER * eager.seconds:
+        smaller = in_strips(roots, keep, strips, budget, held, room, ranks, _SLOWER * eager.seconds)
+        if budget is None:
+            worth = smaller.seconds <= ranks * _SLOWER * eager.seconds
+        else:
+            worth = smaller.offloaded_at_once <= max(schedule.offloaded_at_once, room())
+        if worth and smaller.peak < _WORTH * schedule.peak:
             schedule = smaller
+        elif budget is not None:
+            break
     return schedule
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Optional
 
@@ -120,10 +120,13 @@ class Recorder(Writes, TorchDispatchMode):
         """A weight that the program makes anew at each call: deferred, for eager has one at a time, and a plan counts
         those that a pass reads. None where it is small, or has a gradient, and is to be made now."""
         tensors = tensors_in(args)
-        specs = specs_of(func, args, kwargs, spec_of) if are_usual(tensors) else None
-        gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if not are_usual(tensors) or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+            return None
+        specs, small = specs_of(func, args, kwargs, spec_of), self.small
+        if specs is None:  # torch 2.1 cannot say without values, nor make any on the meta device
+            specs, small = _of_weight_norm(func, tensors), 0 if self.phantom else small
         several = (specs,) if isinstance(specs, Spec) else specs
-        if gradients or not several or numel(several[0]) * several[0].dtype.itemsize < self.small:
+        if not several or numel(several[0]) * several[0].dtype.itemsize < small:
             return None
         device = self.somewhere(tensors[0].device)
         operands = self.operands(args), self.operands(kwargs)
@@ -269,6 +272,13 @@ class Recorder(Writes, TorchDispatchMode):
         node = self.node(None, (), (), specs, made.device, None)
         node.tensor = made
         return self.own(node, specs)
+
+
+def _of_weight_norm(func: Any, tensors: Sequence[Tensor]) -> Any:
+    """What weight norm returns of a direction and a size, both dense: a weight like the one, and norms like the other."""
+    direction, size = (Spec.of(one)._replace(offset=0) for one in tensors)
+    dense = all(one.is_contiguous() for one in tensors)
+    return None if not dense else direction if func.overloadpacket.__name__ == "_weight_norm" else (direction, size)
 
 
 def _alike(value: Any) -> Any:
