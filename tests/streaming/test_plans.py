@@ -32,6 +32,8 @@ from comfyui_patchconv.streaming.plan.eagerly import eager_schedule
 from comfyui_patchconv.streaming.plan.passes import Passes
 from comfyui_patchconv.streaming.plan.schedule import Schedule
 
+from .comparing import KEPT_ARE_ORDINARY
+
 SMALL = Tuning(strip_bytes=20_000, allocator_bytes=0, always=True)
 CPU = torch.device("cpu")
 X_LARGE = torch.randn(1, 8, 128, 128, generator=torch.Generator().manual_seed(1))
@@ -136,6 +138,7 @@ def test_the_largest_map_is_left_unstored_where_that_lowers_the_peak() -> None:
     assert chosen.planned > stored.planned
 
 
+@KEPT_ARE_ORDINARY
 def test_frames_that_a_model_keeps_become_tensors() -> None:
     """Wan decodes frame by frame and hands its decoder a list, in which each convolution keeps frames for the next."""
     model: Any = draw_weights(wan())

@@ -21,6 +21,7 @@ from comfyui_patchconv.streaming import Tuning, stream, streamed
 
 from .comparing import (
     FEW_ROWS,
+    KEPT_ARE_ORDINARY,
     MODES,
     ONE_ROW,
     TUNINGS,
@@ -631,6 +632,7 @@ def an_object_that_is_called(x: Tensor) -> Any:
     return Called()
 
 
+@KEPT_ARE_ORDINARY
 @pytest.mark.parametrize(
     "function", [a_function, a_partial, a_bound_method, an_object_that_is_called], ids=lambda f: f.__name__
 )

@@ -275,7 +275,7 @@ class Recorder(Writes, TorchDispatchMode):
 
 
 def _of_weight_norm(func: Any, tensors: Sequence[Tensor]) -> Any:
-    """What weight norm returns of a direction and a size, both dense: a weight like the one, and norms like the other."""
+    """What weight norm returns of a direction and a size, both dense: a weight like the one, norms like the other."""
     direction, size = (Spec.of(one)._replace(offset=0) for one in tensors)
     dense = all(one.is_contiguous() for one in tensors)
     return None if not dense else direction if func.overloadpacket.__name__ == "_weight_norm" else (direction, size)
