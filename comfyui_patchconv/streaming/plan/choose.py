@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import inf
 from typing import Optional
 
-from ...memory.sizes import allocator_bytes
+from ...memory.sizes import allocator_bytes, strip_bytes
 from ..graph.node import Node
 from .eagerly import eager_schedule
 from .passes import Passes
@@ -22,6 +22,9 @@ _SLOWER = 1.25
 
 _MODEST = 0.35
 """The part of eager's memory above which smaller strips than suit the device are tried, where there is no budget."""
+
+_MUCH = 0.1
+"""Of what a schedule takes, the part that strips have to be for smaller ones to be tried."""
 
 _SMALLER = (1 / 2, 1 / 4, 1 / 8)
 """Of what suits the device, which parts: in smaller strips, calls of operators take longer than what they compute."""
@@ -46,7 +49,8 @@ def choose(
         return in_strips(roots, keep, tuning, budget, held, room, ranks)
     eager = eager_schedule(roots, keep, held)
     schedule = in_strips(roots, keep, tuning, budget, held, room, ranks, _SLOWER * eager.seconds)
-    slack = allocator_bytes(max(roots, key=lambda node: node.bytes).device.type)
+    device_type = max(roots, key=lambda node: node.bytes).device.type
+    slack = allocator_bytes(device_type)
     with_slack = eager.peak + (slack if eager.peak > slack else 0)
     if budget is None or with_slack <= budget:
         better = eager.peak <= schedule.peak or _SLOWER * eager.seconds < schedule.seconds / ranks
@@ -56,20 +60,29 @@ def choose(
         return replace(eager, peak=with_slack)
     if tuning.strip_bytes is not None:
         return schedule
-    wanted = _MODEST * eager.peak if budget is None else budget
-    for part in _SMALLER:
-        if schedule.peak <= wanted:
-            break
+    longest, offered = _SLOWER * eager.seconds, schedule.offloaded_at_once
+
+    def smaller(part: float) -> Optional[Schedule]:
         strips = replace(tuning, strip_share=part)
-        smaller = in_strips(roots, keep, strips, budget, held, room, ranks, _SLOWER * eager.seconds)
-        if budget is None:
-            worth = smaller.seconds <= ranks * _SLOWER * eager.seconds
-        else:
-            worth = smaller.offloaded_at_once <= max(schedule.offloaded_at_once, room())
-        if worth and smaller.peak < _WORTH * schedule.peak:
-            schedule = smaller
-        elif budget is not None:
+        found = in_strips(roots, keep, strips, budget, held, room, ranks, longest)
+        slow = budget is None and found.seconds > ranks * longest
+        return None if slow or (budget is not None and found.offloaded_at_once > max(offered, room())) else found
+
+    usual = strip_bytes(device_type) if tuning.suitable_bytes is None else tuning.suitable_bytes
+    return _in_smaller_strips(schedule, _MODEST * eager.peak if budget is None else budget, usual, smaller)
+
+
+def _in_smaller_strips(
+    schedule: Schedule, wanted: float, usual: int, smaller: Callable[[float], Optional[Schedule]]
+) -> Schedule:
+    """A schedule, or what takes less in smaller strips, if `wanted` bytes are less. usual: bytes of strips that suit the
+    device. smaller: plans for a part of these; None for what is no good."""
+    for part in _SMALLER:
+        if schedule.peak <= wanted or usual < _MUCH * schedule.peak:
             break
+        found = smaller(part)
+        if found is not None and found.peak < _WORTH * schedule.peak:
+            schedule = found
     return schedule
 
 
