@@ -75,7 +75,7 @@ def choose(
 def _in_smaller_strips(
     schedule: Schedule, wanted: float, usual: int, smaller: Callable[[float], Optional[Schedule]]
 ) -> Schedule:
-    """A schedule, or what takes less in smaller strips, if `wanted` bytes are less. usual: bytes of strips that suit the
+    """A schedule, or what takes less in smaller strips, if it takes over `wanted` bytes. usual: of strips that suit the
     device. smaller: plans for a part of these; None for what is no good."""
     for part in _SMALLER:
         if schedule.peak <= wanted or usual < _MUCH * schedule.peak:
