@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ QUICK: dict[str, Any] = {"steps": 1}
 @pytest.fixture(scope="module")
 def spread_webui(checkout: Path, checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
     """As users have it: the package lies in the extension's folder, which no search path has."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATCHCONV_CPU_WORKERS", "2")
-        patch.delenv("PYTHONPATH", raising=False)
-        with serve(checkout, checkpoint, tmp_path_factory.mktemp("spread")) as webui:
-            webui.run(**QUICK)  # what the WebUI puts on a model itself is there from the first run on
-            yield webui
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:  # other servers start without it
+            patch.setenv("PATCHCONV_CPU_WORKERS", "2")
+            patch.delenv("PYTHONPATH", raising=False)
+            webui = stack.enter_context(serve(checkout, checkpoint, tmp_path_factory.mktemp("spread")))
+        webui.run(**QUICK)  # what the WebUI puts on a model itself is there from the first run on
+        yield webui
 
 
 @pytest.fixture(scope="module")
