@@ -223,7 +223,7 @@ def test_a_run_stands_on_the_node_and_in_no_saved_workflow(front: Front, ran: tu
     assert front.saved() == ran[1]
     prompt = front.page.evaluate("async () => (await app.graphToPrompt()).output")
     (sent,) = [step["inputs"] for step in prompt.values() if step["class_type"] == VAE]
-    assert set(sent) == {"vae", *ALWAYS, "half", "mode", "budget", "padding"}
+    assert set(sent) == {"vae", *ALWAYS, "half", "mode", "budget", "padding", "devices"}
 
 
 def test_chart_by_keyboard(front: Front, ran: tuple[Graph, dict[str, Any]]) -> None:
