@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .autocast import autocast_state
+
 _SMALL = 20480
 """Batch x channels x frames x rows up to which torch leaves a 3-D convolution in float32 on a CPU to a kernel that
 copies its input once for each place in the kernel, whatever the width (`ConvParams::use_mkldnn`)."""
@@ -50,16 +52,10 @@ def is_small(input: Tensor) -> bool:
 
 
 def applies(input: Tensor) -> bool:
-    """Whether oneDNN takes convolutions of tensors such as `input`, and nobody is there to be told of `conv3d`."""
+    """Whether oneDNN takes convolutions of tensors such as `input`, and nobody is there to be told of `conv3d`:
+    autocast knows convolutions by their usual names alone."""
     backend: Any = torch.backends.mkldnn
-    usable = backend.is_available() and getattr(backend, "enabled", True) and not _casts()
+    _, casts = autocast_state("cpu")
+    usable = backend.is_available() and getattr(backend, "enabled", True) and not casts
     usable = usable and not torch._C._len_torch_function_stack()
     return usable and input.device.type == "cpu" and input.dtype == torch.float32
-
-
-def _casts() -> bool:
-    """Whether autocast chooses types on the CPU: it knows convolutions by their usual names alone."""
-    try:
-        return torch.is_autocast_enabled("cpu")
-    except TypeError:  # before torch 2.4
-        return torch.is_autocast_cpu_enabled()

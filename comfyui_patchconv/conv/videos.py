@@ -85,17 +85,8 @@ def _applies(refusal: Refusal, device: str, dtype: torch.dtype, here: Optional[V
     return refusal.cudnn is None or refusal.cudnn[0] <= (found.cudnn or 0) < refusal.cudnn[1]
 
 
-def conv3d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor] = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor:
+def conv3d(input: Tensor, weight: Tensor, *given: Any) -> Tensor:
     """`torch.nn.functional.conv3d`, by what is best at it here."""
-    given = bias, stride, padding, dilation, groups
     return by_images(input, weight, *given) if _refused(input, weight) else onednn.conv3d(input, weight, *given)
 
 

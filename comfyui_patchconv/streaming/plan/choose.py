@@ -7,11 +7,12 @@ from dataclasses import replace
 from math import inf
 from typing import Optional
 
-from ...memory.sizes import allocator_bytes, strip_bytes
+from ...memory.sizes import allocator_bytes
 from ..graph.node import Node
 from .eagerly import eager_schedule
 from .passes import Passes
 from .schedule import Schedule, Tuning
+from .sweep import suitable_bytes
 from .way import Ways
 
 _WORTH = 0.95
@@ -68,8 +69,8 @@ def choose(
         slow = budget is None and found.seconds > ranks * longest
         return None if slow or (budget is not None and found.offloaded_at_once > max(offered, room())) else found
 
-    usual = strip_bytes(device_type) if tuning.suitable_bytes is None else tuning.suitable_bytes
-    return _in_smaller_strips(schedule, _MODEST * eager.peak if budget is None else budget, usual, smaller)
+    wanted = _MODEST * eager.peak if budget is None else budget
+    return _in_smaller_strips(schedule, wanted, suitable_bytes(tuning, device_type), smaller)
 
 
 def _in_smaller_strips(

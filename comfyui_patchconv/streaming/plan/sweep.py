@@ -37,6 +37,11 @@ _LINES_ON_THE_WAY = 4
 """Line buffers that leave or come: those of two steps leave, and those of two come."""
 
 
+def suitable_bytes(tuning: Tuning, device_type: str) -> int:
+    """Bytes of strips that suit a device, whatever part of it they take."""
+    return strip_bytes(device_type) if tuning.suitable_bytes is None else tuning.suitable_bytes
+
+
 class Sweep:
     """A pass in strips within a budget: how many rows at once, and what that takes.
 
@@ -55,10 +60,8 @@ class Sweep:
         height = max(way.height, 1)
         band = -(-height // ranks)
         row_bytes = way.widest // height
-        usual = strip_bytes(way.device.type) if tuning.suitable_bytes is None else tuning.suitable_bytes
-        self._suitable = suitable = (
-            int(tuning.strip_share * usual) if tuning.strip_bytes is None else tuning.strip_bytes
-        )
+        usual = int(tuning.strip_share * suitable_bytes(tuning, way.device.type))
+        self._suitable = suitable = usual if tuning.strip_bytes is None else tuning.strip_bytes
         rows = min(max(suitable // STRIPS_AT_ONCE // max(row_bytes, 1), 1), height)
         rows = min(max(rows, self._rows_worth_their_costs(row_bytes, height)), band)
         self.strip_rows = rows if rows == band < height else self._whole_groups(rows)
