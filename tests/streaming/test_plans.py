@@ -23,6 +23,7 @@ from model_zoo import CASES, draw_weights, image, kl, wan
 from network_helpers import random_network, run_network
 from torch import Tensor, nn
 
+from comfyui_patchconv.files.vae import random_vae
 from comfyui_patchconv.memory.sizes import allocator_bytes
 from comfyui_patchconv.streaming import Streamed, Tuning, call, expect, peak_activations, stream, streamed
 from comfyui_patchconv.streaming.call import Call
@@ -433,6 +434,30 @@ def test_thin_maps_come_in_smaller_strips_unless_there_is_memory_to_spare() -> N
     assert unbounded.in_strips
     assert bounded.in_strips
     assert unbounded.peak < 0.85 * bounded.peak < 0.85 * bounded.eager
+
+
+def test_large_weights_between_thin_maps_do_not_keep_strips_high() -> None:
+    """Each strip brings weights into the backend's order; without a budget that is no reason for strips that take more
+    than all else."""
+
+    def thin() -> list[nn.Module]:
+        return [layer for _ in range(10) for layer in (nn.Conv2d(96, 96, 3, padding=1), nn.ReLU())]
+
+    wide = [nn.Conv2d(96, 512, 8, stride=8), *[nn.Conv2d(512, 512, 3, padding=1) for _ in range(4)]]
+    model = nn.Sequential(
+        nn.Conv2d(3, 96, 3, padding=1), *thin(), *wide, nn.ConvTranspose2d(512, 96, 8, stride=8), *thin()
+    )
+    expected = expect(model, lambda copy, make: copy(make((1, 3, 512, 512))), device=CPU)
+    assert expected.in_strips
+    assert expected.peak < 0.5 * expected.eager
+
+
+def test_smaller_strips_are_tried_before_eager_is_chosen() -> None:
+    """In strips that suit a CPU a small picture would take more than eager does."""
+    decoder = random_vae().decoder
+    expected = expect(decoder, lambda copy, make: copy(make((1, 4, 32, 32))), device=CPU)
+    assert expected.in_strips
+    assert expected.peak < 0.7 * expected.eager
 
 
 def test_never_worse_than_eager() -> None:

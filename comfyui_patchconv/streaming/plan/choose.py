@@ -22,7 +22,7 @@ _SLOWER = 1.25
 """How much longer strips may take where eager fits."""
 
 _MODEST = 0.35
-"""The part of eager's memory above which smaller strips than suit the device are tried, where there is no budget."""
+"""The part of what eager's maps take above which smaller strips than suit the device are tried without a budget."""
 
 _MUCH = 0.1
 """Of what a schedule takes, the part that strips have to be for smaller ones to be tried."""
@@ -49,19 +49,10 @@ def choose(
     if tuning.always:
         return in_strips(roots, keep, tuning, budget, held, room, ranks)
     eager = eager_schedule(roots, keep, held)
-    schedule = in_strips(roots, keep, tuning, budget, held, room, ranks, _SLOWER * eager.seconds)
+    longest = _SLOWER * eager.seconds
+    schedule = in_strips(roots, keep, tuning, budget, held, room, ranks, longest)
     device_type = max(roots, key=lambda node: node.bytes).device.type
-    slack = allocator_bytes(device_type)
-    with_slack = eager.peak + (slack if eager.peak > slack else 0)
-    if budget is None or with_slack <= budget:
-        better = eager.peak <= schedule.peak or _SLOWER * eager.seconds < schedule.seconds / ranks
-    else:  # neither may fit: eager where it is sure to take less, and more than nothing
-        better = slack < eager.peak <= schedule.peak - slack
-    if better:
-        return replace(eager, peak=with_slack)
-    if tuning.strip_bytes is not None:
-        return schedule
-    longest, offered = _SLOWER * eager.seconds, schedule.offloaded_at_once
+    slack, offered = allocator_bytes(device_type), schedule.offloaded_at_once
 
     def smaller(part: float) -> Optional[Schedule]:
         strips = replace(tuning, strip_share=part)
@@ -69,20 +60,27 @@ def choose(
         slow = budget is None and found.seconds > ranks * longest
         return None if slow or (budget is not None and found.offloaded_at_once > max(offered, room())) else found
 
-    wanted = _MODEST * eager.peak if budget is None else budget
-    return _in_smaller_strips(schedule, wanted, suitable_bytes(tuning, device_type), smaller)
+    if tuning.strip_bytes is None:
+        wanted = _MODEST * eager.stored if budget is None else budget
+        schedule = _in_smaller_strips(schedule, wanted, suitable_bytes(tuning, device_type), slack, smaller)
+    with_slack = eager.peak + (slack if eager.peak > slack else 0)
+    if budget is None or with_slack <= budget:
+        better = eager.peak <= schedule.peak or longest < schedule.seconds / ranks
+    else:  # neither may fit: eager where it is sure to take less, and more than nothing
+        better = slack < eager.peak <= schedule.peak - slack
+    return replace(eager, peak=with_slack) if better else schedule
 
 
 def _in_smaller_strips(
-    schedule: Schedule, wanted: float, usual: int, smaller: Callable[[float], Optional[Schedule]]
+    schedule: Schedule, wanted: float, usual: int, slack: int, smaller: Callable[[float], Optional[Schedule]]
 ) -> Schedule:
     """A schedule, or what takes less in smaller strips, if it takes over `wanted` bytes. usual: of strips that suit the
-    device. smaller: plans for a part of these; None for what is no good."""
+    device. slack: of the allocator, which all count. smaller: plans for a part of these; None for what is no good."""
     for part in _SMALLER:
         if schedule.peak <= wanted or usual < _MUCH * schedule.peak:
             break
         found = smaller(part)
-        if found is not None and found.peak < _WORTH * schedule.peak:
+        if found is not None and found.peak - slack < _WORTH * (schedule.peak - slack):
             schedule = found
     return schedule
 

@@ -122,7 +122,7 @@ class Sweep:
         """
         maps = max(sum(node.bytes for node in self.way.order), 1)
         weights = sum(node.step.weight_bytes for node in self.way.order if node.step is not None)
-        rows = _WEIGHTS * weights * height // maps
+        rows = int(_WEIGHTS * self._tuning.strip_share * weights * height / maps)
         if self.way.device.type != "cpu":
             rows = max(rows, _STEP_BYTES_ELSEWHERE * len(self.way.order) * height // maps)
         for node in self.way.order:
