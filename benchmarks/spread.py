@@ -44,7 +44,7 @@ from comfyui_patchconv.streaming import Streamed, Tuning, expect
 from comfyui_patchconv.streaming.graph.node import Node
 from comfyui_patchconv.streaming.plan.bands import band
 from comfyui_patchconv.streaming.plan.schedule import InTurn, Pass, Schedule
-from comfyui_patchconv.streaming.spread.bands import moves_before
+from comfyui_patchconv.streaming.spread.moves import moves_before
 from comfyui_patchconv.streaming.spread.together import BYTES_AT_ONCE
 
 MB = 1e6

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .geometry import strips
+from .halo import strips
 from .partial import partial_convolution
 
 _STEPS = 8  # of smoothing at each size, for what the coarser size's blocks leave

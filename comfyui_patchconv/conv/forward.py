@@ -15,7 +15,7 @@ from ..memory.allocator import keep_freed_blocks, release
 from ..memory.errors import is_out_of_memory
 from . import onednn, videos
 from .backward import Differentiable, OwnWaysError
-from .geometry import Axis, Window, equal_strips
+from .halo import Axis, Window, equal_strips
 from .strip_sizes import legal_rows, strip_rows
 from .tiling import Convolution, Tiling, padding_of
 from .transforms import is_compiled, is_traced, transformed

@@ -1,4 +1,4 @@
-"""How a convolution is cut into strips: what `convert_model` sets, and what a strip's geometry is made of."""
+"""How a convolution is cut into strips: what `convert_model` sets, and what its rows are worked out from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 from torch import nn
 
-from .geometry import Axis
+from .halo import Axis
 from .strip_sizes import DEFAULT_THRESHOLD, MAX_ELEMENTS
 from .transforms import is_compiled
 

@@ -1,1 +1,1 @@
-"""What both hosts share: halves of a VAE, streaming, estimates, figures and charts. Imports no host."""
+"""What both hosts share: halves of a VAE, streaming, the memory a host is told of, figures, charts. Imports none."""

@@ -4,34 +4,36 @@ One decode, from `stream()` to the last strip:
 
 1. `stream(vae)` puts a method in the place of `decode` on the object's class (`target.Entry`), so that copies of the
    object carry nothing of ours. Its call arrives at `Streamed.call`, which asks `fallback.eager_reason` whether
-   something rules streaming out, such as an input that requires gradients, and begins a `Call`. A small call that is
-   like an earlier one, for which eager was best, is left to eager.
+   something rules streaming out, such as an input that requires gradients. A small call that is like an earlier one,
+   for which eager was best, is left to eager, too. Any other begins a `Call`.
 
 2. record. `Call.run` wraps the maps among the arguments in `record.lazy.LazyTensor`s and calls the program, once. Each
    operator on one of these arrives at `Recorder.call`. It asks `record.shapes` what the result looks like, and the
-   table in `record.operators` how its rows come of rows: the answer is a `graph.node.Node` with a `Step`, whose
-   `needs(first, last)` says in integers which input rows output rows are made of. Nothing is computed. A view is a
-   `record.lazy.View` of a `Cell`, a piece of memory as eager would have it; a write gives the cell another node
-   (`record.views`). Weights are held as the call saw them: `record.memory` copies what is about to be written to.
+   table in `record.operators` which rows of its inputs its rows are made of: the answer is a `graph.node.Node` with a
+   `Step`, whose `needs(first, last)` says so in integers. Nothing is computed. An operator that the table does not
+   know becomes a step that takes all of its inputs (`graph.steps.Whole`). A view is a `record.lazy.View` of a `Cell`,
+   a piece of memory as eager would have it; a write gives the cell another node (`record.views`). Weights are held as
+   the call saw them: `record.memory` copies what is about to be written to.
 
-3. A value is demanded: the call is over, or `.item()`, NumPy or an operator that nobody knows needs it now.
-   `Call.evaluate` gets the nodes that are wanted (`roots`) and those that the program may still ask for (`keep`).
+3. A value is demanded: the call is over, or `.item()`, NumPy or an operator that looks at values needs it now.
+   `Call.evaluate` gets the nodes that are wanted (`roots`) and those that the program may still read (`keep`).
 
-4. plan. Integers in, a `plan.schedule.Schedule` out, or the one of an earlier call whose graph was alike. `plan.choose`
-   tries a few schedules and keeps the best; `plan.passes` decides for one of them which passes there are and what each
-   of them stores: what a step needs whole, what statistics are wanted of, and what later steps read (`plan.kept`,
-   `plan.reduced`). `plan.lifetimes` knows what is stored until when, `plan.placement` what is offloaded. `plan.way` has
-   the steps of a pass, and `plan.sweep` counts it: how many rows at once, which lie between two strips, what that
-   takes; `plan.cost` reckons its time. `plan.eagerly` counts the same graph as eager runs it, and eager's schedule is
-   taken where it is not worse.
+4. plan. Integers in, a `plan.schedule.Schedule` out, or the one of an earlier call whose graph was alike.
+   `plan.choose` tries a few schedules and keeps the best; `plan.passes` decides for one of them which passes there are
+   and what each of them stores: what a step needs whole, what statistics are wanted of, and what later steps read
+   (`plan.for_later`, `plan.reduced`). `plan.lifetimes` knows what is stored until when, `plan.placement` what is
+   offloaded. `plan.way` has the steps between stored maps and what a pass is made for, and `plan.sweep` counts it: how
+   many rows at once, which rows line buffers hold, what that takes; `plan.cost` reckons its time. `plan.eagerly`
+   counts the same graph as eager runs it, and eager's schedule is taken where it is not worse.
 
-5. execute. `execute.loop.Loop` goes through the schedule's passes, and `_PassLoop` through a pass's strips.
+5. execute. `execute.loop.Loop` goes through the schedule's passes, and `pass_loop.PassLoop` through a pass's strips.
    `execute.strips.Rows` says which rows of which step a strip computes, and which of them the next one will read again
-   (line buffers). A strip's last rows go to the stored map (`execute.stored`), which lies on the device, in host memory
-   or in a file (`execute.offloaded`, `execute.copies`), and to the statistics of the norm behind it
-   (`graph.statistics`). Where a first strip does not fit, the pass begins again in strips of half the rows.
+   (line buffers). The rows of a strip's targets go to stored maps (`execute.stored`), which lie on the device, in host
+   memory or in a file (`execute.offloaded`, `execute.copies`), and to the statistics of the norm behind it
+   (`graph.statistics`). Where one of the first two strips does not fit, the pass begins again in strips of half the
+   rows.
 
-6. The nodes now have values. When the call ends, `Recorder.finish` makes ordinary tensors of all deferred ones that the
+6. The nodes now have values. When the call ends, `record.values` makes ordinary tensors of all deferred ones that the
    program still has: the same objects.
 
 Where several ranks make the call (`group`), `spread.agree` has all follow the schedule of rank 0, each rank runs the
@@ -90,7 +92,7 @@ class Streamed:
     `streamed`.
 
     budget: may be changed between calls; a schedule is kept as long as it suits. calls: how many had something to
-    stream. last: the last that was recorded; a small call that is like one that ran eagerly is not. ran_eagerly:
+    stream. last: the `Call` that was recorded last; a small one that is left to eager is not recorded. ran_eagerly:
     whether the last one did all as eager does, for strips would be no help: as much memory, or much longer. sent,
     messages: bytes that this rank has sent to others of its group, and in how many pieces.
     """

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from comfyui_patchconv.streaming import Streamed, stream, streamed
-from comfyui_patchconv.streaming.execute import loop
+from comfyui_patchconv.streaming.execute import pass_loop
 from comfyui_patchconv.streaming.execute.copies import SideStreams
 
 from .helpers import SMALL, apart, assert_near, drawn, exactly, vae
@@ -129,7 +129,7 @@ def test_the_host_does_not_wait_within_a_sweep(gpu: torch.device, part: str, mon
         input = drawn(gpu, *((1, 4, 12, 8) if part == "decode" else (1, 3, 96, 64)))
     else:
         function, input = padded(part), drawn(gpu, 1, 4, 256, 192)
-    runner, passes, run = Streamed(tuning=SMALL), [], loop._PassLoop.compute
+    runner, passes, run = Streamed(tuning=SMALL), [], pass_loop.PassLoop.compute
 
     def guarded(one_pass: Any) -> None:
         with no_waiting():
@@ -138,7 +138,7 @@ def test_the_host_does_not_wait_within_a_sweep(gpu: torch.device, part: str, mon
 
     with torch.inference_mode():
         expected = runner.call(function, (input,), {})  # libraries may wait when they start
-        monkeypatch.setattr(loop._PassLoop, "compute", guarded)
+        monkeypatch.setattr(pass_loop.PassLoop, "compute", guarded)
         result = runner.call(function, (input,), {})
     assert passes
     assert apart(result, expected.double())[0] <= 1e-5

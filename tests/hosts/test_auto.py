@@ -15,8 +15,8 @@ from torch import Tensor
 from comfyui_patchconv import patched
 from comfyui_patchconv.hosts.auto import AutoForward
 from comfyui_patchconv.hosts.eager_needs import EagerNeeds
-from comfyui_patchconv.hosts.estimates import MARGIN, OF_FREE, AutoEstimate, Needs
 from comfyui_patchconv.hosts.figures import Figures
+from comfyui_patchconv.hosts.memory_used import MARGIN, OF_FREE, AutoEstimate, Needs
 from comfyui_patchconv.hosts.streamed import StreamedForward, Switch
 
 from .vae import VAE, Holder

@@ -38,7 +38,7 @@ from comfyui_patchconv.pixel_models.patch_diffusion import diffusion as patch_di
 from comfyui_patchconv.pixel_models.patch_diffusion.config import Config
 from comfyui_patchconv.pixel_models.patch_diffusion.model import PatchUNet
 from comfyui_patchconv.streaming import Streamed, Tuning, expect, stream, streamed
-from comfyui_patchconv.streaming.execute import loop
+from comfyui_patchconv.streaming.execute import pass_loop
 from comfyui_patchconv.streaming.suited import measured
 
 SECOND = torch.device("privateuseone", 0)  # which is how torch calls it before it has a name
@@ -298,7 +298,7 @@ class Waits(TorchDispatchMode):
 def waits(counter: Any) -> Answer:
     """What the host waits for within the passes of decodes and encodes; and that such a wait would have been noted."""
     vae: Any = draw_weights(kl(4)).to(SECOND)
-    kind: Any = loop._PassLoop
+    kind: Any = pass_loop.PassLoop
     frames, found, compute = Frames().to(SECOND), {}, kind.compute
     cases = (
         (vae, "decode", image(4, 24, 16)),

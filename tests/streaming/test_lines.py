@@ -14,7 +14,7 @@ from processes import ended
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comfyui_patchconv.conv.geometry import Axis
+from comfyui_patchconv.conv.halo import Axis
 from comfyui_patchconv.memory.usage import anonymous
 from comfyui_patchconv.streaming import Streamed, Tuning
 from comfyui_patchconv.streaming.execute import lines as lines_module

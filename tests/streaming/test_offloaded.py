@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from comfyui_patchconv.memory.usage import anonymous
 from comfyui_patchconv.streaming import Tuning, streamed
-from comfyui_patchconv.streaming.execute import loop
+from comfyui_patchconv.streaming.execute import loop, pass_loop
 from comfyui_patchconv.streaming.execute.offloaded import FileBuffer, is_borrowed, lasting
 
 SMALL = Tuning(strip_bytes=20_000, allocator_bytes=0, always=True)
@@ -61,7 +61,7 @@ def test_what_a_pass_held_is_freed_before_the_next_step(monkeypatch: pytest.Monk
     """Its line buffers, and the maps that it stored and nothing reads any more."""
     passes: list[Any] = []
     alive: list[int] = []
-    finish, apply = loop._PassLoop.finish, loop.Loop._apply
+    finish, apply = pass_loop.PassLoop.finish, loop.Loop._apply
 
     def finished(one_pass: Any) -> None:
         passes.append(weakref.ref(one_pass))
@@ -71,7 +71,7 @@ def test_what_a_pass_held_is_freed_before_the_next_step(monkeypatch: pytest.Monk
         alive.append(sum(one() is not None for one in passes))
         apply(self, step)
 
-    monkeypatch.setattr(loop._PassLoop, "finish", finished)
+    monkeypatch.setattr(pass_loop.PassLoop, "finish", finished)
     monkeypatch.setattr(loop.Loop, "_apply", applied)
     weight = torch.randn(4, 4, 3, 3)
 

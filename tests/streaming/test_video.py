@@ -403,7 +403,7 @@ def test_normalised_chunks_go_one_after_the_other(monkeypatch: pytest.MonkeyPatc
     x = image(8, 12, 64, 16)
     with torch.no_grad():
         assert_same(called(model.decode, x)[0], model.decode(x), 1e-5)
-    for owner, step in ((passes, "kept_for_later"), (passes.Passes, "_store_part")):
+    for owner, step in ((passes, "stored_for_later"), (passes.Passes, "_store_part")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, step, lambda *_: [])
             assert called(model.decode, image(8, 40, 64, 16))[1].stored > 1.2 * calls[3].stored

@@ -19,9 +19,9 @@ from ..attributes import FORGE_CASTS
 from ..auto import AutoForward, OnChoice
 from ..clones import Wrapper
 from ..eager_needs import EagerNeeds
-from ..estimates import AutoEstimate, Estimate, Needs, StreamEstimate, StripEstimate, needs_of
 from ..figures import Figures, StripCount
 from ..halves import half_of
+from ..memory_used import AutoEstimate, Estimate, Needs, StreamEstimate, StripEstimate, needs_of
 from ..modes import RunMode
 from ..streamed import StreamedForward, Switch
 from .host import Host

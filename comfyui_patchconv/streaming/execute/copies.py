@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from ...memory.errors import is_out_of_memory
+from ..plan.schedule import STRIPS_LEAVING
 
 
 class Arrival(Protocol):
@@ -34,6 +39,41 @@ class Copies(Protocol):
 
     def await_on_device(self, arrival: Arrival) -> None:
         """Have the work that this thread gives the device from now on wait for a copy; the host goes on."""
+
+
+class Leaving:
+    """Tensors on their way from a device to its host, in order: each keeps its memory until it is known to be there."""
+
+    def __init__(self, copies: Copies) -> None:
+        self._copies = copies
+        self._tensors: deque[tuple[Tensor, Tensor, Arrival]] = deque()
+
+    def make_way(self) -> None:
+        """Wait until one more may leave: before it takes memory of its own."""
+        self.wait(STRIPS_LEAVING - 1)
+
+    def add(self, target: Tensor, source: Tensor) -> None:
+        """Have `source`, which nothing may write to any more, copied to `target`, which lies on the host."""
+        self._tensors.append((target, source, self._copies.start(target, source)))
+
+    def has(self, target: Tensor) -> bool:
+        """Whether something may still be on its way to `target`."""
+        return any(one is target for one, _, _ in self._tensors)
+
+    def wait(self, but_for: int = 0) -> None:
+        """Wait until no more than so many are leaving."""
+        while len(self._tensors) > but_for:
+            self._tensors[0][2].synchronize()
+            self._tensors.popleft()
+
+
+def if_there_is_room(start: Callable[[], object]) -> None:
+    """Have something come that will be wanted next, unless memory runs out: then it comes when it is wanted."""
+    try:
+        start()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
 
 
 class SideStreams:

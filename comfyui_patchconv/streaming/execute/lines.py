@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import Optional, Union
 
 import torch
 from torch import Tensor
 
-from ...memory.errors import is_out_of_memory
 from ...memory.mapped import MappedFile
 from ..graph.node import Node
-from ..plan.schedule import STRIPS_LEAVING
-from .copies import Arrival, copies_of
+from .copies import Arrival, Leaving, copies_of, if_there_is_room
 from .offloaded import dense, lasting, no_room
 
 _ALIGNED = 64
@@ -97,9 +94,9 @@ class _InHostMemory:
     """Rows in host memory. They leave while the device goes on, and come while it reads those of the step before."""
 
     def __init__(self, device: torch.device) -> None:
-        self._leaving: deque[tuple[Node, Tensor, Arrival]] = deque()
-        self._coming: dict[Node, tuple[Tensor, Arrival]] = {}
         self._device, self._copies = device, copies_of(device)
+        self._leaving = Leaving(self._copies)
+        self._coming: dict[Node, tuple[Tensor, Arrival]] = {}
 
     def room(self, size: int) -> Tensor:
         """So many bytes, which nothing else uses."""
@@ -107,9 +104,8 @@ class _InHostMemory:
 
     def offload(self, node: Node, kept: Tensor, rows: Tensor) -> None:
         """Have the values of `rows` in `kept`, a part of a room, once all have left, or are fetched."""
-        self._wait(STRIPS_LEAVING - 1)
-        rows = dense(rows.new_empty(rows.numel()), rows).copy_(rows)  # which nothing writes to until it has left
-        self._leaving.append((node, rows, self._copies.start(kept, rows)))
+        self._leaving.make_way()
+        self._leaving.add(kept, dense(rows.new_empty(rows.numel()), rows).copy_(rows))
 
     def fetch(self, node: Node, line: Tensor) -> Tensor:
         """What was kept, on the device."""
@@ -121,31 +117,21 @@ class _InHostMemory:
 
     def prefetch(self, node: Node, line: Tensor) -> None:
         """This will be fetched next: it may come now, where there is room."""
-        if node in self._coming:
-            return
-        try:
-            self._start(node, line)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
+        if node not in self._coming:
+            if_there_is_room(lambda: self._start(node, line))
 
     def _wait_for_all(self) -> None:
         """Wait for all that are on their way; what came for nothing is freed."""
-        self._wait(0)
+        self._leaving.wait()
         for _, arrival in self._coming.values():
             arrival.synchronize()
         self._coming.clear()
 
     def _start(self, node: Node, line: Tensor) -> None:
-        if any(one is node for one, _, _ in self._leaving):
-            self._wait(0)
+        if self._leaving.has(line):
+            self._leaving.wait()
         rows = torch.empty_like(line, device=self._device)
         self._coming[node] = rows, self._copies.start(rows, line)
-
-    def _wait(self, but_for: int) -> None:
-        """Wait until no more than so many are leaving."""
-        while len(self._leaving) > but_for:
-            self._leaving.popleft()[2].synchronize()
 
     def __del__(self) -> None:
         self._wait_for_all()  # what is on its way writes to memory that is freed now

@@ -7,18 +7,15 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections import deque
 from typing import Optional, Union
 
 import torch
 from torch import Tensor
 
-from ...memory.errors import is_out_of_memory
 from ...memory.mapped import MappedFile
 from ...memory.usage import free
 from ..graph.node import dense_strides
-from ..plan.schedule import STRIPS_LEAVING
-from .copies import Arrival, Copies, copies_of
+from .copies import Arrival, Copies, Leaving, copies_of, if_there_is_room
 
 
 class HostBuffer:
@@ -29,8 +26,7 @@ class HostBuffer:
     """
 
     def __init__(self, copies: Copies, dim: int = -2) -> None:
-        self._copies, self._dim = copies, dim
-        self._leaving: deque[tuple[Tensor, Arrival]] = deque()
+        self._copies, self._dim, self._leaving = copies, dim, Leaving(copies)
         self._fetched: dict[int, _Fetched] = {}  # strips that are on the device too, or come there, by their first row
 
     def offload(self, strip: Tensor) -> Tensor:
@@ -41,9 +37,9 @@ class HostBuffer:
         repeats = any(stride == 0 and side > 1 for stride, side in zip(strip.stride(), strip.shape))
         if is_borrowed(strip) or repeats:
             strip = strip.clone()
-        self._wait(STRIPS_LEAVING - 1)
+        self._leaving.make_way()
         copy = self._copies.room(strip)
-        self._leaving.append((strip, self._copies.start(copy, strip)))
+        self._leaving.add(copy, strip)
         return copy
 
     def fetch(self, start: int, strip: Tensor, device: torch.device) -> Tensor:
@@ -54,11 +50,7 @@ class HostBuffer:
     def prefetch(self, start: int, strip: Tensor, device: torch.device) -> None:
         """The strip from row `start` on is the one that will be read next: it may come now, where there is room."""
         if start not in self._fetched:
-            try:
-                self._start(start, strip, device)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
+            if_there_is_room(lambda: self._start(start, strip, device))
 
     def _start(self, start: int, strip: Tensor, device: torch.device) -> _Fetched:
         self.wait()
@@ -75,13 +67,7 @@ class HostBuffer:
 
     def wait(self) -> None:
         """Wait for all strips that are leaving."""
-        self._wait(0)
-
-    def _wait(self, but_for: int) -> None:
-        """Wait until no more than so many strips are leaving."""
-        while len(self._leaving) > but_for:
-            self._leaving[0][1].synchronize()
-            self._leaving.popleft()
+        self._leaving.wait()
 
     def discard(self, strip: Tensor) -> None:
         """The memory of a strip is freed with it."""

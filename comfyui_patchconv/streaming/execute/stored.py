@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from operator import itemgetter
 from typing import Optional, Union
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...memory.mapped import MappedFile
 from ..graph.node import Node, Span, dense_strides, in_order
+from ..graph.steps import rows_of
 from .offloaded import FileBuffer, HostBuffer, buffer_for, is_borrowed, no_room
 
 
@@ -64,7 +65,7 @@ class StoredStrips:
             if buffer is not None:
                 strip = buffer.fetch(start, strip, self.node.device)
             low, high = max(first - start, 0), min(last, start + rows) - start
-            found.append((start + low, strip if (low, high) == (0, rows) else strip.narrow(dim, low, high - low)))
+            found.append((start + low, rows_of(strip, dim, low, high)))
         if buffer is not None and last >= self.end:
             buffer.release(self.end)
         parts = [values for _, values in (sorted(found, key=itemgetter(0)) if self.beside else found)]
@@ -149,6 +150,15 @@ def joined(stored: StoredStrips, band: Span, inference: bool) -> Tensor:
         if dense is not None:
             result = torch.empty_strided(shape, dense, dtype=node.dtype, device=node.device)
         return result.copy_(stored.read(*band))
+
+
+def whole_of(node: Node, stored: Mapping[Node, Union[StoredTensor, StoredStrips]]) -> Tensor:
+    """A map that is there in one tensor: an argument, or one that is stored so."""
+    if node.tensor is not None:
+        return node.tensor
+    whole = stored[node]
+    assert isinstance(whole, StoredTensor)
+    return whole.tensor
 
 
 def no_rows(node: Node, dim: int) -> Tensor:

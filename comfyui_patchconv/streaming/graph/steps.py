@@ -13,10 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...conv.geometry import Axis
+from ...conv.halo import Axis
 from .node import Span, Step
 
 Pieces = Sequence[Tensor]
+
+
+def rows_of(values: Tensor, dim: int, first: int, last: int) -> Tensor:
+    """Rows `[first, last)` along `dim`: the tensor itself where these are all."""
+    return values if (first, last) == (0, values.shape[dim]) else values.narrow(dim, first, last - first)
 
 
 class RowLocal(Step):
@@ -198,9 +203,8 @@ class Resample(Step):
 
     def compute(self, first: int, last: int, pieces: Pieces) -> Tensor:
         ((low, _),) = self.needs(first, last)
-        result, start = self.call(pieces[0]), first - low // self.down * self.up
-        whole = start == 0 and result.shape[self.dim] == last - first
-        return result if whole else result.narrow(self.dim, start, last - first)
+        start = first - low // self.down * self.up
+        return rows_of(self.call(pieces[0]), self.dim, start, start + last - first)
 
 
 class Regroup(Step):
@@ -224,8 +228,7 @@ class Regroup(Step):
     def compute(self, first: int, last: int, pieces: Pieces) -> Tensor:
         low, high = first // self.unit_out * self.unit_out, -(-last // self.unit_out) * self.unit_out
         shape = [*self.shape[: self.to_dim], high - low, *self.shape[self.to_dim + 1 :]]
-        result = pieces[0].reshape(shape)
-        return result if (low, high) == (first, last) else result.narrow(self.to_dim, first - low, last - first)
+        return rows_of(pieces[0].reshape(shape), self.to_dim, first - low, last - low)
 
     @classmethod
     def between(cls, shape: Sequence[int], dim: int, to: Sequence[int]) -> Optional[Regroup]:

@@ -8,8 +8,8 @@ from typing import Any, Optional
 from ..graph.node import Node
 from .bands import cut_for
 from .cost import seconds_of
+from .for_later import half_or_less, parts_of, stored_for_later
 from .in_turn import can_be_in_turn, pieces_of, workspace_of
-from .kept import half_or_less, kept_for_later, parts_of
 from .lifetimes import Lifetimes
 from .placement import Placement
 from .reduced import reductions_of, with_reductions
@@ -108,15 +108,15 @@ class Passes:
         ((source, dim),) = reduction.by_rows
         alone = [Target(source, stored=False, reductions=[reduction])]
         if self._maps.is_there(source):
-            self._run_pass([Target(source, stored=False, reductions=reductions_of(source, dim, self._maps))])
+            self._add_pass([Target(source, stored=False, reductions=reductions_of(source, dim, self._maps))])
         elif self._leave_unstored(source):
-            self._run_pass(alone)
+            self._add_pass(alone)
         elif self._is_made_for(reduction, source):
             self._pass_to(alone)
         else:
             self._store([source])
         if reduction not in self._maps.stored:  # its input was stored with the map that it is a part of
-            self._run_pass([Target(source, stored=False, reductions=[reduction])])
+            self._add_pass([Target(source, stored=False, reductions=[reduction])])
 
     def _is_made_for(self, reduction: Node, source: Node) -> bool:
         """Whether a reduction's input arranges what it reads of several maps, and nothing else reads it."""
@@ -154,7 +154,7 @@ class Passes:
         steps = self._maps.steps_to([part])
         freed = self._maps.freed_after(steps, set(steps))
         if 2 * part.bytes <= freed:
-            kept = sum(node.bytes for node in kept_for_later([part], self._maps))
+            kept = sum(node.bytes for node in stored_for_later([part], self._maps))
             if part.bytes + kept <= freed:
                 self._store([part])
 
@@ -164,7 +164,7 @@ class Passes:
         self._cut(nodes)
         if self._ranks > 1:
             self._cut_for_bands(nodes)
-        self._run_pass(targets + [self._maps.target(node) for node in kept_for_later(nodes, self._maps)])
+        self._add_pass(targets + [self._maps.target(node) for node in stored_for_later(nodes, self._maps)])
 
     def _cut(self, roots: Sequence[Node]) -> None:
         """Where a pass takes less as two, because small maps with large weights want large strips and large maps small
@@ -172,12 +172,12 @@ class Passes:
         sweep = self._sweep(roots)
         if len({node.rows for node in sweep.way.order}) < 2:
             return
-        wanted = [*roots, *kept_for_later(roots, self._maps)]
+        wanted = [*roots, *stored_for_later(roots, self._maps)]
         best, cut = self._tuning.worth_a_cut * self._sweep(wanted).workspace, None
         for frontier in sweep.way.frontiers:
             size = sum(self._placement.bytes_of(self._maps.target(node)) for node in frontier)
             if size < best and self._maps.recomputed_everywhere.isdisjoint(frontier):
-                first = [*frontier, *kept_for_later(frontier, self._maps)]
+                first = [*frontier, *stored_for_later(frontier, self._maps)]
                 behind = [node for node in wanted if node not in first]
                 peak = max(self._sweep(first).workspace, size + self._sweep_behind(first, behind).workspace)
                 if peak < best:
@@ -214,7 +214,7 @@ class Passes:
     def _sweep_along(self, way: Way) -> Sweep:
         return Sweep(way, self._tuning, self._budget, self._placement.offloaded, self._ranks, self._spare)
 
-    def _run_pass(self, targets: list[Target]) -> None:
+    def _add_pass(self, targets: list[Target]) -> None:
         """Count a pass, with all reductions that it can gather on the way."""
         maps = self._maps
         targets = with_reductions(targets, self._sweep_of(targets).way.order, maps)
@@ -229,9 +229,9 @@ class Passes:
         shrinking = [node for node in freed if node in read and not maps.stored[node].whole]
         lines = self._placement.place(new, reductions, [maps.stored[node] for node in shrinking], sweep)
         self._release(freed)
-        self._add(sweep.as_pass(targets, shrinking, freed, lines), sweep)
+        self._append(sweep.as_pass(targets, shrinking, freed, lines), sweep)
 
-    def _add(self, one_pass: Pass, sweep: Sweep) -> None:
+    def _append(self, one_pass: Pass, sweep: Sweep) -> None:
         way = sweep.way
         self.schedule.steps.append(one_pass)
         self.schedule.work += way.work

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Optional
 
 from ..graph.node import Node
-from .kept import is_part
+from .for_later import is_part
 from .lifetimes import Lifetimes
 from .schedule import Target
 

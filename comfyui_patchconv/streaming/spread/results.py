@@ -10,7 +10,7 @@ from torch import Tensor
 from ..plan.bands import band
 from ..plan.schedule import USUAL
 from .ranks import Ranks, bytes_of
-from .together import BYTES_AT_ONCE, rows_of
+from .together import BYTES_AT_ONCE, tensor_of
 
 
 class InBands:
@@ -81,5 +81,5 @@ def _received(part: Band, ranks: Ranks) -> Tensor:
             rows = whole.narrow(part.dim, first, last - first)
             coming = ranks.room(rows.numel() * rows.element_size())
             ranks.exchange({}, {rank: coming})
-            rows.copy_(rows_of(coming, rows.shape, rows.dtype, rows.device))
+            rows.copy_(tensor_of(coming, rows.shape, rows.dtype, rows.device))
     return whole

@@ -14,7 +14,7 @@ from ..graph.node import Node, Span
 from ..graph.steps import Accumulator
 from ..plan.bands import band
 from ..plan.schedule import Pass
-from .bands import Move, bands_of, moves_before
+from .moves import Move, bands_of, moves_before
 from .ranks import Peers, bytes_of
 
 BYTES_AT_ONCE = 4 << 20
@@ -124,10 +124,10 @@ def _rows_of(received: Tensor, node: Node, dim: int) -> Tensor:
     shape = list(node.shape)
     shape[dim] = 1
     shape[dim] = received.numel() // max(prod(shape) * node.itemsize, 1)
-    return rows_of(received, shape, node.dtype, node.device)
+    return tensor_of(received, shape, node.dtype, node.device)
 
 
-def rows_of(received: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def tensor_of(received: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor from its bytes."""
     values = received.to(device)
     if values.storage_offset() % dtype.itemsize:  # it lies behind rows of another type

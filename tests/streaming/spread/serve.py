@@ -28,7 +28,7 @@ from allocations import allocated  # noqa: E402
 from cases import CASES  # noqa: E402
 
 from comfyui_patchconv.streaming import Band, InBands, Streamed, Tuning, gathered  # noqa: E402
-from comfyui_patchconv.streaming.execute import loop  # noqa: E402
+from comfyui_patchconv.streaming.execute import pass_loop  # noqa: E402
 from comfyui_patchconv.streaming.plan import choose  # noqa: E402
 from streaming.comparing import assert_alike, copied, seed_all, tensors_in  # noqa: E402
 
@@ -39,18 +39,18 @@ c10d: Any = dist
 @contextmanager
 def rows_at_once(most: int) -> Iterator[None]:
     """Within the block memory runs out where a strip has more rows of a step."""
-    compute = loop._PassLoop._compute
+    compute = pass_loop.PassLoop._compute
 
     def limited(self: Any, works: list[Any]) -> Any:
         if any(work.rows[1] - work.rows[0] > most for work in works):
             raise MemoryError("no more")
         return compute(self, works)
 
-    loop._PassLoop._compute = limited
+    pass_loop.PassLoop._compute = limited
     try:
         yield
     finally:
-        loop._PassLoop._compute = compute
+        pass_loop.PassLoop._compute = compute
 
 
 @contextmanager

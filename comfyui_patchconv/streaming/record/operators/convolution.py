@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ....conv import doubled, videos, winograd
-from ....conv.geometry import Axis
+from ....conv.halo import Axis
 from ...graph.node import Node, Span, Step
 from ...graph.steps import Convolve, ConvolveTransposed, Pieces, Resample
 from ..memory import Held

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ....conv.geometry import Axis
+from ....conv.halo import Axis
 from ...graph.node import Node, Span
 from ...graph.steps import Convolve, Pad, Pieces, Reduce, RowLocal
 from ..memory import Held

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ....conv.geometry import Axis
+from ....conv.halo import Axis
 from ...graph.node import Node
 from ...graph.steps import Convolve
 from .common import OperatorCall, default_dim, dim_of, each

@@ -9,7 +9,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from comfyui_patchconv.conv.geometry import Axis, Window, equal_strips, padded_row, strips
+from comfyui_patchconv.conv.halo import Axis, Window, equal_strips, padded_row, strips
 
 ZERO = -1
 AXES = st.builds(Axis, *[st.integers(1, 6)] + [st.integers(1, 4)] * 2, st.integers(0, 7), st.integers(0, 7))

@@ -7,14 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfyui_patchconv.conv.geometry import Axis
+from comfyui_patchconv.conv.halo import Axis
 from comfyui_patchconv.streaming.graph.node import Node
 from comfyui_patchconv.streaming.graph.steps import Convolve
 from comfyui_patchconv.streaming.plan import bands
 from comfyui_patchconv.streaming.plan.bands import band, reach
 from comfyui_patchconv.streaming.plan.choose import choose
 from comfyui_patchconv.streaming.plan.schedule import Pass, Target, Tuning
-from comfyui_patchconv.streaming.spread.bands import bands_of, moves_before
+from comfyui_patchconv.streaming.spread.moves import bands_of, moves_before
 
 
 def node(rows: int, kernel: int = 3, *inputs: Node) -> Node:

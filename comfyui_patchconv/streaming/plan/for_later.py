@@ -12,18 +12,18 @@ _FEW = 12
 """Steps that are few enough to take them twice."""
 
 
-def kept_for_later(targets: Sequence[Node], maps: Lifetimes) -> list[Node]:
+def stored_for_later(targets: Sequence[Node], maps: Lifetimes) -> list[Node]:
     """Maps on the way to `targets` that steps outside this pass read, too, and that are not cheap to recompute."""
     order = maps.steps_to(targets)
-    inside, kept = set(order), dict.fromkeys(targets)
+    inside, here = set(order), dict.fromkeys(targets)
     freeable: Optional[int] = None
     found: list[Node] = []
     for node in order:
-        outside = [] if node in kept else _readers_outside(node, inside, maps)
+        outside = [] if node in here else _readers_outside(node, inside, maps)
         if not outside:
             continue
         if node in maps.recomputed_everywhere:
-            wanted = [one for one in _made_of(node, outside, inside, maps) if one not in kept]
+            wanted = [one for one in _made_of(node, outside, inside, maps) if one not in here]
         else:
             parts = [reader for reader in outside if is_part(reader)]
             smaller = parts == outside and sum(part.bytes for part in parts) <= node.bytes
@@ -31,13 +31,13 @@ def kept_for_later(targets: Sequence[Node], maps: Lifetimes) -> list[Node]:
             size = sum(one.bytes for one in wanted)
             # What is cheap to recompute is stored only where that frees twice its bytes of what it is made of, here
             # and where it would be recomputed.
-            if _is_cheap(node, kept, maps):
+            if _is_cheap(node, here, maps):
                 freeable = maps.freed_after(order, inside) if freeable is None else freeable
                 if freeable < 2 * size or maps.freed_after(maps.steps_to([node]), inside) < 2 * size:
                     continue
         for one in wanted:
-            if one not in kept:
-                kept[one] = None
+            if one not in here:
+                here[one] = None
                 found.append(one)
     return found
 
@@ -103,12 +103,12 @@ def _made_of(node: Node, outside: Sequence[Node], inside: Collection[Node], maps
     return found
 
 
-def _is_cheap(node: Node, kept: Collection[Node], maps: Lifetimes) -> bool:
+def _is_cheap(node: Node, here: Collection[Node], maps: Lifetimes) -> bool:
     """Whether few and cheap steps make `node` of what is stored."""
     stack, seen = [node], 0
     while stack:
         one = stack.pop()
-        if maps.is_there(one) or one in kept or one in maps.recomputed_everywhere:
+        if maps.is_there(one) or one in here or one in maps.recomputed_everywhere:
             continue
         seen += 1
         if one.step is None or not (one.step.cheap or one.step.work <= 1) or one.step.takes_all or seen > _FEW:
