@@ -443,10 +443,10 @@ def test_large_weights_between_thin_maps_do_not_keep_strips_high() -> None:
     def thin() -> list[nn.Module]:
         return [layer for _ in range(10) for layer in (nn.Conv2d(96, 96, 3, padding=1), nn.ReLU())]
 
-    wide = [nn.Conv2d(96, 512, 8, stride=8), *[nn.Conv2d(512, 512, 3, padding=1) for _ in range(4)]]
-    model = nn.Sequential(
-        nn.Conv2d(3, 96, 3, padding=1), *thin(), *wide, nn.ConvTranspose2d(512, 96, 8, stride=8), *thin()
-    )
+    wide = [nn.Conv2d(512, 512, 3, padding=1) for _ in range(4)]
+    down, up = nn.Conv2d(96, 512, 8, stride=8), nn.ConvTranspose2d(512, 96, 8, stride=8)
+    first, last = nn.Conv2d(3, 96, 3, padding=1), nn.Conv2d(96, 3, 3, padding=1)
+    model = nn.Sequential(first, *thin(), down, *wide, up, *thin(), last)
     expected = expect(model, lambda copy, make: copy(make((1, 3, 512, 512))), device=CPU)
     assert expected.in_strips
     assert expected.peak < 0.5 * expected.eager
