@@ -1,7 +1,7 @@
 """One decode over several processes: what each takes, what it sends to the others, and how long it all takes.
 
     python benchmarks/spread.py measured [--size 256] [--ranks 1 2 3 4] [--rounds 3]
-    python benchmarks/spread.py beside [--size 256] [--ranks 2 3 4] [--rounds 1] [--by ours theirs]
+    python benchmarks/spread.py beside [--size 256] [--ranks 2 3 4] [--rounds 1] [--by ours ours_on_gpus theirs]
     python benchmarks/spread.py reckoned [--sizes 1024 2048] [--ranks 1 2 4 8 16 32 64]
 
 The decoder of Stable Diffusion's VAE at full width, with random weights, in float32.
@@ -13,8 +13,8 @@ what is reckoned for it.
 beside: the same decode by DistVAE, which has to be there (`pip install --no-deps distvae==0.1.0`). What it sends is
 counted at its calls of `torch.distributed`: a message to one rank once; of `all_gather`, what a rank has as often as
 there are others; of `all_reduce`, twice that share which is another's.
-reckoned: nothing is computed. The plan for so many ranks, and the rows that its passes read of others' bands, give each
-rank's peak, bytes and messages; `LINKS` what these take.
+reckoned: nothing is computed. The plan for so many ranks that are GPUs, and the rows that its passes read of others'
+bands, give each rank's peak, bytes and messages; `LINKS` what these take.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +44,22 @@ from comfyui_patchconv.memory.recorder import Recorder
 from comfyui_patchconv.streaming import Streamed, Tuning, expect
 from comfyui_patchconv.streaming.graph.node import Node
 from comfyui_patchconv.streaming.plan.bands import band
+from comfyui_patchconv.streaming.plan.everywhere import worth_a_byte
 from comfyui_patchconv.streaming.plan.schedule import InTurn, Pass, Schedule
 from comfyui_patchconv.streaming.spread.moves import moves_before
 from comfyui_patchconv.streaming.spread.together import BYTES_AT_ONCE
 
 MB = 1e6
 ALWAYS = Tuning(always=True)
+AS_ON_GPUS = replace(ALWAYS, worth_a_byte=worth_a_byte(ALWAYS, "cuda"))
+"""What is little to compute beside the bytes that are sent else is computed on all ranks, which a CPU leaves."""
 
 
 class Ours:
     """A decode by Patch Conv. sent, messages: see `Streamed`."""
 
-    def __init__(self, decoder: nn.Module) -> None:
-        self._decoder, self._runner = decoder, Streamed(group=dist.group.WORLD, tuning=ALWAYS)
+    def __init__(self, decoder: nn.Module, tuning: Tuning) -> None:
+        self._decoder, self._runner = decoder, Streamed(group=dist.group.WORLD, tuning=tuning)
 
     def __call__(self, latent: Tensor) -> Tensor:
         return self._runner.call(self._decoder, (latent,), {})
@@ -108,9 +112,10 @@ def _of_messages(operations: Any) -> tuple[int, int]:
 
 
 def measured(decoder: nn.Module, latent: Tensor, rounds: int, by: str) -> dict[str, Any]:
-    """What one rank found. by: "ours" or "theirs"."""
+    """What one rank found. by: one of `NAMES`."""
     error, plain = 0.0, copy.deepcopy(decoder) if by == "theirs" else decoder  # that changes the decoder itself
-    decode = Ours(decoder) if by == "ours" else Theirs(decoder)
+    tuning = AS_ON_GPUS if by == "ours_on_gpus" else ALWAYS
+    decode = Theirs(decoder) if by == "theirs" else Ours(decoder, tuning)
     decode(latent)
     sent, messages, seconds, peaks = decode.sent, decode.messages, [], []
     for _ in range(rounds):
@@ -156,7 +161,7 @@ LINKS = {"NVLink 4": (450e9, 10e-6), "PCIe 4.0 x16": (25e9, 20e-6), "100 Gbit/s"
 """Bytes in a second, one way, and seconds for a message, assumed for each kind of link."""
 
 
-def planned(size: int, ranks: int) -> Schedule:
+def planned(size: int, ranks: int, tuning: Tuning = ALWAYS) -> Schedule:
     """The schedule of a decode that `ranks` do together."""
     found: list[Schedule] = []
     choose = calls_module.choose
@@ -169,7 +174,7 @@ def planned(size: int, ranks: int) -> Schedule:
     try:
         side = size // 8
         expect(random_vae().decoder, lambda copy, make: copy(make((1, 4, side, side))), device=torch.device("cpu"),
-               tuning=ALWAYS)  # fmt: skip
+               tuning=tuning)  # fmt: skip
     finally:
         calls_module.choose = choose
     return found[0]
@@ -182,6 +187,8 @@ def traffic(schedule: Schedule, ranks: int) -> tuple[list[int], list[int]]:
     stored: dict[Node, None] = {}
     for step in schedule.steps:
         if isinstance(step, Pass):
+            if step.everywhere:
+                continue
             moves = moves_before(step, stored, ranks)
             for move in moves:
                 size[move.owner] += move.bytes
@@ -217,7 +224,7 @@ def publish_reckoned(args: argparse.Namespace) -> None:
     for size in args.sizes:
         one = planned(size, 1).peak
         for ranks in args.ranks:
-            schedule = planned(size, ranks)
+            schedule = planned(size, ranks, AS_ON_GPUS)
             sent, messages = (max(found) for found in traffic(schedule, ranks))
             times = [1e3 * (messages * each + sent / bandwidth) for bandwidth, each in LINKS.values()]
             peaks = f"{schedule.peak / MB:.0f}", f"{schedule.peak / one:.3f}"
@@ -291,7 +298,7 @@ def publish_measured(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
-NAMES = {"ours": "Patch Conv", "theirs": "DistVAE 0.1.0"}
+NAMES = {"ours": "Patch Conv", "ours_on_gpus": "Patch Conv, as on GPUs", "theirs": "DistVAE 0.1.0"}
 
 
 def row_beside(ranks: int, by: str, found: list[dict[str, Any]]) -> list[str]:
@@ -315,7 +322,9 @@ def publish_beside(args: argparse.Namespace) -> None:
             if "error" in found:
                 raise SystemExit(found["error"])
             rows[str(ranks), NAMES[by]] = row_beside(ranks, by, found["ranks"])
-            keep_beside(title, [rows[key] for key in sorted(rows, key=lambda key: (key[0], key[1] != NAMES["ours"]))])
+            keep_beside(
+                title, [rows[key] for key in sorted(rows, key=lambda key: (key[0], key[1] == NAMES["theirs"], key[1]))]
+            )
 
 
 def keep_beside(title: str, rows: list[list[str]]) -> None:
@@ -325,7 +334,7 @@ def keep_beside(title: str, rows: list[list[str]]) -> None:
         "By the decoder of Stable Diffusion's VAE at full width, in float32, over processes of one thread each on one "
         f"machine of {os.cpu_count()} cores, by Gloo. Peaks are the largest of a rank, beyond weights and latent; what "
         "is sent is each rank's, the result's band to all others included. What DistVAE sends is counted at its calls "
-        "of torch.distributed.",
+        "of torch.distributed. As on GPUs: what leads to the attention's keys and values is computed on all ranks.",
         ["ranks", "by", "peak MB", "sent MB", "messages", "largest error"],
         rows,
         device="cpu",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from math import inf
-from typing import Optional
+from typing import NamedTuple, Optional
 
 from ...memory.sizes import allocator_bytes
 from ..graph.node import Node
 from .eagerly import eager_schedule
+from .everywhere import computed_by_all, worth_a_byte
 from .passes import Passes
 from .schedule import Schedule, Tuning
 from .sweep import suitable_bytes
@@ -29,6 +31,18 @@ _MUCH = 0.1
 
 _SMALLER = (1 / 2, 1 / 4, 1 / 8)
 """Of what suits the device, which parts: in smaller strips, calls of operators take longer than what they compute."""
+
+
+class Apart(NamedTuple):
+    """How several ranks go about what a step needs whole. in_turn: keys and values of attention stay in bands.
+    everywhere: maps that each of them computes whole."""
+
+    in_turn: bool = False
+    everywhere: Collection[Node] = ()
+
+
+_BANDS = Apart()
+"""Each sends its band of it to all others."""
 
 
 def choose(
@@ -92,10 +106,11 @@ def in_strips(
     """The schedule in strips: the first that stays within `budget`, and that finds `room` for what it offloads, of
     those that recompute nothing, then more and more of the large maps, and then are made for smaller budgets.
 
-    Where several ranks would have to offload, or do not fit, keys and values of attention go from rank to rank in turn
-    if that helps. Where none does, the one that offloads least, or one for a smaller budget that takes less. Without a
-    budget, the one of the lowest peak that takes each rank no longer than `seconds`, or than the one that recomputes
-    nothing.
+    Of several ranks, each computes what is little to compute beside the bytes that they would send else, where that
+    takes no more memory (`everywhere`). Where they would have to offload, or do not fit, keys and values of attention
+    go from rank to rank in turn if that helps. Where none does, the one that offloads least, or one for a smaller
+    budget that takes less. Without a budget, the one of the lowest peak that takes each rank no longer than `seconds`,
+    or than the one that recomputes nothing.
 
     keep, held: see `Lifetimes` and `Placement`. room: bytes that can be offloaded, asked where it matters. ranks: see
     `Placement`.
@@ -107,33 +122,58 @@ def in_strips(
         assert alone is not None
         spare = alone.peak // ranks
 
-    in_turn = False
+    def trial(
+        apart: Apart, size: Optional[int], budget: Optional[int], below: Optional[float] = None
+    ) -> Optional[Schedule]:
+        return Passes(roots, keep, tuning, budget, size, held, ways, ranks, spare, *apart).plan(below)
 
-    def trial(size: Optional[int], budget: Optional[int], below: Optional[float] = None) -> Optional[Schedule]:
-        return Passes(roots, keep, tuning, budget, size, held, ways, ranks, spare, in_turn).plan(below)
+    def planned(apart: Apart) -> Schedule:
+        schedule = trial(apart, None, budget)
+        assert schedule is not None
+        return schedule
 
-    first = trial(None, budget)
-    assert first is not None
+    def least(first: Schedule, apart: Apart) -> Schedule:
+        return _in_less(first, partial(trial, apart), budget, unused, max(ranks * seconds, first.seconds))
+
+    first, apart = planned(_BANDS), _BANDS
     unused = room() if first.offloaded_at_once else 0
     if budget is not None and ranks > 1 and (first.peak > budget or first.offloaded):
-        in_turn = True
-        turned = trial(None, budget)
-        assert turned is not None
-        in_turn = _saves(turned, first, budget, unused)
-        first = turned if in_turn else first
-    if budget is not None and first.peak <= budget and first.offloaded_at_once <= unused:
+        in_turn = planned(Apart(in_turn=True))
+        if _saves(in_turn, first, budget, unused):
+            first, apart = in_turn, Apart(in_turn=True)
+    best = least(first, apart)
+    device_type = max(roots, key=lambda node: node.bytes).device.type
+    by_all = computed_by_all(ways.steps_to(roots, (), 0), worth_a_byte(tuning, device_type)) if ranks > 1 else set()
+    if by_all:
+        apart = Apart(everywhere=by_all)
+        schedule = least(planned(apart), apart)
+        if schedule.peak <= max(best.peak, budget or 0) and schedule.offloaded <= best.offloaded:
+            return schedule
+    return best
+
+
+def _in_less(
+    first: Schedule,
+    trial: Callable[..., Optional[Schedule]],
+    budget: Optional[int],
+    room: int,
+    seconds: float,
+) -> Schedule:
+    """A schedule, or one that takes less because it recomputes more of the large maps, or is made for a smaller budget.
+    trial: plans for what is recomputed, a budget, and bytes to stay below. seconds: what it may take at most."""
+    if budget is not None and first.peak <= budget and first.offloaded_at_once <= room:
         return first
     best, chosen = first, None
     for size in sorted((size for size in first.recomputable_sizes if size >= first.peak / 8), reverse=True):
         schedule = trial(size, budget, _WORTH * best.peak if budget is None else None)
-        slow = budget is None and schedule is not None and schedule.seconds > max(ranks * seconds, first.seconds)
-        if schedule is None or slow or not _better(schedule, best, budget, unused):
+        slow = budget is None and schedule is not None and schedule.seconds > seconds
+        if schedule is None or slow or not _better(schedule, best, budget, room):
             break
         best, chosen = schedule, size
     # What is placed while there is room stays where it is: less of it leaves more for what has to be there.
     for smaller in () if budget is None or best.peak <= budget else (budget // 2, budget // 4):
         schedule = trial(chosen, smaller, _WORTH * best.peak)
-        if schedule is not None and schedule.offloaded_at_once <= max(unused, best.offloaded_at_once):
+        if schedule is not None and schedule.offloaded_at_once <= max(room, best.offloaded_at_once):
             best = schedule
     return best
 

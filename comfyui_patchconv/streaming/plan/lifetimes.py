@@ -12,10 +12,11 @@ from .way import Ways
 class Lifetimes:
     """The maps on the way to `roots`, each from when it is stored until nothing reads it any more.
 
-    keep: maps that the program may still ask for behind this schedule. order: the steps of the way. readers: those that
-    read a map. stored: how those are stored that are by now. recomputed_everywhere: the maps that are not stored, but
-    recomputed wherever they are read. in_turn: the attentions whose keys and values need not be whole. state: which
-    maps are stored, by the name that `ways` has for it.
+    keep: maps that the program may still ask for behind this schedule. order: the steps of the way. readers: those
+    that read a map. stored: how those are stored that are by now. recomputed_everywhere: the maps that are not stored,
+    but recomputed wherever they are read. everywhere: the maps that every rank is to compute whole. in_turn: the
+    attentions whose keys and values need not be whole. state: which maps are stored, by the name that `ways` has for
+    it.
     """
 
     def __init__(self, roots: Sequence[Node], keep: Sequence[Node], ways: Ways) -> None:
@@ -28,6 +29,7 @@ class Lifetimes:
                 self.readers.setdefault(source, []).append(node)
         self.stored: dict[Node, Target] = {}
         self.recomputed_everywhere: set[Node] = set()
+        self.everywhere: set[Node] = set()
         self.in_turn: set[Node] = set()
         self._to_read = {node: len(readers) for node, readers in self.readers.items()}
         self._done: set[Node] = set()
@@ -88,7 +90,7 @@ class Lifetimes:
         for reader in self.readers.get(node, ()):
             for source, dim in zip(reader.inputs, reader.dims):
                 whole = whole or (source is node and dim != node.dim and reader not in self.in_turn)
-        return Target(node, whole=whole, result=node in self.results)
+        return Target(node, whole=whole, result=node in self.results, everywhere=node in self.everywhere)
 
     def origin(self, node: Node) -> Node:
         """What to store for `node`: the map that it shows a part of, where others read that too; else itself."""

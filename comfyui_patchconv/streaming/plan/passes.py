@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Optional
 
 from ..graph.node import Node
 from .bands import cut_for
 from .cost import seconds_of
+from .everywhere import read_whole
 from .for_later import half_or_less, parts_of, stored_for_later
 from .in_turn import can_be_in_turn, pieces_of, workspace_of
 from .lifetimes import Lifetimes
@@ -23,19 +24,21 @@ class Passes:
 
     keep: see `Lifetimes`. budget, held, ranks: see `Placement`. recomputed_from: maps of so many bytes that are cheap
     to recompute from a smaller one are recomputed wherever they are read; None for never. spare: see `Sweep`. in_turn:
-    keys and values of attention are whole on no rank where that can be.
+    keys and values of attention are whole on no rank where that can be. everywhere: maps that every rank computes
+    whole, with all that they are made of.
     """
 
     def __init__(
         self, roots: Sequence[Node], keep: Sequence[Node], tuning: Tuning, budget: Optional[int],
         recomputed_from: Optional[int] = None, held: int = 0, ways: Optional[Ways] = None, ranks: int = 1,
-        spare: Optional[int] = None, in_turn: bool = False,
+        spare: Optional[int] = None, in_turn: bool = False, everywhere: Collection[Node] = (),
     ) -> None:  # fmt: skip
         self.schedule = Schedule()
         self._roots, self._tuning, self._budget, self._recomputed_from = list(roots), tuning, budget, recomputed_from
         self._ranks, self._spare, self._in_turn = ranks, spare, in_turn
         self._ways = ways or Ways()
         self._maps = Lifetimes(roots, keep, self._ways)
+        self._maps.everywhere |= {*everywhere}
         self._placement = Placement(self.schedule, budget, held, ranks)
         self._sweeps: dict[Any, Sweep] = {}
 
@@ -63,13 +66,7 @@ class Passes:
         assert step is not None
         if self._in_turn and can_be_in_turn(node) and self._attend_in_turn(node):
             return
-        whole = [
-            source
-            for source, dim in zip(node.inputs, node.dims)
-            if not self._maps.is_there(source) and (dim is None or dim != source.dim or step.takes_all)
-        ]
-        if whole:
-            self._store_themselves(list(dict.fromkeys(whole)))
+        self._store_themselves(read_whole(node))
         if step.takes_all:
             self._apply(node)
         elif step.reduces:
@@ -162,7 +159,7 @@ class Passes:
         """One pass to targets and to what else of it later steps read, or two where that takes less."""
         nodes = [target.node for target in targets]
         self._cut(nodes)
-        if self._ranks > 1:
+        if self._ranks > 1 and not self._maps.everywhere.issuperset(nodes):
             self._cut_for_bands(nodes)
         self._add_pass(targets + [self._maps.target(node) for node in stored_for_later(nodes, self._maps)])
 
@@ -212,13 +209,17 @@ class Passes:
         return self._sweep_along(self._ways.way(roots, {*maps.stored, *first}, self._ways.after(maps.state, first)))
 
     def _sweep_along(self, way: Way) -> Sweep:
-        return Sweep(way, self._tuning, self._budget, self._placement.offloaded, self._ranks, self._spare)
+        ranks = 1 if self._maps.everywhere.issuperset(way.roots) else self._ranks
+        return Sweep(way, self._tuning, self._budget, self._placement.offloaded, ranks, self._spare)
 
     def _add_pass(self, targets: list[Target]) -> None:
         """Count a pass, with all reductions that it can gather on the way."""
         maps = self._maps
         targets = with_reductions(targets, self._sweep_of(targets).way.order, maps)
         sweep = self._sweep_of(targets)
+        everywhere = maps.everywhere.issuperset(target.node for target in targets)
+        for target in targets:
+            target.everywhere = everywhere
         new = [target for target in targets if target.stored and not maps.is_there(target.node)]
         reductions = [node for target in targets for node in target.reductions]
         for target in (*new, *(Target(node, whole=True, result=node in maps.results) for node in reductions)):
@@ -229,14 +230,15 @@ class Passes:
         shrinking = [node for node in freed if node in read and not maps.stored[node].whole]
         lines = self._placement.place(new, reductions, [maps.stored[node] for node in shrinking], sweep)
         self._release(freed)
-        self._append(sweep.as_pass(targets, shrinking, freed, lines), sweep)
+        self._append(sweep.as_pass(targets, shrinking, freed, lines, everywhere), sweep)
 
     def _append(self, one_pass: Pass, sweep: Sweep) -> None:
         way = sweep.way
         self.schedule.steps.append(one_pass)
         self.schedule.work += way.work
         strips = -(-way.height // max(sweep.strip_rows, 1))
-        self.schedule.seconds += seconds_of(way.order, strips, {node: way.shared[node] for node in way.recomputed})
+        seconds = seconds_of(way.order, strips, {node: way.shared[node] for node in way.recomputed})
+        self.schedule.seconds += seconds * (self._ranks if one_pass.everywhere else 1)
 
     def _release(self, freed: Sequence[Node]) -> None:
         for node in freed:

@@ -14,7 +14,7 @@ class Placement:
     """What lies on the device and what is offloaded, step by step; it notes in `schedule` what that comes to.
 
     budget: bytes to stay within; None for no limit. held: bytes that lie on the device already. ranks: how many
-    processes do it together: each stores a band of a map's rows, unless it is stored whole. offloaded: the maps that
+    processes do it together: each stores a band of a map's rows, unless it has all of them. offloaded: the maps that
     were ever offloaded.
     """
 
@@ -28,7 +28,7 @@ class Placement:
         node = target.node
         if node.home is not None:
             return 0
-        return node.bytes if target.whole else -(-node.rows // self._ranks) * node.row_bytes
+        return node.bytes if target.whole or target.everywhere else -(-node.rows // self._ranks) * node.row_bytes
 
     def put(self, node: Node) -> None:
         """The result of an operator that is applied whole lies on the device from now on."""

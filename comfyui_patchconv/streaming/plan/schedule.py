@@ -19,6 +19,8 @@ class Tuning:
     device. always: stream even where eager would take less memory, or far less time.
     worth_a_cut: a pass is split in two where that takes less than this share of its memory. worth_an_exchange:
     multiplications that a rank would do for rows of others, from which on ranks exchange these rows instead.
+    worth_a_byte: multiplications that a rank does rather than have a byte of a whole map sent; None for what suits the
+    device.
     silent_seconds: after which a rank that nothing is heard of ends the call of all. suitable_bytes: instead of what
     was measured of the device (`suited`), where `strip_bytes` is None.
     """
@@ -29,6 +31,7 @@ class Tuning:
     always: bool = False
     worth_a_cut: float = 0.8
     worth_an_exchange: int = 1 << 28
+    worth_a_byte: Optional[int] = None
     silent_seconds: float = 60.0
     suitable_bytes: Optional[int] = None
 
@@ -44,8 +47,8 @@ class Target:
     """A map that a pass computes, or reads once more for a reduction, and what becomes of its rows.
 
     stored: they are kept. whole: in one tensor, else strip by strip. result: it outlives the schedule, and lies on its
-    device whatever the budget. offloaded: it lies in host memory, or in a file where the device is the CPU. reductions:
-    what its rows are also given to.
+    device whatever the budget. offloaded: it lies in host memory, or in a file where the device is the CPU. everywhere:
+    of several ranks, each has all of its rows. reductions: what its rows are also given to.
     """
 
     node: Node
@@ -53,6 +56,7 @@ class Target:
     whole: bool = False
     result: bool = False
     offloaded: bool = False
+    everywhere: bool = False
     reductions: list[Node] = field(default_factory=list)
 
     @property
@@ -75,6 +79,7 @@ class Pass:
     steps that keep their kernels. shrinking: stored maps that are freed row by row as they are read. freed: stored maps
     that are freed behind it. work: bytes of maps that it computes. line_bytes: of the line buffers on the device.
     offloaded_lines: the steps whose line buffers are offloaded, with their bytes. workspace: bytes beside stored maps.
+    everywhere: of several ranks, each computes all rows, and sends none.
     """
 
     targets: list[Target]
@@ -90,6 +95,7 @@ class Pass:
     line_bytes: int
     offloaded_lines: dict[Node, int]
     workspace: int
+    everywhere: bool = False
 
     def renamed(self, name: Callable[[Any], Any]) -> Pass:
         """The same pass over other nodes."""

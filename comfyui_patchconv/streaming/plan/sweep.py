@@ -91,7 +91,12 @@ class Sweep:
         return sum(lines.values()) - on_the_way
 
     def as_pass(
-        self, targets: list[Target], shrinking: list[Node], freed: list[Node], offloaded_lines: dict[Node, int]
+        self,
+        targets: list[Target],
+        shrinking: list[Node],
+        freed: list[Node],
+        offloaded_lines: dict[Node, int],
+        everywhere: bool = False,
     ) -> Pass:
         """The pass that is made of it; see `Pass`."""
         way = self.way
@@ -109,6 +114,7 @@ class Sweep:
             line_bytes=self.line_bytes - sum(offloaded_lines.values()),
             offloaded_lines=offloaded_lines,
             workspace=self.workspace - self.bytes_saved(offloaded_lines),
+            everywhere=everywhere,
         )
 
     def rows_at_once(self, node: Node) -> int:

@@ -12,6 +12,8 @@ from ..plan.schedule import Pass
 
 def bands_of(one_pass: Pass, rank: int, ranks: int) -> dict[Node, Span]:
     """The rows of each target of a pass that `rank` computes."""
+    if one_pass.everywhere:
+        rank, ranks = 0, 1
     return {target.node: band(target.rows, rank, ranks) for target in one_pass.targets}
 
 

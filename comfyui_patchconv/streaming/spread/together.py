@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -25,19 +26,22 @@ class Together:
     """A `Share`: this rank's bands.
 
     before: rows beside them come from those that store them, in one message from each. after: what was gathered is
-    merged in the order of the ranks, so that all have the same, and what is stored whole is put together everywhere.
+    merged in the order of the ranks, so that all have the same, and what is stored whole is put together everywhere. Of
+    a pass that every rank does whole, all have all.
     """
 
     def __init__(self, ranks: Peers) -> None:
         self._ranks = ranks
         self._lent: list[StoredStrips] = []
+        self._everywhere: WeakSet[Node] = WeakSet()
 
     def bands(self, one_pass: Pass) -> dict[Node, Span]:
         return bands_of(one_pass, self._ranks.rank, self._ranks.count)
 
     def before(self, one_pass: Pass, stored: Mapping[Node, Stored]) -> None:
         ranks = self._ranks
-        maps = {node: one for node, one in stored.items() if isinstance(one, StoredStrips)}
+        in_bands = (node for node in stored if node not in self._everywhere)
+        maps = {node: one for node in in_bands if isinstance(one := stored[node], StoredStrips)}
         moves = moves_before(one_pass, maps, ranks.count)
         outgoing: dict[int, list[Tensor]] = {}
         coming: dict[int, list[Move]] = {}
@@ -82,6 +86,9 @@ class Together:
         for strips in self._lent:
             strips.beside = []
         self._lent = []
+        if one_pass.everywhere:
+            self._everywhere.update(new)
+            return
         if gathered:
             self._merge(list(gathered.values()))
         for target in one_pass.targets:

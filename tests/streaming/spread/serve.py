@@ -99,7 +99,7 @@ def found(asked: dict[str, Any], groups: dict[int, Any]) -> dict[str, Any]:
     seed_all()
     expected = function(*args)
     always = asked.get("always", True)
-    settings = ("strip_bytes", "allocator_bytes", "worth_an_exchange")
+    settings = ("strip_bytes", "allocator_bytes", "worth_an_exchange", "worth_a_byte")
     tuning = Tuning(always=always, **{name: asked[name] for name in settings if name in asked})
     budget = asked.get("budget")
     if isinstance(budget, list):

@@ -48,6 +48,52 @@ def test_random_programs_give_eagers_result_on_all_ranks(ranks: Ranks, seed: int
         ranks.run("program", seed, ranks=count, strip_bytes=200, strides=False)
 
 
+BY_ALL = {"worth_a_byte": 1 << 40, "budget": 1 << 30}
+"""Each rank computes all that leads to a map that is read whole."""
+
+
+@COUNTS
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("decoder", 13), ("decoder", 5, 9, 2), ("vae_decoder", 7), ("vae_encoder", 72), ("circular", 11),
+        ("attention", 13, 10), ("linear_attention", 13), ("evaluated_whole", 11), ("demanded", 11), ("several", 11),
+        ("video", 5, 11), ("written", 11),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_leads_to_whole_maps_may_be_computed_by_all_ranks(
+    ranks: Ranks, case: tuple[Any, ...], count: int
+) -> None:
+    ranks.run(*case, ranks=count, strip_bytes=500, **BY_ALL)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_programs_of_which_all_ranks_compute_a_part(ranks: Ranks, seed: int) -> None:
+    for count in (2, 3):
+        ranks.run("program", seed, ranks=count, strip_bytes=200, strides=False, **BY_ALL)
+        ranks.run("network", seed, 9, ranks=count, strip_bytes=400, **BY_ALL)
+
+
+@COUNTS
+def test_what_all_ranks_compute_is_not_sent(ranks: Ranks, count: int) -> None:
+    """The keys and values of the attention in the middle are much of what the ranks of a VAE's decoder send."""
+    sent = {}
+    for worth in (0, 1 << 40):
+        found = ranks.run("vae_decoder", 16, 16, ranks=count, worth_a_byte=worth, budget=1 << 30)
+        sent[worth] = max(one["sent"] for one in found)
+    keys_and_values = 2 * 64 * 16 * 16 * 4
+    assert sent[1 << 40] <= sent[0] - keys_and_values * (count - 1) // count
+
+
+def test_what_all_ranks_compute_is_planned_for(ranks: Ranks) -> None:
+    ranks.run("vae_decoder", ranks=2)
+    for count in (2, 4):
+        options = {"strip_bytes": 20_000, "allocator_bytes": 0, "worth_a_byte": 1 << 40}
+        found = ranks.run("vae_decoder", 21, 16, ranks=count, budget=1 << 30, measured=True, **options)
+        assert all(one["peak"] <= one["planned"] for one in found)
+
+
 @COUNTS
 def test_maps_in_files(ranks: Ranks, count: int) -> None:
     """Each rank keeps what its budget has no room for in a file: the budget is the least of theirs."""
