@@ -29,7 +29,7 @@ One decode, from `stream()` to the last strip:
 5. execute. `execute.loop.Loop` goes through the schedule's passes, and `pass_loop.PassLoop` through a pass's strips.
    `execute.strips.Rows` says which rows of which step a strip computes, and which of them the next one will read again
    (line buffers). The rows of a strip's targets go to stored maps (`execute.stored`), which lie on the device, in host
-   memory or in a file (`execute.offloaded`, `execute.copies`), and to the statistics of the norm behind it
+   memory or in a file (`execute.to_host`, `execute.to_file`), and to the statistics of the norm behind it
    (`graph.statistics`). Where one of the first two strips does not fit, the pass begins again in strips of half the
    rows.
 

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..memory.allocator import no_collections, rare_collections
 from . import suited
 from .execute.loop import Loop
-from .execute.offloaded import require_room, room
+from .execute.offloaded import room
 from .execute.share import ALONE, Share
+from .execute.to_file import require_room
 from .graph.node import Node, ancestors
 from .graph.steps import RowLocal
 from .plan.bands import band

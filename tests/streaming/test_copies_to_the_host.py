@@ -17,8 +17,8 @@ from torch import Tensor
 from comfyui_patchconv.streaming import Tuning, expect, stream
 from comfyui_patchconv.streaming.execute import stored
 from comfyui_patchconv.streaming.execute.copies import OneAfterTheOther, SideStreams
-from comfyui_patchconv.streaming.execute.offloaded import HostBuffer
 from comfyui_patchconv.streaming.execute.stored import StoredStrips
+from comfyui_patchconv.streaming.execute.to_host import StripsOnHost
 from comfyui_patchconv.streaming.graph.node import Node
 from comfyui_patchconv.streaming.plan.schedule import STRIPS_LEAVING
 
@@ -77,7 +77,7 @@ class LateArrival:
 def late(monkeypatch: pytest.MonkeyPatch) -> Late:
     """The copies of all strips that a schedule has are offloaded."""
     copies = Late()
-    monkeypatch.setattr(stored, "buffer_for", lambda device, size, dim: HostBuffer(copies, dim))
+    monkeypatch.setattr(stored, "strips_for", lambda device, size, dim: StripsOnHost(copies, dim))
     return copies
 
 
@@ -143,7 +143,7 @@ def test_a_part_of_other_memory_is_copied_before_that_changes(late: Late) -> Non
 
 def test_a_part_that_repeats_has_memory_of_its_own() -> None:
     strip = torch.randn(2, 1, 4, 5).expand(2, 3, 4, 5)
-    assert torch.equal(HostBuffer(OneAfterTheOther()).offload(strip), strip)
+    assert torch.equal(StripsOnHost(OneAfterTheOther()).offload(strip), strip)
 
 
 def test_a_strip_on_its_way_to_the_device_that_nobody_reads_is_waited_for(late: Late) -> None:
@@ -188,7 +188,7 @@ def test_a_decoder_reads_nothing_too_early(late: Late, share: int) -> None:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_copies_of_other_devices_are_done_at_once(memory_format: torch.memory_format) -> None:
     strip = torch.randn(2, 3, 4, 5).contiguous(memory_format=memory_format)
-    kept = HostBuffer(OneAfterTheOther()).offload(strip)
+    kept = StripsOnHost(OneAfterTheOther()).offload(strip)
     assert torch.equal(kept, strip)
     assert kept.stride() == strip.stride()
     assert kept.data_ptr() != strip.data_ptr()

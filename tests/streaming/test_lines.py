@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from comfyui_patchconv.conv.halo import Axis
 from comfyui_patchconv.memory.usage import anonymous
 from comfyui_patchconv.streaming import Streamed, Tuning
-from comfyui_patchconv.streaming.execute import lines as lines_module
+from comfyui_patchconv.streaming.execute import to_host
 from comfyui_patchconv.streaming.execute.copies import OneAfterTheOther
 from comfyui_patchconv.streaming.execute.lines import Lines
 from comfyui_patchconv.streaming.graph.node import Node
@@ -241,12 +241,12 @@ class Counted(OneAfterTheOther):
 
 def test_what_is_coming_already_is_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
     copies = Counted()
-    monkeypatch.setattr(lines_module, "copies_of", lambda device: copies)
+    monkeypatch.setattr(to_host, "copies_of", lambda device: copies)
     node = Node(
         None, (), (), shape=(1, 4, 9, 5), strides=(180, 45, 5, 1), dtype=torch.float32, device=torch.device("cpu"),
         itemsize=4, dim=2,
     )  # fmt: skip
-    memory, line = lines_module._InHostMemory(torch.device("cpu")), torch.randn(1, 4, 2, 5)
+    memory, line = to_host.LinesOnHost(torch.device("cpu")), torch.randn(1, 4, 2, 5)
     for _ in range(2):
         memory.prefetch(node, line)
     assert copies.started == 1

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from comfyui_patchconv.memory.usage import anonymous
 from comfyui_patchconv.streaming import Tuning, streamed
 from comfyui_patchconv.streaming.execute import loop, pass_loop
-from comfyui_patchconv.streaming.execute.offloaded import FileBuffer, is_borrowed, lasting
+from comfyui_patchconv.streaming.execute.tensors import is_borrowed, lasting
+from comfyui_patchconv.streaming.execute.to_file import StripsInFile
 
 SMALL = Tuning(strip_bytes=20_000, allocator_bytes=0, always=True)
 
@@ -28,13 +29,13 @@ class TestFiles:
         return tmp_path
 
     def test_nothing_is_left(self, folder: Path) -> None:
-        buffer = FileBuffer(4 * 12)
+        buffer = StripsInFile(4 * 12)
         strips = [buffer.offload(torch.full((1, 2, 3), float(n))) for n in range(2)]
         assert [strip.unique().item() for strip in strips] == [0.0, 1.0]
         assert list(folder.iterdir()) == []
 
     def test_a_discarded_strip_leaves_its_neighbours(self) -> None:
-        buffer = FileBuffer(3 * 4 * 5000)
+        buffer = StripsInFile(3 * 4 * 5000)
         first, second, third = (buffer.offload(torch.full((5000,), float(n + 1))) for n in range(3))
         buffer.discard(second)
         assert first.unique().tolist() == [1.0]
@@ -42,7 +43,7 @@ class TestFiles:
 
     def test_no_room_is_said_with_the_way_out(self) -> None:
         with pytest.raises(OSError, match=r"has no room for it \(.+\): have TMPDIR name .+, or raise the budget"):
-            FileBuffer(1 << 63)
+            StripsInFile(1 << 63)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

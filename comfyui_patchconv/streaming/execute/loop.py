@@ -1,4 +1,4 @@
-"""Runs a schedule: a flat loop over its passes, and in each over its strips."""
+"""Runs a schedule: a flat loop over its passes, each of which `pass_loop` runs, and what lies between them."""
 
 from __future__ import annotations
 

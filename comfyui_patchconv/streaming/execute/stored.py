@@ -9,10 +9,11 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
-from ...memory.mapped import MappedFile
 from ..graph.node import Node, Span, dense_strides, in_order
 from ..graph.steps import rows_of
-from .offloaded import FileBuffer, HostBuffer, buffer_for, is_borrowed, no_room
+from .offloaded import OffloadedStrips, strips_for
+from .tensors import is_borrowed
+from .to_file import map_in_file
 
 
 class StoredStrips:
@@ -28,8 +29,8 @@ class StoredStrips:
         self.beside: list[tuple[int, Tensor]] = []
         self._count: Callable[[int], None] = (lambda size: None) if offloaded else count
         self._strips: list[tuple[int, int, Tensor]] = []  # first row, rows, values
-        self._buffer: Optional[Union[HostBuffer, FileBuffer]] = (
-            buffer_for(node.device, (last - self.end) * node.row_bytes, self.dim)
+        self._buffer: Optional[OffloadedStrips] = (
+            strips_for(node.device, (last - self.end) * node.row_bytes, self.dim)
             if offloaded and self.end < last
             else None
         )
@@ -99,7 +100,7 @@ class StoredTensor:
             self._count, self.tensor = (lambda size: None), node.home
             return
         if offloaded and node.device.type == "cpu":
-            self.tensor = MappedFile(node.bytes, no_room).empty(node.shape, node.dtype)
+            self.tensor = map_in_file(node)
             return
         with torch.inference_mode(inference):
             self.tensor = empty(node)

@@ -26,7 +26,7 @@ import torch.distributed as dist  # noqa: E402
 from toys import Decoder, drawn, seeded  # noqa: E402
 
 from comfyui_patchconv.streaming import Streamed, Tuning  # noqa: E402
-from comfyui_patchconv.streaming.execute import offloaded  # noqa: E402
+from comfyui_patchconv.streaming.execute import to_file  # noqa: E402
 
 RANKS, BAD = 3, 1
 c10d: Any = dist
@@ -77,7 +77,7 @@ def outcome(how: str, rank: int, runner: Streamed) -> Optional[str]:
         if how == "fails_in_its_code":
             function = failing_behind(function, left)
         if how == "runs_out_of_room":
-            offloaded.FileBuffer.offload = lambda self, strip: full(strip.nbytes)
+            to_file.StripsInFile.offload = lambda self, strip: full(strip.nbytes)
     try:
         with torch.no_grad():
             runner.call(function, args, {})

@@ -62,9 +62,7 @@ BY_ALL = {"worth_a_byte": 1 << 40, "budget": 1 << 30}
     ],
     ids=str,
 )  # fmt: skip
-def test_what_leads_to_whole_maps_may_be_computed_by_all_ranks(
-    ranks: Ranks, case: tuple[Any, ...], count: int
-) -> None:
+def test_what_leads_to_whole_maps_may_be_computed_by_all_ranks(ranks: Ranks, case: tuple[Any, ...], count: int) -> None:
     ranks.run(*case, ranks=count, strip_bytes=500, **BY_ALL)
 
 
