@@ -128,9 +128,11 @@ class Values(Program):
                 self._tensors.pop(id(tensor), None)
                 _become(tensor, mine)
 
-    def finish(self) -> None:
-        """The call is over: what the program still has becomes ordinary, all evaluated in one go."""
-        self.become_ordinary(self.held())
+    def finish(self, computed_alone: bool = False) -> None:
+        """The call is over: what the program still has becomes ordinary, all evaluated in one go. computed_alone: what
+        is not computed yet stays deferred."""
+        held = self.held()
+        self.become_ordinary([one for one in held if _has_memory(one.view_.cell)] if computed_alone else held)
 
     # Operators that look at values
 
@@ -195,6 +197,10 @@ class Values(Program):
         node = self.node(None, (), (), Spec.of(value), value.device, None)
         node.tensor = value.detach()
         return self.own(node, Spec.of(value)._replace(offset=0))
+
+
+def _has_memory(cell: Cell) -> bool:
+    return cell.real is not None or (cell.value is not None and cell.value.tensor is not None)
 
 
 def _with_strides(value: Tensor, strides: Sequence[int]) -> Tensor:
