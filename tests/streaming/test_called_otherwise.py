@@ -79,3 +79,12 @@ def test_what_is_made_after_the_looks_of_a_map_may_be_written_to(name: str, mode
         expected, actual = run(X), streamed(run, tuning=ONE_ROW)(X)
         assert_alike(actual, expected)
         assert [one.is_inference() for one in actual] == [one.is_inference() for one in expected]
+
+
+@MODE
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_a_convolution_of_a_map_that_is_narrower_than_its_kernel(width: int, mode: Mode) -> None:
+    x = torch.randn(1, 4, 11, width, generator=GENERATOR).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(4, 4, 3, 6, generator=GENERATOR)
+    assert_as_eager(lambda x: F.conv2d(c(x), weight, padding="same"), x, tuning=ONE_ROW, mode=mode)
+    assert_as_eager(lambda x: F.conv2d(c(x), weight[..., :2, :2], padding="same"), x, tuning=ONE_ROW, mode=mode)

@@ -278,10 +278,15 @@ def _as_backend_has_it(func: Any, args: Any, kwargs: dict[str, Any], spec: Any, 
             values = [value] if isinstance(value, int) else list(value)
             return values * sides if len(values) == 1 else values
 
-        if isinstance(given.get("padding"), str):  # the same on either side, but for what the input is padded by before
-            pairs = zip(weight.shape[2:], each("dilation", 1))
-            given["padding"] = [0 if given["padding"] == "valid" else step * (side - 1) // 2 for side, step in pairs]
         x, w = (torch.empty_strided(one.shape, one.strides, dtype=one.dtype) for one in (input, weight))
+        if isinstance(given.get("padding"), str):  # the same on either side, but for what the input is padded by before
+            totals = [step * (side - 1) for side, step in zip(weight.shape[2:], each("dilation", 1))]
+            totals = [0] * sides if given["padding"] == "valid" else totals
+            given["padding"] = [total // 2 for total in totals]
+            if any(total % 2 for total in totals):
+                padded = [side + total % 2 for side, total in zip(input.shape[2:], totals)]
+                order = last if _suggests(input) else torch.contiguous_format
+                x = torch.empty((*input.shape[:2], *padded), dtype=input.dtype, memory_format=order)
         transposed = "transpose" in func.overloadpacket.__name__ or bool(given.get("transposed"))
         backend = torch._C._select_conv_backend(
             x, w, None, each("stride", 1), each("padding", 0), each("dilation", 1), transposed,
