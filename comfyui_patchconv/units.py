@@ -12,8 +12,8 @@ _MOST = 2.0**63
 
 
 def bytes_of(text: str) -> int:
-    """Bytes of `2GiB`, `1.5 GB`, `800MB` or a bare number. Raises ValueError for anything else, for less than 1, and for
-    more than any machine has."""
+    """Bytes of `2GiB`, `1.5 GB`, `800MB` or a bare number. Raises ValueError for anything else, for less than 1, and
+    for more than any machine has."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B|B|)", text, re.ASCII | re.IGNORECASE)
     unit = found[2].lower() if found else ""
     scale = (1024 if "i" in unit else 1000) ** (" kmgt".index(unit[0]) if unit not in ("", "b") else 0)

@@ -65,7 +65,6 @@ class _Descriptor:
 
     def __init__(self, dispatch: _Dispatch) -> None:
         self.dispatch = dispatch
-        functools.update_wrapper(self, dispatch.original, updated=())
 
     def __get__(self, owner: Any, kind: Any = None) -> Any:
         if owner is None or self.dispatch.entry_of(owner) is None:
@@ -157,7 +156,11 @@ def methods_of(target: Any) -> list[tuple[Any, str]]:
     if isinstance(target, nn.Module):
         others = {name: getattr(target, name, None) for name in ("decode", "encode")}
         methods = [(target, name) for name, one in others.items() if callable(one) and not isinstance(one, nn.Module)]
-        return [(target, "forward"), *methods, *((one, "forward") for one in others.values() if isinstance(one, nn.Module))]
+        return [
+            (target, "forward"),
+            *methods,
+            *((one, "forward") for one in others.values() if isinstance(one, nn.Module)),
+        ]
     if isinstance(target, _Instance):
         return [(target.entry.owner, target.entry.name)]
     owner, function = getattr(target, "__self__", None), getattr(target, "__func__", None)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comfyui_patchconv import convert_model, patched, restore_model
-from comfyui_patchconv.streaming import Tuning, stream, streamed, target
+from comfyui_patchconv.streaming import Tuning, stream, streamed
+from comfyui_patchconv.streaming.target import Entry
 
 from .comparing import FEW_ROWS, ONE_ROW, TUNINGS, Progress, assert_alike
 
@@ -761,37 +762,43 @@ class OfModules(nn.Module):
         return self.decode(F.silu(self.encode(x)))
 
 
-class OfAProperty(Odd):
+class OfAProperty(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(4, 4, 3, padding=1)
+
     @property
-    def decode(self) -> Any:  # type: ignore[override]
+    def decode(self) -> Any:
         return self.convolution.forward
 
     encode = decode
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(self.encode(x))
 
-def test_decode_that_is_a_module_a_property_or_of_the_class_streams() -> None:
-    for kind in (Odd, OfModules, OfAProperty):
-        module, counts = drawn(kind()), {}
-        before = dict(kind.__dict__)
-        with torch.no_grad():
-            expected = [module(X), module.encode(X), module.decode(module.encode(X))]
-            progress = Progress()
-            with stream(module, tuning=ONE_ROW, on_progress=progress, report=counts):
-                actual = []
-                for run in (module, module.encode, lambda x: module.decode(module.encode(x))):
-                    progress.steps = 0
-                    actual.append(run(X))
-                    assert progress.steps
-                if kind is Odd:
-                    assert torch.equal(kind.decode(X), F.avg_pool2d(F.silu(X), 3, 1))
-                    assert torch.equal(kind.encode(X), 2 * F.avg_pool2d(F.silu(X), 3, 1))
-            assert_alike(actual, expected)
-        assert dict(kind.__dict__) == before
-        assert not {"forward", "decode", "encode"} & set(module.__dict__)
+
+@pytest.mark.parametrize("kind", [Odd, OfModules, OfAProperty])
+def test_decode_that_is_a_module_a_property_or_of_the_class_streams(kind: Any) -> None:
+    module = drawn(kind())
+    before = dict(kind.__dict__)
+    calls: list[Callable[[Tensor], Tensor]] = [module, module.encode, lambda x: module.decode(module.encode(x))]
+    with torch.no_grad():
+        expected, actual = [run(X) for run in calls], []
+        with stream(module, tuning=ONE_ROW, on_progress=(progress := Progress())):
+            for run in (module, module.encode, calls[2]):
+                progress.steps = 0
+                actual.append(run(X))
+                assert progress.steps
+            if kind is Odd:
+                assert torch.equal(kind.decode(X), F.avg_pool2d(F.silu(X), 3, 1))
+                assert torch.equal(kind.encode(X), 2 * F.avg_pool2d(F.silu(X), 3, 1))
+        assert_alike(actual, expected)
+    assert dict(kind.__dict__) == before
+    assert not {"forward", "decode", "encode"} & set(module.__dict__)
 
 
 def test_a_traced_module_streams_and_is_as_it_was() -> None:
-    traced = torch.jit.trace(drawn(Net()), X)
+    traced: Any = torch.jit.trace(drawn(Net()), X)
     with torch.no_grad():
         expected = traced(X)
         with stream(traced, tuning=ONE_ROW):
@@ -839,7 +846,7 @@ def test_a_method_of_the_object_alone_streams_in_blocks_within_blocks() -> None:
 
 def test_a_block_that_cannot_begin_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     module, entered = drawn(Codec()), []
-    enter = target.Entry.enter
+    enter = Entry.enter
 
     def refused(self: Any) -> None:
         entered.append(self)
@@ -847,7 +854,7 @@ def test_a_block_that_cannot_begin_leaves_nothing_behind(monkeypatch: pytest.Mon
             raise MemoryError
         enter(self)
 
-    monkeypatch.setattr(target.Entry, "enter", refused)
+    monkeypatch.setattr(Entry, "enter", refused)
     before = dict(Codec.__dict__)
     with pytest.raises(MemoryError), stream(module):
         pass

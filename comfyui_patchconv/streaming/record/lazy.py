@@ -177,7 +177,10 @@ class LazyTensor(Tensor):
         if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _asks_for_gradients(args, kwargs)):
             return _with_gradients(func, args, kwargs or {})
         inference = name not in _MAKING or recorder_of(args).inference
-        with torch._C.DisableTorchFunctionSubclass(), torch._C._InferenceMode(inference):  # operators arrive whole there
+        with (
+            torch._C.DisableTorchFunctionSubclass(),
+            torch._C._InferenceMode(inference),
+        ):  # operators arrive whole there
             return func(*args, **(kwargs or {}))
 
     @classmethod
