@@ -44,9 +44,14 @@ class _Dispatch:
     def of(self, owner: Any) -> Any:
         """The method of `owner` that there is without us."""
         try:
-            return self.original.__get__(owner, type(owner))
+            return self.given(owner, type(owner))
         except AttributeError:  # as of what `torch.jit` has traced: Python asks the object then
             return type(owner).__getattr__(owner, self.name)
+
+    def given(self, owner: Any, kind: Any) -> Any:
+        """What Python gives for the attribute without us, as it is where it binds to no object."""
+        bind = getattr(type(self.original), "__get__", None)
+        return self.original if bind is None else bind(self.original, owner, kind)
 
     def leave(self, entry: Entry) -> None:
         self.entered.remove(entry)
@@ -68,7 +73,7 @@ class _Descriptor:
 
     def __get__(self, owner: Any, kind: Any = None) -> Any:
         if owner is None or self.dispatch.entry_of(owner) is None:
-            return self.dispatch.original.__get__(owner, kind)
+            return self.dispatch.given(owner, kind)
         return MethodType(self.dispatch.method, owner)
 
 

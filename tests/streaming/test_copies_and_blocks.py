@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import itertools
 import pickle
@@ -777,7 +778,19 @@ class OfAProperty(nn.Module):
         return self.decode(self.encode(x))
 
 
-@pytest.mark.parametrize("kind", [Odd, OfModules, OfAProperty])
+class Halved:
+    """Something that can be called and binds to no object."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2)
+
+
+class OfObjects(Odd):
+    decode = Halved()  # type: ignore[assignment]
+    encode = functools.partial(F.avg_pool2d, kernel_size=3)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("kind", [Odd, OfModules, OfAProperty, OfObjects])
 def test_decode_that_is_a_module_a_property_or_of_the_class_streams(kind: Any) -> None:
     module = drawn(kind())
     before = dict(kind.__dict__)
