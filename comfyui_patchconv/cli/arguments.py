@@ -12,6 +12,9 @@ from ..units import bytes_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
+_YEAR = 366 * 24 * 3600
+"""Seconds: more than any process is waited for."""
+
 
 def natural(text: str) -> int:
     """A whole number from 0."""
@@ -25,6 +28,14 @@ def seed(text: str) -> int:
     found = natural(text)
     if found >= 2**64:
         raise argparse.ArgumentTypeError(f"{text} is too large: use a seed below 2^64")
+    return found
+
+
+def seconds(text: str) -> int:
+    """Whole seconds, at most a year."""
+    found = natural(text)
+    if found > _YEAR:
+        raise argparse.ArgumentTypeError(f"{text[:20]} is more than a year: use at most {_YEAR} seconds")
     return found
 
 

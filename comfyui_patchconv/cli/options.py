@@ -14,7 +14,7 @@ from ..hosts.auto import WORDS
 from ..hosts.modes import RunMode
 from ..memory.recorder import Recorder
 from ..streaming import USUAL
-from .arguments import DTYPES, device, natural, size
+from .arguments import DTYPES, device, natural, seconds, size
 from .outputs import add_out
 from .processes import Processes
 from .vae import CHOICES, MB, RunOptions
@@ -92,7 +92,7 @@ def add_spread(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--silent-seconds",
-        type=natural,
+        type=seconds,
         default=int(USUAL.silent_seconds),
         metavar="SECONDS",
         help="under torchrun: end where nothing is heard of a process for so long (default: %(default)s)",

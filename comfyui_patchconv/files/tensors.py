@@ -109,7 +109,7 @@ def existing(path: str | os.PathLike[str]) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: check the name and the folder.")
     if not path.is_file():
-        raise ValueError(f"{path} is a folder: give a file.")
+        raise ValueError(f"{path} is a {'folder' if path.is_dir() else 'device or a pipe'}: give a file.")
     return path
 
 

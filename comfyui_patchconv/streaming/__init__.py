@@ -48,7 +48,7 @@ import functools
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Optional, Union
 
 import torch
@@ -260,16 +260,15 @@ def stream(
     and as a warning. Raises TypeError for another target.
     """
     runner = Streamed(budget, report, on_progress, tuning, group)
-    entries = [Entry(owner, name, runner.call) for owner, name in methods_of(target)]
-    for entry in entries:
-        entry.enter()
-    try:
+    methods = methods_of(target)
+    with ExitStack() as entered:
+        for owner, name in methods:
+            entry = Entry(owner, name, runner.call)
+            entry.enter()
+            entered.callback(entry.leave)
         yield target
-    finally:
-        for entry in entries:
-            entry.leave()
     if not runner.calls and not runner.report:
-        names = " or ".join(f"{type(owner).__name__}.{name}" for owner, name in methods_of(target))
+        names = " or ".join(f"{type(owner).__name__}.{name}" for owner, name in methods)
         text = f"nothing was streamed: {names} was not called with a map to compute on; stream the part that is."
         runner.report[text] = 1
         warnings.warn(text[0].upper() + text[1:], stacklevel=3)

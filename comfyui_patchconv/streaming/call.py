@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from math import prod
 from typing import Any, Optional
@@ -54,7 +55,7 @@ class Call:
         self.budget, self.report, self.tuning = budget, report, tuning
         self.peak = self.stored = self.offloaded = self.offloaded_at_once = 0
         self.work = self.eager_peak = self.planned = self.rows = 0
-        self.streamed = self.in_strips = self.on_cpu = False
+        self.streamed = self.in_strips = self.on_cpu = self._stopped = False
         self._most = 0
         self._on_progress, self._schedules, self._phantom = on_progress, schedules, phantom
         self._made: list[ref[Node]] = []
@@ -90,14 +91,14 @@ class Call:
             try:
                 with recorder:
                     result = function(*given, **named)
+                del given, named
+                with torch.no_grad():
+                    if self._in_bands:
+                        result = self._with_bands(result)
+                    recorder.finish()
             except BaseException:
                 self._forsake()
                 raise
-            del given, named
-            with torch.no_grad():
-                if self._in_bands:
-                    result = self._with_bands(result)
-                recorder.finish()
         self.eager_peak = recorder.eager_peak
         back = {id(value): originals[id(value)] for value in entered.values()}
         return _with_originals(result, back)
@@ -132,16 +133,13 @@ class Call:
     def _forsake(self) -> None:
         """The program failed: what it left behind has values all the same, if they can be had.
 
-        Where other ranks took part, which know nothing of that, it is computed here alone once somebody asks for it.
+        Where other ranks took part, which know nothing of that, it is computed here alone once somebody asks for it; so
+        is what was to be computed when the call was stopped, or had no room: that may take as long as all of it.
         """
-        if self._ranks is not None:
-            self._ranks = None
-            return
-        try:
-            with torch.no_grad():
-                self.recorder.finish()
-        except Exception:  # the program's own error is the one to tell
-            return
+        if self._ranks is None:
+            with suppress(Exception), torch.no_grad():  # the program's own error is the one to tell
+                self.recorder.finish(computed_alone=self._stopped)
+        self._ranks = self._on_progress = None
 
     def begin(self) -> None:
         """A call of its own begins, as an estimate counts several: what was stored before is none of it."""
@@ -149,6 +147,11 @@ class Call:
 
     def evaluate(self, roots: Sequence[Node], keep: Sequence[Node]) -> None:
         """Store `roots`: plan the way to them, and run the plan."""
+        self._stopped = True  # until all is done
+        self._evaluate(roots, keep)
+        self._stopped = False
+
+    def _evaluate(self, roots: Sequence[Node], keep: Sequence[Node]) -> None:
         self._made = [one for one in self._made if one() is not None]
         held = sum(node.bytes for node in (one() for one in self._made) if node is not None)
         batch = self._batch(roots)

@@ -141,7 +141,7 @@ class Kept:
 
     def read(self) -> dict[str, int]:
         """All that are there."""
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, RuntimeError):  # the last of a user without a home
             found = json.loads(self.path.read_text(encoding="utf-8"))
             if isinstance(found, dict):
                 return {name: size for name, size in found.items() if type(size) is int and LEAST <= size <= MOST}
@@ -149,11 +149,15 @@ class Kept:
 
     def write(self, name: str, size: int) -> None:
         """One more, whole or not at all."""
-        with suppress(OSError):
+        with suppress(OSError, RuntimeError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=self.path.parent, encoding="utf-8", delete=False) as file:
-                json.dump(self.read() | {name: size}, file, indent=1)
-            os.replace(file.name, self.path)
+                beside = Path(file.name)
+            try:
+                beside.write_text(json.dumps(self.read() | {name: size}, indent=1), encoding="utf-8")
+                beside.replace(self.path)
+            finally:
+                beside.unlink(missing_ok=True)
 
 
 def _folder() -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import re
 import signal
 import sys
@@ -290,6 +291,10 @@ def assert_refused(argv: list[str], word: str, capsys: pytest.CaptureFixture[str
         ("mode", "tiled", "tiled"),
         ("budget", "0", "above 0"),
         ("budget", "lots", "2GiB"),
+        ("budget", f"{'9' * 400}GB", "more than any machine has"),
+        ("silent-seconds", "9" * 400, "more than a year"),
+        ("latent", os.devnull, "is a device or a pipe"),
+        ("vae", os.devnull, "is a device or a pipe"),
     ],
 )
 def test_a_wrong_option_of_decode_is_one_sentence(

@@ -140,10 +140,11 @@ def test_a_mode_that_does_not_exist_is_ignored(mode: Any) -> None:
         ("splits", "1e9", "splits is 1000000000.0: use at most 4096 strips. The default is taken."),
         ("budget", "-3", "budget is -3.0: use a number of GiB, or 0. The default is taken."),
         ("threshold", "nan", "threshold is nan: use a number of millions of elements, or 0. The default is taken."),
+        ("budget", 10**400, f"budget is {10**400}: use at most 1024 GiB. The default is taken."),
         ("parts", "wheels", "parts is 'wheels': use VAE, U-Net or Upscalers. The default is taken."),
     ],
 )
-def test_values_that_cannot_be_become_the_default(name: str, text: str, said: str) -> None:
+def test_values_that_cannot_be_become_the_default(name: str, text: Any, said: str) -> None:
     comments: list[str] = []
     parameters = {"Patch Conv": "Stream", "Patch Conv parts": "VAE", f"Patch Conv {name}": text}
     read = [from_infotext(each, parameters, comments.append) for each in NAMES]

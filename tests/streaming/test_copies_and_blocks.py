@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import itertools
 import pickle
 import threading
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,7 @@ from torch.nn import functional as F
 
 from comfyui_patchconv import convert_model, patched, restore_model
 from comfyui_patchconv.streaming import Tuning, stream, streamed
+from comfyui_patchconv.streaming.target import Entry
 
 from .comparing import FEW_ROWS, ONE_ROW, TUNINGS, Progress, assert_alike
 
@@ -730,3 +733,142 @@ def test_a_copy_of_a_converted_model_that_streams() -> None:
         assert "forward" not in copied.__dict__
         restore_model(copied)
         carries_nothing(copied)
+
+
+class Odd(nn.Module):
+    """Whose `decode` and `encode` are no methods, each in a way of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(self.encode(self.convolution(x)))
+
+    @staticmethod
+    def decode(x: Tensor) -> Tensor:
+        return F.avg_pool2d(F.silu(x), 3, 1)
+
+    @classmethod
+    def encode(cls, x: Tensor) -> Tensor:
+        return 2 * cls.decode(x)
+
+
+class OfModules(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(F.silu(self.encode(x)))
+
+
+class OfAProperty(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(4, 4, 3, padding=1)
+
+    @property
+    def decode(self) -> Any:
+        return self.convolution.forward
+
+    encode = decode
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(self.encode(x))
+
+
+class Halved:
+    """Something that can be called and binds to no object."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2)
+
+
+class OfObjects(Odd):
+    decode = Halved()  # type: ignore[assignment]
+    encode = functools.partial(F.avg_pool2d, kernel_size=3)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("kind", [Odd, OfModules, OfAProperty, OfObjects])
+def test_decode_that_is_a_module_a_property_or_of_the_class_streams(kind: Any) -> None:
+    module = drawn(kind())
+    before = dict(kind.__dict__)
+    calls: list[Callable[[Tensor], Tensor]] = [module, module.encode, lambda x: module.decode(module.encode(x))]
+    with torch.no_grad():
+        expected, actual = [run(X) for run in calls], []
+        with stream(module, tuning=ONE_ROW, on_progress=(progress := Progress())):
+            for run in (module, module.encode, calls[2]):
+                progress.steps = 0
+                actual.append(run(X))
+                assert progress.steps
+            if kind is Odd:
+                assert torch.equal(kind.decode(X), F.avg_pool2d(F.silu(X), 3, 1))
+                assert torch.equal(kind.encode(X), 2 * F.avg_pool2d(F.silu(X), 3, 1))
+        assert_alike(actual, expected)
+    assert dict(kind.__dict__) == before
+    assert not {"forward", "decode", "encode"} & set(module.__dict__)
+
+
+def test_a_traced_module_streams_and_is_as_it_was() -> None:
+    traced: Any = torch.jit.trace(drawn(Net()), X)
+    with torch.no_grad():
+        expected = traced(X)
+        with stream(traced, tuning=ONE_ROW):
+            assert_alike(traced(X), expected)
+        assert_alike(traced(X), expected)
+
+
+def renamed(method: Callable[..., Any]) -> Callable[..., Any]:
+    """As diffusers wraps `decode`: under a name of its own."""
+
+    def wrapper(self: Any, *args: Any) -> Any:
+        return method(self, *args)
+
+    return wrapper
+
+
+class Guarded(Net):
+    @property
+    def a_value(self) -> int:
+        raise RuntimeError("not before it is trained")
+
+    @renamed
+    def decode(self, x: Tensor) -> Tensor:
+        return self.forward(x)
+
+
+def test_a_method_is_found_without_asking_for_other_attributes() -> None:
+    module, progress = drawn(Guarded()), Progress()
+    with torch.no_grad():
+        expected = module.decode(X)
+        with stream(module.decode, tuning=ONE_ROW, on_progress=progress):
+            assert_alike(module.decode(X), expected)
+    assert progress.steps > 1
+
+
+def test_a_method_of_the_object_alone_streams_in_blocks_within_blocks() -> None:
+    module = drawn(Net())
+    module.decode = before = types.MethodType(lambda self, x: self.forward(x), module)
+    with torch.no_grad():
+        expected = module.decode(X)
+        with stream(module.decode, tuning=ONE_ROW), stream(module.decode, tuning=FEW_ROWS), stream(module):
+            assert_alike(module.decode(X), expected)
+    assert module.__dict__["decode"] is before
+
+
+def test_a_block_that_cannot_begin_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, entered = drawn(Codec()), []
+    enter = Entry.enter
+
+    def refused(self: Any) -> None:
+        entered.append(self)
+        if len(entered) == 2:
+            raise MemoryError
+        enter(self)
+
+    monkeypatch.setattr(Entry, "enter", refused)
+    before = dict(Codec.__dict__)
+    with pytest.raises(MemoryError), stream(module):
+        pass
+    assert dict(Codec.__dict__) == before

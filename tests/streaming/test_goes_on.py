@@ -7,6 +7,7 @@ from typing import Any, Optional
 
 import pytest
 import torch
+from allocations import allocated
 from conv_helpers import assert_same
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -327,3 +328,20 @@ def test_tables_that_look_like_a_map_leave_it_deferred(run: Any) -> None:
     assert report == {}
     assert runner.last is not None
     assert runner.last.stored == result.nbytes  # the map itself was never stored
+
+
+def test_a_map_that_is_freed_is_there_no_more_when_the_next_is_made() -> None:
+    def run(x: Tensor) -> Tensor:
+        x = F.interpolate(x + 0, scale_factor=2.0)
+        x = F.interpolate(x, scale_factor=2.0)
+        return x * 1.01
+
+    runner, x = Streamed(), torch.randn(1, 4, 200, 100)
+    with torch.no_grad():
+        run(x)
+        _, eager = allocated(lambda: run(x))
+        runner.call(run, (x,), {})
+        result, memory = allocated(lambda: runner.call(run, (x,), {}))
+    assert runner.ran_eagerly
+    assert_same(result, run(x))
+    assert memory.peak <= eager.peak + 1000

@@ -1142,6 +1142,52 @@ def test_what_progress_raises_ends_the_call_and_the_next_is_right(kind: type[Bas
             assert_alike(net(X), expected)
 
 
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError, MemoryError])
+def test_a_call_that_was_stopped_computes_nothing_more(kind: type[BaseException]) -> None:
+    """What its code keeps has the values that were there, and the others once somebody asks for them."""
+    steps: list[int] = []
+
+    def stop(done: int, work: int) -> None:
+        steps.append(done)
+        if len(steps) == 20:
+            raise kind("stopped")
+
+    kept: list[Tensor] = []
+
+    def run(x: Tensor) -> Tensor:
+        kept.append(c(F.group_norm(c(x), 2)))
+        kept[0].sum().item()
+        y = c(F.group_norm(kept[0], 2))
+        kept.append(y[:, :2])
+        kept.append(y)
+        return c(y) * y.mean().item()
+
+    with torch.no_grad():
+        x = torch.randn(1, 4, 40, 6, generator=torch.Generator().manual_seed(4))
+        with pytest.raises(kind, match="stopped"):
+            streamed(run, on_progress=stop, tuning=FEW_ROWS)(x)
+        assert len(steps) == 20
+        y = c(F.group_norm(c(x), 2))
+        expected = [y, c(F.group_norm(y, 2))[:, :2], c(F.group_norm(y, 2))]
+        assert type(kept[0]) is Tensor
+        assert_alike([one.numpy() for one in kept], [one.numpy() for one in expected])
+        assert len(steps) == 20
+        assert_alike(kept, expected)
+
+
+def test_a_copy_into_memory_that_was_stopped_is_not_made_after_all() -> None:
+    steps: list[int] = []
+
+    def stop(done: int, work: int) -> None:
+        steps.append(done)
+        raise KeyboardInterrupt
+
+    x, out = torch.randn(1, 4, 400, 6), torch.zeros(1, 4, 400, 6)
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+        streamed(lambda x: out.copy_(c(c(x))), on_progress=stop, tuning=ONE_ROW)(x)
+    assert len(steps) == 1
+
+
 @pytest.mark.parametrize("budget", [0, -5, 1.5, "2 GiB"])
 def test_a_budget_that_is_none_is_refused_before_any_work(budget: Any) -> None:
     ran: list[int] = []

@@ -11,7 +11,27 @@ from comfyui_patchconv.streaming.plan.eagerly import eager_schedule
 from .comparing import copied, seed_all
 from .programs import Settings, check, random_program, settings_of
 
-WRONG_ONCE = [731, 754, 992, 1207, 1465, 2970, 3401, 3640, 3673, 3853, 4013, 4168, 4879, 5710, 6279, 6627, 10728, 12847]
+WRONG_ONCE = [
+    731,
+    754,
+    992,
+    1207,
+    1465,
+    2970,
+    3401,
+    3640,
+    3673,
+    3853,
+    4013,
+    4168,
+    4879,
+    5710,
+    6279,
+    6627,
+    10728,
+    12847,
+    102487,
+]
 
 SEEDS = [*range(160), *WRONG_ONCE]
 

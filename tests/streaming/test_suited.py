@@ -140,3 +140,23 @@ def test_what_was_measured_is_how_high_strips_are() -> None:
         assert runner.last is not None
         rows[size] = runner.last.rows
     assert list(rows.values()) == [min(strip_bytes("cpu") // 6 // row_bytes, 512), 40, 90]
+
+
+def test_without_a_home_nothing_is_kept_and_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user has no entry."""
+
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", none)
+    for name in (suited.VARIABLE, "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    measure = Measured()
+    assert Suited(None, lambda device: H200, measure).strip_bytes(CPU) == candidates(H200)[-1]
+    assert len(measure.asked) == 1
+
+
+def test_a_figure_that_cannot_be_kept_leaves_no_file(tmp_path: Path) -> None:
+    (tmp_path / "strips.json").mkdir()
+    Kept(tmp_path / "strips.json").write("one", 8 * MIB)
+    assert [one.name for one in tmp_path.iterdir()] == ["strips.json"]

@@ -144,7 +144,7 @@ def _number(name: str, parameters: Mapping[str, Any]) -> Any:
     text = parameters.get(f"{TITLE} {name}", DEFAULTS[name])
     try:
         value: Any = float(text)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = text
     check_setting(name, value)
     return type(DEFAULTS[name])(value)

@@ -62,9 +62,7 @@ class Loop:
                 else:
                     self._run_pass(step)
                 for node in step.freed:
-                    stored = self._stored.pop(node, None)
-                    if stored is not None:
-                        stored.free(node.rows)
+                    self._free(node)
                 if isinstance(step, Apply) and step.node.device.type == "cpu":
                     self._memory.applied(step.work)
         for node, stored in self._stored.items():
@@ -73,6 +71,11 @@ class Loop:
             elif node.in_bands:
                 self.bands[node] = joined(stored, self._bands_of_results[node], self._inference)
                 stored.free(node.rows)
+
+    def _free(self, node: Node) -> None:
+        stored = self._stored.pop(node, None)
+        if stored is not None:
+            stored.free(node.rows)
 
     def _run_pass(self, step: Pass) -> None:
         self._share.before(step, self._stored)

@@ -176,7 +176,11 @@ class LazyTensor(Tensor):
             return _leave(func, name, args, kwargs or {})
         if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _asks_for_gradients(args, kwargs)):
             return _with_gradients(func, args, kwargs or {})
-        with torch._C.DisableTorchFunctionSubclass(), torch._C._InferenceMode(True):  # operators arrive whole there
+        inference = name not in _MAKING or recorder_of(args).inference
+        with (
+            torch._C.DisableTorchFunctionSubclass(),
+            torch._C._InferenceMode(inference),
+        ):  # operators arrive whole there
             return func(*args, **(kwargs or {}))
 
     @classmethod
@@ -186,6 +190,9 @@ class LazyTensor(Tensor):
 
 _ACTING = frozenset({"data", "T", "mT", "H", "mH", "real", "imag", "grad", "__cuda_array_interface__"})
 """Attributes whose value is a tensor, or that give memory away."""
+
+_MAKING = frozenset({"new", "new_tensor"})
+"""What makes an ordinary tensor, by no operator that we see: it is one of the caller's mode."""
 
 LEAVING = frozenset(
     """

@@ -278,10 +278,9 @@ def _as_backend_has_it(func: Any, args: Any, kwargs: dict[str, Any], spec: Any, 
             values = [value] if isinstance(value, int) else list(value)
             return values * sides if len(values) == 1 else values
 
-        if isinstance(given.get("padding"), str):  # the same on either side, but for what the input is padded by before
-            pairs = zip(weight.shape[2:], each("dilation", 1))
-            given["padding"] = [0 if given["padding"] == "valid" else step * (side - 1) // 2 for side, step in pairs]
         x, w = (torch.empty_strided(one.shape, one.strides, dtype=one.dtype) for one in (input, weight))
+        if isinstance(given.get("padding"), str):
+            x, given["padding"] = _padded_before(x, weight.shape[2:], each("dilation", 1), given["padding"], last)
         transposed = "transpose" in func.overloadpacket.__name__ or bool(given.get("transposed"))
         backend = torch._C._select_conv_backend(
             x, w, None, each("stride", 1), each("padding", 0), each("dilation", 1), transposed,
@@ -290,6 +289,18 @@ def _as_backend_has_it(func: Any, args: Any, kwargs: dict[str, Any], spec: Any, 
         last = torch._C._conv_determine_backend_memory_format(x, w, backend)
     tensor = torch.empty(result.shape, dtype=result.dtype, device="meta", memory_format=last)
     return Spec.of(tensor)
+
+
+def _padded_before(
+    x: Tensor, kernel: Sequence[int], dilation: Sequence[int], padding: str, last: torch.memory_format
+) -> tuple[Tensor, list[int]]:
+    """What a convolution padded to the same size is given, which is wider by what is uneven, and its padding."""
+    totals = [0 if padding == "valid" else step * (side - 1) for side, step in zip(kernel, dilation)]
+    if any(total % 2 for total in totals):
+        sides = [side + total % 2 for side, total in zip(x.shape[2:], totals)]
+        order = last if _suggests(Spec.of(x)) else torch.contiguous_format
+        x = torch.empty((*x.shape[:2], *sides), dtype=x.dtype, memory_format=order)
+    return x, [total // 2 for total in totals]
 
 
 def _suggests(spec: Optional[Spec]) -> bool:

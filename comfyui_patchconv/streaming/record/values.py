@@ -60,7 +60,7 @@ class Values(Program):
         it in another."""
         dense = dense_strides(spec.shape, spec.strides)
         if dense is None or in_order(value, spec.strides):
-            return value
+            return _with_strides(value, spec.strides)
         with self.as_called():
             laid = torch.empty_strided(spec.shape, dense, dtype=value.dtype, device=value.device)
         return laid.copy_(value)
@@ -128,9 +128,11 @@ class Values(Program):
                 self._tensors.pop(id(tensor), None)
                 _become(tensor, mine)
 
-    def finish(self) -> None:
-        """The call is over: what the program still has becomes ordinary, all evaluated in one go."""
-        self.become_ordinary(self.held())
+    def finish(self, computed_alone: bool = False) -> None:
+        """The call is over: what the program still has becomes ordinary, all evaluated in one go. computed_alone: what
+        is not computed yet stays deferred."""
+        held = self.held()
+        self.become_ordinary([one for one in held if _has_memory(one.view_.cell)] if computed_alone else held)
 
     # Operators that look at values
 
@@ -195,6 +197,18 @@ class Values(Program):
         node = self.node(None, (), (), Spec.of(value), value.device, None)
         node.tensor = value.detach()
         return self.own(node, Spec.of(value)._replace(offset=0))
+
+
+def _has_memory(cell: Cell) -> bool:
+    return cell.real is not None or (cell.value is not None and cell.value.tensor is not None)
+
+
+def _with_strides(value: Tensor, strides: Sequence[int]) -> Tensor:
+    """The same values with eager's strides of dimensions of one place, by which some operators tell what lies last."""
+    alike = [one == other or side == 1 for one, other, side in zip(value.stride(), strides, value.shape)]
+    if value.stride() == tuple(strides) or not all(alike):
+        return value
+    return value.as_strided(value.shape, strides, value.storage_offset())
 
 
 def _become(tensor: Any, real: Tensor) -> None:

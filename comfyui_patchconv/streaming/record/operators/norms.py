@@ -173,6 +173,7 @@ class _First:
 
     def __init__(self, func: Any) -> None:
         self.func, self.overloadpacket, self._schema = func, func.overloadpacket, func._schema
+        self.namespace, self.tags, self._overloadname = func.namespace, func.tags, func._overloadname
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.func(*args, **kwargs)[0]

@@ -46,15 +46,17 @@ def _gathered(call: OperatorCall, input: Node, given: dict[str, Any], dims: list
     name, order = call.name, given.get("ord", given.get("p", 2))
     if name not in _GATHERED or (name in ("linalg_vector_norm", "norm") and order not in (None, 2, 2.0)):
         return None
-    if not input.dtype.is_floating_point and name != "sum":
+    if input.dtype.is_complex or (not input.dtype.is_floating_point and name != "sum"):
         return None
     correction = given.get("correction", 1 if given.get("unbiased", True) else 0)
     correction = 1 if correction is None else correction
     shape, size = call.spec.shape, prod(input.shape[one] for one in dims)
-    integers, device = not input.dtype.is_floating_point, call.device
+    to, floating = call.spec.dtype, input.dtype.is_floating_point
+    whole = to if to is torch.bool or (floating and not to.is_floating_point and not to.is_complex) else None
+    integers, device = not floating or whole is not None, call.device
 
     def make(shape: Sequence[int]) -> _Gathered:
-        return _Gathered(name, dims, size, shape, correction, integers, device)
+        return _Gathered(name, dims, size, shape, correction, integers, device, whole)
 
     return call.recorder.node(_step(name, make, dims, shape), [input], [dim], call.spec, call.device, None)
 
@@ -72,15 +74,19 @@ def _step(name: str, make: Callable[[Sequence[int]], _Gathered], dims: Sequence[
 
 
 class _Gathered:
-    """A reduction, gathered piece by piece: sums in float64, variances merged with the term between pieces."""
+    """A reduction, gathered piece by piece: sums in float64, variances merged with the term between pieces.
+
+    whole: the type of whole numbers that a sum is asked for in, which each value is made of before it is added; None
+    for another type.
+    """
 
     def __init__(
         self, name: str, dims: list[int], size: int, shape: Sequence[int], correction: float, integers: bool,
-        device: torch.device,
+        device: torch.device, whole: Optional[torch.dtype] = None,
     ) -> None:  # fmt: skip
         self.name, self.dims, self.size, self.shape, self.correction = name, dims, size, shape, correction
         self.numbers = 1 + prod(shape) * (2 if name in ("var", "std") else 1)
-        self._integers, self._device = integers, device
+        self._integers, self._device, self._whole = integers, device, whole
         self._value: Optional[Tensor] = None
         self._moments: Optional[Moments] = None
 
@@ -88,6 +94,7 @@ class _Gathered:
         if self.name in ("amax", "amin"):
             self._join(getattr(torch, self.name)(piece, self.dims, True))
             return
+        piece = piece if self._whole is None else piece.to(self._whole)
         wide = piece.double() if piece.dtype.is_floating_point and has_float64(piece.device) else piece
         if self.name in ("sum", "mean"):
             part = wide.sum(self.dims, True)
