@@ -1,6 +1,6 @@
 """Takes docs/webui.png: a photograph that went through Automatic1111's VAE in strips, as a user sees it.
 
-    WEBUI_PATH=… WEBUI_PYTHON=… python benchmarks/screenshots.py [--out docs/webui.png]
+    WEBUI_PATH=… WEBUI_PYTHON=… python benchmarks/screenshots.py [--size 512] [--budget 0.5]
 
 The VAE is the demo's at Stable Diffusion's full width (`widened.py`), the photograph the demo's, which the VAE was not
 trained on: img2img encodes it, takes no noise away, and decodes it. So the checkpoint counts for nothing in the
@@ -20,6 +20,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1])]
 
 import torch
+from comparison import part
 from host_process import checkpoint_in, page_of  # pyright: ignore[reportMissingImports]
 from webui.accordion import fill_number, open_tab  # pyright: ignore[reportMissingImports]
 from webui.conftest import WebUI, serve  # pyright: ignore[reportMissingImports]
@@ -46,34 +47,31 @@ CHOSEN: dict[str, Any] = {
 
 
 @torch.inference_mode()
-def save_photograph(path: Path) -> tuple[int, int]:
-    """Write the demo's photograph; its width and height."""
-    image = decode(load_vae(SMALL_VAE), load_latent(PHOTOGRAPH), RunOptions("stream"))[0]
-    save_image(path, image)
-    height, width = image.shape[1:]
-    return width, height
+def save_photograph(path: Path, size: int) -> None:
+    """Write a square of the demo's photograph, `size` pixels wide."""
+    latent = part(load_latent(PHOTOGRAPH), size // 8)
+    save_image(path, decode(load_vae(SMALL_VAE), latent, RunOptions("stream"))[0])
 
 
-def run(page: Any, photograph: Path, size: tuple[int, int], budget: float) -> None:
+def run(page: Any, photograph: Path, size: int, budget: float) -> None:
     """On the tab img2img, with Patch Conv on, until the result is there."""
     page.wait_for_selector("#txt2img_generate")
     open_tab(page, "img2img")
     page.locator("#img2img_image input[type=file]").first.set_input_files(photograph)
     page.wait_for_selector("#img2img_image img")
-    for name, value in zip(("width", "height", "denoising_strength", "cfg_scale"), (*size, 0, 1)):
+    for name, value in zip(("width", "height", "denoising_strength", "cfg_scale"), (size, size, 0, 1)):
         fill_number(page, f"img2img_{name}", str(value))
     page.locator(f"{ACCORDION} > .label-wrap").click()
     page.locator("#script_img2img_patch_conv_mode").get_by_label("stream").check()
     fill_number(page, "script_img2img_patch_conv_budget", str(budget))
     page.click("#img2img_generate")
     page.wait_for_selector("#img2img_gallery img")
-    page.get_by_text("Patch Conv: VAE").first.wait_for()
 
 
-def take(webui: WebUI, photograph: Path, size: tuple[int, int], args: argparse.Namespace) -> None:
+def take(webui: WebUI, photograph: Path, args: argparse.Namespace) -> None:
     """What a user sees of it, from the top of the page to the end of the accordion."""
     with page_of(webui.address, WIDTH, HEIGHT) as page:
-        run(page, photograph, size, args.budget)
+        run(page, photograph, args.size, args.budget)
         page.mouse.move(WIDTH - 1, HEIGHT - 1)
         page.evaluate("() => { document.activeElement.blur(); window.scrollTo(0, 0); }")
         page.wait_for_timeout(2000)  # for what fades in
@@ -85,6 +83,7 @@ def take(webui: WebUI, photograph: Path, size: tuple[int, int], args: argparse.N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "webui.png", help="default: docs/")
+    parser.add_argument("--size", type=int, default=512, help="pixels of the picture's sides, up to 768 (%(default)s)")
     parser.add_argument("--budget", type=float, default=0.5, help="GiB (%(default)s)")
     args = parser.parse_args()
     checkout = Path(os.environ["WEBUI_PATH"]).resolve()
@@ -95,10 +94,10 @@ def main() -> None:
         folder = Path(name)
         (folder / "models" / "VAE").mkdir(parents=True)
         save(folder / "models" / "VAE" / VAE, dtype=torch.float16)
-        size = save_photograph(folder / "raccoon.png")
+        save_photograph(folder / "raccoon.png", args.size)
         with serve(checkout, checkpoint, folder, chosen=CHOSEN) as webui:
             webui.wait(lambda: "Startup time:" in webui.log())
-            take(webui, folder / "raccoon.png", size, args)
+            take(webui, folder / "raccoon.png", args)
 
 
 if __name__ == "__main__":
