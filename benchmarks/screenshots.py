@@ -11,6 +11,7 @@ font of emoji, which the WebUI has on its buttons.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import tempfile
@@ -22,26 +23,28 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).par
 import torch
 from comparison import part
 from host_process import checkpoint_in, page_of  # pyright: ignore[reportMissingImports]
+from PIL import Image
 from webui.accordion import fill_number, open_tab  # pyright: ignore[reportMissingImports]
 from webui.conftest import WebUI, serve  # pyright: ignore[reportMissingImports]
 from widened import save
 
 from comfyui_patchconv.cli.demo import PHOTOGRAPH, SMALL_VAE
 from comfyui_patchconv.cli.vae import RunOptions, decode
-from comfyui_patchconv.files.images import save_image
+from comfyui_patchconv.files.images import save_image, save_picture
 from comfyui_patchconv.files.latents import load_latent
 from comfyui_patchconv.files.vae import load_vae
 
 ROOT = Path(__file__).parents[1]
 VAE = "demo-full-width.safetensors"
 ACCORDION = "#script_img2img_patch_conv_enabled"
-WIDTH, HEIGHT = 1280, 1100
+_COARSE = 5  # of 255 levels every fifth: six tenths of the bytes, and no difference that shows
+WIDTH, HEIGHT = 1280, 1200
 CHOSEN: dict[str, Any] = {
     "sd_vae": VAE,
     "quicksettings_list": ["sd_model_checkpoint", "sd_vae"],
     "compact_prompt_box": True,
-    "img2img_editor_height": 260,
-    "ui_reorder_list": ["image", "scripts"],
+    "img2img_editor_height": 240,
+    "ui_reorder_list": ["image", "scripts", "prompt"],
 }
 """Under Settings, so that the picture, the accordion and the result fit on a screen."""
 
@@ -77,7 +80,8 @@ def take(webui: WebUI, photograph: Path, args: argparse.Namespace) -> None:
         page.wait_for_timeout(2000)  # for what fades in
         box = page.locator(ACCORDION).bounding_box()
         clip = {"x": 0, "y": 0, "width": WIDTH, "height": box["y"] + box["height"] + 20}
-        page.screenshot(path=args.out, clip=clip)
+        whole = Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")
+    save_picture(args.out, whole.point([round(level / _COARSE) * _COARSE for level in range(256)] * 3))
 
 
 def main() -> None:
