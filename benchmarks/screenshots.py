@@ -79,7 +79,7 @@ def take(webui: WebUI, photograph: Path, args: argparse.Namespace) -> None:
         page.evaluate("() => { document.activeElement.blur(); window.scrollTo(0, 0); }")
         page.wait_for_timeout(2000)  # for what fades in
         box = page.locator(ACCORDION).bounding_box()
-        clip = {"x": 0, "y": 0, "width": WIDTH, "height": box["y"] + box["height"] + 20}
+        clip = {"x": 0, "y": 0, "width": WIDTH, "height": box["y"] + box["height"] + 6}
         whole = Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")
     save_picture(args.out, whole.point([round(level / _COARSE) * _COARSE for level in range(256)] * 3))
 
