@@ -4,7 +4,7 @@ error and what was evaluated whole of a narrow one that ran.
     COMFYUI_PATH=… COMFYUI_PYTHON=… python benchmarks/autoencoders.py [NAMES …] [--device meta]
 
 COMFYUI_PATH is a checkout, COMFYUI_PYTHON the Python that runs it, this one by default. A class that the checkout has
-not is left out, and so are encoders of sounds that need torchaudio where that cannot be imported.
+not is left out, and so are the halves of sounds that need torchaudio where that cannot be imported.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
 
 What hosts load has Stable Diffusion's widths, and 32 groups in a norm. The small VAE has fewer groups: each is there
 several times, and in it each channel. That changes neither mean nor variance, and convolutions that read copies divide
-by their number: the same function, but for rounding, at the memory and the time of the full width.
+by their number: the same function, but for rounding, at the memory and the time of the full width. The file has the
+names of Stable Diffusion's own code: Automatic1111 knows no others.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1])]
 
 import torch
 from torch import Tensor
+from vae_helpers import ldm_state  # pyright: ignore[reportMissingImports]
 
 from comfyui_patchconv.cli.demo import SMALL_VAE
 from comfyui_patchconv.files.tensors import save_tensors
@@ -71,14 +73,19 @@ def _copied(count: int, width: int, groups: int) -> Tensor:
     return channel // own * groups // _GROUPS * of + channel % own * of // own
 
 
+def save(path: Path, vae: Path = SMALL_VAE, dtype: torch.dtype = torch.float32) -> None:
+    """Write the VAE in the file `vae`, widened, for any host. Raises ValueError as `widened` does."""
+    state = ldm_state(widened(load_vae(vae)))
+    save_tensors(path, {name: value.to(dtype) for name, value in state.items()})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--vae", type=Path, default=SMALL_VAE, help="default: the demo's")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float32")
     args = parser.parse_args()
-    state = widened(load_vae(args.vae)).state_dict()
-    save_tensors(args.out, {name: value.to(getattr(torch, args.dtype)) for name, value in state.items()})
+    save(args.out, args.vae, getattr(torch, args.dtype))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from processes import LIMIT
 from vae_helpers import small_vae
 
 from comfyui_patchconv.cli.demo import SMALL_VAE
+from comfyui_patchconv.files.tensors import read_header
 from comfyui_patchconv.files.vae import load_vae
 
 ROOT = Path(__file__).parents[1]
@@ -236,6 +237,20 @@ def test_the_widened_vae_computes_what_the_small_one_does() -> None:
         if method == "encode":
             mine, theirs = mine.parameters, theirs.parameters
         assert (mine - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+@torch.inference_mode()
+def test_the_widened_vae_is_written_as_hosts_read_it(tmp_path: Path) -> None:
+    """By the names of Stable Diffusion's own code: the WebUI knows no others."""
+    path = tmp_path / "vae.safetensors"
+    widened.save(path, dtype=torch.float16)
+    shapes = {name: shape for name, (_, shape) in read_header(path).items()}
+    assert shapes["decoder.up.3.upsample.conv.weight"] == (512, 512, 3, 3)
+    assert shapes["encoder.mid.attn_1.q.weight"] == (512, 512, 1, 1)
+    assert not [name for name in shapes if "_blocks." in name or "mid_block" in name]
+    latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    mine, theirs = (load_vae(file).decode(latent, return_dict=False)[0] for file in (path, SMALL_VAE))
+    assert (mine - theirs).abs().max() <= 1e-2 * theirs.abs().max()  # in half precision
 
 
 def test_a_vae_of_several_widths_is_not_widened() -> None:

@@ -176,6 +176,7 @@ class _HalfRun:
         tuning = replace(USUAL, silent_seconds=options.silent_seconds)
         shown = percent if first and sys.stderr.isatty() else None
         self._streamed = Streamed(on_progress=shown, tuning=tuning, group=options.group)
+        self._streamed.least = options.budget is None
         self._streams = Switch(options.mode == "stream" or not alone)
         self._auto: Optional[AutoForward] = None
         if options.mode == "auto" and alone:

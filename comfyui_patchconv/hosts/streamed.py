@@ -53,6 +53,7 @@ class StreamedForward(Wrapper):
         self.on_progress, self.on_call, self.on_miss, self.on_ran = on_progress, on_call, on_miss, on_ran
         self.switch, self.spread = switch or Switch(True), spread
         self._streamed = Streamed(on_progress=on_progress, tuning=tuning, group=group)
+        self._streamed.least = not budget  # as the host was told
 
     def start(self) -> None:
         """Begin a decode or encode, here or on a clone for another device: it may take what is free now."""

@@ -91,10 +91,12 @@ class Streamed:
     """Calls functions in strips, and keeps their schedules for calls that are alike. The arguments are those of
     `streamed`.
 
-    budget: may be changed between calls; a schedule is kept as long as it suits. calls: how many had something to
-    stream. last: the `Call` that was recorded last; a small one that is left to eager is not recorded. ran_eagerly:
-    whether the last one did all as eager does, for strips would be no help: as much memory, or much longer. sent,
-    messages: bytes that this rank has sent to others of its group, and in how many pieces.
+    budget: may be changed between calls; a schedule is kept as long as it suits. least: whether the schedule without a
+    budget, which takes least, is taken wherever it is within the budget, rather than the one that computes least: for a
+    budget that is what happens to be free. calls: how many had something to stream. last: the `Call` that was recorded
+    last; a small one that is left to eager is not recorded. ran_eagerly: whether the last one did all as eager does, for
+    strips would be no help: as much memory, or much longer. sent, messages: bytes that this rank has sent to others of
+    its group, and in how many pieces.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Streamed:
         if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget <= 0):
             raise ValueError(f"budget is {budget!r}: give a whole number of bytes above 0, or None for no limit.")
         self.budget, self.tuning, self.on_progress = budget, tuning, on_progress
+        self.least = False
         self.report: dict[str, int] = {} if report is None else report
         self.calls = 0
         self.last: Optional[Call] = None
@@ -177,7 +180,7 @@ class Streamed:
         """The same, recorded and run in strips."""
         self.last = call = Call(
             self.budget, self.report, self.on_progress, self.tuning, self._schedules, ranks=self._ranks,
-            in_bands=self._in_bands,
+            in_bands=self._in_bands, least=self.least,
         )  # fmt: skip
         with undisturbed():
             result = call.run(function, args, kwargs)

@@ -40,7 +40,8 @@ OnProgress = Callable[[int, int], None]
 
 class Call:
     """One call of a function. report, on_progress: see `streamed`. schedules: of earlier calls, by what they are for.
-    ranks: who makes it together; None for this process alone. in_bands: each is to have its `Band` of results.
+    ranks: who makes it together; None for this process alone. in_bands: each is to have its `Band` of results. least:
+    see `Streamed`.
 
     peak: bytes expected at once, of all segments. rows: of a strip of the pass that computes most. work: bytes of maps
     computed so far. in_strips: whether anything was to be computed otherwise than eager does. on_cpu: whether on the
@@ -51,8 +52,9 @@ class Call:
     def __init__(
         self, budget: Optional[int], report: dict[str, int], on_progress: Optional[OnProgress], tuning: Tuning,
         schedules: OrderedDict[Any, Any], phantom: bool = False, ranks: Optional[Ranks] = None, in_bands: bool = False,
+        least: bool = False,
     ) -> None:  # fmt: skip
-        self.budget, self.report, self.tuning = budget, report, tuning
+        self.budget, self.report, self.tuning, self.least = budget, report, tuning, least
         self.peak = self.stored = self.offloaded = self.offloaded_at_once = 0
         self.work = self.eager_peak = self.planned = self.rows = 0
         self.streamed = self.in_strips = self.on_cpu = self._stopped = False
@@ -231,14 +233,23 @@ class Call:
             there = list(names)
             return found.renamed(lambda number: there[number])
         with no_collections():
-            device = max(roots, key=lambda node: node.bytes).device
-            schedule = choose(
-                roots, keep, self._tuning_for(device), self.budget, held, unused or (lambda: room(device)), ranks
-            )
+            schedule = self._chosen(roots, keep, held, unused, ranks)
             self._schedules[key] = self.budget, schedule.renamed(lambda node: names[node])
         while len(self._schedules) > _MOST:
             self._schedules.popitem(last=False)
         return schedule
+
+    def _chosen(
+        self, roots: Sequence[Node], keep: Sequence[Node], held: int, unused: Optional[Callable[[], int]], ranks: int
+    ) -> Schedule:
+        """A new one; see `_schedule`."""
+        device = max(roots, key=lambda node: node.bytes).device
+        tuning, there = self._tuning_for(device), unused or (lambda: room(device))
+        if self.least and self.budget is not None:
+            schedule = choose(roots, keep, tuning, None, held, there, ranks)
+            if schedule.peak <= self.budget:
+                return schedule
+        return choose(roots, keep, tuning, self.budget, held, there, ranks)
 
     def _tuning_for(self, device: torch.device) -> Tuning:
         """Strips of the bytes that suit a device, where nobody said how many."""

@@ -24,8 +24,9 @@ class Family:
     what: what it is of, as people know it. path: of its class. dtype: the half that the host prefers for it, or
     float32. size: of what people make with it, in words; latent, pixels: of that, as decode and encode get it; None
     where it has no such half. options: of its class, as the host builds it. narrow: those that differ in a narrow one;
-    small_latent, small_pixels: what that is run on. needs: packages beside the host's, without which it cannot encode.
-    gain: of its drawn weights: those of many residuals would end in values that are cut off.
+    small_latent, small_pixels: what that is run on. needs: a package beside the host's, without which it cannot encode,
+    and where decodes_without is False, not decode either. gain: of its drawn weights: those of many residuals would end
+    in values that are cut off.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Family:
     small_latent: Optional[Shape] = None
     small_pixels: Optional[Shape] = None
     needs: str = ""
+    decodes_without: bool = True
     gain: float = 1.0
 
     def shape(self, method: str, small: bool = False) -> Optional[Shape]:
@@ -303,7 +305,7 @@ FAMILIES = (
                             "decoder_block_out_channels": [32, 64, 64, 128]},
             "vocoder_config": {"dims": [32, 32, 48, 64], "num_mels": 64, "upsample_initial_channel": 128},
         },
-        (1, 8, 16, 24), (1, 2, 24 * 4096), needs="torchaudio",
+        (1, 8, 16, 24), (1, 2, 24 * 4096), needs="torchaudio", decodes_without=False,
     ),
     Family(
         "LTX audio", "sounds, as spectrograms", "comfy.ldm.lightricks.vae.audio_vae.AudioVAE", "float32", "3 minutes",
@@ -313,7 +315,7 @@ FAMILIES = (
     Family(
         "MMAudio", "sounds, as spectrograms", "comfy.ldm.mmaudio.vae.autoencoder.AudioAutoencoder", "float32",
         "3 minutes", (1, 20, 5625), (1, 2, 180 * 44100), {"mode": "16k"}, {}, (1, 20, 40), (1, 2, 44100),
-        needs="torchaudio", gain=0.5,
+        needs="torchaudio", decodes_without=False, gain=0.5,
     ),
     Family(
         "MiniMax H3 audio", "sounds", "comfy.ldm.minimax.audio_vae.MiniMaxH3AudioVAE", "float32", "3 minutes",
@@ -358,7 +360,7 @@ def build(family: Family, narrow: bool = False, device: str = "meta") -> torch.n
             if isinstance(options.get(name), str):
                 options[name] = _named(options[name])
         kind: Any = _named(family.path)
-        if family.needs and family.name == "ACE-Step" and not is_there(family.needs):
+        if family.needs and not family.decodes_without and not is_there(family.needs):
             raise ImportError(f"{family.needs} is not installed")
         module: Any = importlib.import_module(LTX.rpartition(".")[0])
         if hasattr(module, "get_max_chunk_size"):  # it asks the device

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conv_helpers import assert_same
-from torch import Tensor
+from torch import Tensor, nn
 
 from comfyui_patchconv.hosts.memory_used import OF_FREE, StreamEstimate
 from comfyui_patchconv.hosts.streamed import StreamedAtOnce, StreamedForward
@@ -42,6 +42,34 @@ def test_a_budget_is_kept_and_nothing_free_is_no_lack_of_one(vae: VAE) -> None:
         streamed = StreamedForward(vae.decoder.forward, budget, lambda _, free=free: free)
         streamed(z)
         assert streamed._streamed.budget == expected
+
+
+class Wide(nn.Module):
+    """Strips that suit a CPU are much of what its decode takes, and smaller ones take less."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(4, 32, 3, padding=1), nn.Upsample(scale_factor=2), nn.Conv2d(32, 32, 3, padding=1),
+            nn.GroupNorm(4, 32), nn.SiLU(), nn.Conv2d(32, 32, 3, padding=1), nn.GroupNorm(4, 32), nn.SiLU(),
+            nn.Conv2d(32, 3, 3, padding=1),
+        )  # fmt: skip
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.layers(z)
+
+
+def test_where_it_is_free_no_more_is_taken_than_the_host_was_told() -> None:
+    """Without a budget of the user's: the host is told what takes least, however much is free in the end."""
+    holder: Any = Holder(VAE())
+    holder.first_stage_model = model = Wide().requires_grad_(False)
+    z = torch.randn(1, 4, 256, 256)
+    told = StreamEstimate(holder, "decode", lambda *_: 1e15, budget=0).expected(tuple(z.shape), z.dtype).peak
+    for free, most in ((1 << 40, told), (told, OF_FREE * told)):
+        streamed = StreamedForward(model.decode, 0, lambda _, free=free: free)
+        streamed(z)
+        assert streamed._streamed.last is not None
+        assert streamed._streamed.last.peak <= most
 
 
 def test_what_strips_would_not_help_is_told(vae: VAE) -> None:

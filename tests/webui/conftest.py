@@ -33,6 +33,7 @@ PATCH = {"mode": "patch", "unet": True, "splits": 3, "threshold": 0.0}
 STREAM = {"mode": "stream", "unet": True, "splits": 3, "threshold": 0.0}
 MODES = pytest.mark.parametrize("settings", [PATCH, STREAM], ids=["patch", "stream"])
 FULL = ("--no-half",)
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 class Host(NamedTuple):
@@ -52,7 +53,7 @@ class Host(NamedTuple):
     mixed: tuple[str, ...]
     bfloat16: tuple[str, ...]
     plot: tuple[Any, ...]
-    hires: Mapping[str, Any] = MappingProxyType({})
+    hires: Mapping[str, Any] = _NONE
     compact: str = "ESRGAN"
 
 
@@ -95,9 +96,12 @@ class Result(NamedTuple):
 
 
 class WebUI(HostProcess):
-    """One WebUI process with a data folder of its own; the checkout stays as it is."""
+    """One WebUI process with a data folder of its own; the checkout stays as it is. chosen: what it has under Settings
+    from the start."""
 
-    def __init__(self, checkout: Path, checkpoint: str, folder: Path, flags: tuple[str, ...]) -> None:
+    def __init__(
+        self, checkout: Path, checkpoint: str, folder: Path, flags: tuple[str, ...], chosen: Mapping[str, Any] = _NONE
+    ) -> None:
         extensions, checkpoints = folder / "extensions", folder / "checkpoints"
         extensions.mkdir()
         checkpoints.mkdir()
@@ -110,7 +114,7 @@ class WebUI(HostProcess):
         _save_upscalers(folder / "models", self.host)
         # Random weights have no mean that emphasis could be scaled to.
         options = {"emphasis": "No norm", "live_previews_enable": False, "sd_model_checkpoint": "first.safetensors"}
-        (folder / "config.json").write_text(json.dumps(options))
+        (folder / "config.json").write_text(json.dumps({**options, **chosen}))
         command = [python(), "launch.py", "--skip-prepare-environment", "--no-download-sd-model", "--api"]
         command += ["--do-not-download-clip", "--data-dir", str(folder), "--ckpt-dir", str(checkpoints), *flags]
         command += ["--gradio-allowed-path", str(checkout)]  # Forge hands out its own scripts from the data folder only
@@ -212,8 +216,11 @@ def checkpoint(checkout: Path) -> str:
 
 
 @contextmanager
-def serve(checkout: Path, checkpoint: str, folder: Path, flags: tuple[str, ...] = FULL) -> Iterator[WebUI]:
-    webui = WebUI(checkout, checkpoint, folder, flags)
+def serve(
+    checkout: Path, checkpoint: str, folder: Path, flags: tuple[str, ...] = FULL, chosen: Mapping[str, Any] = _NONE
+) -> Iterator[WebUI]:
+    """One that is starting; see `WebUI`."""
+    webui = WebUI(checkout, checkpoint, folder, flags, chosen)
     try:
         yield webui
     finally:
