@@ -291,9 +291,10 @@ class _Maker:
         return not value.is_floating_point() or bool((value.abs() < HIGHEST).all())
 
     def program(self) -> Optional[Program]:
+        more: dict[Step, int] = {rare: 30} if self.seed >= RARE_FROM else {}
         for _ in range(self.draw.randint(3, 20)):
             with suppress(LookupError):
-                line = self.draw.choices(STEPS, WEIGHTS)[0](self)
+                line = self.draw.choices([*STEPS, *more], [*WEIGHTS, *more.values()])[0](self)
                 if line is not None:
                     self.accept(line)
         found = self._finished()
@@ -870,6 +871,43 @@ KINDS: dict[Step, int] = {
     back_to_a_map: 4,
 }  # fmt: skip
 STEPS, WEIGHTS = list(KINDS), list(KINDS.values())
+
+RARE_FROM = 1_000_000
+"""The first of the seeds whose programs call what the others never do: those that failed once stay what they are."""
+
+_OF_ONE = """
+acos asin atan ceil cosh sinh cos tan erf expm1 exp2 log1p log2 log10 frac trunc selu celu relu6 isfinite isinf isnan
+logical_not log_sigmoid hardsigmoid positive
+""".split()  # noqa: SIM905
+_OF_TWO = """
+fmax fmin fmod remainder hypot floor_divide divide subtract multiply eq ne lt le gt ge logical_and logical_or
+logical_xor float_power
+""".split()  # noqa: SIM905
+
+
+def rare(m: _Maker) -> Lines:
+    y, draw = m.any(), m.draw
+    z, axis, last = m.other(y), m.axis(y), m.value(y).shape[-1]
+    functions = {"log_sigmoid": "F.logsigmoid", "hardsigmoid": "F.hardsigmoid"}
+    one, two = draw.choice(_OF_ONE), draw.choice(_OF_TWO)
+    called = functions.get(one, f"F.{one}" if one in ("selu", "celu", "relu6") else f"torch.{one}")
+    part = f"({y}.sigmoid() * 0.9)"
+    texts = [
+        f"{called}({part}).to({y}.dtype)", f"{called}({part}).to({y}.dtype)",
+        f"torch.{two}({part}, {z}.sigmoid() + 0.3).to({y}.dtype)", f"torch.{two}({part}, 0.4).to({y}.dtype)",
+        f"torch.addcdiv({y}, {part}, {z}.abs() + 1, value=0.2)", f"F.glu({y}, {axis})", f"{part}.cumprod({axis})",
+        f"{y}.logcumsumexp({axis})", f"{part}.prod({axis})", f"({y} > 0).all({axis}).to({y}.dtype)",
+        f"({y} > 0).any({axis}, keepdim=True) * {y}", f"{y}.argmin({axis}).to({y}.dtype)", f"{y}.clip(-0.5, 0.5)",
+        f"{y}.clamp_max(0.5)", f"{y}.clamp_min(-0.5)", f"F.prelu({y}, {m.constant(1, like=y)})", f"{y}.ravel() * 1.0",
+        f"({y} * 4).to(torch.int32).bitwise_and(({y} * 3).to(torch.int32)).to({y}.dtype)",
+        f"(({y} > 0) ^ ({y} > 0.5)).to({y}.dtype)", f"torch.concat([{y}, {y}], {axis})",
+        f"{y}.half().to({y}.dtype)", f"{y}.bfloat16().to({y}.dtype)", f"{y}.norm(2, {axis})",
+        f"({y} * 5).sum({axis}, dtype=torch.int64).to({y}.dtype)", f"{y}.expand_as({y}) * 1.0",
+        f"torch.addmm({m.constant(3, like=y)}, {y}.reshape(-1, {last}), {m.weight(3, last, like=y)}.t())",
+    ]  # fmt: skip
+    if m.value(y).dim() == 3:
+        texts.append(f"torch.baddbmm({m.constant(1, like=y)}, {y}, {y}.mT) * 0.1")
+    return f"{m.new()} = {draw.choice(texts)}"
 
 
 # Comparing

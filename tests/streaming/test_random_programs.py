@@ -9,7 +9,7 @@ from comfyui_patchconv.streaming import call
 from comfyui_patchconv.streaming.plan.eagerly import eager_schedule
 
 from .comparing import copied, seed_all
-from .programs import Settings, check, random_program, settings_of
+from .programs import RARE_FROM, Settings, check, random_program, settings_of
 
 WRONG_ONCE = [
     731,
@@ -33,7 +33,7 @@ WRONG_ONCE = [
     102487,
 ]
 
-SEEDS = [*range(160), *WRONG_ONCE]
+SEEDS = [*range(160), *WRONG_ONCE, *range(RARE_FROM, RARE_FROM + 40)]
 
 
 @pytest.mark.filterwarnings("ignore")
