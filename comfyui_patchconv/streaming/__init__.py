@@ -92,11 +92,11 @@ class Streamed:
     `streamed`.
 
     budget: may be changed between calls; a schedule is kept as long as it suits. least: whether the schedule without a
-    budget, which takes least, is taken wherever it is within the budget, rather than the one that computes least: for a
-    budget that is what happens to be free. calls: how many had something to stream. last: the `Call` that was recorded
-    last; a small one that is left to eager is not recorded. ran_eagerly: whether the last one did all as eager does, for
-    strips would be no help: as much memory, or much longer. sent, messages: bytes that this rank has sent to others of
-    its group, and in how many pieces.
+    budget, which takes least, is taken wherever it is within the budget, rather than the one that computes least: for
+    a budget that is what happens to be free. calls: how many had something to stream. last: the `Call` that was
+    recorded last; a small one that is left to eager is not recorded. ran_eagerly: whether the last one did all as
+    eager does, for strips would be no help: as much memory, or much longer. sent, messages: bytes that this rank has
+    sent to others of its group, and in how many pieces.
     """
 
     def __init__(
