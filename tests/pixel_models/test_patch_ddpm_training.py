@@ -370,11 +370,12 @@ def test_wandb_is_not_even_imported(tmp_path: Path, written: Write) -> None:
     (tmp_path / "wandb.py").write_text("raise RuntimeError('imported')")
     out = tmp_path / "out"
     checkpoint = tmp_path / "log" / "checkpoints" / "model-last.pt"
-    for words in (
-        ["train", "--config", written()],
-        ["sample", "--ckpt", checkpoint, "--out-dir", out, "--n-samples", 1],
-    ):
-        process(["-m", "comfyui_patchconv.cli", "patch-ddpm", *words], PYTHONPATH=tmp_path)
+    commands = [
+        ["patch-ddpm", "train", "--config", str(written())],
+        ["patch-ddpm", "sample", "--ckpt", str(checkpoint), "--out-dir", str(out), "--n-samples", "1"],
+    ]
+    code = f"import sys; from comfyui_patchconv import cli; sys.exit(any(map(cli.main, {commands})))"
+    process(["-c", code], PYTHONPATH=tmp_path)
     assert (out / "sample-00000000.png").exists()
 
 
@@ -419,6 +420,7 @@ def launch(*words: object) -> None:
     process([*start, *words])
 
 
+@pytest.mark.slow  # test_training.py has two processes train
 def test_several_devices_sample_as_one_and_go_on_bit_for_bit(tmp_path: Path, written: Write, model: Path) -> None:
     """Sampling gives the same files as one device. Training shares a step's images, and goes on bit for bit."""
     few = ("--n-samples", 5, "--batch-size", 2)
