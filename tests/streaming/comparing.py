@@ -54,7 +54,8 @@ def seed_all(seed: int = 0) -> None:
 
 def random_states() -> dict[str, str]:
     """A digest of what each generator draws from: thousands of numbers, which nobody wants to see where they differ."""
-    states = {"torch": torch.get_rng_state().tolist(), "random": random.getstate(), "numpy": np.random.get_state()[1:3]}
+    numpy_state: Any = np.random.get_state()
+    states = {"torch": torch.get_rng_state().tolist(), "random": random.getstate(), "numpy": numpy_state[1:3]}
     return {name: hashlib.sha256(pickle.dumps(state)).hexdigest() for name, state in states.items()}
 
 
