@@ -6,15 +6,22 @@ prints. Two lines go out: the number of its process, and its status, as `os.wait
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
+from contextlib import suppress
 
 import accelerate  # noqa: F401
 import diffusers.models.autoencoders.autoencoder_kl  # noqa: F401
 import PIL.PngImagePlugin  # noqa: F401
 
-from comfyui_patchconv import cli, streaming  # noqa: F401
+VAES = "diffusers.models.autoencoders.autoencoder_"
+for name in (f"{VAES}kl_wan", f"{VAES}oobleck", "av", "soundfile"):
+    with suppress(ImportError, OSError):  # not everywhere
+        importlib.import_module(name)
+
+from comfyui_patchconv import cli, streaming  # noqa: E402, F401
 
 for line in sys.stdin:
     asked = json.loads(line)

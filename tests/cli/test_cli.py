@@ -436,6 +436,7 @@ def demo_table(said: str) -> tuple[float, ...]:
     return tuple(float(value) for value in found.groups())
 
 
+@pytest.mark.slow  # five processes, of which four import diffusers anew
 def test_demo_writes_the_images_and_prints_the_table(tmp_path: Path, vae: Path, ready: Ready) -> None:
     argv = arguments("demo", vae=vae, size=64, threshold=0, splits=3, out="new/folder")
     done = ready.ended(argv, folder=tmp_path)

@@ -104,20 +104,18 @@ def test_a_family_decodes_as_diffusers_does(tmp_path: Path, name: str, layout: s
     assert_same(decode(vae, latent, RunOptions(mode, splits=3, threshold=0)), expected, 1e-5)
 
 
-@pytest.mark.parametrize("mode", ["plain", "patch", "stream"])
-@pytest.mark.parametrize("name", VIDEOS)
+@crossed(2, name=VIDEOS, mode=["plain", "patch", "stream"], frames=[2, 5])
 @torch.no_grad()
-def test_a_video_decodes_as_diffusers_does_without_tiles(tmp_path: Path, name: str, mode: str) -> None:
+def test_a_video_decodes_as_diffusers_does_without_tiles(tmp_path: Path, name: str, mode: str, frames: int) -> None:
     case = ALL[name]
     theirs, path = stored(case, "diffusers", tmp_path)
     vae = load_vae(path)
     packing = packing_of(vae)
     batch, count, *size = case.shape
-    for frames in (2, 5):
-        latent = random(batch, count, frames, *size)
-        found = decode(vae, latent, RunOptions(mode, splits=3, threshold=0))
-        assert found.shape[2] == traits_of(vae).frames_of(frames)
-        assert_same(found, decoded(theirs, latent if packing is None else packing.unpack(latent)), 1e-5)
+    latent = random(batch, count, frames, *size)
+    found = decode(vae, latent, RunOptions(mode, splits=3, threshold=0))
+    assert found.shape[2] == traits_of(vae).frames_of(frames)
+    assert_same(found, decoded(theirs, latent if packing is None else packing.unpack(latent)), 1e-5)
 
 
 @pytest.mark.parametrize("name", ALL)
