@@ -303,7 +303,7 @@ def test_half_precision_is_as_near_to_float64_as_eager(dtype: torch.dtype) -> No
     assert 0 < from_the_exact(ours, exact) <= 1.05 * from_the_exact(eager, exact)
 
 
-@pytest.mark.parametrize("half", ["decoder", "encoder"])
+@pytest.mark.parametrize("half", ["decoder", pytest.param("encoder", marks=pytest.mark.slow)])
 def test_a_vae_in_half_precision_is_as_near_to_float64_as_eager(half: str) -> None:
     """Stable Diffusion's, at full width, in strips of a few rows; channels last makes eager 40 times faster.
 
