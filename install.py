@@ -2,7 +2,8 @@
 
     python install.py               install what is missing from requirements.txt, the host's way (hosts call it so)
     python install.py demo [ARGS]   set up an environment if needed, then decode a photograph in tiles and in strips
-    python install.py test [ARGS]   the same set-up, then the tests; ARGS go to pytest
+    python install.py test [ARGS]   the same set-up, then the tests that are not slow; ARGS go to pytest
+    python install.py test slow     the same set-up, then the slow ones
 
 Nothing happens at import.
 """
@@ -55,8 +56,9 @@ def main(argv: list[str]) -> int:
         return code
     if job == "demo":
         return call([sys.executable, "-m", "comfyui_patchconv", "demo", *rest])
-    if not rest:  # all of them: one process a core, each of which computes on one; one line says how far they are
-        rest = ["-n", "auto", "-q", "--disable-warnings", "-p", "percentages"]
+    if rest in ([], ["slow"]):  # one process a core, each of which computes on one; one line says how far they are
+        kind = "slow" if rest else "not slow"
+        rest = ["-n", "auto", "--dist", "worksteal", "-q", "--disable-warnings", "-p", "percentages", "-m", kind]
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         folders = [str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(folder for folder in folders if folder)

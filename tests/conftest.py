@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,12 @@ if not torch.cuda.is_available():  # Triton looks at it when it is imported, by 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--device`, of the tests in `cuda/`."""
     parser.addoption("--device", choices=("cuda", "cpu"), default="cuda", help="of the tests of tests/cuda")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected by now stays: nobody who looks for garbage need go through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -143,6 +143,7 @@ def test_page_charts_and_tables_are_in_step_with_what_was_kept() -> None:
 ON_GPU = [sys.executable, str(ROOT / "benchmarks" / "on_gpu.py"), "--device", "cpu", "--quick", "--no-tests"]
 
 
+@pytest.mark.slow  # .ci/run makes all tables on toys
 def test_a_table_of_a_gpu_has_a_row_for_each_of_its_cases(tmp_path: Path) -> None:
     command = [*ON_GPU, str(tmp_path), "--tables", "single_conv"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
@@ -265,6 +266,7 @@ def test_crops_are_pictures_of_the_size_asked_for() -> None:
     assert -1 <= made.min() < made.max() <= 1
 
 
+@pytest.mark.slow
 def test_training_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     training = train_vae.Training(tmp_path, seconds=1e6)
     training.step([torch.rand(3, 80, 80)])

@@ -161,6 +161,22 @@ def test_an_unknown_job_is_one_sentence() -> None:
     assert done.stderr == "install.py: 'tset' is not a job: use 'demo', 'test' or nothing.\n"
 
 
+@pytest.mark.parametrize(
+    ("given", "kind"), [([], "not slow"), (["slow"], "slow"), (["-k", "geometry"], None)], ids=["", "slow", "some"]
+)
+def test_tests_are_all_that_are_not_slow_or_the_slow_ones_or_what_is_asked_for(
+    given: list[str], kind: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(install, "environment_python", lambda: sys.executable)
+    monkeypatch.setattr(install, "set_up", lambda job: 0)
+    monkeypatch.setattr(install, "call", lambda command, **_: started.append(command) or 0)
+    for name in ("OMP_NUM_THREADS", "PYTHONPATH"):
+        monkeypatch.setenv(name, "1")  # and back
+    assert install.main(["test", *given]) == 0
+    assert started[0][1:] == given if kind is None else started[0][-2:] == ["-m", kind]
+
+
 def chosen(python: str) -> Path:
     code = "import install; print(install.environment_python())"
     done = start("-c", code, python=python, PYTHONPATH=str(ROOT))

@@ -7,7 +7,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
-from processes import ended
+from processes import Ready
 
 NAMES = {
     "comfyui_patchconv": [
@@ -52,15 +52,16 @@ def test_a_star_import_gives_the_public_names_of_the_package_alone() -> None:
     assert sorted(package.__all__) == sorted(NAMES["comfyui_patchconv"])
 
 
-def test_every_way_to_start_the_command_line_prints_the_same_help() -> None:
+def test_every_way_to_start_the_command_line_prints_the_same_help(ready: Ready) -> None:
     name, value = ENTRY_POINT
     load = f"from {EntryPoint.__module__} import EntryPoint; main = EntryPoint({name!r}, {value!r}, '').load()"
+    as_m = "import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     ways = [
-        ["-m", "comfyui_patchconv", "--help"],
-        ["-m", "comfyui_patchconv.cli", "--help"],
-        ["-c", f"import sys; {load}; sys.exit(main())", "--help"],
+        as_m.format(module="comfyui_patchconv"),
+        as_m.format(module="comfyui_patchconv.cli"),
+        f"import sys; {load}; sys.exit(main())",
     ]
-    printed = [ended(way).stdout for way in ways]
+    printed = [ready.ended(["--help"], way).stdout for way in ways]
     assert printed[0].startswith("usage: patchconv [-h]")
     assert len(set(printed)) == 1
 

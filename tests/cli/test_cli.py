@@ -409,9 +409,9 @@ def limit(kind, size):
 
 
 def test_out_of_memory_is_one_sentence_and_ends_with_3(tmp_path: Path, vae: Path, ready: Ready) -> None:
-    save_latent(tmp_path / "in.latent", random_latent(height=128, width=128))
+    save_latent(tmp_path / "in.latent", random_latent(height=64, width=64))
     used = "int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()"
-    code = f"{LIMITED}\nlimit(resource.RLIMIT_AS, {used} + (100 << 20))\nsys.exit(cli.main())"
+    code = f"{LIMITED}\nlimit(resource.RLIMIT_AS, {used} + (20 << 20))\nsys.exit(cli.main())"
     argv = arguments("decode", vae=vae, latent="in.latent", out="out.png")
     done = ready.ended(argv, code, tmp_path)
     assert done.returncode == 3, done.stderr
@@ -441,6 +441,7 @@ def demo_table(said: str) -> tuple[float, ...]:
     return tuple(float(value) for value in found.groups())
 
 
+@pytest.mark.slow  # five processes, of which four import diffusers anew
 def test_demo_writes_the_images_and_prints_the_table(tmp_path: Path, vae: Path, ready: Ready) -> None:
     argv = arguments("demo", vae=vae, size=64, threshold=0, splits=3, out="new/folder")
     done = ready.ended(argv, folder=tmp_path)

@@ -13,6 +13,7 @@ import torch
 from conv_helpers import assert_same
 from PIL import Image
 from processes import Ready
+from products import crossed
 from torch import Tensor
 from vae_families import ALL
 from vae_helpers import write
@@ -71,20 +72,18 @@ def assert_alike(found: np.ndarray, expected: np.ndarray, most: int = 1) -> None
 # Videos
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    ("name", "count", "size"),
-    [
-        ("Wan 2.1", 5, "16x20"),
-        ("Wan 2.2", 5, "32x40"),
-        ("HunyuanVideo", 9, "16x20"),
-        ("CogVideoX", 9, "16x20"),
-        ("LTX-Video 0.9", 5, "16x20"),
-    ],
-)
+FRAMES = {
+    "Wan 2.1": (5, "16x20"), "Wan 2.2": (5, "32x40"), "HunyuanVideo": (9, "16x20"), "CogVideoX": (9, "16x20"),
+    "LTX-Video 0.9": (5, "16x20"),
+}  # fmt: skip
+"""By the name of a VAE, how many frames it makes of three, and of which size."""
+
+
+@crossed(1, name=list(FRAMES), mode=MODES)
 def test_a_video_becomes_numbered_frames(
-    tmp_path: Path, name: str, count: int, size: str, mode: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, name: str, mode: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    count, size = FRAMES[name]
     theirs, vae, latent = case(tmp_path, name, 1, 16, 3, 5, 4)
     out = tmp_path / "out.png"
     run("decode", latent, vae, out, "--mode", mode, "--splits", "3", "--threshold", "0")

@@ -102,7 +102,7 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path, load: Callable[[P
 @pytest.mark.parametrize("layout", ["ldm", "diffusers"])
 def test_a_vae_that_lacks_a_tensor_is_refused_whichever_it_is(tmp_path: Path, layout: str) -> None:
     state, path = state_in(layout), tmp_path / "vae.safetensors"
-    for lacking in list(state)[::3]:
+    for lacking in list(state)[::7]:  # weights and biases in turn, of each level
         write(path, {name: value for name, value in state.items() if name != lacking})
         with pytest.raises(ValueError) as caught:
             load_vae(path)
@@ -113,7 +113,7 @@ def test_a_vae_that_lacks_a_tensor_is_refused_whichever_it_is(tmp_path: Path, la
 def test_a_vae_with_a_wrong_tensor_is_refused_whichever_it_is(tmp_path: Path, layout: str) -> None:
     state, path = state_in(layout), tmp_path / "vae.safetensors"
     changes = cycle([lambda v: v[:1], lambda v: v[None], lambda v: v.int(), lambda v: v[:0]])
-    for name, change in list(zip(state, changes))[::3]:
+    for name, change in list(zip(state, changes))[::7]:
         write(path, {**state, name: change(state[name])})
         with pytest.raises(ValueError) as caught:
             load_vae(path)

@@ -21,10 +21,10 @@ from comfyui_patchconv import convert_model
 from comfyui_patchconv.memory.recorder import Recorder
 
 torch.manual_seed(0)
-conv, input = nn.Conv2d(64, 64, 3, padding=1), torch.randn(1, 64, 1024, 1024)
+conv, input = nn.Conv2d(64, 64, 3, padding=1), torch.randn(1, 64, 512, 1024)
 peaks = []
 with torch.inference_mode():
-    for splits in (0, 64):
+    for splits in (0, 32):
         if splits:
             convert_model(conv, splits, threshold=0)
         conv(input[..., :64, :])

@@ -51,7 +51,7 @@ def written(tmp_path: Path) -> Write:
 
     def write(log: str = "log", model: Any = (), diffusion: Any = (), **trainer: Any) -> Path:
         whole = TRAINER | {"train_dataset_dir": str(tmp_path / "images"), "log_dir": str(tmp_path / log)} | trainer
-        sections = {"model": SMALL | dict(model), "diffusion": {"timesteps": 10} | dict(diffusion), "trainer": whole}
+        sections = {"model": SMALL | dict(model), "diffusion": {"timesteps": 4} | dict(diffusion), "trainer": whole}
         path = tmp_path / f"{log}.json"
         path.write_text(json.dumps(sections))
         return path
@@ -118,11 +118,11 @@ def test_sampling_writes_the_images_that_the_sampler_makes(tmp_path: Path, model
     found: dict[str, Any] = {}
     for name, options in variants.items():
         out = tmp_path / name / "deeper"
-        run("sample", "--ckpt", model, "--out-dir", out, "--n-samples", 5, "--batch-size", 2, *options)
+        run("sample", "--ckpt", model, "--out-dir", out, "--n-samples", 3, "--batch-size", 2, *options)
         paths = sorted(out.iterdir())
-        assert [path.name for path in paths] == [f"sample-{number:08}.png" for number in range(5)]
+        assert [path.name for path in paths] == [f"sample-{number:08}.png" for number in range(3)]
         found[name] = np.stack([np.asarray(Image.open(path)).astype(int) for path in paths])
-        assert found[name].shape == (5, 12, 24, 3)
+        assert found[name].shape == (3, 12, 24, 3)
     usual = found["usual"]
     assert np.array_equal(usual, found["again"])
     assert np.abs(usual - found["patch"]).max() <= 1
@@ -203,7 +203,7 @@ def test_training_writes_its_files_and_goes_on(
     assert Image.open(log / "samples" / "00000003.png").size == (4 * 16 + 3 * 2,) * 2
     trained, diffusion = load(log / "checkpoints" / "model-last.safetensors")
     assert trained.config.image_sides == (16, 16)
-    assert diffusion.timesteps == 10
+    assert diffusion.timesteps == 4
     run("train", "--config", written(train_num_steps=5))
     assert "going on from step 3" in capsys.readouterr().out
     assert [step for step, _ in read_losses(log / "loss.csv")] == [2, 3, 4, 5]
@@ -231,7 +231,7 @@ def test_what_a_training_is_given_counts(tmp_path: Path, written: Write) -> None
         "every": {"update_ema_every": 2},
     }
     for name, change in changes.items():
-        run("train", "--config", written(name, **change))
+        run("train", "--config", written(name, save_and_sample_every=3, **change))
         found[name] = tensors(tmp_path / name / "checkpoints" / "model-last.pt")
 
     def same(name: str, part: str) -> bool:
@@ -370,11 +370,12 @@ def test_wandb_is_not_even_imported(tmp_path: Path, written: Write) -> None:
     (tmp_path / "wandb.py").write_text("raise RuntimeError('imported')")
     out = tmp_path / "out"
     checkpoint = tmp_path / "log" / "checkpoints" / "model-last.pt"
-    for words in (
-        ["train", "--config", written()],
-        ["sample", "--ckpt", checkpoint, "--out-dir", out, "--n-samples", 1],
-    ):
-        process(["-m", "comfyui_patchconv.cli", "patch-ddpm", *words], PYTHONPATH=tmp_path)
+    commands = [
+        ["patch-ddpm", "train", "--config", str(written())],
+        ["patch-ddpm", "sample", "--ckpt", str(checkpoint), "--out-dir", str(out), "--n-samples", "1"],
+    ]
+    code = f"import sys; from comfyui_patchconv import cli; sys.exit(any(map(cli.main, {commands})))"
+    process(["-c", code], PYTHONPATH=tmp_path)
     assert (out / "sample-00000000.png").exists()
 
 
@@ -419,6 +420,7 @@ def launch(*words: object) -> None:
     process([*start, *words])
 
 
+@pytest.mark.slow  # test_training.py has two processes train
 def test_several_devices_sample_as_one_and_go_on_bit_for_bit(tmp_path: Path, written: Write, model: Path) -> None:
     """Sampling gives the same files as one device. Training shares a step's images, and goes on bit for bit."""
     few = ("--n-samples", 5, "--batch-size", 2)

@@ -80,7 +80,7 @@ def models(counter: Any) -> Answer:
 def networks(counter: Any) -> Answer:
     """Random networks, with the same weights on each device."""
     answer = {}
-    for seed in range(120):
+    for seed in range(40):
         results = []
         for device in (torch.device("cpu"), SECOND):
             operators, channels = random_network(seed, device)

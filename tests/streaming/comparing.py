@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import math
+import pickle
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -43,14 +45,18 @@ class DiffersError(AssertionError):
 
 
 def seed_all(seed: int = 0) -> None:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed keeps a stack for each device that is not there
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
     random.seed(seed)
     np.random.seed(seed)
 
 
-def random_states() -> tuple[Any, ...]:
+def random_states() -> dict[str, str]:
+    """A digest of what each generator draws from: thousands of numbers, which nobody wants to see where they differ."""
     numpy_state: Any = np.random.get_state()
-    return torch.get_rng_state(), random.getstate(), numpy_state[1], numpy_state[2]
+    states = {"torch": torch.get_rng_state().tolist(), "random": random.getstate(), "numpy": numpy_state[1:3]}
+    return {name: hashlib.sha256(pickle.dumps(state)).hexdigest() for name, state in states.items()}
 
 
 def copied(value: Any, memo: Optional[dict[Any, Any]] = None) -> Any:

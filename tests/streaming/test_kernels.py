@@ -14,6 +14,7 @@ from typing import Any, Optional
 import pytest
 import torch
 from processes import LIMIT
+from products import crossed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -171,10 +172,13 @@ def test_parts_of_maps(triton: Any, name: str) -> None:
 TIMES = ((1, 1, 2, 2), (1, 1, 3, 1), (1, 1, 1, 2), (1, 1, 5, 3))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize("repeats", TIMES)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 5, 9, 3), (1, 35, 2, 7)])
-@pytest.mark.parametrize("last", [False, True])
+@crossed(
+    2,
+    shape=[(1, 1, 1, 1), (2, 5, 9, 3), (1, 35, 2, 7)],
+    repeats=TIMES,
+    last=[False, True],
+    dtype=[torch.float32, *HALVES],
+)
 def test_upsampled_rows_are_what_float64_has(
     triton: Any, shape: tuple[int, ...], repeats: tuple[int, ...], last: bool, dtype: torch.dtype
 ) -> None:
@@ -521,8 +525,7 @@ def exactness(result: Tensor, eager: Tensor, exact: Tensor) -> None:
         assert 0 < float(ours) <= 1.05 * float(theirs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize("budget", [None, 1])
+@crossed(1, dtype=[torch.float32, *HALVES], budget=[None, 1])
 def test_a_decode_by_kernels(
     launched: list[dict[str, Any]], upsampled: None, dtype: torch.dtype, budget: Optional[int]
 ) -> None:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_zoo import CASES, draw_weights
 from network_helpers import random_network, run_network
+from products import crossed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,8 +43,7 @@ WHOLE: dict[str, set[str]] = {
 all_tunings = pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
 
 
-@pytest.mark.parametrize("inference", [True, False], ids=["inference", "no grad"])
-@pytest.mark.parametrize("name", CASES)
+@crossed(1, name=list(CASES), inference={"inference": True, "no grad": False})
 def test_networks_of_diffusers_give_eagers_result_and_evaluate_nothing_whole(name: str, inference: bool) -> None:
     build, run, input = CASES[name]
     model = draw_weights(build())
@@ -303,7 +303,7 @@ def test_half_precision_is_as_near_to_float64_as_eager(dtype: torch.dtype) -> No
     assert 0 < from_the_exact(ours, exact) <= 1.05 * from_the_exact(eager, exact)
 
 
-@pytest.mark.parametrize("half", ["decoder", "encoder"])
+@pytest.mark.parametrize("half", ["decoder", pytest.param("encoder", marks=pytest.mark.slow)])
 def test_a_vae_in_half_precision_is_as_near_to_float64_as_eager(half: str) -> None:
     """Stable Diffusion's, at full width, in strips of a few rows; channels last makes eager 40 times faster.
 

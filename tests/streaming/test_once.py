@@ -25,6 +25,7 @@ from typing import Any, Optional
 import numpy as np
 import pytest
 import torch
+from products import crossed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -154,10 +155,7 @@ PROGRAMS: list[Function] = [
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("tuning", [*TUNINGS.values(), Tuning()], ids=[*TUNINGS, "as it is"])
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+@crossed(2, program=PROGRAMS, tuning={**TUNINGS, "as it is": Tuning()}, budget=BUDGETS, way=list(WAYS))
 def test_each_call_runs_the_code_once(program: Function, tuning: Tuning, budget: Optional[int], way: str) -> None:
     ran: list[int] = []
 
@@ -590,10 +588,7 @@ WORLDS: list[Callable[[Wrap], Call]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("budget", [None, 1])
-@pytest.mark.parametrize("tuning", [ONE_ROW, FEW_ROWS], ids=["one row", "few rows"])
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.__name__)
+@crossed(2, world=WORLDS, way=list(WAYS), tuning={"one row": ONE_ROW, "few rows": FEW_ROWS}, budget=[None, 1])
 def test_what_is_left_is_what_eager_calls_leave(
     world: Callable[[Wrap], Call], way: str, tuning: Tuning, budget: Optional[int]
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from products import crossed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -229,9 +230,7 @@ STRUCTURES: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", ["streamed", "stream"])
-@pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
-@pytest.mark.parametrize("name", STRUCTURES)
+@crossed(2, name=list(STRUCTURES), tuning=TUNINGS, way=["streamed", "stream"])
 def test_maps_in_a_result_of_any_structure_are_ordinary(name: str, tuning: Tuning, way: str) -> None:
     build = STRUCTURES[name]
 
@@ -809,10 +808,7 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
-@pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
-@pytest.mark.parametrize("function", LAYOUTS, ids=lambda function: function.__name__)
+@crossed(2, function=LAYOUTS, tuning=TUNINGS, memory_format=FORMATS, mode=MODES)
 def test_results_have_the_strides_of_eagers(
     function: Callable[[Tensor], Any], tuning: Tuning, memory_format: torch.memory_format, mode: Mode
 ) -> None:
@@ -896,9 +892,7 @@ NOISE: dict[str, Callable[[Tensor], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
-@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
-@pytest.mark.parametrize("name", NOISE)
+@crossed(2, name=list(NOISE), tuning=TUNINGS, memory_format=FORMATS)
 def test_noise_drawn_like_a_map_is_eagers(name: str, memory_format: torch.memory_format, tuning: Tuning) -> None:
     """Also what is drawn behind it, and the state that is left."""
 

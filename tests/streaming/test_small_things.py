@@ -7,6 +7,7 @@ from typing import Any, Optional
 
 import pytest
 import torch
+from products import crossed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -405,9 +406,7 @@ def with_nan(x: Tensor) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-@pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
-@pytest.mark.parametrize("name", SMALL)
+@crossed(2, name=list(SMALL), tuning=TUNINGS, mode=MODES)
 def test_a_small_thing_is_as_in_eager(name: str, tuning: Tuning, mode: Mode) -> None:
     assert_as_eager(SMALL[name], X, tuning=tuning, mode=mode)
 
@@ -441,10 +440,7 @@ STEADY: dict[str, Function] = {
 }
 
 
-@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
-@pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
-@pytest.mark.parametrize("given", STEADY)
-@pytest.mark.parametrize("norm", NORMS)
+@crossed(2, norm=list(NORMS), given=list(STEADY), tuning=TUNINGS, memory_format=FORMATS)
 def test_a_norm_of_a_map_that_varies_little_is_as_near_to_the_truth_as_eagers(
     norm: str, given: str, tuning: Tuning, memory_format: torch.memory_format
 ) -> None:
@@ -487,9 +483,7 @@ SHAPES = [
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("tuning", [ONE_ROW, FEW_ROWS], ids=["one row", "few rows"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", NETWORKS)
+@crossed(2, name=list(NETWORKS), shape=SHAPES, tuning={"one row": ONE_ROW, "few rows": FEW_ROWS})
 def test_maps_of_odd_sizes_are_as_in_eager_or_raise_what_eager_raises(
     name: str, shape: tuple[int, ...], tuning: Tuning
 ) -> None:

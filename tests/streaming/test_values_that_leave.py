@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from products import crossed
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import dlpack
@@ -350,9 +351,7 @@ LOOKS |= {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-@pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
-@pytest.mark.parametrize("name", LOOKS)
+@crossed(2, name=list(LOOKS), tuning=TUNINGS, mode=MODES)
 def test_a_look_at_a_map_in_the_middle_gives_what_eager_gives(name: str, tuning: Tuning, mode: Mode) -> None:
     """The program goes on behind it, with the map that was looked at."""
 

@@ -9,6 +9,7 @@ from typing import Any, Optional
 
 import pytest
 import torch
+from products import crossed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -223,9 +224,7 @@ class ChangedAfterUse(nn.Module):
 UNUSABLE = {data_swapped_for_nothing, data_cast, moved_to_nowhere}
 
 
-@pytest.mark.parametrize("tuning", [ONE_ROW, FEW_ROWS], ids=["one row", "few rows"])
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize("layer", LAYERS)
+@crossed(2, layer=list(LAYERS), change=CHANGES, tuning={"one row": ONE_ROW, "few rows": FEW_ROWS})
 def test_a_layer_uses_the_weights_that_its_call_saw(
     layer: str, change: Callable[[nn.Module], None], tuning: Tuning
 ) -> None:
@@ -403,9 +402,7 @@ def network(kind: Layer) -> Any:
     )
 
 
-@pytest.mark.parametrize("budget", [None, 1])
-@pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
-@pytest.mark.parametrize("kind", FOR_THE_CALL)
+@crossed(2, kind=FOR_THE_CALL, tuning=TUNINGS, budget=[None, 1])
 def test_weights_that_are_there_for_a_layers_call_only(kind: Layer, tuning: Tuning, budget: Optional[int]) -> None:
     eager, ours = network(kind), network(kind)
     with torch.no_grad():

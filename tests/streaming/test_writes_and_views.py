@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from products import crossed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -849,10 +850,7 @@ FUNCTIONS: list[Function] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
-@pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
-@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+@crossed(2, function=FUNCTIONS, tuning=TUNINGS, memory_format=FORMATS, mode=MODES)
 def test_a_write_is_seen_by_whom_eager_has_see_it(
     function: Function, tuning: Tuning, memory_format: torch.memory_format, mode: Mode
 ) -> None:

@@ -6,6 +6,7 @@ A line goes out: what each of these ranks found.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -158,6 +159,8 @@ def main() -> None:
         asking: list[TextIO] = []
         answering: list[TextIO] = []
         processes: list[int] = []
+        gc.collect()
+        gc.freeze()  # ranks that look for garbage need not go through what was imported
         for rank in range(RANKS):
             to_read, to_write = os.pipe()
             answer_read, answer_write = os.pipe()
