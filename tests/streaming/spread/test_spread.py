@@ -52,25 +52,26 @@ BY_ALL = {"worth_a_byte": 1 << 40, "budget": 1 << 30}
 """Each rank computes all that leads to a map that is read whole."""
 
 
-@COUNTS
-@pytest.mark.parametrize(
-    "case",
-    [
-        ("decoder", 13), ("decoder", 5, 9, 2), ("vae_decoder", 7), ("vae_encoder", 72), ("circular", 11),
-        ("attention", 13, 10), ("linear_attention", 13), ("evaluated_whole", 11), ("demanded", 11), ("several", 11),
-        ("video", 5, 11), ("written", 11),
-    ],
-    ids=str,
+@crossed(
+    1,
+    case={
+        str(case): case
+        for case in (
+            ("decoder", 13), ("decoder", 5, 9, 2), ("vae_decoder", 7), ("vae_encoder", 72), ("circular", 11),
+            ("attention", 13, 10), ("linear_attention", 13), ("evaluated_whole", 11), ("demanded", 11), ("several", 11),
+            ("video", 5, 11), ("written", 11),
+        )
+    },
+    count=RANKS,
 )  # fmt: skip
 def test_what_leads_to_whole_maps_may_be_computed_by_all_ranks(ranks: Ranks, case: tuple[Any, ...], count: int) -> None:
     ranks.run(*case, ranks=count, strip_bytes=500, **BY_ALL)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_random_programs_of_which_all_ranks_compute_a_part(ranks: Ranks, seed: int) -> None:
-    for count in (2, 3):
-        ranks.run("program", seed, ranks=count, strip_bytes=200, strides=False, **BY_ALL)
-        ranks.run("network", seed, 9, ranks=count, strip_bytes=400, **BY_ALL)
+@crossed(1, seed=range(8), count=[2, 3])
+def test_random_programs_of_which_all_ranks_compute_a_part(ranks: Ranks, seed: int, count: int) -> None:
+    ranks.run("program", seed, ranks=count, strip_bytes=200, strides=False, **BY_ALL)
+    ranks.run("network", seed, 9, ranks=count, strip_bytes=400, **BY_ALL)
 
 
 @COUNTS
