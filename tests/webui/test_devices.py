@@ -192,7 +192,8 @@ def test_no_process_is_left(spread_webui: WebUI) -> None:
 
 def test_one_device_is_no_setting(webui: WebUI) -> None:
     """And whoever asks for others hears that there are none."""
-    assert "patch_conv_budget" in webui.get("/sdapi/v1/options")
-    assert "patch_conv_devices" not in webui.get("/sdapi/v1/options")
+    settings = webui.get("/probe/settings")
+    assert "patch_conv_budget" in settings
+    assert "patch_conv_devices" not in settings
     assert "on one device: there is no other than the CPU (" in webui.run(**QUICK, patch_conv=ALL).report
     assert "over" not in webui.run(**QUICK, patch_conv=STREAM).report

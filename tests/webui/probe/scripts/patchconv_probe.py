@@ -115,6 +115,11 @@ def _options(names: str) -> dict[str, Any]:
     return {name: getattr(shared.opts, name) for name in names.split(",")}
 
 
+def _settings() -> list[str]:
+    """The names of all that is under Settings."""
+    return [*shared.opts.data_labels]
+
+
 def _axes() -> list[str]:
     (grid,) = (data.module for data in scripts.scripts_data if data.script_class.__module__ == "xyz_grid.py")
     return [axis.label for axis in grid.axis_options if not getattr(axis, "is_img2img", False)]
@@ -144,6 +149,7 @@ def _routes(demo: Any, app: Any) -> None:
     app.get("/probe/seed")(_seed)
     app.get("/probe/axes")(_axes)
     app.get("/probe/options")(_options)
+    app.get("/probe/settings")(_settings)
     app.get("/probe/decodes")(lambda: _decodes)
     app.get("/probe/watch")(_watch_decode)
     app.get("/probe/upscaled")(_upscaled_png)
