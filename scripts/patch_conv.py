@@ -25,6 +25,7 @@ from modules.ui_components import InputAccordion  # pyright: ignore[reportMissin
 from comfyui_patchconv.hosts.devices.spread import ALL, CHOICES, ONE, end_all, others_than
 from comfyui_patchconv.hosts.modes import MODES
 from comfyui_patchconv.hosts.webui.extras import Extras
+from comfyui_patchconv.hosts.webui.flags import read_flags
 from comfyui_patchconv.hosts.webui.host import Host
 from comfyui_patchconv.hosts.webui.parameters import (
     DEFAULTS,
@@ -233,6 +234,8 @@ def _has_several() -> bool:
 def _host() -> Host:
     # SDXL's modules lie where that finds them, and import some that are not there.
     calls = ["modules.paths:mute_sdxl_imports"] if hasattr(paths, "mute_sdxl_imports") else []
+    if "ldm_patched.modules.args_parser" in sys.modules:
+        calls.append(f"{read_flags.__module__}:{read_flags.__name__}")
     return Host(shared.state, _cheap, sd_samplers_common, calls=calls, imported=_as_imported)
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partialmethod
 from pathlib import Path
 from types import ModuleType
@@ -281,18 +281,40 @@ def test_what_cannot_be_sent_runs_here() -> None:
     assert "lock" in outcome.alone
 
 
-def test_what_a_worker_cannot_import_runs_here() -> None:
+@contextmanager
+def of_a_pack_that_workers_lack() -> Iterator[nn.Module]:
+    """A model whose module is in this process alone."""
     kind = type("Missing", (Half,), {"__module__": "some_pack.nodes"})
     module = ModuleType("some_pack.nodes")
     module.__dict__["Missing"] = kind
     sys.modules |= {"some_pack": ModuleType("some_pack"), "some_pack.nodes": module}
     try:
-        network, z = kind().requires_grad_(False), latent()
-        run = Run(network, "2")
-        assert_same(run(z), network(z))
+        yield kind().requires_grad_(False)
     finally:
         del sys.modules["some_pack"], sys.modules["some_pack.nodes"]
+
+
+def test_what_a_worker_cannot_import_runs_here() -> None:
+    with of_a_pack_that_workers_lack() as network:
+        run, z = Run(network, "2"), latent()
+        assert_same(run(z), network(z))
     assert run.outcomes[0].alone.endswith("cannot have the model: ModuleNotFoundError: No module named 'some_pack'")
+
+
+def test_what_all_workers_refused_is_sent_to_all_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    end_all()  # those to come have this folder on their path
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with of_a_pack_that_workers_lack() as network:
+        run, z = Run(network), latent()
+        run(z)
+        assert "cannot have the model" in run.outcomes[0].alone
+        (tmp_path / "some_pack").mkdir()
+        (tmp_path / "some_pack" / "nodes.py").write_text(
+            "from devices_toys import Half\n\n\nclass Missing(Half):\n    pass\n", encoding="utf-8"
+        )
+        assert_same(run(z), network(z))
+    assert run.outcomes[1:] == [Outcome("3 processes")]
+    end_all()
 
 
 def test_one_device_computes_alone_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

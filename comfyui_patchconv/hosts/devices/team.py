@@ -62,8 +62,8 @@ class Worker:
 
     Questions are answered in their order, one answer to each; the first answer says that it is ready.
 
-    held: the names of the functions that it has. waiting: answers to come. ready: whether it has answered. trouble:
-    what went wrong last.
+    held: the names of the functions that it has said it has. waiting: answers to come. ready: whether it has answered.
+    trouble: what went wrong last.
     """
 
     def __init__(self, rank: int, device: torch.device, calls: Sequence[str]) -> None:
@@ -109,6 +109,8 @@ class Worker:
                 self._answers.put(None)  # there is no other
                 raise _GoneError(f"{self} {self._end()}")
             self.waiting -= 1
+            if frame.kind == "hold" and not frame.plain["error"]:
+                self.held.append(frame.plain["name"])
             return frame.plain.get("error", "")
 
     def _end(self) -> str:
@@ -326,10 +328,7 @@ class Team:
             look()
             if not all(worker.is_there() for worker in self._called):
                 break
-        for worker in self._called:
-            wrong = worker.wait(self._seconds, look)
-            if wrong:
-                raise DevicesError(f"{worker} cannot join the others: {wrong}")
+        self._all_done(self._seconds, look, "join the others")
         thread.join(self._seconds)
         if not made or not isinstance(made[0], OwnGroup):
             raise DevicesError(f"the workers cannot be joined: {said(made[0]) if made else 'they do not come'}")
@@ -347,14 +346,17 @@ class Team:
             if name in worker.held:
                 continue
             drop = worker.held[: len(worker.held) - _HELD + 1]
-            worker.held = [*worker.held[len(drop) :], name]
+            worker.held = worker.held[len(drop) :]
             worker.ask("hold", value, name=name, drop=drop, tuning=tuning)
-        for worker in self._called:
-            wrong = worker.wait(_START, look)
-            if wrong:
-                worker.held.remove(name)
-                raise DevicesError(f"{worker} cannot have the model: {wrong}")
+        self._all_done(_START, look, "have the model")
         return name
+
+    def _all_done(self, seconds: float, look: Look, what: str) -> None:
+        """Wait for the answers of all workers to what they were asked last. Raises DevicesError where one cannot."""
+        answers = [(worker, worker.wait(seconds, look)) for worker in self._called]
+        for worker, wrong in answers:
+            if wrong:
+                raise DevicesError(f"{worker} cannot {what}: {wrong}")
 
     def _packed(self, value: Any) -> Packed:
         try:

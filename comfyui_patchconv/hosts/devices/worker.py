@@ -146,5 +146,5 @@ def serve(requests: BinaryIO, answers: BinaryIO, calls: Sequence[str]) -> None:
             error = STOPPED
         except Exception as one:
             error = said(one)
-        write(answers, frame.kind, {"call": frame.plain.get("call", 0), "error": error})
+        write(answers, frame.kind, {"name": frame.plain.get("name", ""), "error": error})
         del frame
