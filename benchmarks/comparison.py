@@ -84,7 +84,7 @@ def picture(found: dict[str, tuple[Tensor, dict[str, Any]]], args: argparse.Name
     lines = (
         *(f"A photograph of {width}x{height} pixels,", f"tiles of {args.tile}. The VAE is a small one,"),
         *("brought to Stable Diffusion's width", "without changing what it computes.", ""),
-        *("Beside: the difference to eager,", f"{GAIN} times. Errors are relative to", "the range of the image."),
+        *("Beside: the difference to the", f"first, {GAIN} times. Errors are relative", "to the range of the image."),
     )
     note = "\n".join(lines)
     return draw(columns, note, foot=f"float32, peak of memory beyond the weights; {machine(args.device)}")

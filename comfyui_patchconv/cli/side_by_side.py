@@ -13,7 +13,7 @@ from torch import Tensor
 from ..files.images import levels
 from ..hosts.chart import font
 
-GAIN = 10
+GAIN = 30
 """What differences are multiplied by to be seen."""
 
 _GAP, _TITLE, _CAPTION, _FOOT = 14, 44, 34, 24
