@@ -16,7 +16,7 @@ import folder_paths  # pyright: ignore[reportMissingImports]
 
 from ..comfyui_patchconv.conv.patch import PADDINGS
 from ..comfyui_patchconv.hosts.halves import HALVES
-from ..comfyui_patchconv.hosts.memory_used import StreamEstimate
+from ..comfyui_patchconv.hosts.memory_estimates import StreamEstimate
 from ..comfyui_patchconv.memory.errors import is_out_of_memory
 from .vae_half import convolutions_of, leave, stream_half
 

@@ -17,7 +17,7 @@ from ..comfyui_patchconv.conv.patch import PADDINGS, patched
 from ..comfyui_patchconv.hosts.auto import AutoForward
 from ..comfyui_patchconv.hosts.devices.spread import ONE
 from ..comfyui_patchconv.hosts.halves import half_of, part_of
-from ..comfyui_patchconv.hosts.memory_used import AutoEstimate, Estimate, StreamEstimate, StripEstimate
+from ..comfyui_patchconv.hosts.memory_estimates import AutoEstimate, Estimate, StreamEstimate, StripEstimate
 from ..comfyui_patchconv.hosts.streamed import StreamedAtOnce, StreamedForward, Switch
 from .host import RELIABLE, several_devices, try_without_tiles
 from .meter import Measured, Meter

@@ -21,7 +21,7 @@ from ..files.vaes import traits_of
 from ..files.vaes.family import Missing
 from ..hosts.auto import AutoForward, OnChoice
 from ..hosts.eager_needs import EagerNeeds
-from ..hosts.memory_used import OF_FREE, Needs, needs_of
+from ..hosts.memory_estimates import OF_FREE, Needs, needs_of
 from ..hosts.modes import MODES
 from ..hosts.streamed import Switch
 from ..memory.usage import free

@@ -15,7 +15,7 @@ from ..memory.errors import is_out_of_memory
 from ..streaming import joins
 from ..units import size_of
 from .clones import Wrapper
-from .memory_used import OF_FREE, Needs
+from .memory_estimates import OF_FREE, Needs
 from .modes import RunMode
 
 _log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..streaming import USUAL, OnProgress, Streamed, Tuning, joins
 from .clones import Wrapper
 from .devices.spread import Spread
-from .memory_used import OF_FREE, StreamEstimate
+from .memory_estimates import OF_FREE, StreamEstimate
 
 
 class Switch:

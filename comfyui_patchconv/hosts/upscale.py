@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..streaming import Expected, Make, OnProgress, expect
 from .attributes import HOST_ATTRIBUTES
 from .devices.spread import Spread
-from .memory_used import MARGIN
+from .memory_estimates import MARGIN
 from .streamed import StreamedForward
 
 _PARTS = ("model", "architecture", "scale", "input_channels", "output_channels")

@@ -27,7 +27,7 @@ from comfyui_patchconv.cli.demo import filled
 from comfyui_patchconv.files.images import save_image
 from comfyui_patchconv.files.latents import load_latent, save_latent
 from comfyui_patchconv.hosts.eager_needs import EagerNeeds
-from comfyui_patchconv.hosts.memory_used import needs_of
+from comfyui_patchconv.hosts.memory_estimates import needs_of
 from comfyui_patchconv.streaming.call import Call
 
 TILED = ["--mode", "patch", "--splits", "3", "--threshold", "0"]

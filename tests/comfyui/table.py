@@ -33,7 +33,7 @@ def counted(load: Callable[[str], Any], family: Family, method: str, device: str
         return {"eager": 0, "streamed": 0, "tight": 0, "in_strips": None, "whole": [], "device": device}
     part = halves.part_of(model, METHODS[method], method)
     dtype, whole = getattr(torch, family.dtype), dict[str, int]()
-    kind = load("hosts.memory_used").StreamEstimate
+    kind = load("hosts.memory_estimates").StreamEstimate
 
     def expected(device: str, budget: int = 0) -> Any:
         holder = SimpleNamespace(first_stage_model=model, device=device)

@@ -16,7 +16,7 @@ from comfyui_patchconv import patched
 from comfyui_patchconv.hosts.auto import AutoForward
 from comfyui_patchconv.hosts.eager_needs import EagerNeeds
 from comfyui_patchconv.hosts.figures import Figures
-from comfyui_patchconv.hosts.memory_used import MARGIN, OF_FREE, AutoEstimate, Needs
+from comfyui_patchconv.hosts.memory_estimates import MARGIN, OF_FREE, AutoEstimate, Needs
 from comfyui_patchconv.hosts.streamed import StreamedForward, Switch
 
 from .vae import VAE, Holder

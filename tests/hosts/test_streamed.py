@@ -9,7 +9,7 @@ import torch
 from conv_helpers import assert_same
 from torch import Tensor, nn
 
-from comfyui_patchconv.hosts.memory_used import OF_FREE, StreamEstimate
+from comfyui_patchconv.hosts.memory_estimates import OF_FREE, StreamEstimate
 from comfyui_patchconv.hosts.streamed import StreamedAtOnce, StreamedForward
 
 from .vae import VAE, Holder

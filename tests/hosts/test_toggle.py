@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from comfyui_patchconv.conv.forward import TiledForward
 from comfyui_patchconv.hosts.eager_needs import EagerNeeds
-from comfyui_patchconv.hosts.memory_used import OF_FREE, needs_of
+from comfyui_patchconv.hosts.memory_estimates import OF_FREE, needs_of
 from comfyui_patchconv.hosts.webui import stand_ins
 from comfyui_patchconv.hosts.webui.toggle import Settings, Toggle
 from comfyui_patchconv.memory import usage as memory

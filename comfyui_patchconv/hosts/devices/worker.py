@@ -17,7 +17,7 @@ import torch
 
 from ...memory.usage import free
 from ...streaming import OwnGroup, SpreadError, Streamed
-from ..memory_used import OF_FREE
+from ..memory_estimates import OF_FREE
 from .draws import set_states
 from .frames import Frame, read, write
 from .packing import STOPPED, said, unpacked

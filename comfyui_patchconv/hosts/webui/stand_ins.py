@@ -21,7 +21,7 @@ from ..clones import Wrapper
 from ..eager_needs import EagerNeeds
 from ..figures import Figures, StripCount
 from ..halves import half_of
-from ..memory_used import AutoEstimate, Estimate, Needs, StreamEstimate, StripEstimate, needs_of
+from ..memory_estimates import AutoEstimate, Estimate, Needs, StreamEstimate, StripEstimate, needs_of
 from ..modes import RunMode
 from ..streamed import StreamedForward, Switch
 from .host import Host

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from comfyui_patchconv.hosts.attributes import FORGE_CASTS
 from comfyui_patchconv.hosts.eager_needs import EagerNeeds
-from comfyui_patchconv.hosts.memory_used import MARGIN, StreamEstimate, StripEstimate
+from comfyui_patchconv.hosts.memory_estimates import MARGIN, StreamEstimate, StripEstimate
 
 from .vae import VAE, Holder
 
