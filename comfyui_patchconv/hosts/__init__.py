@@ -1,1 +1,1 @@
-"""What both hosts share: halves of a VAE, streaming, the memory a host is told of, figures, charts. Imports none."""
+"""What both hosts share, and imports neither: halves of a VAE, streaming, memory estimates, figures and charts."""

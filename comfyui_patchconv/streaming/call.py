@@ -140,7 +140,7 @@ class Call:
         """
         if self._ranks is None:
             with suppress(Exception), torch.no_grad():  # the program's own error is the one to tell
-                self.recorder.finish(computed_alone=self._stopped)
+                self.recorder.finish(only_computed=self._stopped)
         self._ranks = self._on_progress = None
 
     def begin(self) -> None:

@@ -128,11 +128,11 @@ class Values(Program):
                 self._tensors.pop(id(tensor), None)
                 _become(tensor, mine)
 
-    def finish(self, computed_alone: bool = False) -> None:
-        """The call is over: what the program still has becomes ordinary, all evaluated in one go. computed_alone: what
+    def finish(self, only_computed: bool = False) -> None:
+        """The call is over: what the program still has becomes ordinary, all evaluated in one go. only_computed: what
         is not computed yet stays deferred."""
         held = self.held()
-        self.become_ordinary([one for one in held if _has_memory(one.view_.cell)] if computed_alone else held)
+        self.become_ordinary([one for one in held if _has_memory(one.view_.cell)] if only_computed else held)
 
     # Operators that look at values
 
