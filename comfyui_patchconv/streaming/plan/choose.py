@@ -33,16 +33,17 @@ _SMALLER = (1 / 2, 1 / 4, 1 / 8)
 """Of what suits the device, which parts: in smaller strips, calls of operators take longer than what they compute."""
 
 
-class Apart(NamedTuple):
-    """How several ranks go about what a step needs whole. in_turn: keys and values of attention stay in bands.
-    everywhere: maps that each of them computes whole."""
+class Variant(NamedTuple):
+    """What a schedule does otherwise. in_turn, everywhere: of several ranks, which else send their bands of what a step
+    needs whole to all others, keys and values of attention stay in bands; maps that each of them computes whole.
+    halved: passes whose line buffers weigh more than a map are two."""
 
     in_turn: bool = False
     everywhere: Collection[Node] = ()
+    halved: bool = False
 
 
-_BANDS = Apart()
-"""Each sends its band of it to all others."""
+_USUAL = Variant()
 
 
 def choose(
@@ -104,7 +105,8 @@ def in_strips(
     room: Callable[[], int] = lambda: 1 << 62, ranks: int = 1, seconds: float = inf,
 ) -> Schedule:  # fmt: skip
     """The schedule in strips: the first that stays within `budget`, and that finds `room` for what it offloads, of
-    those that recompute nothing, then more and more of the large maps, and then are made for smaller budgets.
+    those that recompute nothing, then more and more of the large maps, and then are made for smaller budgets; passes
+    whose line buffers weigh more than a map are two where that helps.
 
     Of several ranks, each computes what is little to compute beside the bytes that they would send else, where that
     takes no more memory (`everywhere`). Where they would have to offload, or do not fit, keys and values of attention
@@ -123,30 +125,34 @@ def in_strips(
         spare = alone.peak // ranks
 
     def trial(
-        apart: Apart, size: Optional[int], budget: Optional[int], below: Optional[float] = None
+        variant: Variant, size: Optional[int], budget: Optional[int], below: Optional[float] = None
     ) -> Optional[Schedule]:
-        return Passes(roots, keep, tuning, budget, size, held, ways, ranks, spare, *apart).plan(below)
+        return Passes(roots, keep, tuning, budget, size, held, ways, ranks, spare, *variant).plan(below)
 
-    def planned(apart: Apart) -> Schedule:
-        schedule = trial(apart, None, budget)
+    def planned(variant: Variant) -> Schedule:
+        schedule = trial(variant, None, budget)
         assert schedule is not None
         return schedule
 
-    def least(first: Schedule, apart: Apart) -> Schedule:
-        return _in_less(first, partial(trial, apart), budget, unused, max(ranks * seconds, first.seconds))
+    def least(first: Schedule, variant: Variant) -> Schedule:
+        return _in_less(first, partial(trial, variant), budget, unused, max(ranks * seconds, first.seconds))
 
-    first, apart = planned(_BANDS), _BANDS
+    first, variant = planned(_USUAL), _USUAL
     unused = room() if first.offloaded_at_once else 0
     if budget is not None and ranks > 1 and (first.peak > budget or first.offloaded):
-        in_turn = planned(Apart(in_turn=True))
+        in_turn = planned(Variant(in_turn=True))
         if _saves(in_turn, first, budget, unused):
-            first, apart = in_turn, Apart(in_turn=True)
-    best = least(first, apart)
+            first, variant = in_turn, Variant(in_turn=True)
+    best = least(first, variant)
+    if best.could_be_halved:
+        halved = least(planned(variant._replace(halved=True)), variant._replace(halved=True))
+        if _better(halved, best, budget, unused):
+            best, variant = halved, variant._replace(halved=True)
     device_type = max(roots, key=lambda node: node.bytes).device.type
     by_all = computed_by_all(ways.steps_to(roots, (), 0), worth_a_byte(tuning, device_type)) if ranks > 1 else set()
     if by_all:
-        apart = Apart(everywhere=by_all)
-        schedule = least(planned(apart), apart)
+        variant = variant._replace(in_turn=False, everywhere=by_all)
+        schedule = least(planned(variant), variant)
         if schedule.peak <= max(best.peak, budget or 0) and schedule.offloaded <= best.offloaded:
             return schedule
     return best

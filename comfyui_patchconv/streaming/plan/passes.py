@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from math import inf
 from typing import Any, Optional
 
 from ..graph.node import Node
@@ -25,17 +26,19 @@ class Passes:
     keep: see `Lifetimes`. budget, held, ranks: see `Placement`. recomputed_from: maps of so many bytes that are cheap
     to recompute from a smaller one are recomputed wherever they are read; None for never. spare: see `Sweep`. in_turn:
     keys and values of attention are whole on no rank where that can be. everywhere: maps that every rank computes
-    whole, with all that they are made of.
+    whole, with all that they are made of. halved: a pass is two where its line buffers weigh more than what is stored
+    between these.
     """
 
     def __init__(
         self, roots: Sequence[Node], keep: Sequence[Node], tuning: Tuning, budget: Optional[int],
         recomputed_from: Optional[int] = None, held: int = 0, ways: Optional[Ways] = None, ranks: int = 1,
         spare: Optional[int] = None, in_turn: bool = False, everywhere: Collection[Node] = (),
+        halved: bool = False,
     ) -> None:  # fmt: skip
         self.schedule = Schedule()
         self._roots, self._tuning, self._budget, self._recomputed_from = list(roots), tuning, budget, recomputed_from
-        self._ranks, self._spare, self._in_turn = ranks, spare, in_turn
+        self._ranks, self._spare, self._in_turn, self._halved = ranks, spare, in_turn, halved
         self._ways = ways or Ways()
         self._maps = Lifetimes(roots, keep, self._ways)
         self._maps.everywhere |= {*everywhere}
@@ -159,6 +162,7 @@ class Passes:
         """One pass to targets and to what else of it later steps read, or two where that takes less."""
         nodes = [target.node for target in targets]
         self._cut(nodes)
+        self._halve(nodes)
         if self._ranks > 1 and not self._maps.everywhere.issuperset(nodes):
             self._cut_for_bands(nodes)
         self._add_pass(targets + [self._maps.target(node) for node in stored_for_later(nodes, self._maps)])
@@ -181,6 +185,18 @@ class Passes:
                     best, cut = peak, frontier
         if cut is not None:
             self._store(cut)
+
+    def _halve(self, roots: Sequence[Node]) -> None:
+        """Where line buffers weigh more than maps that part them, store these beforehand."""
+        lines = inf
+        while 0 < (sweep := self._sweep(roots)).line_bytes < lines and (between := sweep.way.halfway):
+            if not self._maps.recomputed_everywhere.isdisjoint(between):
+                break
+            self.schedule.could_be_halved = True
+            if not self._halved:
+                break
+            lines = sweep.line_bytes
+            self._store(between)
 
     def _cut_for_bands(self, roots: Sequence[Node]) -> None:
         """Where ranks would compute many rows at the edges of their bands twice, store what lies between beforehand."""

@@ -11,6 +11,9 @@ from typing import Any, Optional
 
 from ..graph.node import Node, ancestors
 
+_ABOUT = 0.2
+"""How far from half of its line buffers a pass may be parted, of that half, for the sake of small maps between."""
+
 
 def cheap_to_recompute(order: Sequence[Node], roots: Collection[Node]) -> set[Node]:
     """The steps that are as cheap to recompute from stored maps as their rows are to keep."""
@@ -58,7 +61,6 @@ class Way:
         most, or at least, so many rows."""
         found: list[list[Node]] = []
         inside = set(self.order)
-        roots = set(self.roots)
         for height in dict.fromkeys(node.rows for node in self.order):
             for sign in (1, -1):
                 before: set[Node] = set()
@@ -67,14 +69,35 @@ class Way:
                         continue
                     if all([source not in inside or source in before for source in node.inputs]):
                         before.add(node)
-                if before & roots or len(before) == len(self.order):
-                    continue
-                frontier = dict.fromkeys(
-                    source for node in self.order if node not in before for source in node.inputs if source in before
-                )
-                if frontier and list(frontier) not in found:
-                    found.append(list(frontier))
+                frontier = self._read_behind(before)
+                if frontier and frontier not in found:
+                    found.append(frontier)
         return found
+
+    @cached_property
+    def halfway(self) -> list[Node]:
+        """What to store between two passes, each of which has about half of the line buffers; empty where these weigh
+        no more than it does."""
+        lines = {node: node.row_bytes * self.shared[node] for node in self.buffered}
+        least = sum(lines.values())
+        half, so_far, to_read, parted = least / 2, 0, 0, 0
+        read_last_at = [0] * len(self.order)
+        for place, (node, last) in enumerate(zip(self.order, self.last_reads)):
+            so_far += lines.get(node, 0)
+            if last is not None:
+                to_read += node.bytes
+                read_last_at[last] += node.bytes
+            to_read -= read_last_at[place]
+            if abs(so_far - half) <= _ABOUT * half and to_read < least:
+                least, parted = to_read, place + 1
+        return self._read_behind(set(self.order[:parted]))
+
+    def _read_behind(self, before: Collection[Node]) -> list[Node]:
+        """The maps of the steps `before` that the others read; empty where this is no way to part the roots."""
+        if not before or len(before) == len(self.order) or any(root in before for root in self.roots):
+            return []
+        behind = (source for node in self.order if node not in before for source in node.inputs if source in before)
+        return list(dict.fromkeys(behind))
 
     def _last_reads(self) -> list[Optional[int]]:
         """Of each step, the place in the order where its rows are read last; None where they are another step's."""
