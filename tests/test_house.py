@@ -208,6 +208,20 @@ def test_contributing_finds_things_where_they_are() -> None:
     assert rooms == set(ARROWS)
 
 
+def test_contributing_names_each_module_of_streaming_in_its_room() -> None:
+    rooms = (PACK / "CONTRIBUTING.md").read_text().split("## The rooms of `streaming/`")[1].split("The words, which")[0]
+    streaming = PACK / "comfyui_patchconv" / "streaming"
+    for room in ("graph", "record", "plan", "execute", "spread"):
+        (text,) = re.findall(rf"^- `{room}/`:(.*?)(?=^- |^$)", rooms, re.MULTILINE | re.DOTALL)
+        there = {path.name for path in (streaming / room).rglob("*.py")} - {"__init__.py"}
+        named = set(re.findall(r"`(\w+\.py)`", text))
+        assert named <= there, room
+        listed = {path.name for path in (streaming / room).glob("*.py")} - {"__init__.py", "tensors.py"}  # helpers
+        assert listed <= named, room
+    around = set(re.findall(r"`(\w+\.py)`", rooms.split("Around them:")[1]))
+    assert around == {path.name for path in streaming.glob("*.py")} - {"__init__.py", "errors.py"}
+
+
 LOAD = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("some_pack", sys.argv[1])
