@@ -207,7 +207,7 @@ class Residual(nn.Module):
 
 
 @pytest.mark.parametrize("bounded", [False, True])
-def test_line_buffers_that_weigh_more_than_a_map_are_halved(bounded: bool) -> None:
+def test_line_buffers_that_weigh_much_are_halved(bounded: bool) -> None:
     width, inside, blocks = 4, 32, 20
     model, x = nn.Sequential(*(Residual(width, inside) for _ in range(blocks))), torch.randn(1, width, 128, 64)
     of_lines = blocks * 2 * (width + inside) * 64 * x.element_size()

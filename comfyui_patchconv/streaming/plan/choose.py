@@ -36,7 +36,7 @@ _SMALLER = (1 / 2, 1 / 4, 1 / 8)
 class Variant(NamedTuple):
     """What a schedule does otherwise. in_turn, everywhere: of several ranks, which else send their bands of what a step
     needs whole to all others, keys and values of attention stay in bands; maps that each of them computes whole.
-    halved: passes whose line buffers weigh more than a map are two."""
+    halved: passes are parted where their line buffers weigh much."""
 
     in_turn: bool = False
     everywhere: Collection[Node] = ()
@@ -106,7 +106,7 @@ def in_strips(
 ) -> Schedule:  # fmt: skip
     """The schedule in strips: the first that stays within `budget`, and that finds `room` for what it offloads, of
     those that recompute nothing, then more and more of the large maps, and then are made for smaller budgets; passes
-    whose line buffers weigh more than a map are two where that helps.
+    whose line buffers weigh much are parted where that helps.
 
     Of several ranks, each computes what is little to compute beside the bytes that they would send else, where that
     takes no more memory (`everywhere`). Where they would have to offload, or do not fit, keys and values of attention

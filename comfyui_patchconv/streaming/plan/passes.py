@@ -19,6 +19,9 @@ from .schedule import Apply, InTurn, Pass, Schedule, Target, Tuning
 from .sweep import Sweep
 from .way import Way, Ways
 
+_MUCH = 0.2
+"""Of what a pass takes, the part that line buffers have to be for it to be halved."""
+
 
 class Passes:
     """Plans the way to `roots`: what a step needs whole, or statistics of, is stored or gathered in a pass beforehand.
@@ -26,8 +29,7 @@ class Passes:
     keep: see `Lifetimes`. budget, held, ranks: see `Placement`. recomputed_from: maps of so many bytes that are cheap
     to recompute from a smaller one are recomputed wherever they are read; None for never. spare: see `Sweep`. in_turn:
     keys and values of attention are whole on no rank where that can be. everywhere: maps that every rank computes
-    whole, with all that they are made of. halved: a pass is two where its line buffers weigh more than what is stored
-    between these.
+    whole, with all that they are made of. halved: passes are parted whose line buffers weigh much.
     """
 
     def __init__(
@@ -187,16 +189,28 @@ class Passes:
             self._store(cut)
 
     def _halve(self, roots: Sequence[Node]) -> None:
-        """Where line buffers weigh more than maps that part them, store these beforehand."""
+        """Where line buffers are much of what a pass takes, and halving them spares more than is stored between its
+        parts, store that beforehand."""
         lines = inf
-        while 0 < (sweep := self._sweep(roots)).line_bytes < lines and (between := sweep.way.halfway):
+        while (sweep := self._sweep(roots)).line_bytes < lines:
+            lines, between, room = sweep.line_bytes, sweep.way.halfway, self._taken_in_turn(sweep, roots)
+            size = sum(self._placement.bytes_of(self._maps.target(node)) for node in between)
+            if lines < _MUCH * (room + sweep.workspace) or not between or size - room >= lines / 2:
+                break
             if not self._maps.recomputed_everywhere.isdisjoint(between):
                 break
             self.schedule.could_be_halved = True
             if not self._halved:
                 break
-            lines = sweep.line_bytes
             self._store(between)
+
+    def _taken_in_turn(self, sweep: Sweep, roots: Sequence[Node]) -> int:
+        """Bytes of the maps that a pass stores or frees as it goes on, whichever are more: so many may lie between its
+        parts without more being stored at once."""
+        targets, order = [self._maps.target(root) for root in roots], sweep.way.order
+        at_once = sweep.way.device.type != "cpu" and any(target.whole for target in targets)  # such a map is one tensor
+        new = 0 if at_once else sum(self._placement.bytes_of(target) for target in targets)
+        return max(new, self._maps.freed_after(order, set(order)))
 
     def _cut_for_bands(self, roots: Sequence[Node]) -> None:
         """Where ranks would compute many rows at the edges of their bands twice, store what lies between beforehand."""

@@ -151,7 +151,7 @@ class Schedule:
     peak: bytes of the device expected at once, beyond arguments and weights. stored: of these, of maps. offloaded:
     bytes of maps and line buffers that are offloaded. offloaded_at_once: of these, at one time. work: bytes of maps
     computed in all. seconds: reckoned, for comparison alone. recomputable_sizes: of maps that could be recomputed
-    wherever they are read. could_be_halved: a pass has line buffers that weigh more than a map that parts them.
+    wherever they are read. could_be_halved: a pass has line buffers that weigh much, and could be parted.
     """
 
     steps: list[Union[Pass, Apply, InTurn]] = field(default_factory=list)

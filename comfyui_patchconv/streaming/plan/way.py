@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
+from math import inf
 from typing import Any, Optional
 
 from ..graph.node import Node, ancestors
@@ -76,11 +77,9 @@ class Way:
 
     @cached_property
     def halfway(self) -> list[Node]:
-        """What to store between two passes, each of which has about half of the line buffers; empty where these weigh
-        no more than it does."""
+        """What to store between two passes, each of which has about half of the line buffers: the fewest bytes."""
         lines = {node: node.row_bytes * self.shared[node] for node in self.buffered}
-        least = sum(lines.values())
-        half, so_far, to_read, parted = least / 2, 0, 0, 0
+        half, so_far, to_read, least, parted = sum(lines.values()) / 2, 0, 0, inf, 0
         read_last_at = [0] * len(self.order)
         for place, (node, last) in enumerate(zip(self.order, self.last_reads)):
             so_far += lines.get(node, 0)
