@@ -193,11 +193,12 @@ class Passes:
         parts, store that beforehand."""
         lines = inf
         while (sweep := self._sweep(roots)).line_bytes < lines:
-            lines, between, room = sweep.line_bytes, sweep.way.halfway, self._taken_in_turn(sweep, roots)
-            size = sum(self._placement.bytes_of(self._maps.target(node)) for node in between)
-            if lines < _MUCH * (room + sweep.workspace) or not between or size - room >= lines / 2:
+            lines, room = sweep.line_bytes, self._taken_in_turn(sweep, roots)
+            if lines < _MUCH * (room + sweep.workspace) or not sweep.way.halfway:
                 break
-            if not self._maps.recomputed_everywhere.isdisjoint(between):
+            between = sweep.way.halfway
+            size = sum(self._placement.bytes_of(self._maps.target(node)) for node in between)
+            if size - room >= lines / 2 or not self._maps.recomputed_everywhere.isdisjoint(between):
                 break
             self.schedule.could_be_halved = True
             if not self._halved:
