@@ -6,10 +6,10 @@
 
 The decoder of Stable Diffusion's VAE at full width, with random weights, in float32.
 
-measured: the ranks are processes of one thread on this machine, which talk over Gloo; each number of them runs in fresh
-processes, whose first decode is not measured. The largest peak of a rank is the kernel's mark of its resident memory
-beyond what was in use before (the weights and the latent), and beside it what was planned. What is sent stands beside
-what is reckoned for it.
+measured: the ranks are processes of one thread on this machine, which talk over Gloo, and beside them is one process of
+as many threads as there are cores; each number of them runs in fresh processes, whose first decode is not measured. The
+largest peak of a rank is the kernel's mark of its resident memory beyond what was in use before (the weights and the
+latent), and beside it what was planned. What is sent stands beside what is reckoned for it.
 beside: the same decode by DistVAE, which has to be there (`pip install --no-deps distvae==0.1.0`). What it sends is
 counted at its calls of `torch.distributed`: a message to one rank once; of `all_gather`, what a rank has as often as
 there are others; of `all_reduce`, twice that share which is another's.
@@ -133,7 +133,7 @@ def measured(decoder: nn.Module, latent: Tensor, rounds: int, by: str) -> dict[s
 
 def worker(case: dict[str, Any]) -> list[dict[str, Any]]:
     """What each of the ranks found, which share the weights' memory."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(case.get("threads", 1))
     decoder, latent, ranks = random_vae().decoder, latent_of(case), case["ranks"]
     processes = []
     with tempfile.TemporaryDirectory() as folder:
@@ -250,13 +250,18 @@ def publish_reckoned(args: argparse.Namespace) -> None:
 # Both
 
 
-def row(ranks: int, found: list[dict[str, Any]], one: list[dict[str, Any]], reckoned: list[int]) -> list[str]:
+def row(
+    ranks: int, threads: int, found: list[dict[str, Any]], one: list[dict[str, Any]], reckoned: list[int]
+) -> list[str]:
+    """The cells of one line. one: of one rank of one thread."""
+
     def most(key: str, of: list[dict[str, Any]] = found) -> float:
         return max(rank[key] for rank in of)
 
     sent = [rank["sent"] / MB for rank in found]
     return [
         str(ranks),
+        str(threads),
         *(f"{most(key) / MB:.1f}" for key in ("peak", "planned")),
         f"{most('peak') / most('peak', one):.3f}",
         f"{min(sent):.2f} to {max(sent):.2f}",
@@ -272,24 +277,25 @@ def publish_measured(args: argparse.Namespace) -> None:
     if not hasattr(os, "fork"):
         raise SystemExit("This system has no os.fork, by which ranks share the weights' memory: run `reckoned`.")
     rows, one = [], []
-    for ranks in args.ranks:
-        case = {"size": args.size, "ranks": ranks, "rounds": args.rounds}
+    cores = os.cpu_count() or 1
+    for ranks, threads in [*((ranks, 1) for ranks in args.ranks), *([(1, cores)] if cores > 1 else [])]:
+        case = {"size": args.size, "ranks": ranks, "rounds": args.rounds, "threads": threads}
         found = run_fresh(case, [sys.executable, __file__])
         print(f"  {case} -> {found}", file=sys.stderr, flush=True)
         if "error" in found:
             raise SystemExit(found["error"])
         one = one or found["ranks"]
         reckoned, _ = traffic(planned(args.size, ranks), ranks)
-        rows.append(row(ranks, found["ranks"], one, reckoned))
+        rows.append(row(ranks, threads, found["ranks"], one, reckoned))
     publish(
         "spread",
         "One decode over several processes",
         f"A decode of {args.size}² by the decoder of Stable Diffusion's VAE at full width, in float32, over processes "
-        f"of one thread each on one machine of {os.cpu_count()} cores, by Gloo. Peaks are the largest of a rank, "
+        f"of so many threads each on one machine of {cores} cores, by Gloo. Peaks are the largest of a rank, "
         "beyond weights and latent; what is sent is each rank's, the result's band to all others included, and beside "
         f"it what is reckoned for it. Seconds are the least of {args.rounds} decodes.",
         [
-            "ranks", "peak MB", "planned MB", "peak / one rank's", "sent MB", "reckoned MB", "messages", "s",
+            "ranks", "threads", "peak MB", "planned MB", "peak / one rank's", "sent MB", "reckoned MB", "messages", "s",
             "speed / one rank's", "largest error",
         ],
         rows,

@@ -210,6 +210,12 @@ SMALL: dict[str, Function] = {
     "adaptive pool of one side": lambda x: (
         F.adaptive_avg_pool2d(c(x), (None, 1)) + F.adaptive_avg_pool2d(c(x), (1, None))
     ),
+    "largest of windows": lambda x: F.max_pool2d(c(x), 2, return_indices=True)[0],
+    "largest of windows and where": lambda x: F.max_unpool2d(
+        *F.max_pool2d(c(x), 2, return_indices=True), 2, output_size=c(x).shape
+    ),
+    "adaptive maximum of few": lambda x: c(x) * F.interpolate(F.adaptive_max_pool2d(c(x), (8, 2)), c(x).shape[2:]),
+    "adaptive maximum of one": lambda x: c(x) * F.adaptive_max_pool2d(c(x), 1),
     "adaptive maximum": lambda x: F.adaptive_max_pool2d(c(x), (3, 2)),
     "adaptive maximum and where": lambda x: F.adaptive_max_pool2d(c(x), 2, return_indices=True),
     "adaptive pool of frames": lambda x: F.adaptive_avg_pool3d(c(x).unsqueeze(2), (1, 3, 3)),
@@ -617,7 +623,8 @@ def holds_back(function: Function) -> dict[str, int]:
 DEFERRED: list[str] = [
     "prelu", "prelu of one", "prelu of a module", "adaptive pool to one", "a gate from the left",
     "a gate from the right", "a gate of pixels", "pad by nothing", "upsampling that two read",
-    "nested calls", "channels by a list", "columns by a list",
+    "nested calls", "channels by a list", "columns by a list", "largest of windows", "adaptive maximum of few",
+    "adaptive maximum of one",
 ]  # fmt: skip
 
 

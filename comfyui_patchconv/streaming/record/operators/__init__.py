@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...graph.node import Node
 from ..shapes import Spec
-from . import arranging, convolution, kitchen, matrices, norms, pools, reductions, resample, samples
+from . import arranging, convolution, kitchen, matrices, norms, pools, reductions, resample, samples, several
 from .common import AsCalled, OperatorCall, over, row_local
 from .convolution import CUDNN, usual
 
@@ -113,11 +113,10 @@ def build_several(
     recorder: Any, func: Any, args: Any, kwargs: dict[str, Any], specs: Sequence[Spec]
 ) -> Optional[tuple[Node, ...]]:
     """The nodes of the results of an operator that has several."""
-    name = func.overloadpacket.__name__
-    if name not in norms.SEVERAL or 0 in specs[0].shape or not isinstance(args[0], Node):
+    if 0 in specs[0].shape or not isinstance(args[0], Node):
         return None
     call = OperatorCall(recorder, func, args, kwargs, specs[0], args[0].device)
-    nodes = norms.native(call, specs)
+    nodes = several.build(call, specs)
     if nodes is not None:
         samples.mark(call, nodes[0], False)
     return nodes

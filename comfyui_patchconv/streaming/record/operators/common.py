@@ -206,6 +206,11 @@ def flat(*values: Any) -> list[Any]:
     return found
 
 
+def sides_of(call: OperatorCall) -> int:
+    """Of how many sides a pool's windows are, as its name says."""
+    return int(call.name.split("d_with")[0].removesuffix("d")[-1])
+
+
 def each(value: Any, sides: int) -> list[int]:
     """A number for each side."""
     values = [value] if isinstance(value, int) else list(value)

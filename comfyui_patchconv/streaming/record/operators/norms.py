@@ -14,7 +14,7 @@ from ...graph.statistics import Statistics, in_float64
 from ...graph.steps import Reduce, ScaleAndShift
 from ..memory import Held
 from ..shapes import Spec
-from .common import OperatorCall, default_dim, fixed_dim, over, row_local, tensor_of
+from .common import OperatorCall, default_dim, fixed_dim, row_local, tensor_of
 
 
 def group_norm(call: OperatorCall) -> Optional[Node]:
@@ -140,54 +140,3 @@ TABLE: dict[str, Callable[[OperatorCall], Optional[Node]]] = {
     "layer_norm": over_last,
     "rms_norm": over_last,
 }
-
-
-def native(call: OperatorCall, specs: Sequence[Spec]) -> Optional[tuple[Node, ...]]:
-    """`native_group_norm` and its like: the first result is what counts, the others are made of all of the input."""
-    builder = {"native_group_norm": group_norm, "native_layer_norm": _native_layer_norm}.get(call.name, _native_batch)
-    first = builder(call._replace(spec=specs[0]))
-    if first is None:
-        return None
-    rest = []
-    for index, spec in enumerate(specs[1:], 1):
-        inputs, apply = over(call.args, call.kwargs)
-        rest.append(_part(call, index, spec, inputs, apply))
-    return (first, *rest)
-
-
-def _part(call: OperatorCall, index: int, spec: Spec, inputs: list[Node], apply: Any) -> Node:
-    from ...graph.steps import Whole
-
-    step = Whole(lambda pieces: apply(call.func, pieces)[index])
-    step.name = call.name
-    return call.recorder.node(step, inputs, [None] * len(inputs), spec, call.device, None)
-
-
-def _first_of(call: OperatorCall) -> OperatorCall:
-    func = call.func
-    return call._replace(func=_First(func))
-
-
-class _First:
-    """An operator of which the first result counts."""
-
-    def __init__(self, func: Any) -> None:
-        self.func, self.overloadpacket, self._schema = func, func.overloadpacket, func._schema
-        self.namespace, self.tags, self._overloadname = func.namespace, func.tags, func._overloadname
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.func(*args, **kwargs)[0]
-
-
-def _native_layer_norm(call: OperatorCall) -> Optional[Node]:
-    return over_last(_first_of(call))
-
-
-def _native_batch(call: OperatorCall) -> Optional[Node]:
-    return batch_norm(_first_of(call))
-
-
-SEVERAL = (
-    "native_group_norm", "native_layer_norm", "native_batch_norm", "_native_batch_norm_legit_no_training",
-    "cudnn_batch_norm", "miopen_batch_norm",
-)  # fmt: skip

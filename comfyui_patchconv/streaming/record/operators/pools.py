@@ -13,7 +13,10 @@ from torch.nn import functional as F
 from ....conv.halo import Axis
 from ...graph.node import Node
 from ...graph.steps import Convolve
-from .common import OperatorCall, default_dim, dim_of, each
+from .common import OperatorCall, default_dim, dim_of, each, sides_of
+
+_AVERAGE = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+_LARGEST = (torch.max_pool1d, torch.max_pool2d, torch.max_pool3d)
 
 _POOLS = ("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d")
 
@@ -22,7 +25,7 @@ def pool(call: OperatorCall) -> Optional[Node]:
     """Average and largest of a window."""
     given = call.given()
     input = given["self"]
-    sides = int(call.name[-2])
+    sides = sides_of(call)
     if not isinstance(input, Node) or len(input.shape) != sides + 2:
         return None
     dim = dim_of(input, (0, 1))
@@ -39,11 +42,11 @@ def pool(call: OperatorCall) -> Optional[Node]:
     if axis.output_size(input.shape[dim]) < 1:
         return None
     inner = [0 if place == side else one for place, one in enumerate(padding)]
-    func, rest = call.func, () if largest else (False, True, *_divisor(given))
+    func, rest = call.func, (False, True, *_divisor(given))
 
     def run(pieces: Sequence[Tensor]) -> Tensor:
         if largest:
-            return func(pieces[0], kernel, stride, inner, dilation)
+            return _LARGEST[sides - 1](pieces[0], kernel, stride, inner, dilation)
         return func(pieces[0], kernel, stride, inner, *rest)
 
     fill = 0.0 if not largest else float("-inf") if input.dtype.is_floating_point else torch.iinfo(input.dtype).min
@@ -56,9 +59,9 @@ def _divisor(given: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def adaptive_pool(call: OperatorCall) -> Optional[Node]:
-    """An adaptive average of windows of one size that do not overlap."""
+    """An adaptive average or largest value of windows of one size that do not overlap."""
     input, sizes = call.args[0], call.args[1]
-    sides = int(call.name[-2])
+    sides = sides_of(call)
     if not isinstance(input, Node) or len(input.shape) != sides + 2:
         return None
     dim, sizes = default_dim(input.shape, (0, 1)) if input.flexible else input.dim, each(sizes, sides)
@@ -67,7 +70,7 @@ def adaptive_pool(call: OperatorCall) -> Optional[Node]:
     kernel = [rows // size for rows, size in zip(input.shape[2:], sizes)]
     if kernel[dim - 2] == input.shape[dim]:
         return None
-    func = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[sides - 1]
+    func = (_LARGEST if "max" in call.name else _AVERAGE)[sides - 1]
     axis = Axis(kernel[dim - 2], kernel[dim - 2])
     step = Convolve(axis, input.shape[dim], dim, lambda pieces: func(pieces[0], kernel), work=prod(kernel))
     return call.node(step, [input], [dim], dim)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...graph.node import Node
 from ...graph.statistics import Moments, has_float64
 from ...graph.steps import Reduce, RowLocal
-from .common import OperatorCall, default_dim, dim_of, each, fixed_dim, over
+from .common import OperatorCall, default_dim, dim_of, each, fixed_dim, over, sides_of
 
 _GATHERED = ("mean", "sum", "amax", "amin", "linalg_vector_norm", "norm", "var", "std")
 _OTHERS = ("all", "any", "logsumexp", "prod", "argmax", "argmin")
@@ -153,9 +153,9 @@ class _Gathered:
 
 
 def pooled_to_one(call: OperatorCall) -> Optional[Node]:
-    """An adaptive average over the whole image."""
+    """An adaptive average, or largest value, over the whole image."""
     input, sizes = call.args[0], call.args[1]
-    sides = int(call.name[-2])
+    sides = sides_of(call)
     if not isinstance(input, Node) or len(input.shape) != sides + 2 or any(size != 1 for size in each(sizes, sides)):
         return None
     dims = list(range(2, sides + 2))
@@ -165,7 +165,7 @@ def pooled_to_one(call: OperatorCall) -> Optional[Node]:
     size, shape, device = prod(input.shape[2:]), call.spec.shape, call.device
 
     def make(shape: Sequence[int]) -> _Gathered:
-        return _Gathered("mean", dims, size, shape, 0, False, device)
+        return _Gathered("amax" if "max" in call.name else "mean", dims, size, shape, 0, False, device)
 
     step = _step(call.name, make, dims, shape)
     return call.recorder.node(step, [input], [dim], call.spec, call.device, None)
