@@ -33,6 +33,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=("cuda", "cpu"), default="cuda", help="of the tests of tests/cuda")
 
 
+SHARED = {"answers", "ranks", "ready"}
+"""Fixtures that start processes, which serve all tests that ask for them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Such tests come first: of several processes of pytest-xdist only the first starts them, for none of them is left
+    to be taken by another."""
+    items.sort(key=lambda item: SHARED.isdisjoint(getattr(item, "fixturenames", ())))
+
+
 def pytest_collection_finish() -> None:
     """What is imported and collected by now stays: nobody who looks for garbage need go through it."""
     gc.collect()

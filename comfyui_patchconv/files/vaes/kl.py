@@ -51,12 +51,17 @@ _LAYOUTS = {
 }
 
 
-def random_vae(seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
-    """Stable Diffusion's VAE, its real architecture with weights drawn from `seed`; the global generator is kept."""
+def random_vae(
+    seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", width: int = 128
+) -> Any:
+    """Stable Diffusion's VAE, its real architecture with weights drawn from `seed`; the global generator is kept.
+
+    width: channels of its first level; 128 is the real one.
+    """
     kind = of_diffusers("diffusers.models.autoencoders.autoencoder_kl").AutoencoderKL
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would set those of the GPUs too
-        vae = kind(**_config((128, 256, 512, 512), layers=2, latent=4))
+        vae = kind(**_config((width, 2 * width, 4 * width, 4 * width), layers=2, latent=4))
     nn.Module.to(vae, device=device, dtype=dtype)  # diffusers' own `to` warns of every cast
     return vae.requires_grad_(False).eval()
 
