@@ -87,7 +87,7 @@ class HostProcess:
         if not tasks.exists():
             pytest.skip("this system has no /proc, by which a host's workers are found")
         children = {int(one) for task in tasks.iterdir() for one in (task / "children").read_text().split()}
-        return sorted(one for one in children if "start.py" in Path(f"/proc/{one}/cmdline").read_text())
+        return sorted(one for one in children if "worker_script.py" in Path(f"/proc/{one}/cmdline").read_text())
 
     def kill(self) -> None:
         """End it so that it has no time for anything."""

@@ -1,4 +1,4 @@
-"""What went wrong, as a sentence and an exit code; and work on several inputs, of which one may fail."""
+"""Turns errors into a sentence and an exit code; and runs work on several inputs, of which one may fail."""
 
 from __future__ import annotations
 

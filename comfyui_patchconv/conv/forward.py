@@ -1,4 +1,4 @@
-"""Convolution in strips: the same result as the whole, written strip by strip into one output (depth 1)."""
+"""Convolution in strips: the same result as the whole, written strip by strip into one output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A network on an image with holes: what lies in them has no effect. It works for any encoder and has code for none.
+"""A network on an image with holes: what lies in them has no effect. It works for any encoder.
 
 While `Holes` is active, convolutions and statistics of group norms count valid pixels only, attention sees no others,
 and the mask follows the image through paddings and strides.

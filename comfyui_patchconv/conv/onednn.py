@@ -1,4 +1,4 @@
-"""oneDNN where torch would leave a strip, or kernels of one pixel, to a slower kernel of its own."""
+"""Calls of oneDNN where torch would leave a strip, or kernels of one pixel, to a slower kernel of its own."""
 
 from __future__ import annotations
 

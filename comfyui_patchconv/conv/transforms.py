@@ -1,4 +1,4 @@
-"""Whether a call is not only computed: where something records it or maps it, it runs whole, as eager would."""
+"""Whether something records or transforms a call, such as vmap or a trace: it runs whole then, as eager would."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What files say of themselves, fit for a sentence: a stranger may have written it."""
+"""Texts out of files, made fit for a sentence: strangers may have written them."""
 
 from __future__ import annotations
 

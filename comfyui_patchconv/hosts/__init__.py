@@ -1,1 +1,1 @@
-"""What both hosts share, and imports neither: halves of a VAE, streaming, memory estimates, figures and charts."""
+"""Shared by both hosts, and independent of them: halves of a VAE, streaming, memory estimates, figures and charts."""

@@ -1,4 +1,4 @@
-"""What a VAE needs of the device, for the host to make room for and no more."""
+"""Estimates of the memory that a VAE's decode or encode takes, which hosts are told, for them to make room."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs instead of a VAE's decoder or encoder in a host, and streams it."""
+"""Stand-ins for a VAE's decoder or encoder in a host, which stream it."""
 
 from __future__ import annotations
 

@@ -2,42 +2,48 @@
 
 One decode, from `stream()` to the last strip:
 
-1. `stream(vae)` puts a method in the place of `decode` on the object's class (`target.Entry`), so that copies of the
-   object carry nothing of ours. Its call arrives at `runner.Streamed.call`, which asks `fallback.eager_reason` whether
-   something rules streaming out, such as an input that requires gradients. A small call that is like an earlier one,
-   for which eager was best, is left to eager, too. Any other begins a `Call`.
+1. `stream(vae)` puts methods in the place of `forward`, `decode` and `encode` on the object's class, or on the object
+   where it has its own (`target.Entry`); deep copies and pickles have nothing of it. A call of one arrives at
+   `runner.Streamed.call`. One that has no map among its arguments, or is made within another streamed call, just runs.
+   `fallback.eager_reason` says whether something rules streaming out, such as an input that requires gradients, and a
+   small call that is like an earlier one, for which eager was best, is left to eager, too. Any other begins a
+   `call.Call`.
 
 2. record. `Call.run` wraps the maps among the arguments in `record.lazy.LazyTensor`s and calls the program, once. Each
-   operator on one of these arrives at `Recorder.call`. It asks `record.shapes` what the result looks like, and the
-   table in `record.operators` which rows of its inputs its rows are made of: the answer is a `graph.node.Node` with a
-   `Step`, whose `needs(first, last)` says so in integers. Nothing is computed. An operator that the table does not
-   know becomes a step that takes all of its inputs (`graph.steps.Whole`). A view is a `record.lazy.View` of a `Cell`,
-   a piece of memory as eager would have it; a write gives the cell another node (`record.views`). Weights are held as
-   the call saw them: `record.memory` copies what is about to be written to.
+   operator on one of these arrives at `record.recorder.Recorder.call`. It asks `record.shapes` what the result looks
+   like, and the table in `record.operators` which rows of its inputs its rows are made of: the answer is a
+   `graph.node.Node` with a `Step`, whose `needs(first, last)` says so in integers. Nothing large is computed. An
+   operator that the table does not know becomes a step that takes all of its inputs (`graph.steps.Whole`). A view is a
+   `record.lazy.View` of a `Cell`, a piece of memory as eager would have it; `record.writes` gives the cell another node
+   where it is written to, and `record.views` works out what each view shows. Weights are held as the call saw them:
+   `record.held` copies what is about to be written to.
 
 3. A value is demanded: the call is over, or `.item()`, NumPy or an operator that looks at values needs it now.
    `Call.evaluate` gets the nodes that are wanted (`roots`) and those that the program may still read (`keep`).
 
 4. plan. Integers in, a `plan.schedule.Schedule` out, or the one of an earlier call whose graph was alike.
-   `plan.choose` tries a few schedules and keeps the best; `plan.passes` decides for one of them which passes there are
-   and what each of them stores: what a step needs whole, what statistics are wanted of, and what later steps read
+   `plan.choose` tries a few schedules and keeps the best. `plan.passes` makes each of them: which passes there are and
+   what each stores, that is, what a step needs whole, what statistics are wanted of, and what later steps read
    (`plan.for_later`, `plan.reduced`). `plan.lifetimes` knows what is stored until when, `plan.placement` what is
-   offloaded. `plan.way` has the steps between stored maps and what a pass is made for, and `plan.sweep` counts it: how
-   many rows at once, which rows line buffers hold, what that takes; `plan.cost` reckons its time. `plan.eagerly`
-   counts the same graph as eager runs it, and eager's schedule is taken where it is not worse.
+   offloaded. `plan.way` lists the steps from stored maps to what a pass is made for, and `plan.sweep` sizes that pass:
+   how many rows at once, which rows line buffers hold, what that takes; `plan.cost` reckons its time. `plan.eagerly`
+   counts the same graph as eager runs it. Eager's schedule is taken where strips save no memory, or would take over
+   1.25 times as long and eager fits the budget.
 
-5. execute. `execute.loop.Loop` goes through the schedule's passes, and `pass_loop.PassLoop` through a pass's strips.
-   `execute.strips.Rows` says which rows of which step a strip computes, and which of them the next one will read again
-   (line buffers). The rows of a strip's targets go to stored maps (`execute.stored`), which lie on the device, in host
-   memory or in a file (`execute.to_host`, `execute.to_file`), and to the statistics of the norm behind it
-   (`graph.statistics`). Where one of the first two strips does not fit, the pass begins again in strips of half the
-   rows.
+5. execute. `execute.loop.Loop` goes through the schedule's steps, which are passes or, where an operator takes its
+   inputs whole, single operators; `pass_loop.PassLoop` goes through a pass's strips. `execute.strips.Rows` says which
+   rows of which step a strip computes, and which of them the next one will read again (line buffers, `execute.lines`);
+   `execute.kernels` computes what lies between convolutions in one go. The rows of a strip's targets go to stored maps
+   (`execute.stored`), which lie on the device, in host memory or in a file (`execute.offloaded` chooses; `to_host`,
+   `to_file`), and to the statistics of the next norm (`graph.statistics`) or to another reduction. Where a strip does
+   not fit, and no row that was read has been freed yet, the pass begins again in strips of half the rows.
 
-6. The nodes now have values. When the call ends, `record.values` makes ordinary tensors of all deferred ones that the
-   program still has: the same objects.
+6. The nodes that were asked for now have values. When the call ends, `record.values` makes ordinary tensors of all
+   deferred ones that the program still has: the same objects, where torch can do that (from 2.3 on).
 
-Where several ranks make the call (`group`), `spread.agree` has all follow the schedule of rank 0, each rank runs the
-passes of step 5 for a band of the rows, and `spread.together` does around each pass what takes all of them.
+Where several ranks make the call (`group`), a batch is first split by samples (`spread.samples`). `spread.agree` has
+all follow the schedule of rank 0, each rank runs the passes of step 5 for a band of the rows, and `spread.together`
+exchanges the rows beside bands before each pass (`spread.moves` says which), and merges statistics behind it.
 
 `estimate.expect` does 2 to 4 with a copy of the model and inputs that have no values, and says what 5 would take.
 """

@@ -25,8 +25,8 @@ from .graph.steps import RowLocal
 from .plan.bands import band
 from .plan.choose import choose
 from .plan.schedule import InTurn, Pass, Schedule, Tuning
+from .record.held import is_ordinary
 from .record.lazy import LazyTensor
-from .record.memory import is_ordinary
 from .record.recorder import Recorder
 from .spread.agree import Offer, agree, at_home, program_of, sum_of
 from .spread.ranks import Ranks

@@ -1,4 +1,4 @@
-"""What of PyTorch does not go together with streaming, and how the two stay out of each other's way."""
+"""Why a call cannot be streamed and runs eagerly; and `torch.compile`, which is kept away from those that are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_flatten
 
-from .record.memory import is_ordinary
+from .record.held import is_ordinary
 from .record.recorder import Recorder
 
 

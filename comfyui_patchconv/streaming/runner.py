@@ -1,4 +1,4 @@
-"""Runs calls in strips, one after the other, and keeps what is known of them for calls that are alike."""
+"""`Streamed`: where each call arrives; it runs eagerly or is recorded, and its schedule is kept for calls that are alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The families of VAEs that files are recognised as, a module each; `of_names` and `of_class` choose one."""
+"""The families of VAEs that files are recognised as, a module each; `of_names` chooses one for a file."""
 
 from __future__ import annotations
 

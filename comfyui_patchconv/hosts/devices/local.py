@@ -1,4 +1,4 @@
-"""Packs what has no name that another process could import it by: functions and classes made within functions, and
+"""Pickles what another process could not import by its name: functions and classes made within functions, and
 modules whose weights are parametrized, for which torch makes classes at run time. Both processes run the same Python.
 """
 

@@ -1,4 +1,4 @@
-"""What a stand-in asks to run its call: several devices, or one where they cannot, with the reason."""
+"""Runs a stand-in's call over several devices, or over one where that cannot be, with the reason."""
 
 from __future__ import annotations
 

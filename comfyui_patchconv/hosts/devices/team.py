@@ -69,7 +69,9 @@ class Worker:
     def __init__(self, rank: int, device: torch.device, calls: Sequence[str]) -> None:
         self.device, self.held, self.waiting, self.ready, self.trouble = device, [], 1, False, ""
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("start.py"))], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, str(Path(__file__).with_name("worker_script.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
         self._rank, self._pid = rank, self.process.pid
         self._questions: queue.Queue[Any] = queue.Queue()

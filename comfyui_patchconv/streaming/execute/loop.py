@@ -1,4 +1,4 @@
-"""Runs a schedule: a flat loop over its passes, each of which `pass_loop` runs, and what lies between them."""
+"""Runs a schedule: a flat loop over its steps, which are passes (`pass_loop`), single operators and attention in turn."""
 
 from __future__ import annotations
 

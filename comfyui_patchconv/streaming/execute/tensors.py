@@ -1,4 +1,4 @@
-"""Tensors to copy rows into, in memory that is theirs and in the order of others."""
+"""New tensors that rows are copied into: with memory of their own, laid out in it as another tensor is."""
 
 from __future__ import annotations
 

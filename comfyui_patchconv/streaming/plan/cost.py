@@ -1,4 +1,4 @@
-"""What work takes, reckoned roughly: for the comparison of two ways to do the same, on the same machine."""
+"""Rough times of steps, to compare two ways of doing the same on the same machine."""
 
 from __future__ import annotations
 

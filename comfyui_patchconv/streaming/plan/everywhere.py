@@ -1,4 +1,4 @@
-"""Maps that every rank computes whole, for that takes less time than sending each the rows of the others."""
+"""Maps that every rank computes whole, because that takes less time than sending each the rows of the others."""
 
 from __future__ import annotations
 

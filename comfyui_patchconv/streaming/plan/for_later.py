@@ -1,4 +1,4 @@
-"""What a pass stores beside what it is made for: what later steps read of it, and what would cost much to recompute."""
+"""Maps that a pass stores for later ones, beside those that it is made for: they would cost much to recompute."""
 
 from __future__ import annotations
 

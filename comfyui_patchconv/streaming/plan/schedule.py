@@ -1,4 +1,4 @@
-"""What a plan comes to: passes over maps, in order, and what they are expected to take."""
+"""The classes of a schedule: passes over maps, in order, and what they are expected to take."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..graph.node import Node, dense_strides
+from .held import Held, is_ordinary
 from .lazy import LazyTensor
-from .memory import Held, is_ordinary
 from .schema import Operator, operator_of
 from .shapes import SIMPLE, Spec
 

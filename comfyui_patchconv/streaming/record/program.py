@@ -1,4 +1,4 @@
-"""What the program has: its deferred tensors, their bytes as eager has them, and the nodes that they stand for."""
+"""The deferred tensors that the program has: their bytes as eager has them, and the nodes that they stand for."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from ..graph.node import Node
 from ..graph.steps import Whole
 from . import operators, views
+from .held import Memory
 from .lazy import Cell, LazyTensor, View
-from .memory import Memory
 from .shapes import SIMPLE, Spec
 
 SMALL = 1 << 16

@@ -32,8 +32,8 @@ from .arguments import (
     tensors_in,
     written_by,
 )
+from .held import is_ordinary
 from .lazy import LazyTensor, View, recorder_of
-from .memory import is_ordinary
 from .program import SMALL
 from .schema import Operator, draws, gives_back, looks, operator_of, written_unsaid
 from .shapes import Spec, load, specs_of

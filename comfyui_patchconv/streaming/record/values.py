@@ -11,8 +11,8 @@ from torch import Tensor
 from ..errors import CannotEstimateError
 from ..graph.node import Node, ancestors, dense_strides, in_order
 from .arguments import mapped, tensors_in
+from .held import is_ordinary
 from .lazy import Cell, LazyTensor, View
-from .memory import is_ordinary
 from .program import Program
 from .shapes import Spec
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..graph.node import Node
 from ..graph.steps import Cast, Overlay, Pick, RowLocal, Whole
-from .memory import Held
+from .held import Held
 from .operators.arranging import regrouped, widens
 from .operators.common import default_dim, dim_of, fixed_dim
 from .shapes import Spec

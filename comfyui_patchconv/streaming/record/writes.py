@@ -10,8 +10,8 @@ from ..errors import CannotEstimateError
 from ..graph.node import Node, dense_strides
 from . import operators, views
 from .arguments import are_usual, mapped, spec_of, tensors_in, written_by
+from .held import is_ordinary
 from .lazy import LazyTensor, View
-from .memory import is_ordinary
 from .schema import Operator, draws
 from .shapes import Spec, specs_of
 from .values import Values

@@ -1,4 +1,4 @@
-"""What the ranks of a group do together around each pass."""
+"""The exchange of rows before a pass, and the merging of statistics and joining of bands behind it, over all ranks."""
 
 from __future__ import annotations
 

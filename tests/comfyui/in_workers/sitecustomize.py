@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-if any(Path(one).parts[-2:] == ("devices", "start.py") for one in sys.orig_argv):
+if any(Path(one).parts[-2:] == ("devices", "worker_script.py") for one in sys.orig_argv):
     sys.path.append(str(Path(__file__).parents[1]))
     from launch import prepare  # pyright: ignore[reportMissingImports]
 

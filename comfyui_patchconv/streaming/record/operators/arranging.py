@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...graph.node import Node
 from ...graph.steps import Cast, Join, Regroup, Resample, RowLocal
-from ..memory import Held
+from ..held import Held
 from .common import OperatorCall, candidates, default_dim, dim_of, fixed_dim, row_local
 from .resample import gathered_rows
 

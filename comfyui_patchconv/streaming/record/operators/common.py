@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...graph.node import Node, Step
 from ...graph.steps import RowLocal
-from ..memory import Held
+from ..held import Held
 from ..schema import operator_of
 from ..shapes import SIMPLE, Spec
 

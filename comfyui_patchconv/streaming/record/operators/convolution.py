@@ -15,7 +15,7 @@ from ....conv import doubled, videos, winograd
 from ....conv.halo import Axis
 from ...graph.node import Node, Span, Step
 from ...graph.steps import Convolve, ConvolveTransposed, Pieces, Resample
-from ..memory import Held
+from ..held import Held
 from .common import OperatorCall, dim_of, each
 
 _CONVOLVE = (F.conv1d, F.conv2d, videos.conv3d)

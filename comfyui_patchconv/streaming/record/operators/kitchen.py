@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from ....conv.halo import Axis
 from ...graph.node import Node, Span
 from ...graph.steps import Convolve, Pad, Pieces, Reduce, RowLocal
-from ..memory import Held
+from ..held import Held
 from ..shapes import Spec
 from .common import OperatorCall, default_dim, dim_of, each, fixed_dim, tensor_of
-from .norms import Line
+from .norms import GroupMoments
 
 _LAST = torch.channels_last_3d
 """The order that these give their results in, and take what they are given fastest in."""
@@ -61,7 +61,7 @@ def _normed(call: OperatorCall, input: Node, dim: int, given: dict[str, Any]) ->
         lines = batch * frames, channels
         spec = Spec((4, prod(lines)), (prod(lines), 1), 0, wide)
         device = call.device
-        reduce = Reduce(lambda: _LineOfFrames(groups, lines, weight, bias, eps, wide, device))
+        reduce = Reduce(lambda: _MomentsOfFrames(groups, lines, weight, bias, eps, wide, device))
         reduce.name = call.name
         inputs.append(call.recorder.node(reduce, [input], [dim], spec, device, None))
 
@@ -79,7 +79,7 @@ def _normed(call: OperatorCall, input: Node, dim: int, given: dict[str, Any]) ->
     return call.recorder.node(step, inputs, [dim, *(None,) * (len(inputs) - 1)], spec, call.device, dim)
 
 
-class _LineOfFrames(Line):
+class _MomentsOfFrames(GroupMoments):
     """The line of a group norm whose samples are frames: pieces are `[N, C, T, H, W]`."""
 
     def add(self, piece: Tensor) -> None:

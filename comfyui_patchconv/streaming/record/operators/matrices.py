@@ -14,7 +14,7 @@ from ...graph import attention
 from ...graph.node import Node, dense_strides
 from ...graph.statistics import in_float64
 from ...graph.steps import Reduce, RowLocal
-from ..memory import Held
+from ..held import Held
 from ..shapes import Spec
 from .common import OperatorCall, default_dim, dim_of, fixed_dim, over, row_local
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ...graph.node import Node
 from ...graph.statistics import Statistics, in_float64
 from ...graph.steps import Reduce, ScaleAndShift
-from ..memory import Held
+from ..held import Held
 from ..shapes import Spec
 from .common import OperatorCall, default_dim, fixed_dim, row_local, tensor_of
 
@@ -52,7 +52,9 @@ def _normalised(call: OperatorCall, input: Any, groups: int, weight: Any, bias: 
 
     def gather(batch: int) -> tuple[Reduce, tuple[int, ...]]:
         of_batch = batch, *shape[1:]
-        step = Reduce(lambda: Line(groups, of_batch, weight, bias, eps, wide, device), moments=True, part=gather)
+        step = Reduce(
+            lambda: GroupMoments(groups, of_batch, weight, bias, eps, wide, device), moments=True, part=gather
+        )
         step.name = call.name
         return step, (4, batch * channels)
 
@@ -73,7 +75,7 @@ def _line_by_line(pieces: Sequence[Tensor], first: int, last: int) -> Tensor:
     return result.to(piece.dtype)
 
 
-class Line:
+class GroupMoments:
     """Gathers the statistics of a group norm, and makes of them what each channel is multiplied by and added to."""
 
     def __init__(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Optional
 
 from ...graph.node import Node
-from ..memory import Held
+from ..held import Held
 from .common import OperatorCall, flat
 
 
