@@ -1,4 +1,4 @@
-"""`Streamed`: where each call arrives; it runs eagerly or is recorded, and its schedule is kept for calls that are alike."""
+"""Where each call arrives: it runs eagerly, or is recorded, and its schedule is kept for calls that are alike."""
 
 from __future__ import annotations
 

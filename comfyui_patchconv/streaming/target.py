@@ -1,7 +1,7 @@
 """What streams within a `with` block: methods of one object, put in place on its class and taken out in any order.
 
-Where an object has a method of its own, that is replaced on the object. Deep copies, pickles and replicas have nothing of
-ours either way.
+Where an object has a method of its own, that is replaced on the object. Deep copies, pickles and replicas have nothing
+of ours either way.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs a schedule: a flat loop over its steps, which are passes (`pass_loop`), single operators and attention in turn."""
+"""Runs a schedule: a flat loop over its steps: passes (`pass_loop`), single operators, attention in turn."""
 
 from __future__ import annotations
 
