@@ -36,11 +36,13 @@ _SMALLER = (1 / 2, 1 / 4, 1 / 8)
 class Variant(NamedTuple):
     """What a schedule does otherwise. in_turn, everywhere: of several ranks, which else send their bands of what a step
     needs whole to all others, keys and values of attention stay in bands; maps that each of them computes whole.
-    halved: passes are parted where their line buffers weigh much."""
+    halved: passes are parted where their line buffers weigh much. worth_a_byte: and where ranks send less for it; see
+    `cut_to_send_less`."""
 
     in_turn: bool = False
     everywhere: Collection[Node] = ()
     halved: bool = False
+    worth_a_byte: int = 0
 
 
 _USUAL = Variant()
@@ -108,11 +110,11 @@ def in_strips(
     those that recompute nothing, then more and more of the large maps, and then are made for smaller budgets; passes
     whose line buffers weigh much are parted where that helps.
 
-    Of several ranks, each computes what is little to compute beside the bytes that they would send else, where that
-    takes no more memory (`everywhere`). Where they would have to offload, or do not fit, keys and values of attention
-    go from rank to rank in turn if that helps. Where none does, the one that offloads least, or one for a smaller
-    budget that takes less. Without a budget, the one of the lowest peak that takes each rank no longer than `seconds`,
-    or than the one that recomputes nothing.
+    Of several ranks, each computes what is little to compute beside the bytes that they would send else, and passes are
+    parted where less is sent then, where that takes no more memory (`everywhere`, `bands`). Where they would have to
+    offload, or do not fit, keys and values of attention go from rank to rank in turn if that helps. Where none does,
+    the one that offloads least, or one for a smaller budget that takes less. Without a budget, the one of the lowest
+    peak that takes each rank no longer than `seconds`, or than the one that recomputes nothing.
 
     keep, held: see `Lifetimes` and `Placement`. room: bytes that can be offloaded, asked where it matters. ranks: see
     `Placement`.
@@ -148,10 +150,10 @@ def in_strips(
         halved = least(planned(variant._replace(halved=True)), variant._replace(halved=True))
         if _better(halved, best, budget, unused):
             best, variant = halved, variant._replace(halved=True)
-    device_type = max(roots, key=lambda node: node.bytes).device.type
-    by_all = computed_by_all(ways.steps_to(roots, (), 0), worth_a_byte(tuning, device_type)) if ranks > 1 else set()
-    if by_all:
-        variant = variant._replace(in_turn=False, everywhere=by_all)
+    if ranks > 1:
+        worth = worth_a_byte(tuning, max(roots, key=lambda node: node.bytes).device.type)
+        by_all = computed_by_all(ways.steps_to(roots, (), 0), worth)
+        variant = variant._replace(in_turn=False, everywhere=by_all, worth_a_byte=worth)
         schedule = least(planned(variant), variant)
         if schedule.peak <= max(best.peak, budget or 0) and schedule.offloaded <= best.offloaded:
             return schedule

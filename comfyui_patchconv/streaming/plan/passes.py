@@ -7,7 +7,7 @@ from math import inf
 from typing import Any, Optional
 
 from ..graph.node import Node
-from .bands import cut_for
+from .bands import cut_for, cut_to_send_less
 from .cost import seconds_of
 from .everywhere import read_whole
 from .for_later import half_or_less, parts_of, stored_for_later
@@ -29,14 +29,15 @@ class Passes:
     keep: see `Lifetimes`. budget, held, ranks: see `Placement`. recomputed_from: maps of so many bytes that are cheap
     to recompute from a smaller one are recomputed wherever they are read; None for never. spare: see `Sweep`. in_turn:
     keys and values of attention are whole on no rank where that can be. everywhere: maps that every rank computes
-    whole, with all that they are made of. halved: passes are parted whose line buffers weigh much.
+    whole, with all that they are made of. halved: passes are parted whose line buffers weigh much. worth_a_byte:
+    see `cut_to_send_less`; 0 for no such cuts.
     """
 
     def __init__(
         self, roots: Sequence[Node], keep: Sequence[Node], tuning: Tuning, budget: Optional[int],
         recomputed_from: Optional[int] = None, held: int = 0, ways: Optional[Ways] = None, ranks: int = 1,
         spare: Optional[int] = None, in_turn: bool = False, everywhere: Collection[Node] = (),
-        halved: bool = False,
+        halved: bool = False, worth_a_byte: int = 0,
     ) -> None:  # fmt: skip
         self.schedule = Schedule()
         self._roots, self._tuning, self._budget, self._recomputed_from = list(roots), tuning, budget, recomputed_from
@@ -44,6 +45,7 @@ class Passes:
         self._ways = ways or Ways()
         self._maps = Lifetimes(roots, keep, self._ways)
         self._maps.everywhere |= {*everywhere}
+        self._worth_a_byte = worth_a_byte
         self._placement = Placement(self.schedule, budget, held, ranks)
         self._sweeps: dict[Any, Sweep] = {}
 
@@ -216,9 +218,19 @@ class Passes:
     def _cut_for_bands(self, roots: Sequence[Node]) -> None:
         """Where ranks would compute many rows at the edges of their bands twice, store what lies between beforehand."""
         order = self._maps.steps_to(roots)
-        between = cut_for(order, roots, self._ranks, self._tuning.worth_an_exchange) if order else None
+        worth = self._tuning.worth_an_exchange
+        between = cut_for(order, roots, self._ranks, worth) if order else None
+        if between is None and order and self._worth_a_byte:
+            between = cut_to_send_less(order, roots, self._ranks, worth, self._worth_a_byte, self._in_bands)
         if between is not None and self._maps.recomputed_everywhere.isdisjoint(between):
             self._store(between)
+
+    def _in_bands(self, node: Node) -> bool:
+        """Whether a map that is stored, or would be, comes in bands."""
+        if node.tensor is not None and node not in self._maps.stored:
+            return False
+        target = self._maps.stored.get(node) or self._maps.target(node)
+        return not target.whole and not target.everywhere
 
     # Passes
 

@@ -30,6 +30,20 @@ def vae_encoder(height: int = 72) -> Case:
     return small_vae().encoder, (drawn(1, 3, height, 40),)
 
 
+def upsampled(height: int = 13, width: int = 9) -> Case:
+    """The end of a level of a VAE's decoder."""
+    convolutions = seeded(lambda: nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(5)))
+    norms = seeded(lambda: nn.ModuleList(nn.GroupNorm(2, 8) for _ in range(3)))
+
+    def run(x: Tensor) -> Tensor:
+        x = convolutions[0](x)
+        y = convolutions[1](F.silu(norms[0](x)))
+        y = x + convolutions[2](F.silu(norms[1](y)))
+        return convolutions[4](norms[2](convolutions[3](F.interpolate(y, scale_factor=2.0))))
+
+    return run, (drawn(1, 8, height, width),)
+
+
 def circular(height: int = 11) -> Case:
     convolutions = seeded(
         lambda: nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular") for _ in "ab"))
@@ -201,7 +215,7 @@ def mixed(batch: int, how: str, height: int = 9) -> Case:
 CASES: dict[str, Callable[..., Case]] = {
     make.__name__: make
     for make in (
-        decoder, vae_decoder, vae_encoder, circular, video, codec, linear_attention, reductions, evaluated_whole,
-        demanded, several, without_norms, written, apart, attention, mixed, network, program,
+        decoder, vae_decoder, vae_encoder, upsampled, circular, video, codec, linear_attention, reductions,
+        evaluated_whole, demanded, several, without_norms, written, apart, attention, mixed, network, program,
     )
 }  # fmt: skip

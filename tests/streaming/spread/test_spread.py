@@ -82,6 +82,17 @@ def test_what_all_ranks_compute_is_not_sent(ranks: Ranks, count: int) -> None:
     assert sent[1 << 40] <= sent[0] - keys_and_values * (count - 1) // count
 
 
+@COUNTS
+def test_a_pass_is_two_where_less_is_sent_then(ranks: Ranks, count: int) -> None:
+    """A convolution, what it is added to, and one behind the upsampling read three rows beside a band; two, where the
+    sum is stored."""
+    sent = {}
+    for worth in (0, 1 << 40):
+        found = ranks.run("upsampled", 24, 90, ranks=count, worth_a_byte=worth, strip_bytes=500)
+        sent[worth] = max(one["sent"] for one in found)
+    assert sent[1 << 40] < sent[0]
+
+
 def test_what_all_ranks_compute_is_planned_for(ranks: Ranks) -> None:
     ranks.run("vae_decoder", ranks=2)
     for count in (2, 4):
