@@ -611,9 +611,28 @@ class TestEagersPeak:
         first, second = (x * 2).flatten(2).chunk(2, 1)
         return (first.sigmoid() * second).exp()
 
+    def normed(self, x: Tensor) -> Tensor:
+        return nn.functional.group_norm((x * 2).transpose(2, 3), 4)
+
+    def normed_channels_last(self, x: Tensor) -> Tensor:
+        return nn.functional.group_norm(x.to(memory_format=torch.channels_last) * 2, 4)
+
+    def normed_over_columns(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm((x * 2).transpose(2, 3), (128,))
+
+    def turned_scores(self, x: Tensor) -> Tensor:
+        return (x * 2).transpose(1, 2).softmax(-1)
+
+    def turned_pooled(self, x: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d((x * 2).transpose(2, 3), 2)
+
     @pytest.mark.parametrize(
-        "name", ["repeated", "rolled", "put_in_order", "shuffled", "turned", "a_part", "parts_of_parts"]
-    )
+        "name",
+        [
+            "repeated", "rolled", "put_in_order", "shuffled", "turned", "a_part", "parts_of_parts", "normed",
+            "normed_channels_last", "normed_over_columns", "turned_scores", "turned_pooled",
+        ],
+    )  # fmt: skip
     @torch.no_grad()
     def test_it_is_what_eager_allocates(self, name: str) -> None:
         def eagerly(roots: Any, keep: Any, tuning: Any, budget: Any, held: int, *_: Any) -> Schedule:
@@ -623,7 +642,8 @@ class TestEagersPeak:
         _, eager = allocated(lambda: function(X_LARGE))
         with patch.object(call, "choose", eagerly):
             _, last = called(function, X_LARGE)
-        assert eager.peak <= last.peak <= eager.peak + (1 << 12)
+        of_statistics = eager.peak // 100 if "normed" in name else 0  # a mean and a deviation of each group
+        assert eager.peak - of_statistics <= last.peak <= eager.peak + (1 << 12)
 
 
 class TestCopies:

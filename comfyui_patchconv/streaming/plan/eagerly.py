@@ -9,6 +9,21 @@ from ..graph.node import Node
 from .cost import seconds_of
 from .schedule import Apply, Schedule
 
+_WITHOUT_GAPS = frozenset(
+    """
+    layer_norm native_layer_norm instance_norm rms_norm softmax _softmax log_softmax _log_softmax
+    """.split()  # noqa: SIM905
+)
+"""Operators that copy what is not contiguous, as was measured on a CPU."""
+
+_WITHOUT_GAPS_OR_LAST = frozenset(
+    """
+    group_norm native_group_norm avg_pool2d avg_pool3d max_pool2d max_pool3d adaptive_avg_pool2d _adaptive_avg_pool2d
+    pixel_shuffle reflection_pad2d
+    """.split()  # noqa: SIM905
+)
+"""Those that copy what is neither that nor channels last."""
+
 
 def eager_schedule(roots: Sequence[Node], keep: Sequence[Node], held: int = 0) -> Schedule:
     """Each node of the way to `roots`, whole."""
@@ -66,14 +81,34 @@ def sources_of(node: Node) -> list[Node]:
 
 
 def _copies(node: Node, sources: Sequence[Node]) -> int:
-    """Bytes that an operator takes beside its result: on a CPU a convolution has copies in the order of its backend."""
+    """Bytes that an operator takes beside its result: on a CPU a convolution has copies in the order of its backend,
+    and norms, softmax and pools copy what lies in another order than they read."""
     if node.step is None or not node.step.weight_bytes:
-        return 0
+        return sum(source.bytes for source in sources if node.step is not None and _is_copied(source, node.step.name))
     largest = max((source.bytes for source in sources), default=0)
     if node.device.type != "cpu":
         return node.step.copies * largest + node.step.workspace if node.step.copies else 0
     copied = node.bytes + (1 + node.step.copies) * largest + node.step.weight_bytes
     return copied if node.step.widened == 1 else 2 * node.step.widened * copied  # wider, and in its order
+
+
+def _is_copied(source: Node, operator: str) -> bool:
+    """Whether an operator copies a map before it reads it."""
+    last = operator in _WITHOUT_GAPS_OR_LAST and len(source.shape) > 3
+    if not last and operator not in _WITHOUT_GAPS:
+        return False
+    orders = [[*range(len(source.shape))], *([[0, *range(2, len(source.shape)), 1]] if last else [])]
+    return not any(_lies_in(source, order) for order in orders)
+
+
+def _lies_in(node: Node, order: Sequence[int]) -> bool:
+    """Whether a map's places follow each other in memory by these dimensions, the last one's side by side."""
+    size = 1
+    for dim in reversed(order):
+        if node.shape[dim] > 1 and node.strides[dim] != size:
+            return False
+        size *= node.shape[dim]
+    return True
 
 
 def _written(node: Node) -> Optional[Node]:
