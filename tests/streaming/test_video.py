@@ -395,18 +395,18 @@ class Normalised(nn.Module):
 def test_normalised_chunks_go_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is held does not grow with their number, but for the result; nor is anything computed for a second time."""
     model: Any = draw_weights(Normalised())
-    calls = [called(model.decode, image(8, 4 * count, 64, 16))[1] for count in (3, 4, 9, 10)]
-    results = [image(1, 4 * count, 64, 16).nbytes for count in (3, 4, 9, 10)]
+    calls = [called(model.decode, image(8, 4 * count, 64, 8))[1] for count in (3, 4, 9, 10)]
+    results = [image(1, 4 * count, 64, 8).nbytes for count in (3, 4, 9, 10)]
     held = [call.stored - 2 * size for call, size in zip(calls, results)]
     assert held[3] <= held[1]
     assert calls[3].planned - calls[2].planned == calls[1].planned - calls[0].planned
-    x = image(8, 12, 64, 16)
+    x = image(8, 12, 64, 8)
     with torch.no_grad():
         assert_same(called(model.decode, x)[0], model.decode(x), 1e-5)
     for owner, step in ((passes, "stored_for_later"), (passes.Passes, "_store_part")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, step, lambda *_: [])
-            assert called(model.decode, image(8, 40, 64, 16))[1].stored > 1.2 * calls[3].stored
+            assert called(model.decode, image(8, 40, 64, 8))[1].stored > 1.2 * calls[3].stored
 
 
 def test_parts_that_are_normalised_in_two_ways() -> None:
