@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 Graph = dict[str, Any]
 PACK = Path(__file__).parents[2]
-MODELS = ("controlnet", "loras", "patch_diffusion", "patch_ddpm", "upscale_models")
+MODELS = ("controlnet", "loras", "patch_diffusion", "patch_ddpm", "upscale_models", "vae")
 """Folders of models that a test can put files into, beside the host's own."""
 
 

@@ -58,7 +58,7 @@ class _LateError(DevicesError):
 
 
 class Worker:
-    """One process, for one device. calls: see `start`.
+    """One process, for one device. calls: see `worker_script`.
 
     Questions are answered in their order, one answer to each; the first answer says that it is ready.
 
@@ -168,7 +168,7 @@ class Worker:
 class Team:
     """This process, which is rank 0 and computes on `first`, and its workers.
 
-    calls: see `start`. seconds: how long a rank may be silent.
+    calls: see `worker_script`. seconds: how long a rank may be silent.
     """
 
     def __init__(self, first: torch.device, calls: Sequence[str] = (), seconds: float = USUAL.silent_seconds) -> None:
