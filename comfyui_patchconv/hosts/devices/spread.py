@@ -60,8 +60,9 @@ def others_than(first: torch.device) -> list[torch.device]:
 class Spread:
     """The devices of the calls of one stand-in and its copies.
 
-    wanted: of `CHOICES`. calls: see `worker_script`. look: called again and again while this process waits for others; what it
-    raises ends the call on all. on_outcome: told of each call what it ran on. seconds: how long a rank may be silent.
+    wanted: of `CHOICES`. calls: see `worker_script`. look: called again and again while this process waits for others;
+    what it raises ends the call on all. on_outcome: told of each call what it ran on. seconds: how long a rank may be
+    silent.
     """
 
     def __init__(
