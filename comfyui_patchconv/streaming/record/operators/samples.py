@@ -103,7 +103,7 @@ _RULES: dict[str, Callable[[OperatorCall, Node], ByInput]] = {
         for kind in ("avg", "max", "adaptive_avg", "adaptive_max")
         for sides in (1, 2, 3)
     },
-    **{f"max_pool{sides}d_with_indices": _one_map for sides in (2, 3)},
+    **{f"max_pool{sides}d_with_indices": _one_map for sides in (1, 2, 3)},
     **{f"_adaptive_avg_pool{sides}d": _one_map for sides in (2, 3)},
     **{
         f"{prefix}{name}": _one_map

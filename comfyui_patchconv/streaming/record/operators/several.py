@@ -39,7 +39,7 @@ _BUILDERS: dict[str, Callable[[OperatorCall], Optional[Node]]] = {
         ("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "miopen_batch_norm"),
         _batch_norm,
     ),
-    **{f"max_pool{sides}d_with_indices": pools.pool for sides in (2, 3)},
+    **{f"max_pool{sides}d_with_indices": pools.pool for sides in (1, 2, 3)},
     **{
         f"adaptive_max_pool{sides}d": lambda call: reductions.pooled_to_one(call) or pools.adaptive_pool(call)
         for sides in (1, 2, 3)
