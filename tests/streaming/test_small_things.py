@@ -215,6 +215,10 @@ SMALL: dict[str, Function] = {
         *F.max_pool2d(c(x), 2, return_indices=True), 2, output_size=c(x).shape
     ),
     "adaptive maximum of few": lambda x: c(x) * F.interpolate(F.adaptive_max_pool2d(c(x), (8, 2)), c(x).shape[2:]),
+    "adaptive pools of windows that overlap": lambda x: (
+        c(F.adaptive_max_pool2d(c(x), (20, 3))) + c(F.adaptive_avg_pool2d(c(x), (20, 3)))
+    ),
+    "adaptive pools to more": lambda x: F.adaptive_max_pool2d(c(x), (100, 3)) + F.adaptive_avg_pool2d(c(x), (100, 3)),
     "adaptive maximum of one": lambda x: c(x) * F.adaptive_max_pool2d(c(x), 1),
     "adaptive maximum": lambda x: F.adaptive_max_pool2d(c(x), (3, 2)),
     "adaptive maximum and where": lambda x: F.adaptive_max_pool2d(c(x), 2, return_indices=True),
@@ -624,7 +628,7 @@ DEFERRED: list[str] = [
     "prelu", "prelu of one", "prelu of a module", "adaptive pool to one", "a gate from the left",
     "a gate from the right", "a gate of pixels", "pad by nothing", "upsampling that two read",
     "nested calls", "channels by a list", "columns by a list", "largest of windows", "adaptive maximum of few",
-    "adaptive maximum of one",
+    "adaptive maximum of one", "adaptive pools of windows that overlap", "adaptive pools to more",
 ]  # fmt: skip
 
 

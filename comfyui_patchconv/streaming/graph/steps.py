@@ -207,6 +207,26 @@ class Resample(Step):
         return rows_of(self.call(pieces[0]), self.dim, start, start + last - first)
 
 
+class Windows(Step):
+    """Each output row is made of a window of input rows, whose first and last are in proportion: an adaptive pool.
+
+    rows, made: of the input and of the output. pool: makes one row of a window.
+    """
+
+    def __init__(self, rows: int, made: int, dim: int, pool: Callable[[Tensor], Tensor]) -> None:
+        self.rows, self.made, self.dim, self.pool = rows, made, dim, pool
+        self.work = -(-rows // made)
+
+    def needs(self, first: int, last: int) -> Sequence[Span]:
+        return ((first * self.rows // self.made, -(-last * self.rows // self.made)) if first < last else (0, 0),)
+
+    def compute(self, first: int, last: int, pieces: Pieces) -> Tensor:
+        ((offset, _),) = self.needs(first, last)
+        windows = [self.needs(row, row + 1)[0] for row in range(first, last)]
+        made = [self.pool(rows_of(pieces[0], self.dim, low - offset, high - offset)) for low, high in windows]
+        return torch.cat(made, self.dim)
+
+
 class Regroup(Step):
     """Dimensions split and merged: what `reshape` does, where rows of one side are rows of the other.
 

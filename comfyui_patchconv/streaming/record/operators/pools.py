@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
+from operator import floordiv
 from typing import Any, Optional
 
 import torch
@@ -11,12 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ....conv.halo import Axis
-from ...graph.node import Node
-from ...graph.steps import Convolve
+from ...graph.node import Node, Step
+from ...graph.steps import Convolve, Windows
 from .common import OperatorCall, default_dim, dim_of, each, sides_of
 
 _AVERAGE = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 _LARGEST = (torch.max_pool1d, torch.max_pool2d, torch.max_pool3d)
+
+_ADAPTIVE = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+_ADAPTIVE_LARGEST = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)
 
 _POOLS = ("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d")
 
@@ -59,20 +63,23 @@ def _divisor(given: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def adaptive_pool(call: OperatorCall) -> Optional[Node]:
-    """An adaptive average or largest value of windows of one size that do not overlap."""
+    """An adaptive average or largest value."""
     input, sizes = call.args[0], call.args[1]
     sides = sides_of(call)
     if not isinstance(input, Node) or len(input.shape) != sides + 2:
         return None
     dim, sizes = default_dim(input.shape, (0, 1)) if input.flexible else input.dim, each(sizes, sides)
-    if dim is None or dim < 2 or any(size < 1 or rows % size for rows, size in zip(input.shape[2:], sizes)):
+    if dim is None or dim < 2 or any(size < 1 for size in sizes) or sizes[dim - 2] == 1:
         return None
-    kernel = [rows // size for rows, size in zip(input.shape[2:], sizes)]
-    if kernel[dim - 2] == input.shape[dim]:
-        return None
-    func = (_LARGEST if "max" in call.name else _AVERAGE)[sides - 1]
-    axis = Axis(kernel[dim - 2], kernel[dim - 2])
-    step = Convolve(axis, input.shape[dim], dim, lambda pieces: func(pieces[0], kernel), work=prod(kernel))
+    largest = "max" in call.name
+    if any(rows % size for rows, size in zip(input.shape[2:], sizes)):
+        func, row = (_ADAPTIVE_LARGEST if largest else _ADAPTIVE)[sides - 1], [*sizes]
+        row[dim - 2] = 1
+        step: Step = Windows(input.shape[dim], sizes[dim - 2], dim, lambda piece: func(piece, row))
+    else:  # windows of one size, which do not overlap
+        func, kernel = (_LARGEST if largest else _AVERAGE)[sides - 1], [*map(floordiv, input.shape[2:], sizes)]
+        axis = Axis(kernel[dim - 2], kernel[dim - 2])
+        step = Convolve(axis, input.shape[dim], dim, lambda pieces: func(pieces[0], kernel), work=prod(kernel))
     return call.node(step, [input], [dim], dim)
 
 
