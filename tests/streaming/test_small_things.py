@@ -212,7 +212,7 @@ SMALL: dict[str, Function] = {
     ),
     "largest of windows": lambda x: F.max_pool2d(c(x), 2, return_indices=True)[0],
     "largest of windows and where": lambda x: F.max_unpool2d(
-        *F.max_pool2d(c(x), 2, return_indices=True), 2, output_size=c(x).shape
+        *F.max_pool2d(c(x), 2, return_indices=True), [2, 2], output_size=c(x).shape
     ),
     "adaptive maximum of few": lambda x: c(x) * F.interpolate(F.adaptive_max_pool2d(c(x), (8, 2)), c(x).shape[2:]),
     "adaptive pools of windows that overlap": lambda x: (

@@ -16,11 +16,15 @@ from ...graph.node import Node, Step
 from ...graph.steps import Convolve, Windows
 from .common import OperatorCall, default_dim, dim_of, each, sides_of
 
-_AVERAGE = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
-_LARGEST = (torch.max_pool1d, torch.max_pool2d, torch.max_pool3d)
+_AVERAGE: tuple[Callable[..., Any], ...] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+_LARGEST: tuple[Callable[..., Any], ...] = (torch.max_pool1d, torch.max_pool2d, torch.max_pool3d)
 
-_ADAPTIVE = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
-_ADAPTIVE_LARGEST = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)
+_ADAPTIVE: tuple[Callable[..., Any], ...] = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+_ADAPTIVE_LARGEST: tuple[Callable[..., Any], ...] = (
+    F.adaptive_max_pool1d,
+    F.adaptive_max_pool2d,
+    F.adaptive_max_pool3d,
+)
 
 _POOLS = ("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d")
 
