@@ -26,7 +26,7 @@ RESULTS = ROOT / "docs" / "benchmarks"
 class Result:
     """What one benchmark found, as `docs/benchmarks/NAME.json` keeps it. Cells are text, as they are shown.
 
-    bars: columns of `head` that are drawn.
+    commit: of this repository, short; empty where it is not known. bars: columns of `head` that are drawn.
     """
 
     title: str
@@ -38,6 +38,7 @@ class Result:
     date: str
     command: str
     bars: list[str] = field(default_factory=list)
+    commit: str = ""
 
 
 def publish(
@@ -106,6 +107,7 @@ def result_of(
         date=date.today().isoformat(),
         command=command(sys.argv, environment),
         bars=[*bars],
+        commit=_commit(),
     )
 
 
@@ -170,6 +172,17 @@ def latent_of(case: dict[str, Any]) -> torch.Tensor:
     return torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0))
 
 
+def _commit() -> str:
+    """The short hash of this checkout's commit, with a `+` where files differ from it; empty without git."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        found = subprocess.run([*git, "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return found.stdout.strip() + "+" * bool(changed)
+
+
 def machine(device: str) -> str:
     """One line that says what the figures were measured on."""
     return f"{_place(device)}, torch {torch.__version__}, Python {platform.python_version()}"
@@ -182,11 +195,13 @@ def _place(device: str) -> str:
 
 
 def _processor() -> str:
+    """The processor's name, and the widest instructions that torch uses of it: ratios differ by them."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+            name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        name = platform.processor() or platform.machine()
+    return f"{name} with {torch.backends.cpu.get_cpu_capability()}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

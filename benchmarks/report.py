@@ -83,9 +83,10 @@ def page(kept: dict[str, Result]) -> str:
 
 
 def measured(result: Result) -> str:
-    """A sentence on where and when a benchmark was run, and with which versions."""
+    """A sentence on where and when a benchmark was run, of which commit, and with which versions."""
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
-    return f"Measured on {result.date}: {result.machine}, {versions}"
+    commit = f"commit {result.commit}, " if result.commit else ""
+    return f"Measured on {result.date}: {commit}{result.machine}, {versions}"
 
 
 def filled(text: str, kept: dict[str, Result]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -40,7 +42,7 @@ ROWS = [
     ["1024²", "ours", "100", "12.0"],
 ]
 RESULT = harness.Result("A decode", "What it is.", HEAD, ROWS, "a machine", {"torch": "2.13.0"}, "2026-11-24",
-                        "python benchmarks/a.py", ["peak MB", "s"])  # fmt: skip
+                        "python benchmarks/a.py", ["peak MB", "s"], "1234567")  # fmt: skip
 KEPT = {"a": RESULT}
 
 
@@ -58,7 +60,9 @@ def test_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert found.command == "COMFYUI_PATH=… python benchmarks/a.py --sizes 512 --to …/b.py --x=…/d"
     assert {"torch", "Python", "safetensors"} < set(found.versions)
     assert found.versions["peer"] == "7"
-    assert found.machine
+    assert torch.backends.cpu.get_cpu_capability() in found.machine
+    known = (harness.ROOT / ".git").exists() and shutil.which("git") is not None
+    assert re.fullmatch(r"[0-9a-f]{7,}\+?" if known else "", found.commit)
     assert found.date.startswith("20")
     assert "| 512²  | ours   | 50            | 3.0  |" in capsys.readouterr().out
 
@@ -76,7 +80,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 def test_the_page_says_all_that_was_kept() -> None:
     page = report.page(KEPT)
     for text in [*HEAD, *(cell for row in ROWS for cell in row), RESULT.title, RESULT.what, RESULT.command,
-                 RESULT.date, RESULT.machine, "torch 2.13.0", "(benchmarks/a.svg)"]:  # fmt: skip
+                 RESULT.date, RESULT.commit, RESULT.machine, "torch 2.13.0", "(benchmarks/a.svg)"]:  # fmt: skip
         assert text in page
 
 
