@@ -72,3 +72,28 @@ def test_six_products_round_about_as_eager_does() -> None:
         assert actual.is_contiguous(memory_format=order)
         rows = [error(actual[:, :, row :: winograd.ROWS], exact[:, :, row :: winograd.ROWS]) for row in range(4)]
         assert max(rows) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [
+        ("processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC", True),
+        ("AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD", True),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC 9755", False),
+        ("vendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143\nmodel name\t: Intel(R) Xeon(R)", False),
+        ("Intel64 Family 6 Model 143 Stepping 8, GenuineIntel", False),
+        ("", False),
+    ],
+)
+def test_zen_4_is_known_by_what_the_system_says(processor: str, expected: bool) -> None:
+    assert winograd.is_zen_4(processor) is expected
+
+
+def test_fewer_channels_pay_off_where_multiplying_is_not_twice_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        for zen_4 in (False, True):
+            monkeypatch.setattr(winograd, "is_zen_4", lambda _, zen_4=zen_4: zen_4)
+            found[capability, zen_4] = winograd.least_channels.__wrapped__()
+    assert found == {("AVX2", False): 64, ("AVX2", True): 64, ("AVX512", False): 512, ("AVX512", True): 64}

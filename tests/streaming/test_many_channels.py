@@ -11,9 +11,9 @@ from conv_helpers import assert_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from comfyui_patchconv.conv import winograd
 from comfyui_patchconv.streaming import Tuning, streamed
 from comfyui_patchconv.streaming.graph.statistics import Statistics
-from comfyui_patchconv.streaming.record.operators import convolution
 
 CHANNELS = 64
 STRIPS = {
@@ -27,7 +27,7 @@ strips = pytest.mark.parametrize("tuning", STRIPS.values(), ids=STRIPS)
 @pytest.fixture(autouse=True)
 def fewer_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """From so many channels on, whatever pays off on the processor of this machine."""
-    monkeypatch.setattr(convolution, "_least_for_rows", lambda: CHANNELS)
+    monkeypatch.setattr(winograd, "least_channels", lambda: CHANNELS)
 
 
 class Block(nn.Module):
@@ -147,8 +147,8 @@ def test_half_precision_is_no_farther_from_float64_than_eager(tuning: Tuning, dt
 
 def test_kernels_are_kept_for_a_pass_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[list[Tensor]] = []
-    make: Callable[[Tensor, int], list[Tensor]] = convolution.winograd.kernels
-    monkeypatch.setattr(convolution.winograd, "kernels", lambda *args: kept.append(made := make(*args)) or made)
+    make: Callable[[Tensor, int], list[Tensor]] = winograd.kernels
+    monkeypatch.setattr(winograd, "kernels", lambda *args: kept.append(made := make(*args)) or made)
     module, x = block(), torch.randn(1, CHANNELS, 70, 17)
     with torch.no_grad():
         streamed(module, tuning=STRIPS["few rows"])(x)

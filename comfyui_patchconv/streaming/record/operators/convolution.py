@@ -142,15 +142,6 @@ _LEAST_CHANNELS = 64
 """In and out, from which a CPU convolves faster with channels last: in bfloat16 by AMX in a third of the time."""
 
 
-@cache
-def _least_for_rows() -> int:
-    """Channels, in and out, below which adding rows takes as long as multiplying them.
-
-    With AVX-512 processors multiply twice as fast and add no faster: memory is what they wait for.
-    """
-    return 512 if torch.backends.cpu.get_cpu_capability() == "AVX512" else _LEAST_CHANNELS
-
-
 _LEAST_PIXELS = 1024
 """Of a map, below which making the kernels takes as long as what they save."""
 
@@ -158,7 +149,7 @@ _LEAST_PIXELS = 1024
 def _halves_products(input: Node, weight: Any, axis: Axis, groups: int, dtype: torch.dtype) -> bool:
     """Whether a convolution is one that a CPU does faster as `_OfThreeRows`."""
     usual = axis.kernel == 3 and axis.stride == axis.dilation == groups == 1 and len(input.shape) > 3
-    if not usual or input.device.type != "cpu" or min(weight.shape[:2]) < _least_for_rows():
+    if not usual or input.device.type != "cpu" or min(weight.shape[:2]) < winograd.least_channels():
         return False
     return dtype == torch.float32 or _widened(dtype, input.device) > 1
 
