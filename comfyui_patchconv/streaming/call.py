@@ -378,8 +378,8 @@ def _suits(schedule: Schedule, made_for: Optional[int], budget: Optional[int]) -
 
 
 def _fingerprint(nodes: Sequence[Node], names: dict[Node, int], roots: Sequence[Node], keep: Sequence[Node]) -> Any:
-    """What a schedule for these nodes depends on: the graph, which steps the program had write in place, and which rows
-    each step reads, at three places of it."""
+    """What a schedule for these nodes depends on: the graph, which steps eager does by the program's own operators and
+    which of these write in place, and which rows each step reads, at three places of it."""
     return (
         tuple((names[node], node.home is None, node.in_bands) for node in roots),
         tuple(names[node] for node in keep),
@@ -387,7 +387,7 @@ def _fingerprint(nodes: Sequence[Node], names: dict[Node, int], roots: Sequence[
             (
                 node.shape, node.strides, node.dtype, node.device, node.dim, node.dims, *_traits(node),
                 tuple(names[source] for source in node.inputs),
-                node.eager is not None and node.eager.written is not None,
+                None if node.eager is None else node.eager.written is not None,
             )
             for node in nodes
         ),
@@ -403,9 +403,9 @@ def _traits(node: Node) -> tuple[Any, ...]:
     needs = tuple(tuple(step.needs(row, row + 1)) for row in rows)
     costs = (
         step.weight_bytes, step.kernel_bytes, step.workspace, step.least_rows, step.rows_together, step.widened,
-        step.work, step.copies,
+        step.work, step.copies, step.bytes_beside, step.overlap, step.in_turn,
     )  # fmt: skip
-    return type(step), step.cheap, step.moves, step.repeats, *costs, needs
+    return type(step), step.name, step.cheap, step.moves, step.repeats, *costs, needs
 
 
 def _named(nodes: Sequence[Node]) -> dict[Node, int]:

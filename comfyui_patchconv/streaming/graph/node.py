@@ -24,6 +24,7 @@ class Step:
     result after the last. workspace: bytes that it takes, whatever the rows, beside those and what it computes them
     from. weight_bytes: bytes that are read for any number of rows. least_rows: below which a device is not busy.
     widened: how many times the bytes of its result it computes in. copies: of its input's rows, that it makes.
+    bytes_beside: of what the program's own operator makes beside its result, as a pool of largest values their places.
     rows_together: so many rows at once take less work than one by one. work: multiplications for each element of the
     result. kernel_bytes: of what makes it faster, if it is kept from strip to strip. overlap: rows of its input that a
     row of its result and the one behind it both read. repeats: how many times in a row it gives each value of its only
@@ -35,7 +36,7 @@ class Step:
 
     name = ""
     cheap = moves = takes_all = reduces = in_turn = False
-    workspace = weight_bytes = kernel_bytes = overlap = copies = 0
+    workspace = weight_bytes = kernel_bytes = overlap = copies = bytes_beside = 0
     least_rows = rows_together = widened = 1
     work = 1
     repeats: Sequence[int] = ()

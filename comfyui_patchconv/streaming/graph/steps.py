@@ -210,12 +210,11 @@ class Resample(Step):
 class Windows(Step):
     """Each output row is made of a window of input rows, whose first and last are in proportion: an adaptive pool.
 
-    rows, made: of the input and of the output. pool: makes one row of a window.
+    rows, made: of the input and of the output. pool: makes one row of a window. work: see `Step`.
     """
 
-    def __init__(self, rows: int, made: int, dim: int, pool: Callable[[Tensor], Tensor]) -> None:
-        self.rows, self.made, self.dim, self.pool = rows, made, dim, pool
-        self.work = -(-rows // made)
+    def __init__(self, rows: int, made: int, dim: int, pool: Callable[[Tensor], Tensor], work: int) -> None:
+        self.rows, self.made, self.dim, self.pool, self.work = rows, made, dim, pool, work
 
     def needs(self, first: int, last: int) -> Sequence[Span]:
         return ((first * self.rows // self.made, -(-last * self.rows // self.made)) if first < last else (0, 0),)

@@ -146,10 +146,13 @@ def in_strips(
         if _saves(in_turn, first, budget, unused):
             first, variant = in_turn, Variant(in_turn=True)
     best = least(first, variant)
-    if best.could_be_halved:
-        halved = least(planned(variant._replace(halved=True)), variant._replace(halved=True))
-        if _better(halved, best, budget, unused):
-            best, variant = halved, variant._replace(halved=True)
+    if best.could_be_halved and (budget is None or best.peak > budget or best.offloaded):
+        of_halves = variant._replace(halved=True)
+        halved = planned(of_halves)
+        if budget is not None or halved.seconds <= max(ranks * seconds, best.seconds):
+            halved = least(halved, of_halves)
+            if _better(halved, best, budget, unused):
+                best, variant = halved, of_halves
     if ranks > 1:
         worth = worth_a_byte(tuning, max(roots, key=lambda node: node.bytes).device.type)
         by_all = computed_by_all(ways.steps_to(roots, (), 0), worth)

@@ -18,8 +18,8 @@ _WITHOUT_GAPS = frozenset(
 
 _WITHOUT_GAPS_OR_LAST = frozenset(
     """
-    group_norm native_group_norm avg_pool2d avg_pool3d max_pool2d max_pool3d adaptive_avg_pool2d _adaptive_avg_pool2d
-    pixel_shuffle reflection_pad2d
+    group_norm native_group_norm avg_pool2d avg_pool3d max_pool2d max_pool2d_with_indices max_pool3d
+    max_pool3d_with_indices adaptive_avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d pixel_shuffle reflection_pad2d
     """.split()  # noqa: SIM905
 )
 """Those that copy what is neither that nor channels last."""
@@ -83,8 +83,11 @@ def sources_of(node: Node) -> list[Node]:
 def _copies(node: Node, sources: Sequence[Node]) -> int:
     """Bytes that an operator takes beside its result: on a CPU a convolution has copies in the order of its backend,
     and norms, softmax and pools copy what lies in another order than they read."""
-    if node.step is None or not node.step.weight_bytes:
-        return sum(source.bytes for source in sources if node.step is not None and _is_copied(source, node.step.name))
+    if node.step is None:
+        return 0
+    if not node.step.weight_bytes:
+        copied = (source.bytes for source in sources if _is_copied(source, node, node.step.name))
+        return node.step.bytes_beside + sum(copied)
     largest = max((source.bytes for source in sources), default=0)
     if node.device.type != "cpu":
         return node.step.copies * largest + node.step.workspace if node.step.copies else 0
@@ -92,12 +95,18 @@ def _copies(node: Node, sources: Sequence[Node]) -> int:
     return copied if node.step.widened == 1 else 2 * node.step.widened * copied  # wider, and in its order
 
 
-def _is_copied(source: Node, operator: str) -> bool:
-    """Whether an operator copies a map before it reads it."""
-    last = operator in _WITHOUT_GAPS_OR_LAST and len(source.shape) > 3
+def _is_copied(source: Node, node: Node, operator: str) -> bool:
+    """Whether the operator that makes `node` copies a map before it reads it."""
+    last, sides = operator in _WITHOUT_GAPS_OR_LAST, len(source.shape)
     if not last and operator not in _WITHOUT_GAPS:
         return False
-    orders = [[*range(len(source.shape))], *([[0, *range(2, len(source.shape)), 1]] if last else [])]
+    if "adaptive_avg" in operator and node.shape[-2:] == (1, 1):  # a mean
+        return False
+    if source.device.type != "cpu":
+        if operator == "pixel_shuffle":
+            return False
+        last = last and "group_norm" not in operator
+    orders = [[*range(sides)], *([[0, *range(2, sides), 1]] if last and sides > 3 else [])]
     return not any(_lies_in(source, order) for order in orders)
 
 

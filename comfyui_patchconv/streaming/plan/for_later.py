@@ -32,8 +32,8 @@ def stored_for_later(targets: Sequence[Node], maps: Lifetimes) -> list[Node]:
             # What is cheap to recompute is stored only where that frees twice its bytes of what it is made of, here
             # and where it would be recomputed.
             if _is_cheap(node, here, maps):
-                freeable = maps.freed_after(order, inside) if freeable is None else freeable
-                if freeable < 2 * size or maps.freed_after(maps.steps_to([node]), inside) < 2 * size:
+                freeable = maps.bytes_freed_after(order, inside) if freeable is None else freeable
+                if freeable < 2 * size or maps.bytes_freed_after(maps.steps_to([node]), inside) < 2 * size:
                     continue
         for one in wanted:
             if one not in here:

@@ -75,14 +75,18 @@ class Lifetimes:
             del self._unread[node]
         return [node for node in freed if not self.outlives(node)]
 
-    def freed_after(self, steps: Sequence[Node], inside: Collection[Node]) -> int:
-        """Bytes of the stored maps that `steps` read, and that nothing will read once the steps `inside` are done."""
+    def freed_after(self, steps: Sequence[Node], inside: Collection[Node]) -> list[Target]:
+        """The stored maps that `steps` read, and that nothing will read once the steps `inside` are done."""
         stored = self.stored
-        return sum(
-            source.bytes
-            for source in {source for node in steps for source in node.inputs if source in stored}
+        return [
+            stored[source]
+            for source in dict.fromkeys(source for node in steps for source in node.inputs if source in stored)
             if not self.outlives(source) and all(one in stored or one in inside for one in self.readers.get(source, ()))
-        )
+        ]
+
+    def bytes_freed_after(self, steps: Sequence[Node], inside: Collection[Node]) -> int:
+        """Bytes of these maps, as one process has them."""
+        return sum(target.node.bytes for target in self.freed_after(steps, inside))
 
     def target(self, node: Node) -> Target:
         """How `node` is to be stored: strip by strip where all who read it do so along its rows, else in one tensor."""

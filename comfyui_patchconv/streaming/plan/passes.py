@@ -156,14 +156,14 @@ class Passes:
     def _store_part(self, part: Node) -> None:
         """Store a part of a root now where that frees more than it takes, with what the next part will read."""
         steps = self._maps.steps_to([part])
-        freed = self._maps.freed_after(steps, set(steps))
+        freed = self._maps.bytes_freed_after(steps, set(steps))
         if 2 * part.bytes <= freed:
             kept = sum(node.bytes for node in stored_for_later([part], self._maps))
             if part.bytes + kept <= freed:
                 self._store([part])
 
     def _pass_to(self, targets: list[Target]) -> None:
-        """One pass to targets and to what else of it later steps read, or two where that takes less."""
+        """One pass to targets and to what else of it later steps read, or several where that takes or sends less."""
         nodes = [target.node for target in targets]
         self._cut(nodes)
         self._halve(nodes)
@@ -213,7 +213,8 @@ class Passes:
         targets, order = [self._maps.target(root) for root in roots], sweep.way.order
         at_once = sweep.way.device.type != "cpu" and any(target.whole for target in targets)  # such a map is one tensor
         new = 0 if at_once else sum(self._placement.bytes_of(target) for target in targets)
-        return max(new, self._maps.freed_after(order, set(order)))
+        freed = [target for target in self._maps.freed_after(order, set(order)) if not target.offloaded]
+        return max(new, sum(map(self._placement.bytes_of, freed)))
 
     def _cut_for_bands(self, roots: Sequence[Node]) -> None:
         """Where ranks would compute many rows at the edges of their bands twice, store what lies between beforehand."""

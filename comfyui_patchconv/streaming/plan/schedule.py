@@ -19,8 +19,7 @@ class Tuning:
     device. always: stream even where eager would take less memory, or far less time.
     worth_a_cut: a pass is split in two where that takes less than this share of its memory. worth_an_exchange:
     multiplications that a rank would do for rows of others, from which on ranks exchange these rows instead.
-    worth_a_byte: multiplications that a rank does rather than have a byte of a whole map sent; None for what suits the
-    device.
+    worth_a_byte: multiplications that a rank does rather than have a byte sent; None for what suits the device.
     silent_seconds: after which a rank that nothing is heard of ends the call of all. suitable_bytes: instead of what
     was measured of the device (`suited`), where `strip_bytes` is None.
     """

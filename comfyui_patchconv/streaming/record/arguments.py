@@ -85,14 +85,6 @@ def is_dense(spec: Optional[Spec]) -> bool:
     return spec is not None and dense_strides(spec.shape, spec.strides) == list(spec.strides)
 
 
-def numel(spec: Spec) -> int:
-    """How many elements there are."""
-    count = 1
-    for side in spec.shape:
-        count *= side
-    return count
-
-
 def device_of(func: Any, args: Any, kwargs: dict[str, Any], sources: list[Node]) -> torch.device:
     """Where the result of `func` lies."""
     given = device_given(kwargs, None) if kwargs else None

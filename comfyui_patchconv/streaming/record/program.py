@@ -154,12 +154,19 @@ class Program:
     def parts(
         self, func: Any, args: Any, kwargs: dict[str, Any], specs: Sequence[Spec], device: Optional[torch.device]
     ) -> tuple[Node, ...]:
-        """The nodes of an operator with several results, of which each needs all of its arguments. device: of the
-        results; None for that of its first deferred argument."""
+        """The nodes of an operator with several results, of which each that is read needs all of its arguments. device:
+        of the results; None for that of its first deferred argument."""
         inputs, call = operators.over(args, kwargs)
+        name, by_rows = func.overloadpacket.__name__, any(node.dim is not None for node in inputs)
+
+        def compute(pieces: Sequence[Tensor], place: int) -> Tensor:
+            if by_rows:
+                self.report[name] = self.report.get(name, 0) + 1
+            return call(func, pieces)[place]
+
         found = []
         for place, spec in enumerate(specs):
-            step = Whole(lambda pieces, place=place: call(func, pieces)[place])
-            step.name = func.overloadpacket.__name__
+            step = Whole(lambda pieces, place=place: compute(pieces, place))
+            step.name, step.bytes_beside = name, sum(one.nbytes for one in specs) - spec.nbytes
             found.append(self.node(step, inputs, (None,) * len(inputs), spec, device or inputs[0].device, None))
         return tuple(found)

@@ -27,7 +27,6 @@ from .arguments import (
     mapped,
     mixes_devices,
     nowhere,
-    numel,
     spec_of,
     tensors_in,
     written_by,
@@ -126,7 +125,7 @@ class Recorder(Writes, TorchDispatchMode):
         if specs is None:  # torch 2.1 cannot say without values, nor make any on the meta device
             specs, small = _of_weight_norm(func, tensors), 0 if self.phantom else small
         several = (specs,) if isinstance(specs, Spec) else specs
-        if not several or numel(several[0]) * several[0].dtype.itemsize < small:
+        if not several or several[0].nbytes < small:
             return None
         device = self.somewhere(tensors[0].device)
         operands = self.operands(args), self.operands(kwargs)
@@ -143,7 +142,7 @@ class Recorder(Writes, TorchDispatchMode):
     def _phantom_made(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """A new tensor of the program's, in an estimate: one that is large takes no memory."""
         specs = specs_of(func, args, {**kwargs, "device": torch.device("meta")}, spec_of)
-        if not isinstance(specs, Spec) or numel(specs) * specs.dtype.itemsize < _LARGE:
+        if not isinstance(specs, Spec) or specs.nbytes < _LARGE:
             return func(*args, **kwargs)
         device = self.somewhere(device_given(kwargs, torch.device("cpu")))
         return self.own(views.constant(self, specs, device, 0), specs)
@@ -182,6 +181,7 @@ class Recorder(Writes, TorchDispatchMode):
                 if any(spec.alias for spec in specs) or not isinstance(args[0], LazyTensor):
                     return self.now(func, args, kwargs)
                 return [self._view(spec, place, func, args, kwargs, tensors) for place, spec in enumerate(specs)]
+            self.deferred += operators.knows(func)
             nodes = operators.build_several(self, func, self.operands(args), self.operands(kwargs), specs)
             if nodes is None and self.phantom:
                 nodes = self.parts(func, self.operands(args), self.operands(kwargs), specs, None)
@@ -203,10 +203,9 @@ class Recorder(Writes, TorchDispatchMode):
         """The node of what `func` returns; None where it is better computed at once."""
         sources: list[Node] = []
         args, kwargs = self.operands(args, sources), self.operands(kwargs, sources) if kwargs else {}
-        size = numel(spec) * spec.dtype.itemsize
         stored = all(node.tensor is not None for node in sources)
         self.deferred += operators.knows(func)
-        if stored and not self.phantom and max(size, *(node.bytes for node in sources)) < self.small:
+        if stored and not self.phantom and max(spec.nbytes, *(node.bytes for node in sources)) < self.small:
             return None
         device = self.somewhere(device_of(func, args, kwargs, sources))
         node = operators.build(self, func, args, kwargs, spec, device)
@@ -261,7 +260,7 @@ class Recorder(Writes, TorchDispatchMode):
         if operator.name.endswith("_like") and usual and is_dense(spec_of(args[0])):  # also in dimensions of one place
             specs = specs._replace(strides=spec_of(args[0]).strides)  # type: ignore[union-attr]
         fill = operators.LIKE[operator.name]
-        large = fill is not None and numel(specs) * specs.dtype.itemsize >= self.small
+        large = fill is not None and specs.nbytes >= self.small
         if large or self.phantom:
             node = views.constant(self, specs, device, fill(args, kwargs) if fill is not None else 0)
             if node is not None:

@@ -10,6 +10,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from math import prod
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -31,6 +32,10 @@ class Spec(NamedTuple):
     @classmethod
     def of(cls, tensor: Tensor) -> Spec:
         return cls(tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()), tensor.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
 
     def empty(self, device: str = "meta") -> Tensor:
         """A tensor of this sort on the meta device, or of zeros."""

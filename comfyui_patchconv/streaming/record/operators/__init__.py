@@ -1,7 +1,8 @@
 """What each operator does to rows: the table that the recorder looks into.
 
 An operator that is not here, or is called in a way that is not, is evaluated whole: always right, at worst not thrifty.
-Operators come composite (`aten.conv2d`) or decomposed (`aten.convolution`): both are here.
+Operators come composite (`aten.conv2d`) or decomposed (`aten.convolution`): both are here. Those with several results
+are in the table of `several`.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ OF_PARAMETERS = frozenset({"_weight_norm", "_weight_norm_interface"})
 
 def knows(func: Any) -> bool:
     """Whether it is known which rows `func` makes of which, though perhaps not for all of its arguments."""
-    return _builder(func) is not None
+    return _builder(func) is not None or (func.namespace == "aten" and func.overloadpacket.__name__ in several.TABLE)
 
 
 @cache

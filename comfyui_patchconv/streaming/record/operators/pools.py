@@ -59,7 +59,15 @@ def pool(call: OperatorCall) -> Optional[Node]:
 
     fill = 0.0 if not largest else float("-inf") if input.dtype.is_floating_point else torch.iinfo(input.dtype).min
     step = Convolve(axis, input.shape[dim], dim, run, work=prod(kernel), fill=fill)
+    if largest and sides > 1:
+        _note_places(step, input, call)
     return call.node(step, [input], [dim], dim)
+
+
+def _note_places(step: Step, input: Node, call: OperatorCall) -> None:
+    """PyTorch's operators of largest values make their places, in 8 bytes each, whether they are asked for or not."""
+    step.bytes_beside = 8 * prod(call.spec.shape)
+    step.copies = -(-step.bytes_beside // max(input.bytes, call.spec.nbytes))
 
 
 def _divisor(given: dict[str, Any]) -> tuple[Any, ...]:
@@ -79,11 +87,14 @@ def adaptive_pool(call: OperatorCall) -> Optional[Node]:
     if any(rows % size for rows, size in zip(input.shape[2:], sizes)):
         func, row = (_ADAPTIVE_LARGEST if largest else _ADAPTIVE)[sides - 1], [*sizes]
         row[dim - 2] = 1
-        step: Step = Windows(input.shape[dim], sizes[dim - 2], dim, lambda piece: func(piece, row))
+        work = prod(-(-whole // made) for whole, made in zip(input.shape[2:], sizes))
+        step: Step = Windows(input.shape[dim], sizes[dim - 2], dim, lambda piece: func(piece, row), work)
     else:  # windows of one size, which do not overlap
         func, kernel = (_LARGEST if largest else _AVERAGE)[sides - 1], [*map(floordiv, input.shape[2:], sizes)]
         axis = Axis(kernel[dim - 2], kernel[dim - 2])
         step = Convolve(axis, input.shape[dim], dim, lambda pieces: func(pieces[0], kernel), work=prod(kernel))
+    if largest:
+        _note_places(step, input, call)
     return call.node(step, [input], [dim], dim)
 
 
