@@ -74,13 +74,13 @@ def arguments() -> argparse.Namespace:
 
 
 def tests(device: str, folder: Path, seconds: float) -> bool:
-    """Run `tests/cuda`; what it prints is kept in tests.txt. True where nothing failed, or pytest is not there."""
+    """Run `tests/on_cuda`; what it prints is kept in tests.txt. True where nothing failed, or pytest is not there."""
     path = folder / "tests.txt"
     if importlib.util.find_spec("pytest") is None:
         path.write_text("pytest is not installed here: no test was run.\n", encoding="utf-8")
         print(f"on_gpu: {path.read_text(encoding='utf-8')}", end="", flush=True)
         return True
-    command = [sys.executable, "-m", "pytest", "tests/cuda", "-m", "cuda", "--device", device, "-q", "-rsfE",
+    command = [sys.executable, "-m", "pytest", "tests/on_cuda", "-m", "cuda", "--device", device, "-q", "-rsfE",
                "-p", "no:cacheprovider", "--durations=10"]  # fmt: skip
     with path.open("w", encoding="utf-8") as output:
         running = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)

@@ -16,7 +16,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from processes import Ready  # noqa: E402
 
-with suppress(ImportError):  # tests/cuda does without, on a machine that has little but PyTorch
+with suppress(ImportError):  # tests/on_cuda does without, on a machine that has little but PyTorch
     from hypothesis import HealthCheck, settings
 
     settings.register_profile(
@@ -30,7 +30,7 @@ if not torch.cuda.is_available():  # Triton looks at it when it is imported, by 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--device`, of the tests in `cuda/`."""
-    parser.addoption("--device", choices=("cuda", "cpu"), default="cuda", help="of the tests of tests/cuda")
+    parser.addoption("--device", choices=("cuda", "cpu"), default="cuda", help="of the tests of tests/on_cuda")
 
 
 SHARED = {"answers", "ranks", "ready"}

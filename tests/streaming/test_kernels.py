@@ -37,7 +37,7 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> Any:
     if not choice.has_triton():
         pytest.skip(f"Triton {found.__version__} is older than what the kernels run by")
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU, on which tests/cuda runs the kernels: once compiled they are not interpreted")
+        pytest.skip("there is a GPU, on which tests/on_cuda runs the kernels: once compiled they are not interpreted")
     monkeypatch.setenv("PATCHCONV_KERNELS", "triton")
     by_triton._FAILURES.seen.clear()
     yield found

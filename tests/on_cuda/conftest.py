@@ -23,7 +23,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     """What `--device` names; the test is skipped where there is none."""
     name = str(request.config.getoption("--device"))
     if name == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device is here; pytest tests/cuda --device cpu runs what a CPU can of these tests")
+        pytest.skip("no CUDA device is here; pytest tests/on_cuda --device cpu runs what a CPU can of these tests")
     return torch.device(name, 0) if name == "cuda" else torch.device(name)
 
 
