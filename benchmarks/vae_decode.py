@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -141,7 +142,7 @@ def row(result: dict[str, Any], base: dict[str, Any]) -> list[str]:
 
 
 def versions(comfyui: str | None, webui: str | None) -> dict[str, str]:
-    """Versions of the hosts in these checkouts."""
+    """Versions of the hosts in these checkouts, and of the torch that Automatic1111 runs on, which may be another."""
     found = {}
     if comfyui:
         version = re.search(r'__version__ = "([^"]+)"', Path(comfyui, "comfyui_version.py").read_text(encoding="utf-8"))
@@ -149,6 +150,8 @@ def versions(comfyui: str | None, webui: str | None) -> dict[str, str]:
     if webui:
         version = re.search(r"## (\S+)", Path(webui, "CHANGELOG.md").read_text(encoding="utf-8"))
         found["Automatic1111"] = version[1] if version else "unknown"
+        asked = [os.environ.get("WEBUI_PYTHON", sys.executable), "-c", "import torch; print(torch.__version__)"]
+        found["its torch"] = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     return found
 
 
@@ -201,8 +204,7 @@ def main() -> None:
         "Decoding with Stable Diffusion's VAE",
         "Peak is memory beyond the weights and the latent. The error is the largest difference to eager, for a host "
         "to its own decode, relative to the range of the image; the weights are random, which makes tiling look worse "
-        f"than trained ones do. {args.dtype}, median of {args.rounds} interleaved rounds of fresh processes."
-        + (" Automatic1111 has a torch of its own, 2.1.2." if webui else ""),
+        f"than trained ones do. {args.dtype}, median of {args.rounds} interleaved rounds of fresh processes.",
         ["image", "method", "peak MB", "memory / eager", "s", "time / eager", "largest error"],
         rows,
         device=args.device,

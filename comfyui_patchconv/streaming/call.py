@@ -101,6 +101,8 @@ class Call:
             except BaseException:
                 self._forsake()
                 raise
+            finally:
+                recorder.memory.forget_given()
         self.eager_peak = recorder.eager_peak
         back = {id(value): originals[id(value)] for value in entered.values()}
         return _with_originals(result, back)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Optional
 
 import torch
@@ -46,12 +47,38 @@ def _is_compiling() -> bool:
     return any(getattr(compiler, name)() for name in names if hasattr(compiler, name))
 
 
+class _Blocks:
+    """What `undisturbed` has set for all threads, and how many of its blocks go on."""
+
+    def __init__(self) -> None:
+        self.count, self.lock, self.undo = 0, threading.Lock(), ExitStack()
+
+
+_blocks = _Blocks()
+
+
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Within the block nothing is compiled: what `torch.compile` was asked to compile runs as it is written."""
+    """Within the block, and in other threads meanwhile, nothing is compiled: what `torch.compile` was asked to compile
+    runs as it is written."""
     if "torch._dynamo" not in sys.modules:
         yield
         return
+    with _blocks.lock:
+        if not _blocks.count:
+            _blocks.undo.enter_context(_nothing_compiled())
+        _blocks.count += 1
+    try:
+        yield
+    finally:
+        with _blocks.lock:
+            _blocks.count -= 1
+            if not _blocks.count:
+                _blocks.undo.close()
+
+
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
     set_stance: Any = getattr(torch.compiler, "set_stance", None)
     if set_stance is not None:
         with set_stance("force_eager"):

@@ -99,7 +99,7 @@ class Streamed:
             return function(*args, **kwargs)
         if self._ranks is not None:
             with self._ranks.call():
-                return self._record(function, args, kwargs)
+                return self._record(function, args, kwargs)[0]
         given = arguments(function, args, kwargs)
         looked_at = given not in self._large and not torch.is_grad_enabled() and not self.tuning.always
         alike = signature(function, given) if looked_at else None
@@ -107,17 +107,16 @@ class Streamed:
             self.calls += 1
             self.ran_eagerly = True
             return function(*args, **kwargs)
-        result = self._record(function, args, kwargs)
-        call = self.last
-        if alike is not None and call is not None:
+        result, call = self._record(function, args, kwargs)
+        if alike is not None:
             if call.eager_peak > _SMALL:
                 _remember(self._large, given, call.eager_peak)
             elif not call.in_strips and self._is_small(call.eager_peak):
                 _remember(self._eager, alike, call.eager_peak)
         return result
 
-    def _record(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The same, recorded and run in strips."""
+    def _record(self, function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Call]:
+        """The same, recorded and run in strips, and the call; another thread may have begun one since."""
         self.last = call = Call(
             self.budget, self.report, self.on_progress, self.tuning, self._schedules, ranks=self._ranks,
             in_bands=self._in_bands, least=self.least,
@@ -128,7 +127,7 @@ class Streamed:
         self.ran_eagerly = call.recorder.deferred > 0 and not call.in_strips
         if call.on_cpu and call.peak > _LARGE:
             trim()  # the program may make more such calls, as for a video's chunks, and holds what they gave meanwhile
-        return result
+        return result, call
 
     def _is_small(self, eager_peak: int) -> bool:
         """Whether a call that did as eager does takes so little that one like it need not be looked at."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import allocated
 from conv_helpers import assert_same
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -297,3 +298,22 @@ def test_keys_in_pieces_in_any_order_give_what_all_give(causal: bool, dtype: tor
     assert found.dtype == dtype
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2.0**-8}[dtype]
     assert (found.double() - whole).abs().max() <= tolerance * whole.abs().max()
+
+
+@pytest.mark.parametrize("tuning", [SMALL, Tuning(allocator_bytes=0, always=True)], ids=["small strips", "large ones"])
+def test_masks_of_causal_attention_are_small_and_planned(tuning: Tuning) -> None:
+    pixels = 3000
+    x = torch.randn(1, 1, pixels, 8, generator=torch.Generator().manual_seed(0))
+
+    def attend(x: Tensor) -> Tensor:
+        y = x.sin()
+        return F.scaled_dot_product_attention(y, y, y, is_causal=True) + 1
+
+    runner = Streamed(tuning=tuning)
+    with torch.no_grad():
+        expected = attend(x)
+        runner.call(attend, (x,), {})  # what is allocated once
+        actual, took = allocated(lambda: runner.call(attend, (x,), {}))
+    assert_same(actual, expected, 1e-5)
+    assert runner.last is not None
+    assert took.peak <= runner.last.peak < 3 * pixels**2

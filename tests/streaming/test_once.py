@@ -25,11 +25,12 @@ from typing import Any, Optional
 import numpy as np
 import pytest
 import torch
+from processes import LIMIT
 from products import crossed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comfyui_patchconv.streaming import Tuning, stream, streamed
+from comfyui_patchconv.streaming import Streamed, Tuning, stream, streamed
 
 from .comparing import (
     FEW_ROWS,
@@ -1226,3 +1227,64 @@ def test_a_function_that_calls_itself_runs_as_often_as_in_eager() -> None:
     with torch.no_grad():
         assert_alike(ours, run(X, 3))
     assert streaming == depths
+
+
+def test_calls_in_two_threads_leave_compiling_as_it_was() -> None:
+    """The second begins within the first, and ends behind it."""
+    streamed(c)(X)  # loads what compiles
+    within_first, within_second, behind_first = (threading.Event() for _ in range(3))
+
+    def first(x: Tensor) -> Tensor:
+        within_first.set()
+        assert within_second.wait(LIMIT)
+        return c(x)
+
+    def second(x: Tensor) -> Tensor:
+        within_second.set()
+        assert behind_first.wait(LIMIT)
+        return c(x)
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(streamed(first), X)
+        assert within_first.wait(LIMIT)
+        other = pool.submit(streamed(second), X)
+        one.result()
+        behind_first.set()
+        other.result()
+    compiled: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    torch.compile(lambda x: x + 1, backend=backend)(X)
+    assert compiled
+
+
+def test_a_call_that_another_thread_makes_meanwhile_is_not_taken_for_this_one() -> None:
+    """A small one, which is better not streamed; the large one is streamed whenever it is made."""
+
+    class Calling(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = c(x)
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(runner.call, c, (X,), {}).result()
+            return c(y)
+
+    runner, module, large = Streamed(2_000_000), Calling(), torch.randn(1, 4, 512, 512)
+    with torch.no_grad():
+        for _ in range(3):
+            runner.call(module, (large,), {})
+            assert not runner.ran_eagerly
+
+
+def test_what_a_program_took_by_numpy_is_not_kept() -> None:
+    runner = Streamed(tuning=ONE_ROW)
+    with torch.no_grad():
+        array = runner.call(lambda x: c(x).numpy(), (X,), {})
+    assert runner.last is not None
+    place = array.ctypes.data
+    kept = [one for one in gc.get_objects() if type(one) is Tensor and one.device.type == "cpu"]
+    assert not [
+        one for one in kept if one.layout is torch.strided and one.data_ptr() == place and one is not array.base
+    ]

@@ -210,6 +210,11 @@ SMALL: dict[str, Function] = {
     "adaptive pool of one side": lambda x: (
         F.adaptive_avg_pool2d(c(x), (None, 1)) + F.adaptive_avg_pool2d(c(x), (1, None))
     ),
+    "columns up by nearest exactly": lambda x: F.interpolate(c(x), scale_factor=(2.0, 41.0), mode="nearest-exact"),
+    "rows up by nearest exactly": lambda x: F.interpolate(c(x), scale_factor=(41.0, 1.0), mode="nearest-exact"),
+    "product with itself": lambda x: c(x)[:, :, :7] @ c(x)[:, :, :7],
+    "product of one map with itself": lambda x: (lambda y: y @ y)(c(x)[:, :, :7]),
+    "product of one turned map with itself": lambda x: (lambda y: y @ y)(c(x)[:, :, :7].mT),
     "largest of windows": lambda x: F.max_pool2d(c(x), 2, return_indices=True)[0],
     "largest of windows and where": lambda x: F.max_unpool2d(
         *F.max_pool2d(c(x), 2, return_indices=True), [2, 2], output_size=c(x).shape

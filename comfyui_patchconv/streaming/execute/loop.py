@@ -100,6 +100,8 @@ class Loop:
         if first < last:
             result.append(merging.result())
         self._stored[node] = result
+        if node.in_bands:
+            self._bands_of_results[node] = first, last
         self._on_progress(step.work)
 
     def _in_strips(self, node: Node) -> StoredStrips:
@@ -112,7 +114,9 @@ class Loop:
         sources = node.eager.inputs() if node.eager is not None and step.eagerly else node.inputs
         pieces = [whole_of(source, self._stored) for source in sources]
         with torch.inference_mode(self._inference), torch.no_grad():
-            result = self._eagerly(step, pieces) if step.eagerly else self._at_once(node, pieces)
+            # Another rank's device may do by an operator of the program's what this one does otherwise.
+            eagerly = step.eagerly and node.eager is not None
+            result = self._eagerly(step, pieces) if eagerly else self._at_once(node, pieces)
         if node.step is not None:
             node.step.end()
         self._stored[node] = StoredTensor.of(node, result, self._inference, self._memory.count)

@@ -108,15 +108,19 @@ class StoredTensor:
     @classmethod
     def of(cls, node: Node, result: Tensor, inference: bool, count: Callable[[int], None]) -> StoredTensor:
         """A map whose rows are all there: `result`, or a copy of it where that looks otherwise than eager's."""
-        stored = cls.__new__(cls)
-        stored.node, stored.end, stored.dim, stored._count = node, node.rows, node.dim or 0, count
-        stored._rows = node.rows
         count(node.bytes)
         if result.is_inference() != inference or result.shape != node.shape or not in_order(result, node.strides):
             with torch.inference_mode(inference):
                 kept = empty(node)
             result = kept.copy_(result)
-        stored.tensor = result
+        return cls.around(node, result, node.dim or 0, count)
+
+    @classmethod
+    def around(cls, node: Node, memory: Tensor, dim: int, count: Callable[[int], None]) -> StoredTensor:
+        """A map whose rows along `dim` all lie in `memory`, or are to be put there, however that lies."""
+        stored = cls.__new__(cls)
+        stored.node, stored.tensor, stored.dim, stored._count = node, memory, dim, count
+        stored.end = stored._rows = node.rows
         return stored
 
     def append(self, strip: Tensor) -> None:

@@ -28,6 +28,12 @@ _SCORES_AT_ONCE = 128 << 20
 _COPIES_OF_SCORES = 3
 """The scores, what the softmax makes of them, and that in the type of the values."""
 
+_MASKS_AT_ONCE = 16 << 20
+"""Bytes of masks of the queries that are attended to at once where attention is causal."""
+
+_BYTES_OF_A_MASK = 8
+"""For each query and key: whether it is seen, and what a kernel makes of that, in float32 and otherwise."""
+
 _QUERIES_THAT_SUIT = 1 << 14
 """Queries at once that occupy a GPU: kernels give its processors 32 to 128 each. Not measured yet."""
 
@@ -101,6 +107,22 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, scale: Optional[float]
     count = max(_SCORES_AT_ONCE // _scores_of_a_query(queries, keys), 1)
     parts = [F.scaled_dot_product_attention(part, keys, values, scale=scale) for part in queries.split(count, 2)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def attend_causally(queries: Tensor, keys: Tensor, values: Tensor, first: int, **options: Any) -> Tensor:
+    """`F.scaled_dot_product_attention`, causal, of queries `[…, pixels, C]` from pixel `first` on: in blocks, whose
+    masks are small."""
+    parts = []
+    for part in queries.split(max(_MASKS_AT_ONCE // (_BYTES_OF_A_MASK * keys.shape[-2]), 1), -2):
+        mask = torch.ones(part.shape[-2], keys.shape[-2], dtype=torch.bool, device=queries.device).tril_(first)
+        parts.append(F.scaled_dot_product_attention(part, keys, values, attn_mask=mask, **options))
+        first += part.shape[-2]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+
+
+def bytes_of_masks(queries: int, keys: int) -> int:
+    """Bytes that `attend_causally` takes for masks of so many pixels."""
+    return min(max(_MASKS_AT_ONCE, _BYTES_OF_A_MASK * keys), _BYTES_OF_A_MASK * queries * keys)
 
 
 def bytes_of_scores(queries: Shape, keys: Shape, values: Shape) -> int:

@@ -67,6 +67,10 @@ class Memory:
         self.before_write(tensor)
         self._given[tensor.untyped_storage()._cdata] = tensor.detach()
 
+    def forget_given(self) -> None:
+        """Nothing more is recorded that could read such memory."""
+        self._given.clear()
+
     def note_constant(self, tensor: Tensor, value: Any) -> None:
         """`tensor`, which is new, has one value everywhere."""
         storage = tensor.untyped_storage()._cdata

@@ -52,7 +52,7 @@ def _difference(offers: Sequence[Offer]) -> str:
         if other.program != offers[0].program:
             return (
                 f"rank {rank} is to compute something else than rank 0: every rank has to make the same calls, of the "
-                "same model, with inputs of the same shapes and types."
+                "same model, with inputs of the same shapes and types, on devices of one kind."
             )
         if other.inputs != offers[0].inputs:
             return f"rank {rank} has another input than rank 0: give all ranks the same, as from one file or one seed."
@@ -60,7 +60,7 @@ def _difference(offers: Sequence[Offer]) -> str:
 
 
 def program_of(nodes: Sequence[Node], names: Mapping[Node, int], roots: Sequence[Node], keep: Sequence[Node]) -> str:
-    """What tells two graphs apart, whatever devices they are for. names: a number for each node."""
+    """What tells two graphs apart, whichever of several alike devices they are for. names: a number for each node."""
     found = [([(names[node], node.in_bands) for node in roots], [names[node] for node in keep])]
     written = hashlib.sha256(repr(found).encode())
     for node in nodes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Optional
@@ -164,7 +164,8 @@ class Ranks(Peers):
         messages += [(peer, tensor, False) for peer, tensor in outgoing.items()]
         with _disable_current_modes():
             if self._asks:
-                self._wait_for_device(dist.batch_isend_irecv([self._operation(*message) for message in messages]))
+                works = dist.batch_isend_irecv([self._operation(*message) for message in messages])
+                self._wait_for_device(works, {peer for peer, _, _ in messages})
             else:
                 self._wait([(message[0], self._begun(*message)) for message in messages])
 
@@ -187,7 +188,7 @@ class Ranks(Peers):
         thread.start()
         thread.join(_LOOK)
         while thread.is_alive():
-            self._watch.look()
+            self._watch.look({peer for peer, _ in works})
             if self._own is not None and self._own.on_wait is not None:
                 self._own.on_wait()
             thread.join(_LOOK)
@@ -195,13 +196,13 @@ class Ranks(Peers):
             peer, error = failed[0]
             raise self._lost(peer) from error
 
-    def _wait_for_device(self, works: Sequence[Any]) -> None:
+    def _wait_for_device(self, works: Sequence[Any], peers: Collection[int]) -> None:
         assert self._watch is not None
         looked = time.monotonic()
         while not all(work.is_completed() for work in works):
             time.sleep(_ASK)
             if time.monotonic() - looked > _LOOK:
-                self._watch.look()
+                self._watch.look(peers)
                 looked = time.monotonic()
         for work in works:  # what is computed next waits for it, too
             work.wait()

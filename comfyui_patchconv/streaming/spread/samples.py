@@ -48,9 +48,7 @@ class Batch:
         for node, root, result in zip(self._whole, self.roots, self._results):
             if root.tensor is not root.home:
                 root.home.copy_(root.tensor)
-            stored = StoredTensor.of(node, result, result.is_inference(), lambda size: None)
-            stored.dim = 0
-            put_together(self._others, stored, node.shape[0])
+            put_together(self._others, StoredTensor.around(node, result, 0, lambda size: None), node.shape[0])
             node.store(result)
 
 

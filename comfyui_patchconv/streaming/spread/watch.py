@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any, Optional
 
@@ -52,8 +53,9 @@ class Watch:
             for name in ("beat", "ended"):
                 self._store.delete_key(f"{name} {self._rank}")
 
-    def look(self) -> None:
-        """Raises SpreadError if a rank has failed, or has been silent for too long."""
+    def look(self, awaited: Collection[int] = ()) -> None:
+        """Raises SpreadError if a rank has failed, or has been silent for too long. awaited: what is to come of these
+        ranks, does not once they have ended the call."""
         text = self.failure()
         if text is not None:
             raise SpreadError(text)
@@ -62,8 +64,16 @@ class Watch:
             beats = self._read(f"beat {other}")
             if beats != count:
                 self._heard[other] = beats, now
-            elif now - when > self._seconds and not self._read(f"ended {other}"):
-                raise self.fail(self._silent(other, beats))
+            elif now - when > self._seconds:
+                ended = self._read(f"ended {other}")
+                if not ended or other in awaited:
+                    raise self.fail(self._gone_on(other) if ended else self._silent(other, beats))
+
+    def _gone_on(self, other: int) -> str:
+        return (
+            f"rank {other} has ended a call in which rank {self._rank} waits for it: every rank has to make the same "
+            "calls, and to ask for the same values."
+        )
 
     def _silent(self, other: int, beats: int) -> str:
         then = "see what it said last, and start all ranks again."

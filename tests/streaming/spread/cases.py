@@ -157,6 +157,18 @@ def written(height: int = 11) -> Case:
     return run, (drawn(1, 3, height, 8),)
 
 
+def copied(batch: int) -> Case:
+    """Into memory of the program's, which lies otherwise."""
+    convolution = seeded(lambda: nn.Conv2d(4, 8, 3, padding=1))
+
+    def run(x: Tensor) -> Tensor:
+        result = torch.empty(batch, 16, 12, 8)
+        result.permute(0, 3, 1, 2).copy_(convolution(x))
+        return result
+
+    return run, (drawn(batch, 4, 16, 12),)
+
+
 def network(seed: int, height: int, batch: int = 1) -> Case:
     operators, channels = random_network(seed)
     return lambda x: run_network(operators, x, 2), (drawn(batch, channels, height, 7).double(),)
@@ -185,6 +197,15 @@ def apart(batch: int, height: int = 11) -> Case:
                 "most": z.amax((1, 2, 3)), "spread": z.std((2, 3))}  # fmt: skip
 
     return run, (drawn(batch, 4, height, 6), drawn(batch, 4, height, 6) * 2)
+
+
+def attended(pixels: int) -> Case:
+    """Attention alone."""
+    layers = seeded(lambda: nn.ModuleList(nn.Linear(8, 8) for _ in range(3)))
+    return (
+        lambda x: F.scaled_dot_product_attention(*(layer(x) for layer in layers)),
+        (drawn(1, pixels, 8),),
+    )
 
 
 def mixed(batch: int, how: str, height: int = 9) -> Case:
@@ -216,6 +237,7 @@ CASES: dict[str, Callable[..., Case]] = {
     make.__name__: make
     for make in (
         decoder, vae_decoder, vae_encoder, upsampled, circular, video, codec, linear_attention, reductions,
-        evaluated_whole, demanded, several, without_norms, written, apart, attention, mixed, network, program,
+        evaluated_whole, demanded, several, without_norms, written, copied, apart, attended, attention, mixed, network,
+        program,
     )
 }  # fmt: skip

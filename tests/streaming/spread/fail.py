@@ -1,8 +1,8 @@
 """Three ranks that make a call together, and of which one fails: `python fail.py HOW SECONDS`.
 
 How: raises, is_killed, is_stopped (by a signal, as a machine that hangs), stays_away, has_left, has_another_input,
-does_something_else, runs_out_of_room, fails_in_its_code. SECONDS may pass until it is missed. A line of JSON for each
-rank that comes back says what it raised, and what the next call raises.
+does_something_else, asks_for_less, runs_out_of_room, fails_in_its_code. SECONDS may pass until it is missed. A line of
+JSON for each rank that comes back says what it raised, and what the next call raises.
 """
 
 from __future__ import annotations
@@ -57,6 +57,16 @@ def failing_behind(function: Callable[..., Any], left: list[Any]) -> Callable[..
     return run
 
 
+def asking(function: Callable[..., Any], often: int) -> Callable[..., Any]:
+    """A program that looks at so many values."""
+
+    def run(x: Any) -> Any:
+        y = function(x)
+        return sum(float((y * number).sum()) for number in range(1, often + 1))
+
+    return run
+
+
 def full(size: int) -> Any:
     raise OSError(f"no room for {size} bytes")
 
@@ -78,6 +88,8 @@ def outcome(how: str, rank: int, runner: Streamed) -> Optional[str]:
             function = failing_behind(function, left)
         if how == "runs_out_of_room":
             to_file.StripsInFile.offload = lambda self, strip: full(strip.nbytes)
+    if how == "asks_for_less":
+        function = asking(function, 1 if rank == BAD else 2)
     try:
         with torch.no_grad():
             runner.call(function, args, {})
@@ -85,6 +97,8 @@ def outcome(how: str, rank: int, runner: Streamed) -> Optional[str]:
         with torch.no_grad():
             assert all(torch.allclose(one, seeded(Decoder)(args[0]), atol=1e-5) for one in left)
         return f"{type(error).__name__}: {error}"
+    if how == "asks_for_less" and rank == BAD:
+        signal.pause()
     return "nothing"
 
 
@@ -114,7 +128,7 @@ def main(how: str, seconds: float) -> None:
         for rank, process in enumerate(processes):
             if rank != BAD:
                 os.waitpid(process, 0)
-        if how in ("is_stopped", "stays_away"):
+        if how in ("is_stopped", "stays_away", "asks_for_less"):
             os.kill(processes[BAD], signal.SIGKILL)
         os.waitpid(processes[BAD], 0)
 

@@ -19,8 +19,9 @@ SAID = {
     "stays_away": "rank 1 did not come to this call for 9 s: see what it said last",
     "has_another_input": "rank 1 has another input than rank 0",
     "does_something_else": "rank 1 is to compute something else than rank 0",
+    "asks_for_less": "rank 1 has ended a call in which rank 0 waits for it",
 }
-BY_TIME = ("is_stopped", "stays_away")
+BY_TIME = ("is_stopped", "stays_away", "asks_for_less")
 """What nobody sees but by waiting; the rest is told at once, whatever the limit."""
 
 

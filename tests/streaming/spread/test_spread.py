@@ -132,6 +132,12 @@ def test_samples_are_split_over_as_many_groups_as_divide_both(ranks: Ranks, batc
         assert {one["parts"] for one in found} == {gcd(batch, count)}
 
 
+@COUNTS
+def test_samples_copied_into_memory_that_lies_otherwise(ranks: Ranks, count: int) -> None:
+    found = ranks.run("copied", count, ranks=count, strip_bytes=500)
+    assert {one["parts"] for one in found} == {count}
+
+
 @pytest.mark.parametrize("how", MIXED)
 def test_samples_that_are_mixed_are_not_split(ranks: Ranks, how: str) -> None:
     for count, batch in ((2, 4), (3, 3)):
@@ -223,6 +229,13 @@ def test_keys_and_values_in_turn_of_any_network_and_of_few_rows(
     ranks: Ranks, case: tuple[Any, ...], count: int
 ) -> None:
     found = ranks.run(*case, ranks=count, strip_bytes=1, allocator_bytes=0, budget=1, at_all_costs=True)
+    assert {one["in_turn"] for one in found} == {1}
+
+
+@COUNTS
+def test_a_result_in_bands_may_be_attention_in_turn(ranks: Ranks, count: int) -> None:
+    options = {"strip_bytes": 1, "allocator_bytes": 0, "in_bands": True, "budget": 1, "at_all_costs": True}
+    found = ranks.run("attended", 61, ranks=count, **options)
     assert {one["in_turn"] for one in found} == {1}
 
 

@@ -54,7 +54,7 @@ def product(call: OperatorCall) -> Optional[Node]:
         follows = node is (one if back == 2 else other) if back < 3 else len(node.shape) >= back
         inner = len(node.shape) - back
         dims.append(inner if follows and inner >= 0 and (back < 3 or node.shape[inner] != 1) else None)
-    if not any(place is not None for place in dims) or (back == 2 and one is other):
+    if not any(place is not None for place in dims) or (back < 3 and one is other):
         return None
     held = [value for value in (one, other) if isinstance(value, Held)]
     if back > 2 and any(len(value.shape) >= back and value.shape[len(value.shape) - back] != 1 for value in held):
@@ -219,7 +219,7 @@ def scaled_dot_product(call: OperatorCall) -> Optional[Node]:
         if usual:
             return attention.attend(q, k, v, options["scale"])
         if causal:
-            rows = torch.ones(q.shape[-2], keys, dtype=torch.bool, device=q.device).tril(first)
+            return attention.attend_causally(q, k, v, first, **given)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=rows, **given)
 
     dims = [dim if node is query and not place else None for place, node in enumerate(inputs)]
@@ -235,6 +235,7 @@ def scaled_dot_product(call: OperatorCall) -> Optional[Node]:
     step = attention.Attend(run, rows, options["scale"], bool(causal), in_turn)
     step.work = 2 * keys
     step.workspace = attention.bytes_of_scores(*(_like(one, call) for one in (query, key, value))) if count == 4 else 0
+    step.workspace += attention.bytes_of_masks(query.shape[-2], keys) if causal else 0
     step.least_rows = attention.least_rows(prod(query.shape[:-2]), call.device)
     return call.node(step, inputs, dims, dim)
 

@@ -24,6 +24,8 @@ def upsample(call: OperatorCall) -> Optional[Node]:
     name = call.name.replace("_upsample", "upsample")
     smooth = name.split("_")[1].rstrip("123d")
     halo, mode = _SMOOTH.get(smooth, 0), smooth if smooth in _SMOOTH else "nearest"
+    usual = mode == "nearest"
+    mode = "nearest-exact" if usual and "exact" in name else mode
     if not isinstance(input, Node) or given.get("align_corners") or "aa" in name:
         return None
     sides = len(input.shape) - 2
@@ -41,7 +43,7 @@ def upsample(call: OperatorCall) -> Optional[Node]:
     def run(piece: Tensor) -> Tensor:
         return F.interpolate(piece, scale_factor=factors, mode=mode)
 
-    repeats = (1, 1, *map(int, factors)) if mode == "nearest" and _repeats(factors, input.shape[2:]) else ()
+    repeats = (1, 1, *map(int, factors)) if usual and _repeats(factors, input.shape[2:]) else ()
     step = Resample(up, 1, input.shape[dim], dim, run, halo=halo, repeats=repeats)
     return call.node(step, [input], [dim], dim)
 
