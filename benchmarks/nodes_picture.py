@@ -48,11 +48,17 @@ NODES: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
 """Of each node its type, its inputs, and where it lies."""
 LEFT, TOP = 80, 120
 """Pixels of the page beside and above the nodes."""
-TITLE, EDGE = 30, 14
-"""Pixels of a node's title above its place, and those that are shown around all nodes."""
+TITLE, EDGE = 48, 14
+"""Pixels above a node's place, of its title and what is written over it, and those that are shown around all nodes."""
+
+NARROWEST = 180
+"""Pixels of a node's width, in which its title can be read."""
 
 PLACE = f"""places => {{
-    for (const node of {GRAPH}.nodes) node.pos = [...places[node.id]];
+    for (const node of {GRAPH}.nodes) {{
+        node.pos = [...places[node.id]];
+        node.setSize([Math.max(node.size[0], {NARROWEST}), node.size[1]]);
+    }}
     Object.assign(app.canvas.ds, {{ scale: 1 }});
     app.canvas.ds.offset = [{LEFT}, {TOP}];
     app.canvas.deselectAll?.();
