@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...memory.allocator import keep_freed_blocks
 from ..graph.attention import Attend, Merging
-from ..graph.node import Node, Span, dense_strides
+from ..graph.node import Eager, Node, Span, dense_strides
 from ..graph.steps import rows_of
 from ..plan.schedule import Apply, InTurn, Pass, Schedule
 from .freed_memory import FreedMemory
@@ -111,22 +111,20 @@ class Loop:
 
     def _apply(self, step: Apply) -> None:
         node = step.node
-        sources = node.eager.inputs() if node.eager is not None and step.eagerly else node.inputs
+        # Another rank's device may do by an operator of the program's what this one does otherwise.
+        eager = node.eager if step.eagerly else None
+        sources = node.inputs if eager is None else eager.inputs()
         pieces = [whole_of(source, self._stored) for source in sources]
         with torch.inference_mode(self._inference), torch.no_grad():
-            # Another rank's device may do by an operator of the program's what this one does otherwise.
-            eagerly = step.eagerly and node.eager is not None
-            result = self._eagerly(step, pieces) if eagerly else self._at_once(node, pieces)
+            result = self._at_once(node, pieces) if eager is None else self._eagerly(eager, step.in_place, pieces)
         if node.step is not None:
             node.step.end()
         self._stored[node] = StoredTensor.of(node, result, self._inference, self._memory.count)
         self._on_progress(step.work)
 
-    def _eagerly(self, step: Apply, pieces: Sequence[Tensor]) -> Tensor:
+    def _eagerly(self, eager: Eager, in_place: bool, pieces: Sequence[Tensor]) -> Tensor:
         """What the program's own operator gives."""
-        eager = step.node.eager
-        assert eager is not None
-        if step.in_place and eager.written is not None:
+        if in_place and eager.written is not None:
             written = whole_of(eager.written, self._stored)
             one_each = dense_strides(written.shape, written.stride()) is not None  # not one value for many places
             if one_each and _memory_of(written) not in self._shared:

@@ -54,8 +54,8 @@ class Watch:
                 self._store.delete_key(f"{name} {self._rank}")
 
     def look(self, awaited: Collection[int] = ()) -> None:
-        """Raises SpreadError if a rank has failed, or has been silent for too long. awaited: what is to come of these
-        ranks, does not once they have ended the call."""
+        """Raises SpreadError if a rank has failed, or has been silent for too long, also because it has ended the call,
+        if it is one of those `awaited`: nothing more comes from it."""
         text = self.failure()
         if text is not None:
             raise SpreadError(text)
