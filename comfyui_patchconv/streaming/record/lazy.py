@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..graph.node import Node
+from .marks import marks_of
 from .shapes import SIMPLE, Spec
 
 
@@ -116,7 +117,7 @@ class View:
             if node is not None and node.tensor is self._memory[1]:
                 return node
         tensor = self.real().detach()
-        if self.cell.recorder.memory.is_given(tensor):
+        if self.cell.recorder.memory.is_given(tensor) or tensor.is_conj() or tensor.is_neg():
             return self.cell.recorder.source(tensor.clone())
         node = self.cell.recorder.source(tensor)
         self._memory = ref(node), tensor
@@ -172,6 +173,9 @@ class LazyTensor(Tensor):
                 return func(*args, **(kwargs or {}))
         if name == "__set__" and func.__self__.__name__ == "data":
             return recorder_of(args).replace_data(func, *args)
+        if name in _MARKS:
+            (tensor,) = (*args, *(kwargs or {}).values())
+            return marks_of(tensor.view_)[_MARKS[name]]
         if name in LEAVING or (name in ("__get__", "__set__") and func.__self__.__name__ in LEAVING):
             return _leave(func, name, args, kwargs or {})
         if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _asks_for_gradients(args, kwargs)):
@@ -190,6 +194,9 @@ class LazyTensor(Tensor):
 
 _ACTING = frozenset({"data", "T", "mT", "H", "mH", "real", "imag", "grad", "__cuda_array_interface__"})
 """Attributes whose value is a tensor, or that give memory away."""
+
+_MARKS = {"is_conj": 0, "is_neg": 1}
+"""What asks for a mark, by its place in `marks_of`."""
 
 _MAKING = frozenset({"new", "new_tensor"})
 """What makes an ordinary tensor, by no operator that we see: it is one of the caller's mode."""

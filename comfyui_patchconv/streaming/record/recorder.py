@@ -33,6 +33,7 @@ from .arguments import (
 )
 from .held import is_ordinary
 from .lazy import LazyTensor, View, recorder_of
+from .marks import marks_of, plain
 from .program import SMALL
 from .schema import Operator, draws, gives_back, looks, operator_of, written_unsaid
 from .shapes import Spec, load, specs_of
@@ -223,7 +224,10 @@ class Recorder(Writes, TorchDispatchMode):
         base = tensors[spec.alias or 0]
         if not isinstance(base, LazyTensor):
             return self.now(func, args, kwargs)
-        if args[0] is base and gives_back(operator_of(func), base.view_.spec, spec):
+        operator = operator_of(func)
+        if operator.name in ("resolve_conj", "resolve_neg") and any(marks_of(base.view_)):
+            return self.call(torch.ops.aten.clone.default, args, {})
+        if args[0] is base and gives_back(operator, base.view_.spec, spec):
             return base
         parent = base.view_
         view = View(parent.cell, spec._replace(alias=None), parent.device, parent, func, args[1:], kwargs, place)
@@ -242,7 +246,7 @@ class Recorder(Writes, TorchDispatchMode):
             name = func.overloadpacket.__name__
             if parent.dim is not None:
                 self.report[name] = self.report.get(name, 0) + 1
-            step = Whole(lambda pieces: call(called, pieces))
+            step = Whole(lambda pieces: plain(call(called, pieces)))
             step.name = name
             node = self.node(step, inputs, (None,) * len(inputs), view.spec, parent.device, None)
         return node

@@ -13,6 +13,7 @@ from ..graph.node import Node, ancestors, dense_strides, in_order
 from .arguments import mapped, tensors_in
 from .held import is_ordinary
 from .lazy import Cell, LazyTensor, View
+from .marks import plain
 from .program import Program
 from .shapes import Spec
 
@@ -148,7 +149,7 @@ class Values(Program):
             self.report[name] = self.report.get(name, 0) + 1
         self.store(nodes)
         del nodes
-        values = {id(value): self.real(value) for value in lazies}
+        values = {id(value): plain(self.real(value)) for value in lazies}
         with self.as_called():
             result = func(
                 *mapped(lambda value: values.get(id(value), value), args),

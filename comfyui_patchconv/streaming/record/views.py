@@ -14,6 +14,7 @@ from torch import Tensor
 from ..graph.node import Node
 from ..graph.steps import Cast, Overlay, Pick, RowLocal, Whole
 from .held import Held
+from .marks import CONJUGATING, plain
 from .operators.arranging import regrouped, widens
 from .operators.common import default_dim, dim_of, fixed_dim
 from .shapes import Spec
@@ -51,7 +52,8 @@ def build(recorder: Any, view: Any, parent: Node, args: Sequence[Any]) -> Option
     spec, name = view.spec, view.func.overloadpacket.__name__
     if spec.dtype != parent.dtype:
         return None
-    if parent.tensor is not None:
+    conjugates = name in CONJUGATING and spec.dtype.is_complex
+    if parent.tensor is not None and not conjugates:
         shown = _shown(view, parent.tensor)
         return None if shown is None else recorder.source(shown)
     if name in _SAME and spec.shape == parent.shape:
@@ -62,7 +64,7 @@ def build(recorder: Any, view: Any, parent: Node, args: Sequence[Any]) -> Option
         other.spec = spec._replace(dtype=narrow.dtype)
         shown = build(recorder, other, narrow, args)
         return None if shown is None else cast(recorder, shown, spec)
-    if parent.dim is None or 0 in spec.shape:
+    if parent.dim is None or 0 in spec.shape or conjugates:
         return None
     if name in _REGROUPING:
         return _regrouped(recorder, parent, spec)
@@ -87,7 +89,7 @@ def _shown(view: Any, tensor: Tensor) -> Optional[Tensor]:
     if name in ("as_strided", "diagonal", "unfold", "view_as_real", "view_as_complex", "real", "imag"):
         return None
     result = view.func(tensor, *view.args, **view.kwargs)
-    return result if view.place is None else result[view.place]
+    return plain(result if view.place is None else result[view.place])
 
 
 def _plain(recorder: Any, step: Any, inputs: Sequence[Node], dims: Any, spec: Spec, dim: Optional[int]) -> Node:
@@ -194,7 +196,7 @@ def _cut(recorder: Any, parent: Node, part: _Part, spec: Spec) -> Optional[Node]
 def scattered(recorder: Any, view: Any, before: Node, written: Node) -> Optional[Node]:
     """What the parent of `view`, which shows `before`, shows once `view` shows `written`; None if not known."""
     name, spec = view.func.overloadpacket.__name__, _spec_of(before)
-    if written.dtype != before.dtype:
+    if written.dtype != before.dtype or (name in CONJUGATING and written.dtype.is_complex):
         return None
     if prod(written.shape) == 0:
         return before

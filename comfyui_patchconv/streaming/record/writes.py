@@ -12,6 +12,7 @@ from . import operators, views
 from .arguments import are_usual, mapped, spec_of, tensors_in, written_by
 from .held import is_ordinary
 from .lazy import LazyTensor, View
+from .marks import plain
 from .schema import Operator, draws
 from .shapes import Spec, specs_of
 from .values import Values
@@ -93,13 +94,18 @@ class Writes(Values):
         for value in targets:
             if isinstance(value, Tensor):
                 self.memory.before_write(reals.get(id(value), value))
-        lazies = {id(reals[id(value)]): value for value in others}
+        values = {key: plain(real) for key, real in reals.items()}
+        lazies = {id(values[id(value)]): value for value in others}
 
-        def real_of(value: Any) -> Any:
-            return reals[id(value)] if isinstance(value, LazyTensor) else value
+        def value_of(value: Any) -> Any:
+            return values[id(value)] if isinstance(value, LazyTensor) else value
 
         with self.as_called():
-            result = func(*mapped(real_of, args), **mapped(real_of, kwargs))
+            result = func(*mapped(value_of, args), **mapped(value_of, kwargs))
+            for value in targets:
+                real, written = reals.get(id(value)), values.get(id(value))
+                if real is not None and written is not None and real is not written:
+                    real.copy_(written)
         return mapped(lambda value: lazies.get(id(value), value), result)
 
     def _compute_into(self, target: Any, source: Any) -> bool:
