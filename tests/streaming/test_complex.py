@@ -38,7 +38,9 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "conjugates on each other": lambda x: torch.view_as_real(torch.stack([z(x).conj(), z(x)])),
     "conjugate of a spectrum turned": lambda x: torch.view_as_real(torch.fft.fft2(x).conj().flip(2) * 1),
     "conjugate of a spectrum, doubled": lambda x: torch.view_as_real(torch.fft.fft2(x).conj() * 2),
-    "conjugate of a spectrum in another shape": lambda x: torch.view_as_real(torch.fft.fft2(x).conj().reshape(4, -1) * 1),
+    "conjugate of a spectrum in another shape": lambda x: torch.view_as_real(
+        torch.fft.fft2(x).conj().reshape(4, -1) * 1
+    ),
     "conjugate twice": lambda x: torch.view_as_real(z(x).conj().conj() * 1),
     "conjugate resolved": lambda x: torch.view_as_real(z(x).conj().resolve_conj()) * 2,
     "imaginary part of a conjugate": lambda x: z(x).conj().imag * 1,
@@ -53,7 +55,9 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
         torch.einsum("bchw,hk->bckw", z(x), W.conj())
     ),
     "is a conjugate": lambda x: [*map(torch.is_conj, ((y := z(x)), y.conj(), y.mH, y.conj().conj(), y.conj()[0], y.T))],
-    "is negative": lambda x: [*map(torch.is_neg, ((y := z(x)), y.imag, y.conj().imag, y.conj().real, y.conj().imag[0]))],
+    "is negative": lambda x: [
+        *map(torch.is_neg, ((y := z(x)), y.imag, y.conj().imag, y.conj().real, y.conj().imag[0]))
+    ],
     # written to
     "conjugate multiplied": lambda x: written(z(x), lambda y: y.conj().mul_(2j)),
     "conjugate filled": lambda x: written(z(x), lambda y: y.conj().fill_(1 + 2j)),
