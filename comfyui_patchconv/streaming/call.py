@@ -105,7 +105,10 @@ class Call:
                 recorder.memory.forget_given()
         self.eager_peak = recorder.eager_peak
         back = {id(value): originals[id(value)] for value in entered.values()}
-        return _with_originals(result, back)
+        result = _with_originals(result, back)
+        for value in entered.values():
+            give_attributes(value, back)
+        return result
 
     def _with_bands(self, result: Any) -> Any:
         """A result with this rank's bands in the place of deferred maps that come by rows."""
@@ -342,11 +345,23 @@ def _with_originals(value: Any, originals: dict[int, Tensor]) -> Any:
         if id(one) not in originals and isinstance(one, LazyTensor):  # before torch 2.3 no object becomes another
             with torch.no_grad():
                 ordinary = originals[id(one)] = one.view_.cell.recorder.real(one).detach()
-            own = {name: of_it for name, of_it in vars(one).items() if name not in ("original_", "view_")}
-            vars(ordinary).update(replaced(own, original))
+            vars(ordinary).update(replaced(attributes_of(one), original))
         return originals.get(id(one), one)
 
     return replaced(value, original)
+
+
+def give_attributes(lazy: LazyTensor, originals: dict[int, Tensor]) -> None:
+    """Leave what the program has set on the tensor that stood for an argument on that argument."""
+    original, own = vars(originals[id(lazy)]), attributes_of(lazy)
+    for name in original.keys() - own.keys():
+        del original[name]
+    original.update(replaced(own, lambda one: originals.get(id(one), one)))
+
+
+def attributes_of(lazy: LazyTensor) -> dict[str, Any]:
+    """The attributes of a deferred tensor that are the program's."""
+    return {name: value for name, value in vars(lazy).items() if name not in ("original_", "view_")}
 
 
 def replaced(value: Any, other: Callable[[Any], Any], depth: int = 8) -> Any:

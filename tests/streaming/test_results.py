@@ -322,6 +322,23 @@ def test_attributes_of_a_map_stay_on_it() -> None:
         assert_alike(result.mask, c(X) > 0)
 
 
+def test_attributes_of_an_argument_are_there_and_stay_on_it() -> None:
+    def run(x: Any) -> Any:
+        x.scale *= 2
+        x.seen = c(x)
+        del x.mask
+        return x.seen * x.scale
+
+    found = []
+    for function in (run, streamed(run, tuning=FEW_ROWS)):
+        x: Any = X.clone()
+        x.scale, x.mask = 0.5, X > 0
+        with torch.no_grad():
+            result = function(x)
+        found.append((result, vars(x)))
+    assert_alike(found[1], found[0])
+
+
 # Objects that the caller had
 
 

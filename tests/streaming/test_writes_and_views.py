@@ -912,6 +912,88 @@ def test_arguments_that_share_memory_see_each_others_writes(name: str, tuning: T
     assert_as_eager(function, *arguments(), tuning=tuning)
 
 
+@torch.jit.script
+def scripted_rows(y: Tensor) -> Tensor:
+    y[:, :, 0] = 0
+    return y * 2
+
+
+@torch.jit.script
+def scripted_in_place(y: Tensor) -> Tensor:
+    y.relu_()
+    y += 1
+    return y[:, 1:].mul_(2)
+
+
+class MarkedAsWritten(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.mark_dirty(y)
+        return y.relu_()
+
+
+def written_by_a_script(x: Tensor) -> Any:
+    y = c(x)
+    return scripted_rows(y), scripted_in_place(y), y
+
+
+def written_by_a_function_with_a_gradient(x: Tensor) -> Any:
+    y = c(x)
+    return MarkedAsWritten.apply(y), y
+
+
+def memory_of_another(x: Tensor) -> Any:
+    y = c(x)
+    return torch.empty_like(y).set_(y).mul_(2), y  # type: ignore[reportArgumentType]
+
+
+def version(x: Tensor) -> Any:
+    return x * c(x).is_inference() + c(x)
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize(
+    "function", [written_by_a_script, written_by_a_function_with_a_gradient, memory_of_another, version]
+)
+def test_what_writes_past_functions_is_seen(function: Any, mode: Mode) -> None:
+    assert_as_eager(function, a_map(), mode=mode)
+
+
+def meshed(x: Tensor) -> Any:
+    y = c(x)
+    one, other = torch.meshgrid(y[0, 0, 0], y[0, 0, 1], indexing="ij")
+    y.mul_(3)
+    return one * 1, other * 1, one.stride()
+
+
+def broadcast(x: Tensor) -> Any:
+    y = c(x)
+    one, other = torch.broadcast_tensors(y, y[:, :1])
+    y.mul_(3)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        other.add_(1)
+    return one * 1, other * 1, other.stride()
+
+
+def diagonal_by_einsum(x: Tensor) -> Any:
+    y = c(x)
+    torch.einsum("ii->i", y[0, 0, :7]).add_(1)
+    return y
+
+
+def at_least(x: Tensor) -> Any:
+    y = c(x)
+    one, other = torch.atleast_3d(y[0, 0], y[0, 1])  # type: ignore[reportGeneralTypeIssues]
+    one.mul_(2)
+    return one * 1, other * 1, y
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("function", [meshed, broadcast, diagonal_by_einsum, at_least])
+def test_several_results_share_the_memory_of_what_they_show(function: Any, mode: Mode) -> None:
+    assert_as_eager(function, a_map(), mode=mode)
+
+
 def test_a_write_that_eager_refuses_is_refused() -> None:
     def through_expanded(x: Tensor) -> Tensor:
         y = c(x)[:, :1].expand(2, 4, 9, 7)

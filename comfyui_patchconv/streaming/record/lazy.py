@@ -146,13 +146,9 @@ class LazyTensor(Tensor):
 
     @staticmethod
     def __new__(cls, view: View) -> LazyTensor:
-        # All alike: views of others would be tracked. With gradients on a program may save them for some.
-        if view.cell.recorder.gradients:
-            with torch._C._InferenceMode(False):
-                tensor = _without_values(cls, view)
-        else:
-            with torch._C._InferenceMode(True):
-                tensor = _without_values(cls, view)
+        # As the caller's: what is scripted may write to it, and a program may save it for gradients.
+        with torch._C._InferenceMode(view.cell.recorder.inference):
+            tensor = _without_values(cls, view)
         if _without_memory is not None:
             _without_memory(tensor)
         tensor.view_ = view
@@ -176,10 +172,14 @@ class LazyTensor(Tensor):
         if name in _MARKS:
             (tensor,) = (*args, *(kwargs or {}).values())
             return marks_of(tensor.view_)[_MARKS[name]]
+        if name in _READING:
+            return func(*_with_values(args))
         if name in LEAVING or (name in ("__get__", "__set__") and func.__self__.__name__ in LEAVING):
             return _leave(func, name, args, kwargs or {})
         if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _asks_for_gradients(args, kwargs)):
             return _with_gradients(func, args, kwargs or {})
+        if name == "new_tensor":
+            args, kwargs = (args[0], *_with_values(args[1:])), _with_values(kwargs or {})
         inference = name not in _MAKING or recorder_of(args).inference
         with (
             torch._C.DisableTorchFunctionSubclass(),
@@ -197,6 +197,9 @@ _ACTING = frozenset({"data", "T", "mT", "H", "mH", "real", "imag", "grad", "__cu
 
 _MARKS = {"is_conj": 0, "is_neg": 1}
 """What asks for a mark, by its place in `marks_of`."""
+
+_READING = frozenset({"__float__", "__int__", "__index__", "__bool__", "__complex__"})
+"""What makes numbers of values. Constructors such as `torch.tensor` ask for them where no operator is seen."""
 
 _MAKING = frozenset({"new", "new_tensor"})
 """What makes an ordinary tensor, by no operator that we see: it is one of the caller's mode."""
@@ -253,6 +256,15 @@ def _wants_gradients(value: Any) -> bool:
     if isinstance(value, dict):
         return any(_wants_gradients(one) for one in value.values())
     return isinstance(value, Tensor) and not isinstance(value, LazyTensor) and value.requires_grad
+
+
+def _with_values(args: Any) -> Any:
+    """Arguments with values in the place of deferred tensors, some of which may be made where no operator is seen."""
+    recorder = recorder_of(args)
+    if recorder is None:
+        return args
+    with recorder.set_aside():
+        return recorder.with_values(args)
 
 
 def _with_gradients(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -47,6 +47,7 @@ class Program:
         """An argument of the caller's: its memory is written to at once. The object may get another (`.data =`)."""
         cell = Cell(self, Spec.of(tensor), real=tensor.detach(), counted=False)
         lazy = LazyTensor(View(cell, cell.whole, tensor.device))
+        vars(lazy).update(vars(tensor))
         lazy.original_ = tensor
         return lazy
 

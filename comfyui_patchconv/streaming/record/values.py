@@ -72,7 +72,9 @@ class Values(Program):
         def copied(value: Any) -> Any:
             if not isinstance(value, LazyTensor):
                 return value
-            with torch.no_grad():
+            if self.phantom:
+                raise CannotEstimateError("the program looks at values")
+            with self._lock, torch.no_grad():
                 return self.real(value).clone()
 
         return mapped(copied, values)
@@ -150,15 +152,26 @@ class Values(Program):
         self.store(nodes)
         del nodes
         values = {id(value): plain(self.real(value)) for value in lazies}
-        with self.as_called():
-            result = func(
-                *mapped(lambda value: values.get(id(value), value), args),
-                **mapped(lambda value: values.get(id(value), value), kwargs),
-            )
+        result = self._result(func, args, kwargs, values)
+        made = {one.untyped_storage()._cdata for one in tensors_in([result]) if is_ordinary(one)}
+        shown = [
+            one for one in lazies if one.view_.cell.real is None and values[id(one)].untyped_storage()._cdata in made
+        ]
+        if shown:  # it gives views, which are to be of what is written to
+            self._make_real(shown)
+            values = {id(value): plain(self.real(value)) for value in lazies}
+            result = self._result(func, args, kwargs, values)
         ordinary = {
             one.untyped_storage()._cdata for one in tensors if not isinstance(one, LazyTensor) and is_ordinary(one)
         }
         return mapped(lambda value: self._again(value, lazies, values, ordinary, spec), result)
+
+    def _result(self, func: Any, args: Any, kwargs: Any, values: dict[int, Tensor]) -> Any:
+        with self.as_called():
+            return func(
+                *mapped(lambda value: values.get(id(value), value), args),
+                **mapped(lambda value: values.get(id(value), value), kwargs),
+            )
 
     def _again(
         self, value: Any, lazies: list[LazyTensor], values: dict[int, Tensor], ordinary: set[int], spec: Any = None
