@@ -226,12 +226,13 @@ def numbers_where_no_operator_is_seen(y: Tensor) -> tuple[Any, ...]:
     one, whole = y.mean(), (y * 9).sum().long()
     all_of: Any = (y > -9).all()
     return (
-        torch.tensor([one, y.std()]), torch.tensor([[one], [2]]), torch.tensor([whole, 3]),
-        torch.tensor([all_of, False]), torch.tensor([torch.complex(y, y).sum(), 1]), torch.tensor([one], dtype=torch.float16), y.new_tensor(one),
-        y.new_tensor(y), y.new_tensor([one, 2]), y.new_tensor(data=[one, 2]), torch.as_tensor([one, 1.0]),
-        torch.asarray([one, 1.0]), torch.Tensor([one, 2]), torch.FloatTensor([one, 2]), torch.LongTensor([whole, 2]),
-        np.array([float(one), y.std()]), torch.full((3,), one.item()), torch.linspace(y.amin(), y.amax(), 3),
-        torch.zeros(int(all_of) + 1, all_of + 1), bytes([all_of]), "ab"[all_of], f"{one:.3f}",
+        torch.tensor([one, y.std()]), torch.tensor([[one], [2]]), torch.tensor([whole, 3]), y.new_tensor(one),
+        torch.tensor([all_of, False]), torch.tensor([torch.complex(y, y).sum(), 1]), y.new_tensor(y),
+        torch.tensor([one], dtype=torch.float16), y.new_tensor([one, 2]), y.new_tensor(data=[one, 2]),
+        torch.as_tensor([one, 1.0]), torch.asarray([one, 1.0]), torch.Tensor([one, 2]), torch.FloatTensor([one, 2]),
+        torch.LongTensor([whole, 2]), np.array([float(one), y.std()]), torch.full((3,), one.item()),
+        torch.linspace(y.amin(), y.amax(), 3), torch.zeros(int(all_of) + 1, all_of + 1), bytes([all_of]),
+        "ab"[all_of], f"{one:.3f}",
     )  # fmt: skip
 
 
