@@ -528,6 +528,64 @@ def test_a_bias_given_by_name_and_weights_in_half_that_is_cast() -> None:
     assert_as_eager(run, X)
 
 
+# Weights that are made of maps
+
+
+CUBE = torch.randn(8, 8, 8, 8, generator=torch.Generator().manual_seed(3))
+SQUARE = torch.randn(8, 8, generator=torch.Generator().manual_seed(4))
+
+
+def one_by_one(y: Tensor, times: float = 1.0) -> Tensor:
+    """Values of each channel, deferred, as many as the map has rows along any of its dimensions."""
+    return y.mean((0, 2, 3)) * times
+
+
+WITH_WEIGHTS_OF_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "batch norm": lambda y: F.batch_norm(y, one_by_one(y), y.var((0, 2, 3)), one_by_one(y), one_by_one(y, 2.0)),
+    "batch norm of sound": lambda y: F.batch_norm(y.flatten(2)[..., :8], one_by_one(y), y.var((0, 2, 3))),
+    "batch norm of a stored map": lambda y: F.batch_norm(y, one_by_one(y), y.var((0, 2, 3))) + y.sum().item(),
+    "batch norm of volumes": lambda y: F.batch_norm(y[:, :, None], one_by_one(y), y.var((0, 2, 3)), one_by_one(y)),
+    "batch norm by rows of a matrix": lambda y: F.batch_norm(y, (y[0, 0] @ SQUARE)[:, 0], y[0, 1].abs()[:, 1] + 1),
+    "native batch norm": lambda y: torch.native_batch_norm(
+        y, one_by_one(y), None, one_by_one(y), y.var((0, 2, 3)), False, 0.1, 1e-5
+    )[0],
+    "group norm": lambda y: F.group_norm(y, 2, one_by_one(y), one_by_one(y, 2.0)),
+    "instance norm": lambda y: F.instance_norm(y, None, None, one_by_one(y), one_by_one(y, 2.0)),
+    "instance norm by statistics": lambda y: F.instance_norm(y, one_by_one(y), y.var((0, 2, 3)), use_input_stats=False),
+    "layer norm": lambda y: F.layer_norm(y, (8,), one_by_one(y), one_by_one(y, 2.0)),
+    "layer norm of rows": lambda y: F.layer_norm(y, (8, 8), y[0, 0] + 1, y[0, 1]),
+    "prelu": lambda y: F.prelu(y, one_by_one(y)),
+    "linear": lambda y: F.linear(y, y[0, 0], one_by_one(y)),
+    "linear by its own input": lambda y: F.linear(y[0, 0], y[0, 0]),
+    "linear's bias": lambda y: F.linear(y, SQUARE, one_by_one(y)),
+    "convolution": lambda y: F.conv2d(y, y[:, :, :3, :3] / 9, one_by_one(y), padding=1),
+    "convolution's bias": lambda y: F.conv2d(y, SQUARE[:, :, None, None], one_by_one(y)),
+    "transposed convolution": lambda y: F.conv_transpose2d(y, y[:, :, :3, :3] / 9, one_by_one(y), padding=1),
+    "addmm": lambda y: torch.addmm(one_by_one(y), y[0, 0], y[0, 1]),
+    "baddbmm": lambda y: torch.baddbmm(one_by_one(y), y[0], y[1]),
+    "fake quantisation": lambda y: torch.fake_quantize_per_channel_affine(
+        y, one_by_one(y).abs() / 9 + 0.01, torch.zeros(8, dtype=torch.int32), 2, -8, 7
+    ),
+    "places": lambda y: y.index_select(3, y[0, 0, 0].argsort()) + y.gather(2, y.argsort(2)),
+    "embedding": lambda y: F.embedding(y[0, 0].abs().long().clamp(0, 7), y[0, 1]),
+}
+
+
+@crossed(2, name=list(WITH_WEIGHTS_OF_MAPS), tuning=TUNINGS, written=(False, True))
+def test_weights_that_are_made_of_maps_are_read_whole(name: str, tuning: Tuning, written: bool) -> None:
+    """Also where they have as many values as the map has rows. written: the map was in between, and is read by rows
+    that its last operator fixed."""
+    kernel = torch.randn(8, 8, 3, 3, generator=torch.Generator().manual_seed(5)) / 9
+
+    def run(x: Tensor) -> Tensor:
+        y = F.silu(F.conv2d(x, kernel, padding=1))
+        if written:
+            y[:, :, 3:5].mul_(2)
+        return WITH_WEIGHTS_OF_MAPS[name](y)
+
+    assert_as_eager(run, CUBE, tuning=tuning)
+
+
 # Parametrised weights
 
 
