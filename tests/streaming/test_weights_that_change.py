@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from comfyui_patchconv.streaming import Tuning, stream, streamed
 
-from .comparing import FEW_ROWS, ONE_ROW, TUNINGS, assert_alike, assert_as_eager, copied
+from .comparing import FEW_ROWS, MODES, ONE_ROW, TUNINGS, Mode, assert_alike, assert_as_eager, copied
 
 X = torch.randn(2, 4, 9, 7, generator=torch.Generator().manual_seed(2))
 
@@ -514,6 +514,81 @@ def test_biases_and_statistics_that_change_after_use() -> None:
         return one, other, F.batch_norm(F.conv2d(other, kernel, bias), mean, variance, weight, bias)
 
     assert_as_eager(run, X)
+
+
+def trains_after_use(train: Callable[[Tensor, Tensor, Tensor], Any]) -> Function:
+    """A norm whose statistics deferred steps read, and `train` changes then."""
+
+    def run(x: Tensor) -> Any:
+        mean, variance = torch.zeros(4), torch.ones(4)
+        kernel = torch.full((4, 4, 3, 3), 0.1)
+        y = F.batch_norm(F.conv2d(x, kernel, padding=1), mean, variance)
+        train(torch.full((3, 4, 5, 5), 5.0).mul_(torch.arange(5.0)), mean, variance)
+        return y, F.batch_norm(y, mean, variance), mean, variance
+
+    return run
+
+
+Function = Callable[[Tensor], Any]
+TRAINED: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+    "batch norm": lambda z, mean, variance: F.batch_norm(z, mean, variance, training=True),
+    "instance norm": lambda z, mean, variance: F.instance_norm(z, mean, variance),
+    "native batch norm": lambda z, mean, variance: torch.native_batch_norm(z, None, None, mean, variance, True, 0.1, 0),
+    "by its parts": lambda z, mean, variance: torch.ops.aten._batch_norm_impl_index(
+        z, None, None, mean, variance, True, 0.1, 1e-5, False
+    ),
+    "into results": lambda z, mean, variance: torch.native_batch_norm(
+        z, None, None, mean, variance, True, 0.1, 0, out=(torch.empty_like(z), torch.empty(4), torch.empty(4))
+    ),
+    "statistics alone": lambda z, mean, variance: torch.batch_norm_update_stats(z, mean, variance, 0.1),
+    "in the part": lambda z, mean, variance: F.batch_norm(z[:, :2], mean[:2], variance[1:3], training=True),
+}
+
+
+@crossed(2, name=list(TRAINED), tuning=TUNINGS, mode=MODES)
+def test_statistics_that_an_ordinary_tensor_changes_after_use(name: str, tuning: Tuning, mode: Mode) -> None:
+    assert_as_eager(trains_after_use(TRAINED[name]), X, tuning=tuning, mode=mode)
+
+
+@crossed(2, name=list(TRAINED), tuning=TUNINGS, mode=MODES)
+def test_statistics_that_a_map_changes_after_use(name: str, tuning: Tuning, mode: Mode) -> None:
+    def run(x: Tensor) -> Any:
+        kernel = torch.full((4, 4, 1, 1), 0.1)
+        changed = trains_after_use(lambda z, *statistics: TRAINED[name](F.conv2d(x[:1], kernel), *statistics))
+        return changed(x)
+
+    assert_as_eager(run, X, tuning=tuning, mode=mode)
+
+
+@crossed(2, name=list(TRAINED), tuning=TUNINGS, mode=MODES)
+def test_statistics_of_maps_that_training_changes(name: str, tuning: Tuning, mode: Mode) -> None:
+    def run(x: Tensor) -> Any:
+        y = F.conv2d(x, torch.full((4, 4, 1, 1), 0.1)) * torch.arange(1.0, 5.0)[:, None, None]
+        mean, variance = y.mean((0, 2, 3)), y.var((0, 2, 3))
+        before = mean * 2 + variance
+        TRAINED[name](y, mean, variance)
+        return mean, variance, before, mean * 1
+
+    assert_as_eager(run, X, tuning=tuning, mode=mode)
+
+
+def test_a_norm_that_trains_on_an_ordinary_tensor_between() -> None:
+    """A module that is in evaluation for the map, and in training for something else."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.norm.eval()
+            y = self.norm(self.c(x))
+            self.norm.train()
+            self.norm(torch.full((4, 4, 8, 8), 5.0))
+            return y
+
+    block = drawn(Block())
+    assert_as_eager(lambda x: copied(block)(x), X)
 
 
 def test_a_bias_given_by_name_and_weights_in_half_that_is_cast() -> None:

@@ -85,8 +85,8 @@ class Recorder(Writes, TorchDispatchMode):
         if recorder_of(args, kwargs) is not None:
             return (self._by_cudnn if func is operators.CUDNN else self.call)(func, args, kwargs)
         operator = operator_of(func)
-        if operator.written:
-            for value in written_by(operator, args, kwargs):
+        if operator.written or operator.unsaid:
+            for value in (*written_by(operator, args, kwargs), *written_unsaid(func, args, kwargs)):
                 if value.layout is torch.strided:
                     self.memory.before_write(value)
         elif operator.name in operators.OF_PARAMETERS:
@@ -152,6 +152,7 @@ class Recorder(Writes, TorchDispatchMode):
         with self._lock:
             operator = operator_of(func)
             if operator.written:
+                self.writes_unsaid(func, args, kwargs)
                 return self.write(func, operator, args, kwargs)
             tensors = tensors_in(args)
             if kwargs:
@@ -162,12 +163,9 @@ class Recorder(Writes, TorchDispatchMode):
                 return self._like(func, operator, args, kwargs)
             if operator.name in _AS_ANOTHER and not isinstance(args[0], LazyTensor):
                 return func(args[0], *mapped(_alike, args[1:]), **mapped(_alike, kwargs))
-            if looks(func, args) or (operator.draws and draws(func, args, kwargs)):
+            if self.writes_unsaid(func, args, kwargs):
                 return self.now(func, args, kwargs)
-            unsaid = written_unsaid(func, args, kwargs)
-            if unsaid:
-                for value in unsaid:
-                    self.memory.before_write(value)
+            if looks(func, args) or (operator.draws and draws(func, args, kwargs)):
                 return self.now(func, args, kwargs)
             specs = specs_of(func, args, kwargs, spec_of)
             if specs is None:

@@ -12,7 +12,7 @@ from . import operators, views
 from .arguments import are_usual, mapped, spec_of, tensors_in, written_by
 from .held import is_ordinary
 from .lazy import LazyTensor, View
-from .schema import Operator, draws
+from .schema import Operator, draws, operator_of, written_unsaid
 from .shapes import Spec, specs_of
 from .values import Values
 
@@ -36,6 +36,18 @@ class Writes(Values):
         if usual and target.view_.cell.real is None and self._write_deferred(func, operator, target, args, kwargs):
             return target
         return self._write_now(func, targets, args, kwargs)
+
+    def writes_unsaid(self, func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether an operator writes to arguments though its schema does not say so; these are made ready for it."""
+        if not operator_of(func).unsaid:
+            return False
+        targets = written_unsaid(func, args, kwargs)
+        if self.phantom:
+            return bool(targets)
+        self._make_real([value for value in targets if isinstance(value, LazyTensor)])
+        for value in targets:
+            self.memory.before_write(self.real_or_same(value))
+        return bool(targets)
 
     def _write_deferred(self, func: Any, operator: Operator, target: LazyTensor, args: Any, kwargs: Any) -> bool:
         """Give the cell of `target` its new value; whether that could be done."""
