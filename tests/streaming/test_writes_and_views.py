@@ -11,9 +11,9 @@ from products import crossed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comfyui_patchconv.streaming import Tuning
+from comfyui_patchconv.streaming import Tuning, streamed
 
-from .comparing import FEW_ROWS, MODES, TUNINGS, Mode, assert_as_eager
+from .comparing import FEW_ROWS, KEPT_ARE_ORDINARY, KEPT_STAY_LAZY, MODES, TUNINGS, Mode, assert_as_eager
 
 WEIGHT = nn.Parameter(torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(1)) / 6, requires_grad=False)
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -561,6 +561,97 @@ def out_that_is_an_operand(x: Tensor) -> Any:
     torch.sub(y, y.mean(1, keepdim=True), out=y)
     torch.mul(y, y, out=y)
     return y
+
+
+# `out=` of another shape, which takes the result's
+
+
+def out_of_nothing(x: Tensor) -> Any:
+    y = c(x)
+    room, other = y.new_empty(0), y.new_empty(0)
+    torch.add(y, 1, out=room)
+    return y, room, torch.mul(room, 2, out=other) is other, room.shape, c(other)
+
+
+def out_of_nothing_of_joins(x: Tensor) -> Any:
+    y = c(x)
+    beside, behind = x.new_empty(0), torch.empty_like(y[:0])
+    torch.cat([y, x], 1, out=beside)
+    torch.stack([y, x], out=behind)
+    return beside, behind.sum(0), c(beside[:, 2:6])
+
+
+def out_of_nothing_that_is_a_part(x: Tensor) -> Any:
+    y = c(x)
+    before, part = y * 1, y[:1, :0]
+    torch.add(y, 1, out=part)
+    return before, y, part, y + part
+
+
+def out_of_nothing_in_the_middle(x: Tensor) -> Any:
+    y = c(x)
+    part = y[1:, 2:, :0]
+    torch.mul(x, 2, out=part)
+    part.add_(1)
+    return y, part
+
+
+def out_of_nothing_of_several(x: Tensor) -> Any:
+    y = c(x)
+    values, places = y.new_empty(0), y.new_empty(0, dtype=torch.long)
+    torch.max(y, 1, out=(values, places))
+    return values, places, y + values[:, None]
+
+
+def out_of_too_little(x: Tensor) -> Any:
+    y = c(x)
+    room = y.new_zeros(1, 3)
+    part = room[:, :2]
+    torch.add(y, 1, out=room)
+    return y, room, part + 1
+
+
+def out_of_too_much(x: Tensor) -> Any:
+    y = c(x)
+    before = y * 2
+    torch.sum(x, 1, out=y)
+    return before, y, y * 2
+
+
+def out_of_the_argument(x: Tensor) -> Any:
+    y = c(x)
+    torch.mul(y[:, :2], 2, out=x)
+    return y, x + 1
+
+
+def out_of_nothing_by_another_layout(x: Tensor) -> Any:
+    y = c(x).contiguous(memory_format=torch.channels_last)
+    return torch.add(y, 1, out=y.new_empty(0)), torch.add(y, 1, out=y[:0])
+
+
+@KEPT_ARE_ORDINARY
+@pytest.mark.filterwarnings("ignore:An output with one or more elements")
+@crossed(
+    2,
+    function=[
+        out_of_nothing, out_of_nothing_of_joins, out_of_nothing_that_is_a_part, out_of_nothing_in_the_middle,
+        out_of_nothing_of_several, out_of_too_little, out_of_too_much, out_of_the_argument,
+        out_of_nothing_by_another_layout,
+    ],
+    tuning=TUNINGS,
+    mode=MODES,
+    memory_format=FORMATS,
+)  # fmt: skip
+def test_what_an_operator_writes_to_takes_its_shape(
+    function: Function, tuning: Tuning, mode: Mode, memory_format: torch.memory_format
+) -> None:
+    assert_as_eager(function, a_map(memory_format), tuning=tuning, mode=mode)
+
+
+@pytest.mark.skipif(not KEPT_STAY_LAZY, reason="this torch can make an ordinary tensor of a deferred one")
+def test_a_torch_that_changes_no_shapes_says_so() -> None:
+    with pytest.raises(RuntimeError, match="with a torch older than"):
+        streamed(out_of_nothing, tuning=FEW_ROWS)(a_map())
 
 
 # Operands written after use

@@ -98,7 +98,8 @@ class Writes(Values):
         # What it reads is evaluated before anything is written.
         others = [value for value in tensors_in((args, kwargs)) if isinstance(value, LazyTensor)]
         self.store([value.view_.node() for value in others if value.view_.cell.real is None])
-        reals = {id(value): self.real(value) for value in others}
+        # Apart from the cell's own, whose shape shall stay.
+        reals = {id(value): self.real(value).detach() for value in others}
         name = func.overloadpacket.__name__
         if any(value.view_.cell.real is None for value in others):
             self.report[name] = self.report.get(name, 0) + 1
@@ -112,7 +113,23 @@ class Writes(Values):
 
         with self.as_called():
             result = func(*mapped(real_of, args), **mapped(real_of, kwargs))
+        for value in dict.fromkeys(value for value in targets if isinstance(value, LazyTensor)):
+            if reals[id(value)].shape != value.view_.spec.shape:
+                self._take_shape(value, reals[id(value)])
         return mapped(lambda value: lazies.get(id(value), value), result)
+
+    def _take_shape(self, target: LazyTensor, real: Tensor) -> None:
+        """`out=` of another shape than the result's takes that, in the memory that it had, which other views keep."""
+        original = getattr(target, "original_", None)
+        if original is not None:  # the caller's own object does so, too
+            with self.as_called():
+                original.set_(real)
+        self.replace_by(target, real)
+        if isinstance(target, LazyTensor):
+            raise RuntimeError(
+                f"out= of shape {target.view_.spec.shape} cannot become one of {tuple(real.shape)} in a streamed call "
+                "with a torch older than 2.3: give it that shape, update torch, or stream another part."
+            )
 
     def _compute_into(self, target: Any, source: Any) -> bool:
         """Compute a map where the program copies it to, rather than beside it; whether that could be done."""
