@@ -861,6 +861,77 @@ def test_within_the_program_a_map_says_the_strides_that_eagers_says(
     assert_as_eager(run, X.contiguous(memory_format=memory_format))
 
 
+# Operators of which some kernels give another order than torch says without values
+
+
+def of_numbers_and_maps(x: Tensor) -> Any:
+    y = c(x)
+    two, line = torch.tensor(2.0), torch.ones(4, 1, 1)
+    return (
+        torch.copysign(y, two), torch.copysign(y, line), torch.logaddexp(two, y), torch.logaddexp2(two, y),
+        torch.heaviside(two, y), y.floor_divide(two), y.floor_divide(line), torch.logical_xor(two, y), 2.0**y,
+        torch.float_power(2.0, y), torch.ldexp(two, y), F.logsigmoid(y), torch.isin(y, torch.ones(2)),
+    )  # fmt: skip
+
+
+def of_both_orders(x: Tensor) -> Any:
+    y, other = c(x), torch.ones(x.shape)
+    return [
+        operator(*pair)
+        for operator in (torch.copysign, torch.xlogy, torch.floor_divide, torch.add, torch.atan2)
+        for pair in ((y, other), (other, y))
+    ]
+
+
+def of_what_goes_on_at_the_other_end(x: Tensor) -> Any:
+    y = c(x)
+    wrapped = [F.pad(y, sides, "circular") for sides in ((1, 1, 1, 1), (2, 1, 0, 0), (0, 0, 0, 0))]
+    return *wrapped, y.roll(5), y.roll(2, 1), y.roll((1, 2), (2, 3))
+
+
+def of_pools_undone(x: Tensor) -> Any:
+    y = c(x)
+    return F.max_unpool2d(*F.max_pool2d(y, 2, return_indices=True), (2, 2)), y.flip(2), y.cumsum(1), y.softmax(1)
+
+
+def of_tokens(x: Tensor) -> Any:
+    t, turned = c(x).flatten(2).transpose(1, 2), c(x).transpose(2, 3)
+    two = torch.tensor(2.0)
+    return t.copysign(two), torch.logaddexp(two, t), 2.0**t, turned.copysign(two), 2.0**turned, torch.xlogy(turned, two)
+
+
+SIZES = {"few": (2, 4, 10, 14), "many": (2, 4, 40, 60), "many of one sample": (1, 4, 60, 80)}
+
+
+@crossed(
+    2,
+    function=[of_numbers_and_maps, of_both_orders, of_what_goes_on_at_the_other_end, of_pools_undone, of_tokens],
+    size=SIZES,
+    memory_format=FORMATS,
+    mode=MODES,
+)
+def test_results_of_many_and_of_few_places_say_and_have_the_strides_of_eagers(
+    function: Callable[[Tensor], Any], size: tuple[int, ...], memory_format: torch.memory_format, mode: Mode
+) -> None:
+    def run(x: Tensor) -> Any:
+        found = function(x)
+        return found, [[stride for stride, side in zip(y.stride(), y.shape) if side > 1] for y in found]
+
+    x = torch.randn(size, generator=torch.Generator().manual_seed(2))
+    assert_as_eager(run, x.contiguous(memory_format=memory_format), mode=mode)
+
+
+def test_a_convolution_that_pads_by_the_other_end_can_be_viewed() -> None:
+    wrapped = nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular").requires_grad_(False)
+    x = torch.randn(1, 4, 80, 60).contiguous(memory_format=torch.channels_last)
+    assert_as_eager(lambda x: wrapped(x).view(1, -1) * 2, x)
+
+
+def test_pixels_of_volumes_are_shuffled_whose_pieces_come_with_their_channels_last() -> None:
+    x = torch.randn(2, 8, 4, 8, 6).contiguous(memory_format=torch.channels_last_3d)
+    assert_as_eager(lambda x: [F.pixel_shuffle((x * 2).contiguous(), 2), F.pixel_unshuffle((x * 2).contiguous(), 2)], x)
+
+
 def test_a_branch_on_the_layout_goes_where_eagers_goes() -> None:
     def run(x: Tensor) -> Any:
         y = c(x)

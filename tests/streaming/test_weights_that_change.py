@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from comfyui_patchconv.streaming import Tuning, stream, streamed
 
-from .comparing import FEW_ROWS, ONE_ROW, TUNINGS, assert_alike, assert_as_eager, copied
+from .comparing import FEW_ROWS, MODES, ONE_ROW, TUNINGS, Mode, assert_alike, assert_as_eager, copied
 
 X = torch.randn(2, 4, 9, 7, generator=torch.Generator().manual_seed(2))
 
@@ -516,6 +516,81 @@ def test_biases_and_statistics_that_change_after_use() -> None:
     assert_as_eager(run, X)
 
 
+def trains_after_use(train: Callable[[Tensor, Tensor, Tensor], Any]) -> Function:
+    """A norm whose statistics deferred steps read, and `train` changes then."""
+
+    def run(x: Tensor) -> Any:
+        mean, variance = torch.zeros(4), torch.ones(4)
+        kernel = torch.full((4, 4, 3, 3), 0.1)
+        y = F.batch_norm(F.conv2d(x, kernel, padding=1), mean, variance)
+        train(torch.full((3, 4, 5, 5), 5.0).mul_(torch.arange(5.0)), mean, variance)
+        return y, F.batch_norm(y, mean, variance), mean, variance
+
+    return run
+
+
+Function = Callable[[Tensor], Any]
+TRAINED: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+    "batch norm": lambda z, mean, variance: F.batch_norm(z, mean, variance, training=True),
+    "instance norm": lambda z, mean, variance: F.instance_norm(z, mean, variance),
+    "native batch norm": lambda z, mean, variance: torch.native_batch_norm(z, None, None, mean, variance, True, 0.1, 0),
+    "by its parts": lambda z, mean, variance: torch.ops.aten._batch_norm_impl_index(
+        z, None, None, mean, variance, True, 0.1, 1e-5, False
+    ),
+    "into results": lambda z, mean, variance: torch.native_batch_norm(
+        z, None, None, mean, variance, True, 0.1, 0, out=(torch.empty_like(z), torch.empty(4), torch.empty(4))
+    ),
+    "statistics alone": lambda z, mean, variance: torch.batch_norm_update_stats(z, mean, variance, 0.1),
+    "in the part": lambda z, mean, variance: F.batch_norm(z[:, :2], mean[:2], variance[1:3], training=True),
+}
+
+
+@crossed(2, name=list(TRAINED), tuning=TUNINGS, mode=MODES)
+def test_statistics_that_an_ordinary_tensor_changes_after_use(name: str, tuning: Tuning, mode: Mode) -> None:
+    assert_as_eager(trains_after_use(TRAINED[name]), X, tuning=tuning, mode=mode)
+
+
+@crossed(2, name=list(TRAINED), tuning=TUNINGS, mode=MODES)
+def test_statistics_that_a_map_changes_after_use(name: str, tuning: Tuning, mode: Mode) -> None:
+    def run(x: Tensor) -> Any:
+        kernel = torch.full((4, 4, 1, 1), 0.1)
+        changed = trains_after_use(lambda z, *statistics: TRAINED[name](F.conv2d(x[:1], kernel), *statistics))
+        return changed(x)
+
+    assert_as_eager(run, X, tuning=tuning, mode=mode)
+
+
+@crossed(2, name=list(TRAINED), tuning=TUNINGS, mode=MODES)
+def test_statistics_of_maps_that_training_changes(name: str, tuning: Tuning, mode: Mode) -> None:
+    def run(x: Tensor) -> Any:
+        y = F.conv2d(x, torch.full((4, 4, 1, 1), 0.1)) * torch.arange(1.0, 5.0)[:, None, None]
+        mean, variance = y.mean((0, 2, 3)), y.var((0, 2, 3))
+        before = mean * 2 + variance
+        TRAINED[name](y, mean, variance)
+        return mean, variance, before, mean * 1
+
+    assert_as_eager(run, X, tuning=tuning, mode=mode)
+
+
+def test_a_norm_that_trains_on_an_ordinary_tensor_between() -> None:
+    """A module that is in evaluation for the map, and in training for something else."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.norm.eval()
+            y = self.norm(self.c(x))
+            self.norm.train()
+            self.norm(torch.full((4, 4, 8, 8), 5.0))
+            return y
+
+    block = drawn(Block())
+    assert_as_eager(lambda x: copied(block)(x), X)
+
+
 def test_a_bias_given_by_name_and_weights_in_half_that_is_cast() -> None:
     stored = torch.randn(4, 4, 3, 3).to(torch.float16)
 
@@ -526,6 +601,64 @@ def test_a_bias_given_by_name_and_weights_in_half_that_is_cast() -> None:
         return F.conv2d(y, weight=stored.float() / 6)
 
     assert_as_eager(run, X)
+
+
+# Weights that are made of maps
+
+
+CUBE = torch.randn(8, 8, 8, 8, generator=torch.Generator().manual_seed(3))
+SQUARE = torch.randn(8, 8, generator=torch.Generator().manual_seed(4))
+
+
+def one_by_one(y: Tensor, times: float = 1.0) -> Tensor:
+    """Values of each channel, deferred, as many as the map has rows along any of its dimensions."""
+    return y.mean((0, 2, 3)) * times
+
+
+WITH_WEIGHTS_OF_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "batch norm": lambda y: F.batch_norm(y, one_by_one(y), y.var((0, 2, 3)), one_by_one(y), one_by_one(y, 2.0)),
+    "batch norm of sound": lambda y: F.batch_norm(y.flatten(2)[..., :8], one_by_one(y), y.var((0, 2, 3))),
+    "batch norm of a stored map": lambda y: F.batch_norm(y, one_by_one(y), y.var((0, 2, 3))) + y.sum().item(),
+    "batch norm of volumes": lambda y: F.batch_norm(y[:, :, None], one_by_one(y), y.var((0, 2, 3)), one_by_one(y)),
+    "batch norm by rows of a matrix": lambda y: F.batch_norm(y, (y[0, 0] @ SQUARE)[:, 0], y[0, 1].abs()[:, 1] + 1),
+    "native batch norm": lambda y: torch.native_batch_norm(
+        y, one_by_one(y), None, one_by_one(y), y.var((0, 2, 3)), False, 0.1, 1e-5
+    )[0],
+    "group norm": lambda y: F.group_norm(y, 2, one_by_one(y), one_by_one(y, 2.0)),
+    "instance norm": lambda y: F.instance_norm(y, None, None, one_by_one(y), one_by_one(y, 2.0)),
+    "instance norm by statistics": lambda y: F.instance_norm(y, one_by_one(y), y.var((0, 2, 3)), use_input_stats=False),
+    "layer norm": lambda y: F.layer_norm(y, (8,), one_by_one(y), one_by_one(y, 2.0)),
+    "layer norm of rows": lambda y: F.layer_norm(y, (8, 8), y[0, 0] + 1, y[0, 1]),
+    "prelu": lambda y: F.prelu(y, one_by_one(y)),
+    "linear": lambda y: F.linear(y, y[0, 0], one_by_one(y)),
+    "linear by its own input": lambda y: F.linear(y[0, 0], y[0, 0]),
+    "linear's bias": lambda y: F.linear(y, SQUARE, one_by_one(y)),
+    "convolution": lambda y: F.conv2d(y, y[:, :, :3, :3] / 9, one_by_one(y), padding=1),
+    "convolution's bias": lambda y: F.conv2d(y, SQUARE[:, :, None, None], one_by_one(y)),
+    "transposed convolution": lambda y: F.conv_transpose2d(y, y[:, :, :3, :3] / 9, one_by_one(y), padding=1),
+    "addmm": lambda y: torch.addmm(one_by_one(y), y[0, 0], y[0, 1]),
+    "baddbmm": lambda y: torch.baddbmm(one_by_one(y), y[0], y[1]),
+    "fake quantisation": lambda y: torch.fake_quantize_per_channel_affine(
+        y, one_by_one(y).abs() / 9 + 0.01, torch.zeros(8, dtype=torch.int32), 2, -8, 7
+    ),
+    "places": lambda y: y.index_select(3, y[0, 0, 0].argsort()) + y.gather(2, y.argsort(2)),
+    "embedding": lambda y: F.embedding(y[0, 0].abs().long().clamp(0, 7), y[0, 1]),
+}
+
+
+@crossed(2, name=list(WITH_WEIGHTS_OF_MAPS), tuning=TUNINGS, written=(False, True))
+def test_weights_that_are_made_of_maps_are_read_whole(name: str, tuning: Tuning, written: bool) -> None:
+    """Also where they have as many values as the map has rows. written: the map was in between, and is read by rows
+    that its last operator fixed."""
+    kernel = torch.randn(8, 8, 3, 3, generator=torch.Generator().manual_seed(5)) / 9
+
+    def run(x: Tensor) -> Tensor:
+        y = F.silu(F.conv2d(x, kernel, padding=1))
+        if written:
+            y[:, :, 3:5].mul_(2)
+        return WITH_WEIGHTS_OF_MAPS[name](y)
+
+    assert_as_eager(run, CUBE, tuning=tuning)
 
 
 # Parametrised weights

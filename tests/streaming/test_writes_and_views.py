@@ -11,9 +11,9 @@ from products import crossed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comfyui_patchconv.streaming import Tuning
+from comfyui_patchconv.streaming import Tuning, streamed
 
-from .comparing import FEW_ROWS, MODES, TUNINGS, Mode, assert_as_eager
+from .comparing import FEW_ROWS, KEPT_ARE_ORDINARY, KEPT_STAY_LAZY, MODES, TUNINGS, Mode, assert_as_eager
 
 WEIGHT = nn.Parameter(torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(1)) / 6, requires_grad=False)
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -561,6 +561,206 @@ def out_that_is_an_operand(x: Tensor) -> Any:
     torch.sub(y, y.mean(1, keepdim=True), out=y)
     torch.mul(y, y, out=y)
     return y
+
+
+# `out=` of another shape, which takes the result's
+
+
+def out_of_nothing(x: Tensor) -> Any:
+    y = c(x)
+    room, other = y.new_empty(0), y.new_empty(0)
+    torch.add(y, 1, out=room)
+    return y, room, torch.mul(room, 2, out=other) is other, room.shape, c(other)
+
+
+def out_of_nothing_of_joins(x: Tensor) -> Any:
+    y = c(x)
+    beside, behind = x.new_empty(0), torch.empty_like(y[:0])
+    torch.cat([y, x], 1, out=beside)
+    torch.stack([y, x], out=behind)
+    return beside, behind.sum(0), c(beside[:, 2:6])
+
+
+def out_of_nothing_that_is_a_part(x: Tensor) -> Any:
+    y = c(x)
+    before, part = y * 1, y[:1, :0]
+    torch.add(y, 1, out=part)
+    return before, y, part, y + part
+
+
+def out_of_nothing_in_the_middle(x: Tensor) -> Any:
+    y = c(x)
+    part = y[1:, 2:, :0]
+    torch.mul(x, 2, out=part)
+    part.add_(1)
+    return y, part
+
+
+def out_of_nothing_of_several(x: Tensor) -> Any:
+    y = c(x)
+    values, places = y.new_empty(0), y.new_empty(0, dtype=torch.long)
+    torch.max(y, 1, out=(values, places))
+    return values, places, y + values[:, None]
+
+
+def out_of_too_little(x: Tensor) -> Any:
+    y = c(x)
+    room = y.new_zeros(1, 3)
+    part = room[:, :2]
+    torch.add(y, 1, out=room)
+    return y, room, part + 1
+
+
+def out_of_too_much(x: Tensor) -> Any:
+    y = c(x)
+    before = y * 2
+    torch.sum(x, 1, out=y)
+    return before, y, y * 2
+
+
+def out_of_the_argument(x: Tensor) -> Any:
+    y = c(x)
+    torch.mul(y[:, :2], 2, out=x)
+    return y, x + 1
+
+
+def out_of_nothing_by_another_layout(x: Tensor) -> Any:
+    y = c(x).contiguous(memory_format=torch.channels_last)
+    return torch.add(y, 1, out=y.new_empty(0)), torch.add(y, 1, out=y[:0])
+
+
+@KEPT_ARE_ORDINARY
+@pytest.mark.filterwarnings("ignore:An output with one or more elements")
+@crossed(
+    2,
+    function=[
+        out_of_nothing, out_of_nothing_of_joins, out_of_nothing_that_is_a_part, out_of_nothing_in_the_middle,
+        out_of_nothing_of_several, out_of_too_little, out_of_too_much, out_of_the_argument,
+        out_of_nothing_by_another_layout,
+    ],
+    tuning=TUNINGS,
+    mode=MODES,
+    memory_format=FORMATS,
+)  # fmt: skip
+def test_what_an_operator_writes_to_takes_its_shape(
+    function: Function, tuning: Tuning, mode: Mode, memory_format: torch.memory_format
+) -> None:
+    assert_as_eager(function, a_map(memory_format), tuning=tuning, mode=mode)
+
+
+@pytest.mark.skipif(not KEPT_STAY_LAZY, reason="this torch can make an ordinary tensor of a deferred one")
+def test_a_torch_that_changes_no_shapes_says_so() -> None:
+    with pytest.raises(RuntimeError, match="with a torch older than"):
+        streamed(out_of_nothing, tuning=FEW_ROWS)(a_map())
+
+
+# Views of memory by numbers, whatever the view shows that they are asked of
+
+
+def strided_from_a_part(x: Tensor) -> Any:
+    y = F.relu(c(x))
+    return y[:, 1:].as_strided((2, 3), (3, 1), 0) * 1, y[1, 2:].as_strided((2, 3), (3, 1)) * 1, y
+
+
+def strided_from_a_row(x: Tensor) -> Any:
+    y = F.relu(c(x))
+    return y[0, :, 3:].as_strided((3, 5), (7, 1)) * 1, y[:, :, 3:5, 2].as_strided((6, 63), (63, 1), 63) + 1
+
+
+def strided_beyond_what_is_shown(x: Tensor) -> Any:
+    y = c(x)
+    return y[0, 0, 0].as_strided((504,), (1,)).sum(), torch.as_strided(y[0, 3], (2, 4), (200, 2), 290) * 2
+
+
+def strided_from_what_is_permuted(x: Tensor) -> Any:
+    y = c(x).permute(0, 2, 3, 1)
+    return y.as_strided((2, 9, 7), (252, 1, 9)) * 1, y.flatten(2).as_strided((4, 5), (3, 2), 7) * 1
+
+
+def strided_of_what_is_strided(x: Tensor) -> Any:
+    y = c(x)[:, 1:]
+    windows = y.as_strided((2, 3, 6, 5), (100, 60, 2, 1), 40)
+    return windows * 1, windows[:, 1:].as_strided((4, 4), (4, 1)) * 1, windows[1].as_strided((3,), (9,), 2) * 1
+
+
+def strided_once_it_is_written(x: Tensor) -> Any:
+    y = c(x)
+    part, t = y[:, 1:], y.permute(0, 2, 3, 1)
+    seen = part.as_strided((40, 4), (5, 1), 3)
+    t[..., :2].mul_(2)
+    before = seen * 1
+    y.add_(1)
+    y.permute(3, 0, 1, 2)[2].zero_()
+    return before, seen * 1, part.as_strided((40, 4), (5, 1)) * 1
+
+
+def strided_and_written(x: Tensor) -> Any:
+    y = c(x)
+    before = y * 1
+    y[:, 1:].as_strided((2, 9), (252, 7), 1).zero_()
+    y[1, 2].as_strided((5,), (3,)).add_(1)
+    y[1:].as_strided((5,), (3,), 4).copy_(y[0, 0, 0, :5] * 1)
+    return before, y, c(y)
+
+
+def strided_with_the_argument(x: Tensor) -> Any:
+    seen = x[:, 1:].as_strided((3, 4), (4, 1)) * 1
+    x[1].as_strided((5,), (3,)).add_(1)
+    return seen, c(x)
+
+
+def strided_copies(x: Tensor) -> Any:
+    y = c(x)[:, 1:]
+    written = torch.as_strided_scatter(y, torch.ones(3, 4), (3, 4), (9, 1), 80)
+    return torch.as_strided_copy(y, (2, 3), (3, 1), 2), written, written * 1
+
+
+def strided_bits(x: Tensor) -> Any:
+    bits = c(x).mul(0).add(x)[:, 2:].view(torch.int32)
+    return bits.as_strided((4, 4), (4, 1)) + 1, bits[1].as_strided((3,), (2,), 5) * 1
+
+
+def strided_in_place(x: Tensor) -> Any:
+    y = c(x)
+    part = y[:, 1:]
+    part.as_strided_((4, 5), (5, 1))
+    y.mul_(2)
+    return part * 1, y
+
+
+def memory_that_is_set(x: Tensor) -> Any:
+    y = c(x)
+    z: Any = torch.empty(0)
+    z.set_(y[1:, 1:])
+    y.mul_(2)
+    return z * 1
+
+
+def windows_of_a_part(x: Tensor) -> Any:
+    y = c(x)
+    windows = y[:, 1:, 2:].unfold(2, 3, 2)[:, :, 1:].unfold(3, 2, 2)
+    before = windows * 1
+    y[:, 1:, 2:].unfold(3, 2, 3)[..., 1].mul_(3)
+    return before, windows * 1
+
+
+@crossed(
+    2,
+    function=[
+        strided_from_a_part, strided_from_a_row, strided_beyond_what_is_shown, strided_from_what_is_permuted,
+        strided_of_what_is_strided, strided_once_it_is_written, strided_and_written, strided_with_the_argument,
+        strided_copies, strided_bits, strided_in_place, memory_that_is_set, windows_of_a_part,
+    ],
+    tuning=TUNINGS,
+    mode=MODES,
+    memory_format=FORMATS,
+)  # fmt: skip
+def test_a_view_by_numbers_is_one_of_all_memory(
+    function: Function, tuning: Tuning, mode: Mode, memory_format: torch.memory_format
+) -> None:
+    assert_as_eager(function, a_map(memory_format), tuning=tuning, mode=mode)
+    if memory_format is torch.contiguous_format:
+        assert_as_eager(function, a_map(memory_format), tuning=tuning, mode=mode, budget=1)
 
 
 # Operands written after use

@@ -185,11 +185,21 @@ class LazyTensor(Tensor):
             torch._C.DisableTorchFunctionSubclass(),
             torch._C._InferenceMode(inference),
         ):  # operators arrive whole there
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+        out = kwargs.get("out") if kwargs else None
+        return result if out is None else _as_given(out, result)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return recorder_of(args, kwargs).call(func, args, kwargs or {})
+
+
+def _as_given(out: Any, result: Any) -> Any:
+    """What an operator returns that was given `out=`: these objects, also where one became an ordinary tensor to take
+    the result's shape, and torch returns what it was."""
+    if isinstance(out, Tensor):
+        return out if isinstance(result, Tensor) else result
+    return type(result)(out) if isinstance(result, tuple) and len(result) == len(out) else result
 
 
 _ACTING = frozenset({"data", "T", "mT", "H", "mH", "real", "imag", "grad", "__cuda_array_interface__"})

@@ -43,6 +43,9 @@ from .writes import Writes
 _AS_ANOTHER = frozenset({"expand_as", "reshape_as", "to", "type_as", "view_as"})
 """What gives its first argument the looks of another, whose values it does not read."""
 
+_OF_MEMORY = frozenset({"as_strided", "as_strided_copy", "as_strided_scatter"})
+"""What goes by places in memory, whatever of it its argument shows."""
+
 _LARGE = 1 << 20
 """Bytes of an ordinary map from which what a decoder does to maps is deferred, though no argument is."""
 
@@ -86,8 +89,8 @@ class Recorder(Writes, TorchDispatchMode):
         if recorder_of(args, kwargs) is not None:
             return (self._by_cudnn if func is operators.CUDNN else self.call)(func, args, kwargs)
         operator = operator_of(func)
-        if operator.written:
-            for value in written_by(operator, args, kwargs):
+        if operator.written or operator.unsaid:
+            for value in (*written_by(operator, args, kwargs), *written_unsaid(func, args, kwargs)):
                 if value.layout is torch.strided:
                     self.memory.before_write(value)
         elif operator.name in operators.OF_PARAMETERS:
@@ -153,22 +156,22 @@ class Recorder(Writes, TorchDispatchMode):
         with self._lock:
             operator = operator_of(func)
             if operator.written:
+                self.writes_unsaid(func, args, kwargs)
                 return self.write(func, operator, args, kwargs)
             tensors = tensors_in(args)
             if kwargs:
                 tensors += tensors_in(kwargs)
             if not are_usual(tensors):
                 return self.now(func, args, kwargs)
+            if operator.name in _OF_MEMORY:
+                args, kwargs = self._with_memory(operator, args, kwargs)
             if operator.name in operators.LIKE:
                 return self._like(func, operator, args, kwargs)
             if operator.name in _AS_ANOTHER and not isinstance(args[0], LazyTensor):
                 return func(args[0], *mapped(_alike, args[1:]), **mapped(_alike, kwargs))
-            if looks(func, args) or (operator.draws and draws(func, args, kwargs)):
+            if self.writes_unsaid(func, args, kwargs):
                 return self.now(func, args, kwargs)
-            unsaid = written_unsaid(func, args, kwargs)
-            if unsaid:
-                for value in unsaid:
-                    self.memory.before_write(value)
+            if looks(func, args) or (operator.draws and draws(func, args, kwargs)):
                 return self.now(func, args, kwargs)
             specs = specs_of(func, args, kwargs, spec_of)
             if specs is None:
@@ -235,8 +238,27 @@ class Recorder(Writes, TorchDispatchMode):
             return self.now(func, args, kwargs)
         return LazyTensor(view)
 
+    def _with_memory(self, operator: Operator, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The arguments of an operator that goes by places in memory: what it is asked of is all of that, so far as
+        this is deferred, else a part of what is there."""
+        given = dict(zip(operator.names, args)) | kwargs
+        base = given["self"]
+        if not isinstance(base, LazyTensor) or base.view_.parent is None or base.view_.cell.real is not None:
+            return args, kwargs
+        view = base.view_
+        alike = view.spec.dtype == view.cell.whole.dtype and not view.spec.dtype.is_complex
+        if alike and operator.name != "as_strided_scatter":
+            offset = given.get("storage_offset")
+            whole = LazyTensor(View(view.cell, view.cell.whole, view.device))
+            return (whole, given["size"], given["stride"], view.spec.offset if offset is None else offset), {}
+        if not self.phantom:
+            self._make_real([base])
+        return args, kwargs
+
     def look(self, view: View, parent: Node) -> Node:
         """What `view` shows, where its parent shows `parent`."""
+        if view.func.overloadpacket.__name__ == "as_strided" and parent.dtype == view.spec.dtype:
+            return views.strided(self, view, parent)
         args = self.operands(view.args)
         node = views.build(self, view, parent, args)
         if node is None:

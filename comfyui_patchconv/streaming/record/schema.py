@@ -11,14 +11,15 @@ import torch
 class Operator(NamedTuple):
     """What is known of an operator from its schema.
 
-    names: of its arguments. written: names and places of those that it writes to. functional: the operator that gives
-    the result instead of writing it. looks: it needs values. draws: it may draw random numbers. reshapes: it changes
-    its argument's shape.
+    names: of its arguments. written: names and places of those that it writes to. unsaid: names of those that it may
+    write to though its schema does not say so. functional: the operator that gives the result instead of writing it.
+    looks: it needs values. draws: it may draw random numbers. reshapes: it changes its argument's shape.
     """
 
     name: str
     names: tuple[str, ...]
     written: tuple[tuple[int, str], ...]
+    unsaid: tuple[str, ...]
     functional: Any
     looks: bool
     draws: bool
@@ -59,7 +60,29 @@ def operator_of(func: Any) -> Operator:
     may_draw = torch.Tag.nondeterministic_seeded in tags or name in ("normal_", "uniform_", "bernoulli_", "random_")
     reshapes = torch.Tag.inplace_view in tags or name in ("set_", "resize_", "resize_as_")
     names = tuple(argument.name for argument in schema.arguments)
-    return Operator(name, names, written, functional, looks, may_draw, reshapes)
+    said = {argument for _, argument in written}
+    unsaid = tuple(one for one in _UNSAID.get(name, ()) if one in names and one not in said)
+    return Operator(name, names, written, unsaid, functional, looks, may_draw, reshapes)
+
+
+_STATISTICS = ("running_mean", "running_var")
+
+_UNSAID: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        (
+            "batch_norm", "native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm",
+            "_batch_norm_impl_index", "instance_norm", "batch_norm_update_stats", "batch_norm_gather_stats",
+            "batch_norm_gather_stats_with_counts",
+        ),
+        _STATISTICS,
+    ),
+    **dict.fromkeys(("rrelu_with_noise", "rrelu_with_noise_"), ("noise",)),
+}  # fmt: skip
+"""What operators write to though the schemas of some releases do not say so: the running statistics of norms, and what
+an activation has drawn."""
+
+_TRAINING = frozenset({"training", "train", "use_input_stats"})
+"""Arguments without which these write to nothing, where they have one."""
 
 
 def looks(func: Any, args: Any) -> bool:
@@ -93,16 +116,17 @@ def draws(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     return bool(given["p"]) and bool(given.get("train", True)) if "p" in given else True
 
 
-def written_unsaid(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """What an operator writes to though its schema does not say so: the running statistics of norms in training."""
+def written_unsaid(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
+    """The tensors that an operator, called so, writes to though its schema does not say so."""
     operator = operator_of(func)
-    if "running_mean" not in operator.names or operator.written:
+    if not operator.unsaid:
         return []
     given = dict(zip(operator.names, args)) | kwargs
-    if not any(given.get(name) for name in ("training", "train", "use_input_stats")):
+    flags = _TRAINING.intersection(operator.names)
+    if flags and not any(given.get(name) for name in flags):
         return []
-    statistics = (given.get(name) for name in ("running_mean", "running_var"))
-    return [value for value in statistics if isinstance(value, torch.Tensor)]
+    values = (given.get(name) for name in operator.unsaid)
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 _GIVING_BACK = frozenset(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..graph.node import dense_strides
 from .schema import operator_of
 
 
@@ -196,12 +197,12 @@ def _asked_on(device: str, func: Any, args: Any, kwargs: dict[str, Any], spec: C
         return _of_attention(args, kwargs, func, spec, answer[0])
     if func.overloadpacket.__name__ in _ARITHMETIC:
         answer = _with_numbers_as_tensors(func, args, kwargs, spec, answer)
-    if func.overloadpacket.__name__ in _KEEPING_FORMAT and _device_types((args, kwargs))[:1] == ["cpu"]:
+    if _keeps_format(func, args, kwargs) and _device_types((args, kwargs))[:1] == ["cpu"]:
         last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(answer[0].shape))
         if last is not None and answer[0].alias is None and _suggests(spec(args[0])):
             tensor = torch.empty(answer[0].shape, dtype=answer[0].dtype, device="meta", memory_format=last)
             answer = (Spec.of(tensor), *answer[1:])
-    return answer if several else answer[0]
+    return answer if several else _as_few_places_have_it(func, args, kwargs, spec, answer[0])
 
 
 _ARITHMETIC = frozenset(
@@ -243,10 +244,82 @@ def _leaves_a_choice(spec: Spec) -> bool:
 _KEEPING_FORMAT = frozenset(
     """
     group_norm native_group_norm pixel_shuffle channel_shuffle roll pad reflection_pad2d reflection_pad3d
-    replication_pad2d replication_pad3d
+    replication_pad2d replication_pad3d max_unpool2d
     """.split()  # noqa: SIM905
 )
 """What keeps channels last on the CPU, and says otherwise on the meta device."""
+
+
+def _keeps_format(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an operator is one of these: not where it goes on at the other end."""
+    operator = operator_of(func)
+    if operator.name not in _KEEPING_FORMAT:
+        return False
+    given = dict(zip(operator.names, args)) | kwargs
+    return given.get("mode") != "circular" and (operator.name != "roll" or bool(given.get("dims")))
+
+
+def _as_few_places_have_it(
+    func: Any, args: Any, kwargs: dict[str, Any], spec: Callable[[Any], Optional[Spec]], result: Spec
+) -> Spec:
+    """The result of an operator that treats each place by itself, in the order in which the CPU has that of few places
+    of such arguments: some kernels give other strides than they say on the meta device."""
+    tags = func.tags
+    if func._schema.is_mutable or torch.Tag.nondeterministic_seeded in tags or operator_of(func).looks:
+        return result
+    values = [*args, *kwargs.values()]
+    sorts = [sort for sort in map(spec, values) if sort is not None]
+    usual = all(dense_strides(sort.shape, range(len(sort.shape), 0, -1)) == list(sort.strides) for sort in sorts)
+    if usual or result.alias is not None or len(result.shape) < 3 or _keeps_format(func, args, kwargs):
+        return result
+    if any(kind != "cpu" for kind in _device_types((args, kwargs))):
+        return result
+    if any(isinstance(value, (list, tuple)) and _device_types(value) for value in values):
+        return result
+    if any(isinstance(value, torch.device) and value.type != "cpu" for value in values):
+        return result
+
+    def few(value: Any) -> Any:
+        sort = spec(value)
+        return value if sort is None else _of_few_places(sort, result.shape)
+
+    try:
+        made = func(*map(few, args), **{name: few(value) for name, value in kwargs.items()})
+    except Exception:  # it is no such operator
+        return result
+    alike = isinstance(made, Tensor) and made.layout is torch.strided and made.dtype == result.dtype
+    if not alike or made.shape != tuple(min(side, 2) for side in result.shape):
+        return result
+    strides, size = [0] * len(result.shape), 1
+    for dim in sorted(range(len(strides)), key=lambda dim: (made.stride(dim), result.shape[dim] > 1, -dim)):
+        strides[dim], size = size, size * result.shape[dim]
+    known = dense_strides(result.shape, result.strides)
+    return result if known is None or _in_one_order(result.shape, known, strides) else result._replace(strides=strides)
+
+
+def _of_few_places(sort: Spec, result: Sequence[int]) -> Tensor:
+    """A tensor of ones that lies as one of `sort` does, of two places along each dimension of the result's; as it is
+    where it does not broadcast against that. Raises ValueError where it is large then."""
+    behind = result[len(result) - len(sort.shape) :]
+    if len(sort.shape) > len(result) or any(side not in (1, other) for side, other in zip(sort.shape, behind)):
+        if prod(sort.shape) > _FEW:
+            raise ValueError("a large tensor of another shape")
+        return torch.empty_strided(sort.shape, sort.strides, dtype=sort.dtype).fill_(1)
+    shape = [min(side, 2) for side in sort.shape]
+    strides = list(sort.strides)
+    if dense_strides(sort.shape, strides) == strides:
+        ends, size = {1: 1}, 1  # what strides become, also those of one place, which lie where others end
+        for dim in sorted(range(len(shape)), key=lambda dim: (strides[dim], -dim)):
+            if shape[dim] > 1:
+                ends[strides[dim]], size = size, size * shape[dim]
+                ends[strides[dim] * sort.shape[dim]] = size
+        strides = [ends.get(stride, stride) for stride in strides]
+    return torch.empty_strided(shape, strides, dtype=sort.dtype).fill_(1)
+
+
+def _in_one_order(shape: Sequence[int], strides: Sequence[int], others: Sequence[int]) -> bool:
+    return all(one == other or side <= 1 for one, other, side in zip(strides, others, shape))
+
 
 _CONVOLUTIONS = frozenset(
     {"conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}

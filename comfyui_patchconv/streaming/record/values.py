@@ -126,10 +126,13 @@ class Values(Program):
             for tensor in tensors if gives else ():
                 self.memory.give(tensor.view_.real())
             for tensor in tensors:
-                real = tensor.view_.real()
-                mine = real.detach()  # never the caller's own object
-                self._tensors.pop(id(tensor), None)
-                _become(tensor, mine)
+                self.replace_by(tensor, tensor.view_.real())
+
+    def replace_by(self, tensor: LazyTensor, real: Tensor) -> None:
+        """Make an ordinary tensor of a deferred one, the same object, that has the memory of `real`."""
+        mine = real.detach()  # never the caller's own object
+        self._tensors.pop(id(tensor), None)
+        _become(tensor, mine)
 
     def finish(self, only_computed: bool = False) -> None:
         """The call is over: what the program still has becomes ordinary, all evaluated in one go. only_computed: what

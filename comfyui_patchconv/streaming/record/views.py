@@ -190,6 +190,23 @@ def _cut(recorder: Any, parent: Node, part: _Part, spec: Spec) -> Optional[Node]
     return _plain(recorder, step, [picked], [None], spec, None)
 
 
+def strided(recorder: Any, view: Any, parent: Node) -> Node:
+    """What `as_strided` shows of a cell, all of which is `parent`: places of memory, where that lies as eager has it."""
+    whole, spec = view.cell.whole, view.spec
+
+    def run(pieces: Sequence[Tensor]) -> Tensor:
+        memory = pieces[0]
+        if memory.stride() != whole.strides:
+            memory = memory.new_empty_strided(whole.shape, whole.strides).copy_(memory)
+        return memory.as_strided(spec.shape, spec.strides, memory.storage_offset() + spec.offset - whole.offset)
+
+    step = Whole(run)
+    step.name = "as_strided"
+    if parent.dim is not None:
+        recorder.report[step.name] = recorder.report.get(step.name, 0) + 1
+    return _plain(recorder, step, [parent], [None], spec, None)
+
+
 # Writes
 
 

@@ -13,7 +13,7 @@ from .arguments import are_usual, mapped, spec_of, tensors_in, written_by
 from .held import is_ordinary
 from .lazy import LazyTensor, View
 from .marks import plain
-from .schema import Operator, draws
+from .schema import Operator, draws, operator_of, written_unsaid
 from .shapes import Spec, specs_of
 from .values import Values
 
@@ -37,6 +37,18 @@ class Writes(Values):
         if usual and target.view_.cell.real is None and self._write_deferred(func, operator, target, args, kwargs):
             return target
         return self._write_now(func, targets, args, kwargs)
+
+    def writes_unsaid(self, func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether an operator writes to arguments though its schema does not say so; these are made ready for it."""
+        if not operator_of(func).unsaid:
+            return False
+        targets = written_unsaid(func, args, kwargs)
+        if self.phantom:
+            return bool(targets)
+        self._make_real([value for value in targets if isinstance(value, LazyTensor)])
+        for value in targets:
+            self.memory.before_write(self.real_or_same(value))
+        return bool(targets)
 
     def _write_deferred(self, func: Any, operator: Operator, target: LazyTensor, args: Any, kwargs: Any) -> bool:
         """Give the cell of `target` its new value; whether that could be done."""
@@ -87,7 +99,8 @@ class Writes(Values):
         # What it reads is evaluated before anything is written.
         others = [value for value in tensors_in((args, kwargs)) if isinstance(value, LazyTensor)]
         self.store([value.view_.node() for value in others if value.view_.cell.real is None])
-        reals = {id(value): self.real(value) for value in others}
+        # Apart from the cell's own, whose shape shall stay.
+        reals = {id(value): self.real(value).detach() for value in others}
         name = func.overloadpacket.__name__
         if any(value.view_.cell.real is None for value in others):
             self.report[name] = self.report.get(name, 0) + 1
@@ -102,11 +115,27 @@ class Writes(Values):
 
         with self.as_called():
             result = func(*mapped(value_of, args), **mapped(value_of, kwargs))
-            for value in targets:
-                real, written = reals.get(id(value)), values.get(id(value))
-                if real is not None and written is not None and real is not written:
-                    real.copy_(written)
+            written = {id(value): value for value in targets if isinstance(value, LazyTensor)}
+            for key in written:
+                if reals[key] is not values[key]:
+                    reals[key].copy_(values[key])
+        for key, value in written.items():
+            if reals[key].shape != value.view_.spec.shape:
+                self._take_shape(value, reals[key])
         return mapped(lambda value: lazies.get(id(value), value), result)
+
+    def _take_shape(self, target: LazyTensor, real: Tensor) -> None:
+        """`out=` of another shape than the result's takes that, in the memory that it had, which other views keep."""
+        original = getattr(target, "original_", None)
+        if original is not None:  # the caller's own object does so, too
+            with self.as_called():
+                original.set_(real)
+        self.replace_by(target, real)
+        if isinstance(target, LazyTensor):
+            raise RuntimeError(
+                f"out= of shape {target.view_.spec.shape} cannot become one of {tuple(real.shape)} in a streamed call "
+                "with a torch older than 2.3: give it that shape, update torch, or stream another part."
+            )
 
     def _compute_into(self, target: Any, source: Any) -> bool:
         """Compute a map where the program copies it to, rather than beside it; whether that could be done."""

@@ -149,18 +149,19 @@ def row_local(
     """The node of an operator whose dimensions are those of its result, counted from the last, and that treats each row
     by itself; `excluded`: dimensions of which that is not true.
 
-    aligned: held tensors broadcast against the result, and come in rows too; else they are used as they are.
+    aligned: all tensors broadcast against the result, and come in rows too; else the first alone does, and the others,
+    as a norm's weights of which there may be as many as the map has rows, are read whole.
     """
     inputs, apply = over(call.args, call.kwargs)
     shape = call.spec.shape
-    dim = aligned_dim(inputs, shape, excluded)
+    dim = aligned_dim(inputs if aligned else inputs[:1], shape, excluded)
     if dim is None:
         return None
     back, rows = len(shape) - dim, shape[dim]
     dims = []
-    for node in inputs:
+    for number, node in enumerate(inputs):
         place = len(node.shape) - back
-        here = place >= 0 and node.shape[place] != 1
+        here = place >= 0 and node.shape[place] != 1 and (aligned or not number)
         if here and node.shape[place] != rows:
             return None
         dims.append(place if here else None)

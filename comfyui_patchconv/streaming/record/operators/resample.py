@@ -80,7 +80,11 @@ def shuffle(call: OperatorCall) -> Optional[Node]:
         return None
     up, down = (factor, 1) if call.name == "pixel_shuffle" else (1, factor)
     func = call.func
-    step = Resample(up, down, input.shape[dim], dim, lambda piece: func(piece, factor), cheap=True)
+
+    def run(piece: Tensor) -> Tensor:
+        return func(piece.contiguous() if piece.dim() == 5 else piece, factor)  # refused with its channels last
+
+    step = Resample(up, down, input.shape[dim], dim, run, cheap=True)
     return call.node(step, [input], [dim], dim)
 
 
