@@ -191,7 +191,7 @@ def _cut(recorder: Any, parent: Node, part: _Part, spec: Spec) -> Optional[Node]
 
 
 def strided(recorder: Any, view: Any, parent: Node) -> Node:
-    """What `as_strided` shows of a cell, all of which is `parent`: places of memory, where that lies as eager has it."""
+    """What `as_strided` shows of a cell, all of which is `parent`: places of memory, where it lies as in eager."""
     whole, spec = view.cell.whole, view.spec
 
     def run(pieces: Sequence[Tensor]) -> Tensor:
