@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from ..pixel_models.patch_ddpm.config import Config, DiffusionConfig
 from ..pixel_models.patch_ddpm.diffusion import SAMPLERS, sample
 from ..pixel_models.patch_ddpm.model import PatchDenoiser
 from ..pixel_models.training.images import derived_seed
+from ..terminal import watched
 from .arguments import DTYPES, device, natural, seed
 from .options import add_trust
 from .outputs import check_output
@@ -114,7 +114,7 @@ def _sample(args: argparse.Namespace) -> None:
         print(f"{args.n_samples} images with seed {drawn}")
     from tqdm import tqdm
 
-    with tqdm(total=len(starts) * steps, unit="step", disable=process > 0 or not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(starts) * steps, unit="step", disable=process > 0 or not watched()) as bar:
         for start in starts:
             count = min(args.batch_size, args.n_samples - start)
             generator = torch.Generator().manual_seed(derived_seed(drawn, start))

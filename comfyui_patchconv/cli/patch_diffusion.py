@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..pixel_models.patch_diffusion.config import PUBLISHED
 from ..pixel_models.patch_diffusion.diffusion import sample, spaced
 from ..pixel_models.patch_diffusion.loss import WEIGHTS
 from ..pixel_models.patch_diffusion.model import PatchUNet
+from ..terminal import watched
 from .arguments import device, natural, number, seed
 from .options import add_trust
 from .outputs import check_output
@@ -265,7 +265,7 @@ def _batches(
 
     config, count = models[0].config, args.num_images
     total = -(-count // args.batch_size) * len(spaced(steps))
-    with tqdm(total=total, unit="step", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=total, unit="step", disable=not watched()) as bar:
         for start in range(0, count, args.batch_size):
             number = min(args.batch_size, count - start)
             noise = torch.randn(number, 3, config.image_size, config.image_size, generator=generator)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..hosts.upscale import check_model, name_of
 from ..memory.recorder import Recorder
 from ..memory.usage import free
 from ..streaming import USUAL
+from ..terminal import watched
 from .arguments import DTYPES, device, size
 from .line import cleared, percent
 from .options import add_spread, add_trust, inputs_of, of_folder, say
@@ -116,7 +116,7 @@ class _Streamed:
         self._budget, self._beside = args.budget or 0, processes.beside
         self._group = processes.group if processes.rows else None
         self._tuning = replace(USUAL, silent_seconds=float(args.silent_seconds))
-        self._watched = sys.stderr.isatty() and processes.rank == 0 and (processes.rows or processes.count == 1)
+        self._watched = watched() and processes.rank == 0 and (processes.rows or processes.count == 1)
 
     def __call__(self, model: Any, picture: Picture, where: torch.device, dtype: torch.dtype) -> Tensor:
         """The levels `[1, C, H, W]` of `picture`, upscaled; see `levels_of`."""
