@@ -21,7 +21,7 @@ from ..memory.recorder import Recorder
 from ..memory.usage import free
 from ..streaming import USUAL
 from ..terminal import watched
-from .arguments import DTYPES, device, size
+from .arguments import DTYPES, device, path_of, size
 from .line import cleared, percent
 from .options import add_spread, add_trust, inputs_of, of_folder, say
 from .outputs import Outputs, add_out
@@ -36,13 +36,13 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("upscale", help="pictures made larger by a model", description=_run.__doc__)
     parser.add_argument(
         "--model",
-        type=Path,
+        type=path_of,
         required=True,
         help="ESRGAN, RealESRGAN, SPAN …: what spandrel knows, .pth or .safetensors",
     )
     parser.add_argument(
         "--image",
-        type=Path,
+        type=path_of,
         nargs="+",
         required=True,
         metavar="FILE",
