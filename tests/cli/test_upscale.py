@@ -140,6 +140,29 @@ def test_pictures_of_every_mode_are_upscaled(tmp_path: Path, model: Path, mode: 
     assert found.std() > 1
 
 
+@pytest.mark.parametrize("most", [1, 255, np.nan])
+def test_a_picture_of_floats(tmp_path: Path, model: Path, most: float, capsys: pytest.CaptureFixture[str]) -> None:
+    """From 0 to 1, or nothing says what is white."""
+    grey = noise(16, 16, 1, np.uint16)[:, :, 0]
+    Image.fromarray((grey / 65535 * most).astype(np.float32)).save(tmp_path / "in.tif")
+    run(model, tmp_path / "out.png", tmp_path / "in.tif", code=0 if most == 1 else 2)
+    if most == 1:
+        assert_same(levels(tmp_path / "out.png"), whole(model, np.repeat(grey[:, :, None], 3, 2)), most=300)
+    else:
+        assert "1 is white: export it with 8 or 16 bits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["int", "uint", "short", "char"])
+def test_whole_numbers_that_do_not_say_what_is_white(
+    tmp_path: Path, model: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import pyvips  # pyright: ignore[reportMissingImports]
+
+    pyvips.Image.new_from_array(noise(16, 16)).cast(kind).write_to_file(str(tmp_path / "in.tif"))
+    run(model, tmp_path / "out.png", tmp_path / "in.tif", code=2)
+    assert "which do not say what is white" in capsys.readouterr().err
+
+
 def test_a_model_for_grey_pictures(tmp_path: Path) -> None:
     save_file(compact(channels=1), tmp_path / "grey.safetensors")
     run(tmp_path / "grey.safetensors", tmp_path / "out.png", written(tmp_path / "in.png", noise(20, 16)))
