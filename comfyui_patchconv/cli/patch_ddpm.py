@@ -173,7 +173,7 @@ def _train(args: argparse.Namespace) -> None:
 
 def _import(args: argparse.Namespace) -> None:
     """Write a checkpoint of the authors' trainer as one of ours, with its configuration: what the nodes load."""
-    check_output(args.out)
+    check_output(args.out, ".safetensors")
     check_no_input(args.out, (args.ckpt, args.config))
     model, diffusion = _model(args)
     save(model, diffusion, args.out)
