@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files.image_rows import SUFFIXES, Picture, empty_levels, levels_of, open_picture, save_levels
-from ..files.images import IMAGES
+from ..files.image_rows import READ, SUFFIXES, Picture, empty_levels, levels_of, open_picture, save_levels
 from ..files.tensors import existing
 from ..files.upscalers import load_upscaler
 from ..hosts.streamed import StreamedForward
@@ -75,7 +74,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _upscale(args: argparse.Namespace, where: torch.device, processes: Processes) -> int:
-    images = inputs_of(args.image, args.model, *IMAGES)
+    images = inputs_of(args.image, args.model, *READ)
     outputs = Outputs(args.out, images, [args.model], *SUFFIXES, overwrite=args.overwrite, folder=of_folder(args.image))
     if len(images) == 1:
         existing(images[0])

@@ -22,6 +22,9 @@ from .words import short
 SUFFIXES = (".png", ".tif", ".tiff")
 """Of files that can be written, the usual one first."""
 
+READ = (*SUFFIXES, ".jpg", ".jpeg", ".webp")
+"""What files of a folder are taken for pictures: what libvips reads in all its builds, unlike .bmp."""
+
 _ROWS_BYTES = 32 << 20
 """Bytes of the rows that are read at once."""
 

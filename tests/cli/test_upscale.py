@@ -205,6 +205,14 @@ def test_several_of_which_one_fails(tmp_path: Path, model: Path, capsys: pytest.
     assert (tmp_path / "out" / "one.png").read_bytes() != b"old"
 
 
+def test_what_cannot_be_read_is_not_taken_from_a_folder(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for suffix in ("png", "bmp"):
+        Image.fromarray(noise(8, 8)).save(tmp_path / "in" / f"{suffix}.{suffix}")
+    run(model, tmp_path / "out", tmp_path / "in")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["png.png"]
+
+
 def test_a_disk_that_is_full_leaves_what_was_there(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
