@@ -59,10 +59,10 @@ def number(text: str) -> float:
 
 
 def rate(text: str) -> float:
-    """Frames a second, above 0 and at most 1000."""
+    """Frames a second, at least one in 1000 seconds, which files can still say, and at most 1000."""
     found = number(text)
-    if not 0 < found <= 1000:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1000 frames a second")
+    if not 0.001 <= found <= 1000:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0.001 and 1000 frames a second")
     return found
 
 
