@@ -55,3 +55,16 @@ def ready() -> Iterator[Ready]:
     ready = Ready()
     yield ready
     ready.stop()
+
+
+@pytest.fixture
+def unwritable(tmp_path: Path) -> Path:
+    """A folder in which no file can be made, by root neither."""
+    folder = tmp_path / "unwritable"
+    folder.mkdir()
+    folder.chmod(0o500)
+    if os.access(folder, os.W_OK):
+        folder = Path("/proc")
+    if not os.path.isdir(folder):
+        pytest.skip("this user, or this system, can write to any folder")
+    return folder

@@ -27,13 +27,14 @@ HOSTS = {
 
 ARROWS: dict[str, set[str]] = {
     "units": set(),
+    "terminal": set(),
     "memory": {"units"},
     "conv": {"memory", "units"},
     "files": {"memory", "units"},
     "streaming": {"conv", "memory", "units"},
     "hosts": {"streaming", "conv", "memory", "units"},
-    "pixel_models": {"files", "streaming", "conv", "memory", "units"},
-    "cli": {"hosts", "files", "pixel_models", "streaming", "conv", "memory", "units"},
+    "pixel_models": {"files", "streaming", "conv", "memory", "terminal", "units"},
+    "cli": {"hosts", "files", "pixel_models", "streaming", "conv", "memory", "terminal", "units"},
 }
 """The rooms that each room of the core may import from."""
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
-import sys
 from collections.abc import Sequence
 from typing import NoReturn, Optional
 
@@ -13,6 +11,7 @@ import torch
 from . import decode, demo, encode, patch_ddpm, patch_diffusion, upscale
 from .empty_cache import no_empty_cache
 from .failures import WRONG_INPUT, failure, tell
+from .prints import lenient
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -21,7 +20,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     0: done. 2: wrong input, said in one sentence on stderr before any work. 3: out of memory. 130: interrupted. Of
     several inputs one that fails does not end the others, and the code is the highest of theirs.
     """
-    _print_any_name()
+    with lenient():
+        return _run(argv)
+
+
+def _run(argv: Optional[Sequence[str]]) -> int:
     try:
         args = parser().parse_args(argv)
         with no_empty_cache(), torch.inference_mode(args.job != "train"):
@@ -34,13 +37,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             raise
         tell(found[0])
         return found[1]
-
-
-def _print_any_name() -> None:
-    """Have names of files printed as escapes that the terminal or file has no letters for, rather than end in an error
-    once the work is done: on Windows, what is not a terminal has one language's letters."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def parser() -> argparse.ArgumentParser:

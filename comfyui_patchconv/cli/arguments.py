@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,13 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 _YEAR = 366 * 24 * 3600
 """Seconds: more than any process is waited for."""
+
+
+def path_of(text: str) -> Path:
+    """A file or a folder. Nothing, as a variable that is not set leaves it, is not taken for the folder at hand."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty: give one, or . for the folder at hand")
+    return Path(text)
 
 
 def natural(text: str) -> int:
@@ -51,10 +59,10 @@ def number(text: str) -> float:
 
 
 def rate(text: str) -> float:
-    """Frames a second, above 0 and at most 1000."""
+    """Frames a second, at least one in 1000 seconds, which files can still say, and at most 1000."""
     found = number(text)
-    if not 0 < found <= 1000:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1000 frames a second")
+    if not 0.001 <= found <= 1000:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0.001 and 1000 frames a second")
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import signal
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -25,8 +24,9 @@ from ..files.vaes import traits_of
 from ..files.words import short
 from ..memory.errors import is_out_of_memory
 from ..memory.recorder import Recorder
-from .arguments import DTYPES
+from .arguments import DTYPES, path_of
 from .options import add_strips, add_trust, default_device
+from .outputs import check_folder
 from .vae import EAGER, MB, RunOptions, channels, check_channels, decode, scale
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ SMALL_VAE = Path(__file__).resolve().parents[1] / "data" / "vae.safetensors"
 PHOTOGRAPH = SMALL_VAE.with_name("photograph.latent")
 """What is decoded by default; see `data/README.md`."""
 
+_WRITTEN = ("image.png", "comparison.png", "memory.png")
 _RANDOM = "random"
 _COLOURS = {EAGER: "#9a9a9a", TILES: "#c2410c", "patch": "#1668c7", "stream": "#1a7f37"}
 _INTERVAL = 0.02
@@ -57,15 +58,15 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--vae",
-        type=Path,
+        type=path_of,
         default=SMALL_VAE,
         help="VAE or checkpoint; 'random' for Stable Diffusion's VAE with random weights and a synthetic latent "
         "(default: a small VAE, trained for this, and a photograph's latent)",
     )
-    parser.add_argument("--latent", type=Path, help="ComfyUI's .latent or a safetensors tensor, that --vae decodes")
+    parser.add_argument("--latent", type=path_of, help="ComfyUI's .latent or a safetensors tensor, that --vae decodes")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path_of,
         default=Path("demo"),
         help="folder of image.png, comparison.png and memory.png, which are replaced once new ones are whole "
         "(default: %(default)s)",
@@ -136,9 +137,9 @@ def run(settings: DemoSettings, out: Path) -> dict[str, Optional[Result]]:
     """
     import PIL  # noqa: F401  before the work, not after it, if it is missing
 
-    _check_folder(out)
+    check_folder(out, _WRITTEN, parents=True)
     read = [existing(path) for path in (settings.vae, settings.latent) if path]
-    image, comparison, memory = (out / name for name in ("image.png", "comparison.png", "memory.png"))
+    image, comparison, memory = (out / name for name in _WRITTEN)
     for path in (image, comparison, memory):
         check_no_input(path, read)
     print(about(settings))
@@ -256,13 +257,6 @@ def synthetic_latent(channels: int, height: int, width: int, seed: int = 0) -> T
         noise = torch.randn(1, channels, cells, cells, generator=generator)
         latent += weight * F.interpolate(noise, (height, width), mode="bicubic")
     return latent
-
-
-def _check_folder(folder: Path) -> None:
-    """Raises ValueError unless `folder` can be written to, or made."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"--out is {folder} and {existing} is not a folder that can be written to: choose another.")
 
 
 def _in_fresh_process(settings: DemoSettings, mode: str) -> Optional[Result]:

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..terminal import watched
+
 _WIDTH = 40
 """Characters that are cleared; nothing that is shown has more."""
 
@@ -27,5 +29,5 @@ def cleared() -> Iterator[None]:
     try:
         yield
     finally:
-        if sys.stderr.isatty():
+        if watched():
             show(" " * _WIDTH + "\r")

@@ -14,7 +14,7 @@ from ..hosts.auto import WORDS
 from ..hosts.modes import RunMode
 from ..memory.recorder import Recorder
 from ..streaming import USUAL
-from .arguments import DTYPES, device, natural, seconds, size
+from .arguments import DTYPES, device, natural, path_of, seconds, size
 from .outputs import add_out
 from .processes import Processes
 from .vae import CHOICES, MB, RunOptions
@@ -26,11 +26,11 @@ def add_conversion(parser: argparse.ArgumentParser, given: str, what: str, out: 
     given, what: the option that names them, and what they are. out: what is written.
     """
     parser.add_argument(
-        "--vae", type=Path, required=True, help="VAE or checkpoint, in its authors' layout or diffusers'"
+        "--vae", type=path_of, required=True, help="VAE or checkpoint, in its authors' layout or diffusers'"
     )
     parser.add_argument(
         given,
-        type=Path,
+        type=path_of,
         nargs="+",
         required=True,
         metavar="FILE",

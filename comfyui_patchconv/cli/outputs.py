@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Optional
 
-from ..files.atomic import check_no_input
+from ..files.atomic import check_folder_writable, check_no_input, check_writable
+from .arguments import path_of
 
 RULE = (
     "A FILE that is there is replaced once the new one is whole; in a FOLDER what is there is skipped, unless "
@@ -22,7 +24,11 @@ RULE = (
 def add_out(parser: argparse.ArgumentParser, what: str) -> None:
     """Add the options of a command that takes several inputs."""
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE|FOLDER", help=f"{what}; with several inputs a folder. {RULE}"
+        "--out",
+        type=path_of,
+        required=True,
+        metavar="FILE|FOLDER",
+        help=f"{what}; with several inputs a folder. {RULE}",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is there in a FOLDER")
 
@@ -73,10 +79,10 @@ class Outputs:
             other = self.written.setdefault(_as_compared(str(each)), path)
             if other is not path:
                 raise ValueError(f"{each} has been written for {other} and {path} would replace it: give them apart.")
-        if not self.folder:
-            return list(names)
-        self.out.mkdir(exist_ok=True)
-        kept = [each for each in names if each.exists() and not self.overwrite]
+        kept = [each for each in names if self.folder and each.exists() and not self.overwrite]
+        if self.folder:
+            self.out.mkdir(exist_ok=True)
+        check_folder(names[0].parent, (each.name for each in names if each not in kept))
         if len(kept) == len(names) > 1 and parts > 1:
             print(f"{kept[0]} to {kept[-1].name}: there already, skipped")
         elif parts == 1:
@@ -107,18 +113,36 @@ def _numbered(name: Path, number: int) -> Path:
 
 
 def check_output(path: Path, *suffixes: str, option: str = "--out") -> None:
-    """Raises ValueError unless `path` can be the name of a new file that ends in one of `suffixes`, if given."""
+    """Raises ValueError unless `path` can be the name of a file that ends in one of `suffixes`, if given, and OSError
+    where that cannot be written."""
+    if path.is_dir():
+        raise ValueError(f"{option} is {path}, which is a folder: give the name of a file.")
     if suffixes and path.suffix.lower() not in suffixes:
         raise ValueError(f"{option} is {path}: its name must end in {' or '.join(suffixes)}.")
     if not path.parent.is_dir():
         raise ValueError(f"{option} is {path} and the folder {path.parent} does not exist: create it first.")
+    check_writable(path)
+
+
+def check_folder(path: Path, names: Iterable[str] = (), option: str = "--out", parents: bool = False) -> None:
+    """Raises ValueError unless `path` is a folder, or can be the name of a new one, and OSError where nothing can be
+    written to it.
+
+    names: of files that will be; those that are there can be replaced. parents: the folders around it are made, too.
+    """
     if path.is_dir():
-        raise ValueError(f"{option} is {path}, which is a folder: give the name of a file.")
-
-
-def check_folder(path: Path) -> None:
-    """Raises ValueError unless `path` is a folder, or can be the name of a new one."""
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"--out is {path}, which is a file, and there are several inputs: give a folder.")
-    if not path.parent.is_dir():
-        raise ValueError(f"--out is {path} and the folder {path.parent} does not exist: create it first.")
+        check_folder_writable(path)
+        for name in names:
+            if os.path.lexists(path / name):
+                check_writable(path / name)
+        return
+    if os.path.lexists(path):
+        what = "a link to nothing" if path.is_symlink() else "a file"
+        raise ValueError(f"{option} is {path}, which is {what}: give the name of a folder.")
+    around = path.parent
+    while parents and not os.path.lexists(around):
+        around = around.parent
+    if not around.is_dir():
+        what = "is not a folder: choose another one" if os.path.lexists(around) else "does not exist: create it first"
+        raise ValueError(f"{option} is {path} and {around} {what}.")
+    check_folder_writable(around)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,13 @@ from ..pixel_models.patch_ddpm.config import Config, DiffusionConfig
 from ..pixel_models.patch_ddpm.diffusion import SAMPLERS, sample
 from ..pixel_models.patch_ddpm.model import PatchDenoiser
 from ..pixel_models.training.images import derived_seed
-from .arguments import DTYPES, device, natural, seed
+from ..terminal import watched
+from .arguments import DTYPES, device, natural, path_of, seed
 from .options import add_trust
-from .outputs import check_output
+from .outputs import check_folder, check_output
+
+_WRITTEN = {"checkpoints": ("model-last.pt", "model-last.safetensors"), "samples": ()}
+"""Folders that a training writes to, and the files in them that it writes again and again."""
 
 
 def add(commands: Any) -> None:
@@ -40,7 +43,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument(
         "--out-dir",
-        type=Path,
+        type=path_of,
         required=True,
         help="folder for sample-00000000.png and so on; each replaces what is there once it is whole",
     )
@@ -58,7 +61,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, required=True, help="JSON with model, diffusion and trainer")
+    parser.add_argument("--config", type=path_of, required=True, help="JSON with model, diffusion and trainer")
     parser.add_argument(
         "--restart-step", type=natural, help="step to go on from; 1 to begin anew (default: the last that was saved)"
     )
@@ -70,7 +73,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path_of,
         required=True,
         help=".safetensors file to write, which replaces what is there once it is whole",
     )
@@ -78,8 +81,8 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ckpt", type=Path, required=True, help="model-*.pt of a training, or a .safetensors file")
-    parser.add_argument("--config", type=Path, help="JSON of the training, for a file that does not hold it")
+    parser.add_argument("--ckpt", type=path_of, required=True, help="model-*.pt of a training, or a .safetensors file")
+    parser.add_argument("--config", type=path_of, help="JSON of the training, for a file that does not hold it")
     add_trust(parser)
 
 
@@ -100,6 +103,8 @@ def _sample(args: argparse.Namespace) -> None:
     """Sample images. For several devices: accelerate launch -m comfyui_patchconv.cli patch-ddpm sample …"""
     if not args.n_samples or not args.batch_size:
         raise ValueError("there is no image to sample: use an --n-samples and a --batch-size of 1 or more.")
+    names = (_name(number) for number in range(args.n_samples))
+    check_folder(args.out_dir, names, "--out-dir", parents=True)
     model, diffusion = _model(args)
     steps = diffusion.timesteps if args.steps is None else args.steps
     if not 1 <= steps <= diffusion.timesteps:
@@ -114,7 +119,7 @@ def _sample(args: argparse.Namespace) -> None:
         print(f"{args.n_samples} images with seed {drawn}")
     from tqdm import tqdm
 
-    with tqdm(total=len(starts) * steps, unit="step", disable=process > 0 or not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(starts) * steps, unit="step", disable=process > 0 or not watched()) as bar:
         for start in starts:
             count = min(args.batch_size, args.n_samples - start)
             generator = torch.Generator().manual_seed(derived_seed(drawn, start))
@@ -130,7 +135,11 @@ def _sample(args: argparse.Namespace) -> None:
                 on_step=lambda *_: bar.update(),
             )
             for number, image in enumerate(images, start):
-                save_image(args.out_dir / f"sample-{number:08}.png", image * 2 - 1)
+                save_image(args.out_dir / _name(number), image * 2 - 1)
+
+
+def _name(number: int) -> str:
+    return f"sample-{number:08}.png"
 
 
 def _drawn_seed(processes: int) -> int:
@@ -154,12 +163,17 @@ def _train(args: argparse.Namespace) -> None:
     accelerate launch -m comfyui_patchconv.cli patch-ddpm train …"""
     from ..pixel_models.patch_ddpm.train import train
 
-    train(_config(args.config), args.restart_step, args.trust)
+    config = _config(args.config)
+    if config.trainer is not None:
+        check_folder(Path(config.trainer.log_dir), ("loss.csv",), "trainer.log_dir", parents=True)
+        for name, inside in _WRITTEN.items():
+            check_folder(Path(config.trainer.log_dir, name), inside, "a folder in trainer.log_dir", parents=True)
+    train(config, args.restart_step, args.trust)
 
 
 def _import(args: argparse.Namespace) -> None:
     """Write a checkpoint of the authors' trainer as one of ours, with its configuration: what the nodes load."""
-    check_output(args.out)
+    check_output(args.out, ".safetensors")
     check_no_input(args.out, (args.ckpt, args.config))
     model, diffusion = _model(args)
     save(model, diffusion, args.out)

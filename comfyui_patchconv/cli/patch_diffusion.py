@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +20,10 @@ from ..pixel_models.patch_diffusion.config import PUBLISHED
 from ..pixel_models.patch_diffusion.diffusion import sample, spaced
 from ..pixel_models.patch_diffusion.loss import WEIGHTS
 from ..pixel_models.patch_diffusion.model import PatchUNet
-from .arguments import device, natural, number, seed
+from ..terminal import watched
+from .arguments import device, natural, number, path_of, seed
 from .options import add_trust
-from .outputs import check_output
+from .outputs import check_folder, check_output
 
 NAMES = {**PUBLISHED, **{name.replace("lsun", "church"): PUBLISHED[name] for name in PUBLISHED if "lsun" in name}}
 """The authors call a data set by either name."""
@@ -56,7 +56,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("num_images", type=natural, metavar="NUM_IMAGES")
     parser.add_argument(
-        "save_path", type=Path, metavar="SAVE_PATH", help="each file replaces what is there once it is whole"
+        "save_path", type=path_of, metavar="SAVE_PATH", help="each file replaces what is there once it is whole"
     )
     parser.add_argument("--batch_size", type=natural, default=16, help="images at once (default: %(default)s)")
     parser.add_argument(
@@ -84,8 +84,8 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data_dir", type=Path, metavar="DATA_DIR", help="images, in any folders")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to, and to go on from")
+    parser.add_argument("data_dir", type=path_of, metavar="DATA_DIR", help="images, in any folders")
+    parser.add_argument("--out", type=path_of, required=True, help="folder to write to, and to go on from")
     parser.add_argument("--config", choices=NAMES, default="lsun_p4", help="model (default: %(default)s)")
     parser.add_argument(
         "--class_cond", action="store_true", help="tell the model the class: the name of the folder in DATA_DIR"
@@ -120,7 +120,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", choices=NAMES, metavar="DATASET", help=", ".join(NAMES))
     parser.add_argument(
         "out",
-        type=Path,
+        type=path_of,
         metavar="OUT",
         help=".safetensors file to write, which replaces what is there once it is whole",
     )
@@ -195,7 +195,7 @@ def _sample(args: argparse.Namespace) -> None:
     """Sample images, and write them as the authors' scripts do."""
     if not args.num_images or not args.batch_size:
         raise ValueError("there is no image to sample: use a NUM_IMAGES and a --batch_size of 1 or more.")
-    out = _output(args.save_path, args.action)
+    out = _output(args.save_path, args.action, args.num_images)
     check_no_input(out, [Path(args.dataset), *map(Path, args.model_path or ())], "SAVE_PATH")
     steps = SECTIONS if args.modified_stride else args.timesteps
     spaced(steps)
@@ -211,7 +211,7 @@ def _sample(args: argparse.Namespace) -> None:
         out.mkdir(exist_ok=True)
         for start, (images, _) in zip(range(0, args.num_images, args.batch_size), batches):
             for number, image in enumerate(images, start):
-                save_image(out / f"{number:06}.png", image)
+                save_image(out / _name(number), image)
         return
     if args.action == "grid":
         save_image(out, grid(torch.cat([images for images, _ in batches])))
@@ -223,16 +223,19 @@ def _sample(args: argparse.Namespace) -> None:
         write_whole(out, lambda file: np.savez(file, *arrays))
 
 
-def _output(path: Path, action: str) -> Path:
-    """The path to write to. Raises ValueError where that is impossible, before there is anything to lose."""
+def _name(number: int) -> str:
+    return f"{number:06}.png"
+
+
+def _output(path: Path, action: str, count: int) -> Path:
+    """The path to write to, of so many images. Raises ValueError or OSError where that is impossible, before there is
+    anything to lose."""
     if action != "folder" and path.suffix != _SUFFIXES[action] and path.name not in ("", ".."):
         path = path.with_name(path.name + _SUFFIXES[action])
-    if not path.parent.is_dir():
-        raise ValueError(f"SAVE_PATH is {path} and the folder {path.parent} does not exist: create it first.")
-    if path.exists() and path.is_dir() != (action == "folder"):
-        raise ValueError(
-            f"SAVE_PATH is {path}, which {'is' if path.is_dir() else 'is not'} a folder: use another name."
-        )
+    if action == "folder":
+        check_folder(path, map(_name, range(count)), "SAVE_PATH")
+    else:
+        check_output(path, option="SAVE_PATH")
     return path
 
 
@@ -265,7 +268,7 @@ def _batches(
 
     config, count = models[0].config, args.num_images
     total = -(-count // args.batch_size) * len(spaced(steps))
-    with tqdm(total=total, unit="step", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=total, unit="step", disable=not watched()) as bar:
         for start in range(0, count, args.batch_size):
             number = min(args.batch_size, count - start)
             noise = torch.randn(number, 3, config.image_size, config.image_size, generator=generator)
@@ -290,10 +293,11 @@ def _train(args: argparse.Namespace) -> None:
     """Train a model on the images of a folder. Run again after an interruption, it goes on from the last save. For
     several devices: accelerate launch -m comfyui_patchconv.cli patch-diffusion train …"""
     from ..pixel_models.patch_diffusion.loss import Loss
-    from ..pixel_models.patch_diffusion.train import train
+    from ..pixel_models.patch_diffusion.train import LOSSES, MODEL, STATE, train
     from ..pixel_models.training.images import ImageFolder
     from ..pixel_models.training.loop import Options, begin
 
+    check_folder(args.out, (MODEL, STATE, LOSSES), parents=True)
     changes = _changes(args)
     size = changes.get("image_size", NAMES[args.config].image_size)
     images = ImageFolder(args.data_dir, (size, size), labelled=args.class_cond, written=args.out)

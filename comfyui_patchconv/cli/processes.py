@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -108,8 +106,6 @@ def processes_of(spread: Optional[str], given: Sequence[Path], device: torch.dev
             if not processes.writes:
                 silent.enter_context(redirect_stdout(nowhere))
                 silent.enter_context(redirect_stderr(nowhere))
-            elif isinstance(sys.stdout, io.TextIOWrapper):
-                sys.stdout.reconfigure(line_buffering=True)  # several print at a time
             yield processes
     except (Exception, KeyboardInterrupt) as error:
         found = failure(error)

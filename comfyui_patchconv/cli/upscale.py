@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files.image_rows import SUFFIXES, Picture, empty_levels, levels_of, open_picture, save_levels
-from ..files.images import IMAGES
+from ..files.image_rows import READ, SUFFIXES, Picture, empty_levels, levels_of, open_picture, save_levels
 from ..files.tensors import existing
 from ..files.upscalers import load_upscaler
 from ..hosts.streamed import StreamedForward
@@ -21,7 +19,8 @@ from ..hosts.upscale import check_model, name_of
 from ..memory.recorder import Recorder
 from ..memory.usage import free
 from ..streaming import USUAL
-from .arguments import DTYPES, device, size
+from ..terminal import watched
+from .arguments import DTYPES, device, path_of, size
 from .line import cleared, percent
 from .options import add_spread, add_trust, inputs_of, of_folder, say
 from .outputs import Outputs, add_out
@@ -36,13 +35,13 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("upscale", help="pictures made larger by a model", description=_run.__doc__)
     parser.add_argument(
         "--model",
-        type=Path,
+        type=path_of,
         required=True,
         help="ESRGAN, RealESRGAN, SPAN …: what spandrel knows, .pth or .safetensors",
     )
     parser.add_argument(
         "--image",
-        type=Path,
+        type=path_of,
         nargs="+",
         required=True,
         metavar="FILE",
@@ -75,7 +74,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _upscale(args: argparse.Namespace, where: torch.device, processes: Processes) -> int:
-    images = inputs_of(args.image, args.model, *IMAGES)
+    images = inputs_of(args.image, args.model, *READ)
     outputs = Outputs(args.out, images, [args.model], *SUFFIXES, overwrite=args.overwrite, folder=of_folder(args.image))
     if len(images) == 1:
         existing(images[0])
@@ -116,7 +115,7 @@ class _Streamed:
         self._budget, self._beside = args.budget or 0, processes.beside
         self._group = processes.group if processes.rows else None
         self._tuning = replace(USUAL, silent_seconds=float(args.silent_seconds))
-        self._watched = sys.stderr.isatty() and processes.rank == 0 and (processes.rows or processes.count == 1)
+        self._watched = watched() and processes.rank == 0 and (processes.rows or processes.count == 1)
 
     def __call__(self, model: Any, picture: Picture, where: torch.device, dtype: torch.dtype) -> Tensor:
         """The levels `[1, C, H, W]` of `picture`, upscaled; see `levels_of`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from ..hosts.modes import MODES
 from ..hosts.streamed import Switch
 from ..memory.usage import free
 from ..streaming import USUAL, Streamed
+from ..terminal import watched
 from .line import cleared, percent
 from .line import show as show_line
 
@@ -174,7 +174,7 @@ class _HalfRun:
         alone = options.group is None
         first = alone or torch.distributed.get_rank(options.group) == 0
         tuning = replace(USUAL, silent_seconds=options.silent_seconds)
-        shown = percent if first and sys.stderr.isatty() else None
+        shown = percent if first and watched() else None
         self._streamed = Streamed(on_progress=shown, tuning=tuning, group=options.group)
         self._streamed.least = options.budget is None
         self._streams = Switch(options.mode == "stream" or not alone)
@@ -207,7 +207,7 @@ class _HalfRun:
 
     def _in_strips(self) -> AbstractContextManager[Any]:
         """Convolutions in strips, those with kernels of 1 too: backends copy their input and output all the same."""
-        on_strip, options = _progress() if sys.stderr.isatty() else None, self.options
+        on_strip, options = _progress() if watched() else None, self.options
         return patched(
             self.half.part, options.splits, threshold=options.threshold, on_strip=on_strip, predicate=lambda *_: True
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Optional
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .forward import tiled_forward
 from .strip_sizes import DEFAULT_THRESHOLD
@@ -37,6 +38,11 @@ class PatchConv2d(nn.Conv2d):
             ordinary = isinstance(conv2d, nn.Conv2d) and kind.forward is nn.Conv2d.forward
             if not ordinary or (kind._conv_forward is not nn.Conv2d._conv_forward):
                 raise TypeError(f"conv2d is a {kind.__name__}: give a torch.nn.Conv2d, or use convert_model on it.")
+            if "weight" not in conv2d._parameters or is_lazy(conv2d.weight):
+                raise TypeError(
+                    "conv2d computes its weight anew for each call, or has none yet: use convert_model on it, which "
+                    "keeps the module as it is."
+                )
             nn.Module.__init__(self)
             self.__dict__.update(conv2d.__dict__)
             self._parameters = dict(conv2d._parameters)

@@ -30,8 +30,7 @@ def write_whole(path: str | os.PathLike[str], write: Write) -> None:
 
     Raises OSError if the file cannot be written, and what `write` raises.
     """
-    target = Path(os.path.realpath(path))
-    mode = _mode_of(target, path)
+    target, mode = _replaced(path)
     try:
         with _beside(target) as (file, put):
             write(file)
@@ -49,6 +48,39 @@ def write_whole(path: str | os.PathLike[str], write: Write) -> None:
             f"{path} cannot be written ({reason}), and what was there is as it was: is there space, and may you write "
             "there?"
         ) from None
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raises OSError where `write_whole` could not write `path`, whatever is to be written."""
+    target, _ = _replaced(path)
+    reason = _refusal(target.parent)
+    if reason is not None:
+        raise OSError(f"{path} cannot be written (nothing can be, in {target.parent}: {reason}): use another folder.")
+
+
+def _replaced(path: str | os.PathLike[str]) -> tuple[Path, Optional[int]]:
+    """The file that writing `path` replaces, or makes, and its permissions, None where there is none yet."""
+    target = Path(os.path.realpath(path))
+    mode = _mode_of(target, path)
+    if not target.parent.is_dir():
+        raise OSError(f"{path} cannot be written (the folder {target.parent} does not exist): create it first.")
+    return target, mode
+
+
+def check_folder_writable(folder: Path) -> None:
+    """Raises OSError where no file can be made in `folder`, which is there."""
+    reason = _refusal(folder)
+    if reason is not None:
+        raise OSError(f"{folder} is a folder in which nothing can be written ({reason}): use another one.")
+
+
+def _refusal(folder: Path) -> Optional[str]:
+    """Why no file can be made in `folder`, found by making one; None where it can."""
+    try:
+        with _beside(folder / "any"):
+            return None
+    except OSError as error:
+        return _reason(error)
 
 
 def copy_whole(source: Path, path: Path) -> None:

@@ -15,11 +15,15 @@ from torch import Tensor
 from ..memory.mapped import MappedFile
 from ..units import size_of
 from .atomic import write_whole
+from .images import check_numbers, check_range
 from .tensors import existing
 from .words import short
 
 SUFFIXES = (".png", ".tif", ".tiff")
 """Of files that can be written, the usual one first."""
+
+READ = (*SUFFIXES, ".jpg", ".jpeg", ".webp")
+"""What files of a folder are taken for pictures: what libvips reads in all its builds, unlike .bmp."""
 
 _ROWS_BYTES = 32 << 20
 """Bytes of the rows that are read at once."""
@@ -33,6 +37,15 @@ _BIG_TIFF = 3 << 30
 _PROFILE = "icc-profile-data"
 _KINDS = {(1, 8): "b-w", (1, 16): "grey16", (3, 8): "srgb", (3, 16): "rgb16"}
 """What libvips calls pictures of so many channels and bits."""
+
+_RAW = {*_KINDS.values(), "multiband", "rgb"}
+"""What it calls pictures whose numbers it takes for levels."""
+
+_NUMBERS = {
+    "uchar": (8, "whole"), "ushort": (16, "whole"), "uint": (32, "whole"), "float": (32, "float"),
+    "char": (8, "signed"), "short": (16, "signed"), "int": (32, "signed"),
+}  # fmt: skip
+"""What its formats are, as `check_numbers` has it."""
 
 _FORMATS = {8: "uchar", 16: "ushort"}
 _OFFSET = 1 << 15
@@ -99,7 +112,9 @@ def open_picture(path: str | os.PathLike[str]) -> Picture:
     try:
         image = pyvips.Image.new_from_file(str(path), fail_on="error").autorot()
         profile = image.get(_PROFILE) if _PROFILE in image.get_fields() else None
-        deep = image.format not in ("uchar", "char")
+        if image.interpretation in _RAW:
+            image = _scaled_to_levels(image, path)
+        deep = image.format != "uchar"
         if image.interpretation not in _KINDS.values():
             image, profile = image.colourspace("rgb16" if deep else "srgb"), None
         elif deep:  # whatever it says: what it has for its levels is these
@@ -109,6 +124,19 @@ def open_picture(path: str | os.PathLike[str]) -> Picture:
         raise ValueError(
             f"{path} cannot be read as a picture ({_said(error)}): give a PNG, JPEG, WebP or TIFF."
         ) from None
+
+
+def _scaled_to_levels(image: Any, path: Path) -> Any:
+    """`image`, whose numbers libvips takes as they are, with levels of 8 or 16 bits. Raises ValueError for numbers that
+    do not say how bright they are."""
+    check_numbers(path, *_NUMBERS.get(image.format, (64, None)))
+    if image.format != "float":
+        return image
+    found = image.stats()
+    low, high, total = (found(place, 0)[0] for place in range(3))
+    check_range(path, low if math.isfinite(total) else math.nan, high, 1)
+    kind = _KINDS[3 if image.bands > 2 else 1, 16]
+    return image.linear(2**16 - 1, 0).rint().cast("ushort").copy(interpretation=kind)
 
 
 def _said(error: Exception) -> str:

@@ -6,8 +6,9 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Optional
 
 import torch
 from torch import Tensor
@@ -28,18 +29,17 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """The image in the file `path`, upright, with 8 bits a channel.
 
-    Raises FileNotFoundError, or ValueError if the file is no image.
+    Raises FileNotFoundError, or ValueError if the file is no image, or one whose levels can be of any brightness.
     """
-    import numpy as np
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     path = existing(path)
     try:
         with _large_images(), Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
-                image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
             image.load()
+            tags = getattr(file, "tag_v2", {})  # of a TIFF
+            bits, kind = max(tags.get(_BITS, (8,))), _KINDS_OF_NUMBERS.get(max(tags.get(_KIND_OF_NUMBERS, (1,))))
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not an image that Pillow can read: give a PNG, JPEG or WebP file.") from None
     except Exception as error:  # a damaged or hostile image raises anything
@@ -48,7 +48,42 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
         raise ValueError(
             f"{path} cannot be read as an image ({short(str(error))}): it is damaged or too large."
         ) from None
-    return image
+    check_numbers(path, bits, kind)
+    return _with_8_bits(image, path) if image.mode[0] in "IF" else image
+
+
+_BITS, _KIND_OF_NUMBERS = 258, 339
+_KINDS_OF_NUMBERS = {1: "whole", 2: "signed", 3: "float", 4: "whole"}
+"""Tags of a TIFF, and what the latter says."""
+
+
+def check_numbers(path: Path, bits: int, kind: Optional[str]) -> None:
+    """Raises ValueError for an image in `path` whose levels are numbers of so many bits of which nothing says how
+    bright they are. kind: `"whole"`, from 0, `"signed"`, `"float"`, which are from 0 to 1, or None for others."""
+    if kind is None or kind == "signed" or (kind == "whole" and bits > 16):
+        raise ValueError(
+            f"{path} has levels of {bits} bits{' with a sign' * (kind == 'signed')}, which do not say what is white: "
+            "export it with 8 or 16 bits a channel."
+        )
+
+
+def check_range(path: Path, low: float, high: float, white: int) -> None:
+    """Raises ValueError where the levels of the image in `path`, from `low` to `high`, are not from 0 to `white`."""
+    if not 0 <= low <= high <= white:
+        raise ValueError(
+            f"{path} has levels from {low:g} to {high:g} where 0 is black and {white} is white: export it with 8 or 16 "
+            "bits a channel."
+        )
+
+
+def _with_8_bits(image: Image.Image, path: Path) -> Image.Image:
+    """Grey of 16 bits, or of numbers from 0 to 1, which Pillow would clip at 255 rather than scale."""
+    import numpy as np
+    from PIL import Image
+
+    levels, white = np.asarray(image), 1 if image.mode == "F" else 2**16 - 1
+    check_range(path, float(levels.min()), float(levels.max()), white)
+    return Image.fromarray((levels * (255 / white)).round().astype(np.uint8))
 
 
 _limit = Lock()

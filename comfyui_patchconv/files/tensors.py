@@ -193,4 +193,9 @@ def save_tensors(
 
 
 def _is_usable(value: Tensor) -> bool:
-    return value.layout is torch.strided and value.device.type == "cpu" and value.dim() <= _MAX_DIMENSIONS
+    return (
+        value.layout is torch.strided
+        and not value.is_nested
+        and value.device.type == "cpu"
+        and value.dim() <= _MAX_DIMENSIONS
+    )

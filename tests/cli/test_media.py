@@ -296,6 +296,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> None:
         ("TAESD", (1, 4, 3, 4), "out.mp4", (), (".png",)),
         ("Oobleck", (1, 8, 9), "out.wav", ("--format", "png"), ("sounds", "flac or wav")),
         ("Wan 2.1", (1, 16, 2, 3, 4), "out.mp4", ("--fps", "0"), ("frames a second",)),
+        ("Wan 2.1", (1, 16, 2, 3, 4), "out.mp4", ("--fps", "0.0001"), ("0.0001 is not between 0.001",)),
         ("Oobleck", (1, 4, 3, 4), "out.wav", (), ("[batch, channels, length]",)),
         ("TAESD", (1, 4, 2, 3, 4), "out.png", (), ("[batch, channels, height, width]",)),
         ("Wan 2.1", (1, 8, 2, 3, 4), "out.png", (), ("8 channels and the VAE decodes 16",)),

@@ -3,6 +3,7 @@ never an input."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from patch_ddpm_helpers import CHECKPOINT, FEW, TALL, randomised
 from PIL import Image
 from processes import COMMAND_LINE, Ready, ended
+from torch import nn
 from vae_helpers import random_latent, small_vae, write, write_vae
 
 from comfyui_patchconv import cli
@@ -20,6 +23,10 @@ from comfyui_patchconv.cli.outputs import Outputs
 from comfyui_patchconv.cli.vae import Halves
 from comfyui_patchconv.files.images import save_image
 from comfyui_patchconv.files.latents import load_latent, save_latent
+from comfyui_patchconv.pixel_models.patch_ddpm import checkpoints as ddpm
+from comfyui_patchconv.pixel_models.patch_diffusion import checkpoints as diffusion
+from comfyui_patchconv.pixel_models.patch_diffusion.config import Config
+from comfyui_patchconv.pixel_models.patch_diffusion.model import PatchUNet
 
 OLD = b"old" * 100
 
@@ -49,6 +56,16 @@ def images(tmp_path: Path) -> list[Path]:
 def run(job: str, given: list[Path], vae: Path, out: Path, *options: str) -> int:
     name = {"decode": "--latent", "encode": "--image"}[job]
     return cli.main([job, "--vae", str(vae), name, *map(str, given), "--out", str(out), "--device", "cpu", *options])
+
+
+def save_diffusion(path: Path) -> Path:
+    diffusion.save([PatchUNet(Config(8, 2, 32, (1.0,), 1, head_channels=32))], path)
+    return path
+
+
+def save_ddpm(path: Path) -> Path:
+    ddpm.save(randomised(TALL), FEW, path)
+    return path
 
 
 def names(folder: Path) -> list[str]:
@@ -184,6 +201,91 @@ def test_a_folder_that_cannot_be_one_is_refused(
         given, out, word = [*latents, tmp_path / "other" / "one.latent"], tmp_path / "out", "would both be one.png"
     before = content(tmp_path)
     assert_refused(run("decode", given, vae, out), word, capsys, tmp_path, before)
+
+
+@pytest.fixture(params=["pipe", "link to nothing", "folder", "name is empty"])
+def unwritten(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The name of a file that cannot be written; without a suffix."""
+    if request.param == "pipe" and not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no pipes with a name in a folder")
+    if request.param == "folder":
+        return str(request.getfixturevalue("unwritable") / "out")
+    for suffix in (".png", ".latent", ".safetensors", ".npz"):
+        if request.param == "pipe":
+            os.mkfifo(tmp_path / f"out{suffix}")
+        elif request.param == "link to nothing":
+            (tmp_path / f"out{suffix}").symlink_to(tmp_path / "missing" / "file")
+    return "" if request.param == "name is empty" else str(tmp_path / "out")
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_any_work(
+    tmp_path: Path, vae: Path, latents: list[Path], images: list[Path], unwritten: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def out(suffix: str) -> str:
+        return unwritten and unwritten + suffix
+
+    monkeypatch.setattr(nn.Module, "__call__", None)  # nothing is computed
+    before = content(tmp_path)
+    model = save_diffusion(tmp_path / "model.safetensors")
+    before[model] = model.read_bytes()
+    for argv in (
+        ["decode", "--vae", vae, "--latent", latents[0], "--out", out(".png")],
+        ["encode", "--vae", vae, "--image", images[0], "--out", out(".latent")],
+        ["patch-diffusion", "sample", "cpu", "grid", model, "1", out(".png")],
+        ["patch-diffusion", "sample", "cpu", "fid", model, "1", out(".npz")],
+        ["patch-diffusion", "import", "lsun_p4", out(".safetensors"), "--model_path", tmp_path / "missing.pt"],
+        ["patch-ddpm", "import", "--ckpt", CHECKPOINT, "--trust", "--out", out(".safetensors")],
+    ):
+        code = cli.main([str(one) for one in argv])
+        assert_refused(code, "cannot be written" if unwritten else "the name is empty", capsys, tmp_path, before)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_any_work(
+    tmp_path: Path, vae: Path, latents: list[Path], images: list[Path], unwritable: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(nn.Module, "__call__", None)
+    (tmp_path / "link").symlink_to(tmp_path / "missing")
+    model, other = save_diffusion(tmp_path / "model.safetensors"), save_ddpm(tmp_path / "ddpm.safetensors")
+    (tmp_path / "images").mkdir()
+    save_image(tmp_path / "images" / "one.png", torch.rand(3, 16, 16))
+    before = content(tmp_path)
+    for out in (unwritable, unwritable / "new", tmp_path / "link"):
+        for argv in (
+            ["decode", "--vae", vae, "--latent", *latents, "--out", out],
+            ["encode", "--vae", vae, "--image", *images, "--out", out],
+            ["patch-diffusion", "sample", "cpu", "folder", model, "1", out],
+            ["patch-diffusion", "train", tmp_path / "images", "--out", out],
+            ["patch-ddpm", "sample", "--ckpt", other, "--out-dir", out],
+            ["demo", "--out", out],
+        ):
+            code = cli.main([str(one) for one in argv])
+            word = "a link to nothing" if out.name == "link" else "nothing can be written"
+            assert_refused(code, word, capsys, tmp_path, before)
+
+
+def test_a_result_in_a_folder_that_cannot_be_written_is_refused_before_its_work(
+    tmp_path: Path, vae: Path, latents: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "one.png").symlink_to(tmp_path / "missing" / "file")
+    done: list[str] = []
+    decode = Halves.decode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Halves, "decode", lambda *given: (done.append(""), decode(*given))[1])
+        assert run("decode", latents, vae, out) == 2
+    assert len(done) == 3
+    assert names(out) == ["one.png", "three.png", "two-0001.png", "two-0002.png"]
+    assert "one.png cannot be written" in capsys.readouterr().err
+
+
+def test_nothing_that_is_given_is_empty(tmp_path: Path, vae: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a variable is that is not set: it would be the folder at hand."""
+    before = content(tmp_path)
+    code = cli.main(["decode", "--vae", str(vae), "--latent", "", "--out", str(tmp_path / "out")])
+    assert_refused(code, "the name is empty", capsys, tmp_path, before)
 
 
 @pytest.mark.parametrize(("system", "same"), [("linux", False), ("darwin", True), ("win32", True)])

@@ -140,6 +140,29 @@ def test_pictures_of_every_mode_are_upscaled(tmp_path: Path, model: Path, mode: 
     assert found.std() > 1
 
 
+@pytest.mark.parametrize("most", [1, 255, np.nan])
+def test_a_picture_of_floats(tmp_path: Path, model: Path, most: float, capsys: pytest.CaptureFixture[str]) -> None:
+    """From 0 to 1, or nothing says what is white."""
+    grey = noise(16, 16, 1, np.uint16)[:, :, 0]
+    Image.fromarray((grey / 65535 * most).astype(np.float32)).save(tmp_path / "in.tif")
+    run(model, tmp_path / "out.png", tmp_path / "in.tif", code=0 if most == 1 else 2)
+    if most == 1:
+        assert_same(levels(tmp_path / "out.png"), whole(model, np.repeat(grey[:, :, None], 3, 2)), most=300)
+    else:
+        assert "1 is white: export it with 8 or 16 bits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["int", "uint", "short", "char"])
+def test_whole_numbers_that_do_not_say_what_is_white(
+    tmp_path: Path, model: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import pyvips  # pyright: ignore[reportMissingImports]
+
+    pyvips.Image.new_from_array(noise(16, 16)).cast(kind).write_to_file(str(tmp_path / "in.tif"))
+    run(model, tmp_path / "out.png", tmp_path / "in.tif", code=2)
+    assert "which do not say what is white" in capsys.readouterr().err
+
+
 def test_a_model_for_grey_pictures(tmp_path: Path) -> None:
     save_file(compact(channels=1), tmp_path / "grey.safetensors")
     run(tmp_path / "grey.safetensors", tmp_path / "out.png", written(tmp_path / "in.png", noise(20, 16)))
@@ -180,6 +203,14 @@ def test_several_of_which_one_fails(tmp_path: Path, model: Path, capsys: pytest.
     assert (tmp_path / "out" / "one.png").read_bytes() == b"old"
     run(model, tmp_path / "out", *good, options=("--overwrite",))
     assert (tmp_path / "out" / "one.png").read_bytes() != b"old"
+
+
+def test_what_cannot_be_read_is_not_taken_from_a_folder(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for suffix in ("png", "bmp"):
+        Image.fromarray(noise(8, 8)).save(tmp_path / "in" / f"{suffix}.{suffix}")
+    run(model, tmp_path / "out", tmp_path / "in")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["png.png"]
 
 
 def test_a_disk_that_is_full_leaves_what_was_there(

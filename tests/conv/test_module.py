@@ -134,3 +134,10 @@ def test_a_convolution_that_another_extension_has_changed_keeps_that_change_or_i
         ours = PatchConv2d(conv2d=theirs, threshold=0)
     if ours is not None:
         assert_same(ours(IMAGE), expected, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "lazy"])
+def test_a_convolution_without_a_weight_of_its_own_is_refused(kind: str) -> None:
+    conv = nn.LazyConv2d(4, 3) if kind == "lazy" else getattr(nn.utils.parametrizations, kind)(nn.Conv2d(3, 4, 3))
+    with pytest.raises(TypeError, match="use convert_model on it"):
+        PatchConv2d(conv2d=conv)

@@ -18,7 +18,13 @@ from vae_helpers import assert_one_sentence, random_latent
 
 from comfyui_patchconv.cli.demo import DemoSettings, Result, plot
 from comfyui_patchconv.files import atomic
-from comfyui_patchconv.files.atomic import check_no_input, copy_whole, write_whole
+from comfyui_patchconv.files.atomic import (
+    check_folder_writable,
+    check_no_input,
+    check_writable,
+    copy_whole,
+    write_whole,
+)
 from comfyui_patchconv.files.images import save_image
 from comfyui_patchconv.files.latents import save_latent
 from comfyui_patchconv.files.tensors import read_header, save_tensors
@@ -178,23 +184,64 @@ def test_a_link_stays_one(tmp_path: Path, way: str) -> None:
     assert sorted(found.name for found in tmp_path.rglob("*")) == ["file", "link", "there"]
 
 
+def _written(path: Path) -> None:
+    write_whole(path, lambda file: file.write(b"new"))
+
+
+BEFORE_AND_AFTER = pytest.mark.parametrize("refused", [check_writable, _written])
+"""What cannot be written is known before there is anything to write."""
+
+
+@BEFORE_AND_AFTER
 @pytest.mark.parametrize("kind", ["folder", "pipe"])
-def test_what_is_no_file_is_not_replaced(tmp_path: Path, kind: str) -> None:
+def test_what_is_no_file_is_not_replaced(tmp_path: Path, kind: str, refused: Callable[[Path], None]) -> None:
     path = tmp_path / "there"
     if kind == "pipe" and not hasattr(os, "mkfifo"):
         pytest.skip("this system has no pipes with a name in a folder")
     os.mkfifo(path) if kind == "pipe" else path.mkdir()
     with pytest.raises(OSError, match="name of a file") as caught:
-        write_whole(path, lambda file: file.write(b"new"))
+        refused(path)
     assert_one_sentence(caught.value, path)
 
 
-def test_a_file_that_is_read_only_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@BEFORE_AND_AFTER
+def test_a_link_into_a_folder_that_is_not_there(tmp_path: Path, refused: Callable[[Path], None]) -> None:
+    path = tmp_path / "link"
+    path.symlink_to(tmp_path / "missing" / "file")
+    with pytest.raises(OSError, match="missing does not exist") as caught:
+        refused(path)
+    assert_one_sentence(caught.value, path)
+
+
+@BEFORE_AND_AFTER
+def test_a_folder_in_which_nothing_can_be_written(unwritable: Path, refused: Callable[[Path], None]) -> None:
+    with pytest.raises(OSError, match="cannot be written") as caught:
+        refused(unwritable / "new")
+    assert_one_sentence(caught.value, unwritable)
+    with pytest.raises(OSError, match="nothing can be written") as caught:
+        check_folder_writable(unwritable)
+    assert_one_sentence(caught.value, unwritable)
+
+
+def test_looking_leaves_nothing(tmp_path: Path, way: str) -> None:
+    path = tmp_path / "there"
+    check_writable(path)
+    path.write_bytes(OLD)
+    check_writable(path)
+    check_folder_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == OLD
+
+
+@BEFORE_AND_AFTER
+def test_a_file_that_is_read_only_stays(
+    tmp_path: Path, refused: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "there"
     path.write_bytes(OLD)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root, which may all
     with pytest.raises(OSError, match="read-only") as caught:
-        write_whole(path, lambda file: file.write(b"new"))
+        refused(path)
     assert_one_sentence(caught.value, path)
     assert path.read_bytes() == OLD
 

@@ -238,3 +238,11 @@ def test_what_is_no_image_is_refused(tmp_path: Path, kind: str) -> None:
     with pytest.raises(ValueError) as caught:
         load_image(path)
     assert_one_sentence(caught.value, path)
+
+
+def test_a_nested_tensor_is_no_latent(tmp_path: Path) -> None:
+    path = tmp_path / "in.pt"
+    torch.save(torch.nested.nested_tensor([torch.zeros(4, 8), torch.zeros(2, 8)]), path)
+    with pytest.raises(ValueError, match="tensor") as caught:
+        load_latent(path, trust=True)
+    assert_one_sentence(caught.value, path)

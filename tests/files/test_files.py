@@ -200,6 +200,26 @@ def test_an_image_of_another_mode_is_read_as_rgb(tmp_path: Path, mode: str, colo
     assert torch.allclose(image, torch.tensor(200 / 127.5 - 1), atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16])
+def test_levels_of_a_deep_grey_image_are_scaled(tmp_path: Path, dtype: Any) -> None:
+    slope = np.linspace(0, 1, 64).reshape(8, 8)
+    Image.fromarray((slope * (1 if dtype is np.float32 else 65535)).astype(dtype)).save(tmp_path / "in.tif")
+    expected = torch.from_numpy(slope).float() * 2 - 1
+    assert torch.allclose(load_image(tmp_path / "in.tif")[0, 0], expected, atol=1 / 255)
+
+
+@pytest.mark.parametrize("levels", [
+    np.full((8, 8), 7, np.int32), np.full((8, 8), 200, np.float32), np.full((8, 8), np.nan, np.float32),
+    np.full((8, 8), -0.5, np.float32),
+])  # fmt: skip
+def test_levels_that_do_not_say_what_is_white_are_refused(tmp_path: Path, levels: Any) -> None:
+    path = tmp_path / "in.tif"
+    Image.fromarray(levels).save(path)
+    with pytest.raises(ValueError, match="white: export it with 8 or 16 bits") as caught:
+        load_image(path)
+    assert_one_sentence(caught.value, path)
+
+
 def test_a_rotated_photo_is_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

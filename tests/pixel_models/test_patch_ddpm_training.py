@@ -171,7 +171,8 @@ def test_the_authors_checkpoint_is_sampled_and_imported(tmp_path: Path, capsys: 
         ("sample --ckpt MODEL --out-dir OUT --device xpu7", "'xpu7' cannot be used here"),
         ("sample --ckpt MODEL --config AUTHORS --out-dir OUT", "another configuration than the one given: model.dim, "),
         ("sample --ckpt AUTHORS --out-dir OUT", "since torch 1.6, which alone is read safely"),
-        ("import --ckpt MODEL --config none.json --out OUT", "none.json does not exist"),
+        ("import --ckpt MODEL --config none.json --out OUT.st", "none.json does not exist"),
+        ("import --ckpt MODEL --out OUT.pt", "its name must end in .safetensors"),
         ("train", "the following arguments are required: --config"),
         ("train --config MODEL", "is no text: give the configuration's JSON file"),
     ],
@@ -180,6 +181,7 @@ def test_wrong_input_is_one_sentence(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], given: str, says: str
 ) -> None:
     names = {"MODEL": str(model), "AUTHORS": str(DATA / "patch_ddpm.json"), "OUT": str(tmp_path / "out")}
+    names["OUT.pt"], names["OUT.st"] = str(tmp_path / "out.pt"), str(tmp_path / "out.safetensors")
     run(*(names.get(word, word) for word in given.split()), code=2)
     error = capsys.readouterr().err
     assert says in error

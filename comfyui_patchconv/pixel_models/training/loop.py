@@ -9,7 +9,6 @@ import copy
 import csv
 import io
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ...files.atomic import write_whole
+from ...terminal import watched
 from .images import Batches, ImageFolder, derived_seed
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class Training(Generic[Model]):
     def _bar(self) -> Any:
         from tqdm import tqdm
 
-        shown = self.accelerator.is_main_process and sys.stderr.isatty()
+        shown = self.accelerator.is_main_process and watched()
         return tqdm(total=self.options.steps, initial=self.step, unit="step", disable=not shown)
 
 
