@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from devices_toys import Drawing, Half, Kept, Unreadable, half, latent
+from devices_toys import Drawing, EndingSoon, Half, Kept, Unreadable, half, latent
 from processes import LIMIT, environment, until
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -185,6 +185,31 @@ def test_a_worker_that_cannot_read_what_it_is_asked_ends() -> None:
     try:
         assert worker.answer(SECONDS, lambda: None) == ""
         worker.ask("hold", name=Unreadable())
+        with pytest.raises(DevicesError, match="has ended with status 1"):
+            worker.answer(SECONDS, lambda: None)
+    finally:
+        worker.kill()
+
+
+def test_a_worker_that_is_asked_nothing_for_long_ends_in_peace(tmp_path: Path) -> None:
+    """And leaves the folder, which the host and other workers go on using."""
+    worker = Worker(1, CPU, ())
+    worker.ask(
+        "join", folder=str(tmp_path), path=str(tmp_path / "0"), rank=0, count=1, seconds=SECONDS, device="cpu",
+        threads=1, then=EndingSoon(),
+    )  # fmt: skip
+    try:
+        assert worker.wait(SECONDS, lambda: None) == ""
+        with pytest.raises(DevicesError, match="has ended with status 0"):
+            worker.answer(SECONDS, lambda: None)
+        assert tmp_path.exists()
+    finally:
+        worker.kill()
+
+
+def test_a_worker_whose_host_cannot_prepare_it_ends_with_a_status() -> None:
+    worker = Worker(1, CPU, ("devices_toys:fail",))
+    try:
         with pytest.raises(DevicesError, match="has ended with status 1"):
             worker.answer(SECONDS, lambda: None)
     finally:
