@@ -15,6 +15,7 @@ from comfy_execution.utils import get_executing_context  # pyright: ignore[repor
 from torch import Tensor, nn
 
 from ..comfyui_patchconv.conv.transforms import is_compiled
+from ..comfyui_patchconv.hosts.calls import device_of
 from ..comfyui_patchconv.hosts.clones import Wrapper
 from ..comfyui_patchconv.hosts.devices.spread import Outcome
 from ..comfyui_patchconv.hosts.eager_needs import EagerNeeds
@@ -156,7 +157,7 @@ class Measured(Wrapper):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         samples = 1
         if args and isinstance(args[0], Tensor):
-            samples, self.meter.device = args[0].shape[0], args[0].device  # a clone may be on another one
+            samples, self.meter.device = args[0].shape[0], device_of(args, kwargs)  # a clone may be on another one
         with self.meter.measuring(lambda: samples * self.eager()), outside_recording():
             return self.forward(*args, **kwargs)
 
