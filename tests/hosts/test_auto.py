@@ -138,7 +138,8 @@ def test_a_method_of_a_model_tells_it_through_what_wraps_it() -> None:
     functions = [other.decode, wraps(other.decode)(lambda z: z), partial(other.decode), torch.compile(other.decode)]
     for function in functions:
         auto = AutoForward(
-            function, nullcontext, lambda _: Needs(2, 1), lambda _: 0, 1, lambda model: asked.append(model) or nullcontext(),
+            function, nullcontext, lambda _: Needs(2, 1), lambda _: 0, 1,
+            lambda model: asked.append(model) or nullcontext(),
             model=VAE(),
         )  # fmt: skip
         with suppress(RuntimeError):
@@ -194,6 +195,34 @@ def test_the_host_makes_room_for_eager_where_the_device_has_that(total: int, eag
     decoding.estimate.total = lambda: total
     said, needs = decoding.estimate(shape, torch.float32), decoding.estimate.needs(torch.empty(shape, device="meta"))
     assert (said >= int(MARGIN * needs.eager)) == eagerly
+
+
+@pytest.mark.parametrize("budget", [0.0, 1.0, 2.7])
+@pytest.mark.parametrize("host", [1e15, 1.0])
+def test_a_batch_that_the_host_cuts_by_what_it_is_told_runs_eagerly(host: float, budget: float) -> None:
+    """Whatever is free, and however little the host itself reckons with; a host takes as many samples as fit."""
+    needs = Decoding(0).needs
+    decoding = Decoding(0, int(budget * needs.eager))
+    total = 40 * needs.eager
+    decoding.estimate.host, decoding.estimate.total = lambda shape, dtype: host, lambda: total
+    batches = set()
+    for samples in (1, 2, 64):
+        told = decoding.estimate((samples, *Z[1:]), torch.float32)
+        for free in range(int(told), total, needs.eager // 7):
+            batch = min(max(1, int(free / told)), samples)
+            batches.add(batch)
+            input = torch.empty(batch, *Z[1:], device="meta")
+            decoding.free = free - batch * needs.eager // 20  # some lies there since the host has looked
+            assert decoding.auto.choose(input, torch.device("cpu")).way == "eager"
+    assert max(batches) >= (int(budget) or 20)
+
+
+def test_a_budget_has_the_host_make_no_more_room_for_what_is_within_it() -> None:
+    needs = Decoding(0).needs
+    free, budgeted = Decoding(0), Decoding(0, int(2.5 * needs.eager))
+    for samples, same in ((1, True), (2, True), (3, False)):
+        told = [one.estimate((samples, *Z[1:]), torch.float32) for one in (free, budgeted)]
+        assert (told[0] == told[1]) == same
 
 
 @pytest.mark.parametrize(
