@@ -20,7 +20,7 @@ from ...memory.usage import free
 from ...streaming import OwnGroup, SpreadError, Streamed
 from ..memory_estimates import OF_FREE
 from .draws import set_states
-from .frames import Frame, read, write
+from .frames import Frame, begin, read, write
 from .packing import STOPPED, said, unpacked
 
 IDLE = 900.0
@@ -149,8 +149,8 @@ def serve(requests: BinaryIO, answers: BinaryIO, calls: Sequence[str]) -> NoRetu
         _answer_all(coming, answers, calls)
     except BaseException as error:
         traceback.print_exc()
-        if isinstance(error, OSError):  # nobody reads the answers
-            coming.end(1)
+        if isinstance(error, OSError):  # nobody reads the answers; where the host is gone, threads notice and end this
+            time.sleep(2 * _PARENT)
         coming.leave(1)
     coming.leave()
 
@@ -160,6 +160,7 @@ def _answer_all(coming: _Requests, answers: BinaryIO, calls: Sequence[str]) -> N
     for call in calls:
         module, _, name = call.partition(":")
         getattr(importlib.import_module(module), name)()
+    begin(answers)
     write(answers, "ready", {})
     while (frame := coming.next()) is not None:
         error = ""
