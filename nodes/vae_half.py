@@ -93,6 +93,7 @@ def stream_half(
         below, on = patcher.get_model_object(method), partial(switch.set_to, True)
         auto = AutoForward(below, on, estimate.needs, free, budget, in_strips, meter.chosen, model)
         patcher.add_object_patch(method, auto)
+        estimate.starts = (*estimate.starts, auto.start)
     _measure(vae, method, meter, estimate)
     return count
 

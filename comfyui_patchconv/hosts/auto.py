@@ -55,7 +55,12 @@ class AutoForward(Wrapper):
         self.forward, self.streaming, self.needs = forward, streaming, needs
         self.free, self.budget, self.in_strips, self.on_choice = free, budget, in_strips, on_choice
         self.model = model
+        self._logged: list[RunMode] = []  # what was last, of a copy too
         self._exceeded: set[Any] = set()
+
+    def start(self) -> None:
+        """Begin a decode or encode, here or on a clone for another device: how it runs is logged again."""
+        self._logged.clear()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not args or not isinstance(args[0], Tensor) or joins(args, kwargs):
@@ -103,7 +108,9 @@ class AutoForward(Wrapper):
         return self.in_strips(self.model if owner is None else owner)
 
     def _tell(self, way: RunMode, why: str) -> None:
-        _log.info("Patch Conv: auto: %s (%s).", WORDS[way], why)
+        if self._logged != [way]:  # not for each tile
+            self._logged[:] = [way]
+            _log.info("Patch Conv: auto: %s (%s).", WORDS[way], why)
         if self.on_choice is not None:
             self.on_choice(way, why)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial, wraps
@@ -53,6 +56,7 @@ class Decoding:
             self.note,
             self.vae,
         )
+        self.estimate.starts = (self.auto.start,)
 
     def decode(self, z: Tensor) -> Tensor:
         if self.fails and not self.switch.on:
@@ -173,6 +177,29 @@ def test_memory_is_given_back_on_the_device_that_a_call_names(monkeypatch: pytes
     decoding.auto.forward = lambda z, device: decoding.decode(z)
     decoding.auto(torch.zeros(Z), device="meta")
     assert released == ["meta"]
+
+
+def test_a_choice_is_logged_once_for_each_decode_and_where_it_changes(caplog: pytest.LogCaptureFixture) -> None:
+    """A tiled decode calls for each tile, and a clone for another device is begun where the first one is."""
+    needs = Decoding(0).needs
+    decoding = Decoding(int(3.5 * needs.eager / OF_FREE))
+    clone = copy.copy(decoding.auto)
+
+    def logged(auto: AutoForward, *samples: int) -> list[str]:
+        caplog.clear()
+        for count in samples:
+            auto(torch.randn(count, *Z[1:]))
+        return [re.sub(r".*auto: (.*) \(.*", r"\1", line) for line in caplog.messages]
+
+    with caplog.at_level(logging.INFO, "comfyui_patchconv"):
+        assert logged(decoding.auto, 1, 1, 2, 3) == ["eager"]
+        assert logged(decoding.auto, 1) == []
+        decoding.estimate(Z, torch.float32)
+        assert logged(clone, 1, 1) == ["eager"]
+        assert logged(decoding.auto, 5, 6, 1, 1) == ["streamed", "eager"]
+        decoding.fails = 1
+        assert logged(decoding.auto, 1, 1, 1) == ["streamed"]
+    assert len(decoding.ran) == 15
 
 
 def test_other_errors_are_the_callers() -> None:
