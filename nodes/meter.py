@@ -15,9 +15,10 @@ from comfy_execution.utils import get_executing_context  # pyright: ignore[repor
 from torch import Tensor, nn
 
 from ..comfyui_patchconv.conv.transforms import is_compiled
+from ..comfyui_patchconv.hosts.calls import device_of
 from ..comfyui_patchconv.hosts.clones import Wrapper
 from ..comfyui_patchconv.hosts.devices.spread import Outcome
-from ..comfyui_patchconv.hosts.eager_needs import EagerNeeds
+from ..comfyui_patchconv.hosts.eager_needs import EagerNeeds, without_values
 from ..comfyui_patchconv.hosts.figures import Figures, State
 from ..comfyui_patchconv.hosts.modes import RunMode
 from ..comfyui_patchconv.memory.recorder import Recorder
@@ -156,7 +157,7 @@ class Measured(Wrapper):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         samples = 1
         if args and isinstance(args[0], Tensor):
-            samples, self.meter.device = args[0].shape[0], args[0].device  # a clone may be on another one
+            samples, self.meter.device = args[0].shape[0], device_of(args, kwargs)  # a clone may be on another one
         with self.meter.measuring(lambda: samples * self.eager()), outside_recording():
             return self.forward(*args, **kwargs)
 
@@ -171,29 +172,28 @@ class MeasuredSampling:
 
     def sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Wrap a whole sampling, for the host."""
-        self._call = None
+        before, self._call = self._call, []
         self.meter.counter.start()
         self.meter.start()
-        with self.meter.measuring(self._eager):
-            return executor(*args, **kwargs)
+        try:
+            with self.meter.measuring(self._eager):
+                return executor(*args, **kwargs)
+        finally:
+            self._call = before  # objects of other packs may hold what they like
 
     def note(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Wrap a call of the network, for the host: the first of a sampling stands for all. None of one that is
         compiled."""
-        if self._call is None and not is_compiled():
+        if self._call is not None and not self._call and not is_compiled():
             # Not what other nodes pass on in dictionaries: that is not ours to run.
-            self._call = [_without_values({} if isinstance(value, dict) else value) for value in args]
+            self._call = [without_values({} if isinstance(value, dict) else value) for value in args]
         return executor(*args, **kwargs)
 
     def _eager(self) -> int:
-        if self._call is None:
+        if not self._call:
             return 0
-        dtype = getattr(self._call[0], "dtype", None) if self._call else None
+        dtype = getattr(self._call[0], "dtype", None)
         return self._eager_needs.of_call("__call__", self._call, {}, self.meter.device, dtype)
-
-
-def _without_values(value: Any) -> Any:
-    return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
 
 
 def measure_sampling(model: Any, meter: Meter) -> None:

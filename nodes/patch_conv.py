@@ -11,6 +11,7 @@ from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from ..comfyui_patchconv import Tiling
 from ..comfyui_patchconv.conv.patch import PADDINGS
 from ..comfyui_patchconv.conv.strip_sizes import DEFAULT_THRESHOLD
+from ..comfyui_patchconv.hosts.choices import check_option
 from ..comfyui_patchconv.hosts.devices.spread import CHOICES, ONE, check_choice
 from ..comfyui_patchconv.hosts.halves import HALVES
 from ..comfyui_patchconv.hosts.modes import MODES
@@ -20,6 +21,8 @@ from .host import MODEL_CATEGORY, VAE_CATEGORY, advanced, follow_changes, schema
 from .meter import Meter, measure_sampling
 from .progress import StripWatch
 from .vae_half import leave, patch_convolutions, patch_half, stream_half
+
+_HALVES = (*HALVES, "both")
 
 
 class PatchConvVAE(io.ComfyNode):
@@ -41,7 +44,7 @@ class PatchConvVAE(io.ComfyNode):
                 advanced(
                     io.Combo,
                     "half",
-                    options=[*HALVES, "both"],
+                    options=[*_HALVES],
                     default="both",
                     tooltip="Which half of the VAE runs in strips: the decoder (VAE Decode), the encoder (VAE Encode) "
                     "or both.",
@@ -97,10 +100,12 @@ class PatchConvVAE(io.ComfyNode):
         padding: str = "plain",
         devices: str = ONE,
     ) -> io.NodeOutput:
-        vae.throw_exception_if_invalid()
+        for name, value, options in (("half", half, _HALVES), ("mode", mode, MODES), ("padding", padding, PADDINGS)):
+            check_option(name, value, options)
         check_number("threshold", threshold, "millions of elements")
         check_number("budget", budget, "GiB")
         check_choice(devices)
+        vae.throw_exception_if_invalid()
         copied = copy.copy(vae)
         copied.patcher = vae.patcher.clone()
         count = 0
@@ -145,6 +150,7 @@ class PatchConvModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, splits: int, threshold: float, padding: str = "plain") -> io.NodeOutput:
+        check_option("padding", padding, PADDINGS)
         check_number("threshold", threshold, "millions of elements")
         copied = model.clone()
         strips = StripWatch()

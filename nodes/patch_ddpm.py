@@ -8,6 +8,7 @@ from typing import Any
 import folder_paths  # pyright: ignore[reportMissingImports]
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 
+from ..comfyui_patchconv.hosts.choices import check_option
 from ..comfyui_patchconv.pixel_models.patch_ddpm.checkpoints import import_torch, load
 from ..comfyui_patchconv.pixel_models.patch_ddpm.diffusion import SAMPLERS, sample
 from ..comfyui_patchconv.pixel_models.patch_ddpm.model import patch_bytes
@@ -51,6 +52,7 @@ class PatchDDPMLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str = "default") -> io.NodeOutput:
+        check_option("weight_dtype", weight_dtype, DTYPES)
         path = Path(folder_paths.get_full_path_or_raise(FOLDER, model_name))
         network, diffusion = load(path) if path.suffix.lower() == ".safetensors" else import_torch(path)
         return io.NodeOutput(patcher_of(PixelModel(FAMILY, [network], diffusion), weight_dtype))
@@ -106,6 +108,7 @@ class PatchDDPMSampler(io.ComfyNode):
     def execute(
         cls, model: Any, seed: int, steps: int, sampler: str, batch_size: int, patches_at_once: int
     ) -> io.NodeOutput:
+        check_option("sampler", sampler, SAMPLERS)
         held = expect(model, FAMILY)
         network: Any = held.diffusion_model[0]
         config, dtype = network.config, next(network.parameters()).dtype

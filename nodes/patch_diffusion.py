@@ -8,6 +8,7 @@ import folder_paths  # pyright: ignore[reportMissingImports]
 import torch
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 
+from ..comfyui_patchconv.hosts.choices import check_option
 from ..comfyui_patchconv.pixel_models.patch_diffusion.checkpoints import load
 from ..comfyui_patchconv.pixel_models.patch_diffusion.diffusion import sample
 from ..comfyui_patchconv.pixel_models.patch_diffusion.model import image_bytes
@@ -15,6 +16,7 @@ from .host import LOADER_CATEGORY, SAMPLER_CATEGORY, advanced, schema
 from .pixel_model import DTYPES, PixelModel, SamplingBar, add_folder, as_image, expect, noise, patcher_of, ready
 
 FAMILY, FOLDER = "Patch Diffusion", "patch_diffusion"
+_SAMPLERS = ("ancestral", "ddim")
 
 add_folder(FOLDER, ".safetensors")
 
@@ -51,6 +53,7 @@ class PatchDiffusionLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str = "default") -> io.NodeOutput:
+        check_option("weight_dtype", weight_dtype, DTYPES)
         networks = load(folder_paths.get_full_path_or_raise(FOLDER, model_name))
         return io.NodeOutput(patcher_of(PixelModel(FAMILY, networks), weight_dtype))
 
@@ -79,7 +82,7 @@ class PatchDiffusionSampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "sampler",
-                    options=["ancestral", "ddim"],
+                    options=[*_SAMPLERS],
                     default="ancestral",
                     tooltip="ancestral: fresh noise in each step, the authors' way. ddim: none, good with few steps.",
                 ),
@@ -108,6 +111,7 @@ class PatchDiffusionSampler(io.ComfyNode):
     def execute(
         cls, model: Any, seed: int, steps: int, sampler: str, guidance: float, class_label: int, batch_size: int
     ) -> io.NodeOutput:
+        check_option("sampler", sampler, _SAMPLERS)
         networks: Any = expect(model, FAMILY).diffusion_model
         config = networks[0].config
         if class_label >= config.classes > 0:

@@ -91,7 +91,9 @@ def stream_half(
     if strips is not None and isinstance(estimate, AutoEstimate):
         in_strips = partial(_in_strips, half, strips, padding, progress)
         below, on = patcher.get_model_object(method), partial(switch.set_to, True)
-        patcher.add_object_patch(method, AutoForward(below, on, estimate.needs, free, budget, in_strips, meter.chosen))
+        auto = AutoForward(below, on, estimate.needs, free, budget, in_strips, meter.chosen, model)
+        patcher.add_object_patch(method, auto)
+        estimate.starts = (*estimate.starts, auto.start)
     _measure(vae, method, meter, estimate)
     return count
 

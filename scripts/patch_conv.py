@@ -24,6 +24,7 @@ from modules.ui_components import InputAccordion  # pyright: ignore[reportMissin
 
 from comfyui_patchconv.hosts.devices.spread import ALL, CHOICES, ONE, end_all, others_than
 from comfyui_patchconv.hosts.modes import MODES
+from comfyui_patchconv.hosts.webui.closing import before_close, leave_copied
 from comfyui_patchconv.hosts.webui.extras import Extras
 from comfyui_patchconv.hosts.webui.flags import read_flags
 from comfyui_patchconv.hosts.webui.host import Host
@@ -137,10 +138,11 @@ class PatchConvScript(scripts.Script):
             return
         stop()
         PatchConvScript.ahead = PatchConvScript.running = toggle = _upscaling(settings)
-        _stop_at_close(p, toggle)
+        before_close(p, toggle, stop)
 
     def before_process(self, p: Any, *args: Any) -> None:
         stop()  # what a run that ended in an error may have left
+        leave_copied(p)
         ahead, PatchConvScript.ahead = PatchConvScript.ahead, None
         if ahead is not None and ahead.has_run:
             p.patch_conv_ahead = True
@@ -163,7 +165,7 @@ class PatchConvScript(scripts.Script):
             return
         if settings is not None:
             p.extra_generation_params.update(to_infotext(settings))
-        _stop_at_close(p, p.patch_conv)
+        before_close(p, p.patch_conv, stop)
         _follow(p)
 
     def before_process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
@@ -304,18 +306,6 @@ def _loaded(model: Any) -> None:
     """Patch a checkpoint or a VAE that was loaded, which may happen in the middle of a run."""
     if PatchConvScript.running is not None:
         _patch(PatchConvScript.running, [model, *getattr(sd_models.model_data, "loaded_sd_models", [])])
-
-
-def _stop_at_close(p: Any, toggle: Toggle) -> None:
-    """Take everything off when the host closes the run, which it does after an error too."""
-    close = p.close
-
-    def stop_and_close() -> None:
-        stop()
-        toggle.off()
-        close()
-
-    p.close = stop_and_close
 
 
 def _cheap(latents: Any) -> Any:

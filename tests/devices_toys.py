@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,18 @@ def refuse_to_load() -> None:
         raise TypeError("expected str, bytes or os.PathLike object, not BytesIO")
 
     torch.load = load
+
+
+class EndingSoon:
+    """Has a worker that reads it wait for the next question for a moment only."""
+
+    def __reduce__(self) -> Any:
+        return end_soon, ()
+
+
+def end_soon() -> None:
+    (worker,) = (module for name, module in sys.modules.items() if name.endswith(".hosts.devices.worker"))
+    worker.__dict__["IDLE"] = 0.1
 
 
 class Unreadable:

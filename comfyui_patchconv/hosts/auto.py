@@ -8,13 +8,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..memory.allocator import release
 from ..memory.errors import is_out_of_memory
 from ..streaming import joins
 from ..units import size_of
-from .clones import Wrapper
+from .calls import device_of
+from .clones import Wrapper, owner_of
 from .memory_estimates import OF_FREE, Needs
 from .modes import RunMode
 
@@ -41,41 +42,50 @@ class AutoForward(Wrapper):
     `[N, …]` needs eagerly and in strips; None where that is not known, and `Needs(0, 0)` where eager is to be tried
     without a word. free: asked for the bytes that are free on a device. budget: bytes to stay within; 0 for the most of
     what is free. in_strips: makes a context in which large convolutions of a model run in strips. on_choice: see
-    `OnChoice`.
+    `OnChoice`. model: the one that runs in strips where the method does not tell, for another extension has put
+    something of its own there; None where `in_strips` knows.
     """
 
     def __init__(
         self, forward: Callable[..., Any], streaming: Callable[[], AbstractContextManager[Any]],
         needs: Callable[[Tensor], Optional[Needs]], free: Callable[[torch.device], int], budget: int,
         in_strips: Callable[[Any], AbstractContextManager[Any]], on_choice: Optional[OnChoice] = None,
+        model: Optional[nn.Module] = None,
     ) -> None:  # fmt: skip
         self.forward, self.streaming, self.needs = forward, streaming, needs
         self.free, self.budget, self.in_strips, self.on_choice = free, budget, in_strips, on_choice
+        self.model = model
+        self._logged: list[RunMode] = []  # what was last, of a copy too
         self._exceeded: set[Any] = set()
+
+    def start(self) -> None:
+        """Begin a decode or encode, here or on a clone for another device: how it runs is logged again."""
+        self._logged.clear()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not args or not isinstance(args[0], Tensor) or joins(args, kwargs):
             return self.forward(*args, **kwargs)
         input = args[0]
-        way, why = self.choose(input)
+        device = device_of(args, kwargs)
+        way, why = self.choose(input, device)
         if why:
             self._tell(way, why)
         if way != "stream":
             try:
-                with self.in_strips(_owner(self.forward)) if way == "patch" else nullcontext():
+                with self._in_strips() if way == "patch" else nullcontext():
                     return self.forward(*args, **kwargs)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
             # Here, where nothing holds what the call had any more.
-            release(input.device)
+            release(device)
             self._exceeded.add((tuple(input.shape), input.dtype))
             self._tell("stream", f"memory ran out {'in strips' if way == 'patch' else 'eagerly'}")
         with self.streaming():
             return self.forward(*args, **kwargs)
 
-    def choose(self, input: Tensor) -> Choice:
-        """Say how a call with `input` `[N, …]` is to run now."""
+    def choose(self, input: Tensor, device: torch.device) -> Choice:
+        """Say how a call with `input` `[N, …]` that computes on `device` is to run now."""
         if (tuple(input.shape), input.dtype) in self._exceeded:
             return Choice("stream", "memory ran out before")
         needs = self.needs(input)
@@ -83,7 +93,7 @@ class AutoForward(Wrapper):
             return Choice("stream", "what eager needs is not known")
         if not needs.eager:
             return Choice("eager", "")
-        samples, free = input.shape[0], self.free(input.device)
+        samples, free = input.shape[0], self.free(device)
         limit = self.budget or int(OF_FREE * free)
         room = f"{size_of(self.budget)} are allowed" if self.budget else f"{size_of(free)} are free"
         why = f"eager needs {size_of(samples * needs.eager)}, {room}"
@@ -93,18 +103,17 @@ class AutoForward(Wrapper):
             return Choice("patch", f"{why}; strips need {size_of(samples * needs.patch)}")
         return Choice("stream", why)
 
+    def _in_strips(self) -> AbstractContextManager[Any]:
+        owner = owner_of(self)
+        return self.in_strips(self.model if owner is None else owner)
+
     def _tell(self, way: RunMode, why: str) -> None:
-        _log.info("Patch Conv: auto: %s (%s).", WORDS[way], why)
+        if self._logged != [way]:  # not for each tile
+            self._logged[:] = [way]
+            _log.info("Patch Conv: auto: %s (%s).", WORDS[way], why)
         if self.on_choice is not None:
             self.on_choice(way, why)
 
 
 WORDS: dict[RunMode, str] = {"eager": "eager", "patch": "in strips", "stream": "streamed"}
 """What a call is said to have run as."""
-
-
-def _owner(forward: Any) -> Any:
-    """The model whose method stands below all stand-ins; None where that is a function."""
-    while isinstance(forward, Wrapper):
-        forward = forward.forward
-    return getattr(forward, "__self__", None)

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, Optional
 
 from torch import nn
 
@@ -14,9 +14,11 @@ from ..conv.forward import TiledForward, tiled_forward
 
 
 class Wrapper:
-    """Stands in for a method of a model. forward: the method, or what stood in for it before."""
+    """Stands in for a method of a model. forward: the method, or what stood in for it before. model: the one whose
+    method it is, for where that does not tell; None where nobody asks."""
 
     forward: Callable[..., Any]
+    model: Optional[nn.Module] = None
 
 
 def follow(old: Any, new: Any) -> None:
@@ -33,6 +35,25 @@ def follow(old: Any, new: Any) -> None:
     for key, patch in list(new.object_patches.items()):
         before = old.object_patches_backup.get(key, _attribute(old.model, key))
         new.object_patches[key] = _bound(patch, moved, before, _attribute(new.model, key))
+
+
+def owner_of(wrapper: Wrapper) -> Optional[nn.Module]:
+    """The model whose method stands below all stand-ins; None where that is a function that does not tell."""
+    method = _below(wrapper)
+    while not hasattr(method, "__self__"):
+        further = getattr(method, "__wrapped__", getattr(method, "func", None))  # as `torch.compile` and `partial` say
+        if further is None:
+            return None
+        method = further
+    return method.__self__ if isinstance(method.__self__, nn.Module) else None
+
+
+def _below(wrapper: Wrapper) -> Any:
+    """What stands below all stand-ins."""
+    found: Any = wrapper
+    while isinstance(found, Wrapper):
+        found = found.forward
+    return found
 
 
 def _pairs(old: nn.Module, new: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
@@ -64,6 +85,8 @@ def _bound(patch: Any, moved: Mapping[nn.Module, nn.Module], before: Any, after:
     if isinstance(patch, Wrapper):
         bound = copy.copy(patch)
         bound.forward = _bound(patch.forward, moved, before, after)
+        if patch.model is not None and _below(bound) is not _below(patch):  # else it runs the old model all the same
+            bound.model = moved.get(patch.model, patch.model)
         return bound
     if isinstance(patch, MethodType) and isinstance(patch.__self__, nn.Module):
         return MethodType(patch.__func__, moved.get(patch.__self__, patch.__self__))

@@ -26,6 +26,16 @@ def made_like(values: Any, make: Make) -> Any:
     return tree_map(lambda value: make(value.shape, value.dtype) if isinstance(value, Tensor) else value, values)
 
 
+def without_values(values: Any) -> Any:
+    """The same arguments with tensors that have no memory, to be kept until they are counted."""
+    return tree_map(
+        lambda value: (
+            torch.empty(value.shape, dtype=value.dtype, device="meta") if isinstance(value, Tensor) else value
+        ),
+        values,
+    )
+
+
 class EagerNeeds:
     """Counts the bytes that calls of `model` would need at once without us, beside its weights.
 

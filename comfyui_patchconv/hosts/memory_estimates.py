@@ -22,6 +22,9 @@ MARGIN = 1.1
 OF_FREE = 0.8
 """Share of the free memory that an automatic budget takes: the rest is for what a count does not see."""
 
+_ROOM = MARGIN / OF_FREE
+"""Of what a host makes room by for eager, over what that needs: then it is within the share that may be taken."""
+
 EAGER_WORKSPACE = 0.3
 """What eager takes over its maps, for what convolutions work in: 0.27 of them in Stable Diffusion's decoder at 1024²,
 0.30 in Wan's at 256², measured on CPUs in float32."""
@@ -195,6 +198,9 @@ class StreamEstimate(Estimate):
 class AutoEstimate(StreamEstimate):
     """Estimates a VAE that may run in any way: what eager needs where the device has that, else what streaming needs.
 
+    A host makes room for what it is told and takes as many samples at once as that goes into what is free: these are to
+    run eagerly (see `AutoForward`), so it is told as much even where its own estimate is less.
+
     total: asked for the bytes that the device has in all. splits, threshold: as of a `Tiling`, for strips. The rest is
     of `StreamEstimate`.
     """
@@ -208,9 +214,14 @@ class AutoEstimate(StreamEstimate):
 
     def __call__(self, shape: Any, dtype: torch.dtype) -> float:
         answer = super().__call__(shape, dtype)
-        eager = self._needs((1, *tuple(shape)[1:]), dtype).eager
-        fits = eager <= min(OF_FREE * self.total(), self.budget or float("inf"))
-        return max(answer, min(self.host(shape, dtype), MARGIN * eager)) if fits else answer
+        eager, total = self._needs((1, *tuple(shape)[1:]), dtype).eager, self.total()
+        allowed = self.budget or float("inf")
+        if eager > min(OF_FREE * total, allowed):
+            return answer
+        room = _ROOM * eager
+        if shape[0] * eager > allowed:  # however much is free, no more samples than are allowed
+            room = max(room, eager * total / allowed)
+        return max(answer, room)
 
     def needs(self, input: Tensor) -> Needs:
         """Tell what one sample of `input` `[N, …]` needs; the host's own estimate where it cannot be counted."""

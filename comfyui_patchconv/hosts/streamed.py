@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..streaming import USUAL, OnProgress, Streamed, Tuning, joins
+from .calls import device_of
 from .clones import Wrapper
 from .devices.spread import Spread
 from .memory_estimates import OF_FREE, StreamEstimate
@@ -70,7 +71,7 @@ class StreamedForward(Wrapper):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.switch.on or joins(args, kwargs):
             return self.forward(*args, **kwargs)
-        device = _device_of(args, kwargs)
+        device = device_of(args, kwargs)
         if self._streamed.budget is None:
             self._streamed.budget = self.budget or int(OF_FREE * self.free(device)) or 1
         if self.on_call is not None:
@@ -104,8 +105,3 @@ class StreamedAtOnce(StreamedForward):
         if not alone or not self.estimate.at_once(args[0]):
             return self.forward(*args, **kwargs)
         return super().__call__(*args)
-
-
-def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
-    """The device that a call computes on."""
-    return next((one.device for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), torch.device("cpu"))

@@ -156,6 +156,25 @@ def test_inputs_that_the_mode_ignores_look_inactive(front: Front, mode: str, ign
     assert found == [ignored, ignored, True]
 
 
+def test_what_dims_inputs_goes_with_the_nodes(front: Front) -> None:
+    """One style, however many nodes there were."""
+    found = front.page.evaluate(
+        f"""() => {{
+            const ours = () => [...document.querySelectorAll("style")].filter(
+                one => /lg-node.*:disabled/.test(one.textContent)
+            );
+            const ids = () => ours().map(one => one.textContent).join().split("data-node-id").length - 1;
+            const before = ids();
+            const nodes = [1, 2, 3].map(() => window.LiteGraph.createNode('{VAE}'));
+            for (const node of nodes) {GRAPH}.add(node);
+            const there = [ids() - before, ours().length];
+            for (const node of nodes) {GRAPH}.remove(node);
+            return [...there, ids() - before];
+        }}"""
+    )  # fmt: skip
+    assert found == [3, 1, 0]
+
+
 def test_connected_by_hand(front: Front) -> None:
     page = front.page
     page.keyboard.press("Escape")

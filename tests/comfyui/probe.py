@@ -19,6 +19,7 @@ upscaled: of an upscale model in half precision: the largest difference to singl
 sound FOLDER WIDTH SECONDS: of a sound's VAE, written to FOLDER and loaded from there: for each audio node, the largest
     difference of streamed to eager, of its range; of the decode, estimates in bytes, peaks measured, and lines of
     figures; and what was evaluated whole.
+refused: per node and choice, what is said of a value that is not among them, which a link may bring.
 memory CHECKPOINT SIZE: bytes for a decode: the host's estimate, ours, and the peaks measured.
 """
 
@@ -401,11 +402,32 @@ def sound(pack: str, folder: str, width: str, seconds: str) -> dict[str, Any]:
     return answer
 
 
+def refused(pack: str) -> dict[str, str]:
+    host_nodes: Any = importlib.import_module("nodes")
+    said: dict[str, str] = {}
+    for kind in host_nodes.NODE_CLASS_MAPPINGS.values():
+        if not kind.__module__.startswith(pack):
+            continue
+        inputs = kind.define_schema().inputs
+        for one in inputs:
+            if not getattr(one, "options", None) or one.id == "model_name":  # a file, which the host looks for
+                continue
+            given = {each.id: getattr(each, "default", None) for each in inputs}
+            try:
+                kind.execute(**{**given, one.id: "Other"})
+                error = None
+            except Exception as raised:
+                error = raised
+            said[f"{kind.__name__}.{one.id}"] = f"{type(error).__name__}: {error}"
+    return said
+
+
 if __name__ == "__main__":
     path, question, *arguments = sys.argv[1:]
     package = start_host(path, *(FLAGS if question == "table" else ()))
     questions = {
         "halves": halves, "streamed": streamed, "cloned": cloned, "table": table, "holes": holes, "video": video,
-        "batch": batch, "newer": newer, "upscaled": upscaled, "sound": sound, "memory": memory,
+        "batch": batch, "newer": newer, "upscaled": upscaled, "sound": sound, "refused": refused,
+        "memory": memory,
     }  # fmt: skip
     print(json.dumps(questions[question](package, *arguments)))

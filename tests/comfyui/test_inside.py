@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,15 @@ def test_what_newer_hosts_ask_of_a_vae(checkout: Path) -> None:
         assert all(found["paused"])
         assert found["difference"] <= 1e-5
         assert found["left"]
+
+
+def test_what_is_no_choice_is_refused_before_any_work(checkout: Path) -> None:
+    """A link may bring any text: the host compares only what is chosen in the node."""
+    answer = probe(checkout, "refused")
+    sentences = {name: rf"ValueError: {name.partition('.')[2]} is 'Other': use .* or .*\." for name in answer}
+    assert not {name: said for name, said in answer.items() if not re.fullmatch(sentences[name], said)}
+    assert {"PatchConvVAE.half", "PatchConvVAE.mode", "PatchConvVAE.padding", "PatchConvModel.padding"} <= set(answer)
+    assert len(answer) >= 10
 
 
 def test_an_upscale_model_in_half_precision(checkout: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from functools import partial, reduce
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from comfyui_patchconv import TiledForward, Tiling, convolutions
 from comfyui_patchconv.conv.forward import tiled_forward
 from comfyui_patchconv.conv.partial import PartialPadding
+from comfyui_patchconv.hosts.auto import AutoForward
 from comfyui_patchconv.hosts.clones import Wrapper, follow
+from comfyui_patchconv.hosts.memory_estimates import Needs
 from comfyui_patchconv.hosts.streamed import StreamedForward
 
 from .vae import VAE
@@ -148,6 +151,27 @@ def test_what_begins_a_decode_begins_that_of_a_clone() -> None:
         first.start()
         clone.object_patches["decoder.forward"](Z.to("meta"))
     assert [device.type for device in asked] == ["cpu", "meta"] * 2
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_the_model_behind_a_function_is_the_one_that_this_runs(follows: bool) -> None:
+    """What another pack has set on a model is not there on the clone's; what it has among the patches is."""
+    patcher, other, asked = Patcher(vae(1)), vae(2), []
+    model: Any = patcher.model
+    function = lambda z: model.decoder(model.post_quant_conv(z))  # noqa: E731
+    if follows:
+        other.__dict__["decode"] = lambda z: other.decoder(other.post_quant_conv(z))
+        model.__dict__["decode"] = function
+    else:
+        patcher.object_patches["decode"] = function
+    auto = AutoForward(
+        patcher.get_model_object("decode"), nullcontext, lambda _: Needs(2, 1), lambda _: 0, 1,
+        lambda model: asked.append(model) or nullcontext(), model=patcher.model,
+    )  # fmt: skip
+    patcher.object_patches["decode"] = Noted(auto, [])
+    assert_same(patcher.deepclone(other).decode(Z), vae(2 if follows else 1).decode(Z))
+    patcher.decode(Z)
+    assert [one is other for one in asked] == [follows, False]
 
 
 def test_patches_of_others_stay_as_the_host_copies_them() -> None:

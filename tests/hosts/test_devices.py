@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from devices_toys import Drawing, Half, Kept, Unreadable, half, latent
+from devices_toys import Drawing, EndingSoon, Half, Kept, Unreadable, half, latent
 from processes import LIMIT, environment, until
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -24,6 +24,7 @@ from torch.nn.utils import parametrizations
 from comfyui_patchconv.conv.partial import PartialPadding
 from comfyui_patchconv.hosts.clones import Wrapper
 from comfyui_patchconv.hosts.devices import spread as spreading
+from comfyui_patchconv.hosts.devices.frames import START
 from comfyui_patchconv.hosts.devices.packing import CannotSendError, packed, unpacked
 from comfyui_patchconv.hosts.devices.spread import Outcome, Spread, end_all, others_than
 from comfyui_patchconv.hosts.devices.team import DevicesError, Worker
@@ -186,6 +187,70 @@ def test_a_worker_that_cannot_read_what_it_is_asked_ends() -> None:
         assert worker.answer(SECONDS, lambda: None) == ""
         worker.ask("hold", name=Unreadable())
         with pytest.raises(DevicesError, match="has ended with status 1"):
+            worker.answer(SECONDS, lambda: None)
+    finally:
+        worker.kill()
+
+
+def test_a_worker_that_is_asked_nothing_for_long_ends_in_peace(tmp_path: Path) -> None:
+    """And leaves the folder, which the host and other workers go on using."""
+    worker = Worker(1, CPU, ())
+    worker.ask(
+        "join", folder=str(tmp_path), path=str(tmp_path / "0"), rank=0, count=1, seconds=SECONDS, device="cpu",
+        threads=1, then=EndingSoon(),
+    )  # fmt: skip
+    try:
+        assert worker.wait(SECONDS, lambda: None) == ""
+        with pytest.raises(DevicesError, match="has ended with status 0"):
+            worker.answer(SECONDS, lambda: None)
+        assert tmp_path.exists()
+    finally:
+        worker.kill()
+
+
+def test_a_worker_whose_host_cannot_prepare_it_ends_with_a_status() -> None:
+    worker = Worker(1, CPU, ("devices_toys:fail",))
+    try:
+        with pytest.raises(DevicesError, match="has ended with status 1"):
+            worker.answer(SECONDS, lambda: None)
+    finally:
+        worker.kill()
+
+
+@pytest.mark.parametrize("prints", ["print('hello')", "import os; os.write(1, bytes(range(256)) * 300)"])
+def test_what_is_printed_before_a_worker_begins_is_no_answer(
+    prints: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what an installation runs at Python's start."""
+    (tmp_path / "sitecustomize.py").write_text(prints, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    worker = Worker(1, CPU, ())
+    try:
+        assert worker.answer(SECONDS, lambda: None) == ""
+    finally:
+        worker.kill()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (b"hello", "has ended with status 0"),
+        (START + b"hello", "has ended with status 0"),
+        (START + b"\xff" * 64, r"has answered what cannot be read \(.*Error: .*\)"),
+        (START + b"\x00" * 7 + b"\x40", r"has answered what cannot be read \(.*Error.*\)"),
+        (START + b"\x08" + bytes(7) + b"no data." * 9, r"has answered what cannot be read \(UnpicklingError: .*\)"),
+    ],
+)
+def test_a_worker_whose_answers_cannot_be_read_is_gone(
+    given: bytes, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever reading them raises: it is not waited for."""
+    code = f"import os, sys, time; os.write(1, {given!r}); 'status' in sys.argv[1] or time.sleep(10_000)"
+    command, popen = [sys.executable, "-c", code, said], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **pipes: popen(command, **pipes))
+    worker = Worker(1, CPU, ())
+    try:
+        with pytest.raises(DevicesError, match=rf"^rank 1 \(cpu, process \d+\) {said}$"):
             worker.answer(SECONDS, lambda: None)
     finally:
         worker.kill()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import ref
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from comfyui_patchconv.hosts.attributes import FORGE_CASTS
-from comfyui_patchconv.hosts.eager_needs import EagerNeeds
+from comfyui_patchconv.hosts.eager_needs import EagerNeeds, signature, without_values
 from comfyui_patchconv.hosts.memory_estimates import MARGIN, StreamEstimate, StripEstimate
 
 from .vae import VAE, Holder
@@ -131,3 +133,24 @@ def test_an_error_of_a_count_is_raised_each_time() -> None:
         with pytest.raises(RuntimeError, match="looks at values"):
             needs.of("key", run, torch.device("cpu"))
     assert len(runs) == 1
+
+
+def test_what_is_noted_of_a_call_keeps_none_of_its_tensors() -> None:
+    """However deep they lie: models are given lists of reference images, and lists of such lists."""
+
+    class Pair(NamedTuple):
+        one: Tensor
+        other: str
+
+    tensors = [torch.zeros(2, number + 1, dtype=torch.bfloat16).t() for number in range(5)]
+    alive = [ref(tensor) for tensor in tensors]
+    one, two, three, four, five = tensors
+    values = [one, [two, (three, None)], {"references": [{"inside": four}], 1: "text"}, Pair(five, "b"), 0.5]
+    noted = without_values(values)
+    meta = tree_map(lambda each: each.to("meta") if isinstance(each, Tensor) else each, values)
+    assert signature(noted) == signature(meta)
+    del tensors, values, one, two, three, four, five
+    assert not any(tensor() is not None for tensor in alive)
+    assert noted[2][1] == "text"
+    assert noted[3].other == "b"
+    assert noted[1][1][1] is None

@@ -36,6 +36,19 @@ def test_what_is_free_is_asked_when_a_decode_begins(vae: VAE) -> None:
     assert (len(asked), streamed._streamed.budget) == (2, int(OF_FREE * 2000))
 
 
+def test_what_is_free_is_asked_of_the_device_that_a_call_names() -> None:
+    asked: list[str] = []
+    conv = nn.Conv2d(3, 3, 3, device="meta")
+
+    def encode(x: Tensor, device: Any) -> Tensor:
+        return conv(x.to(device))
+
+    streamed = StreamedForward(encode, 0, lambda device: asked.append(str(device)) or 1 << 30)
+    with torch.no_grad():
+        streamed(torch.zeros(1, 3, 8, 8), device=torch.device("meta"))
+    assert asked == ["meta"]
+
+
 def test_a_budget_is_kept_and_nothing_free_is_no_lack_of_one(vae: VAE) -> None:
     z = torch.randn(1, 4, 8, 8)
     for budget, free, expected in ((500, 10**9, 500), (0, 0, 1)):

@@ -56,6 +56,21 @@ def test_the_time_does_not_grow_in_a_slow_stretch() -> None:
     assert left == [9, 9, 9, 4, 0]
 
 
+@pytest.mark.parametrize("jobs", [0, 1, 2])
+def test_work_that_nobody_has_begun_as_a_job(jobs: int) -> None:
+    """An extension's decode before the first run: the WebUI knows no time then."""
+    state, now = state_of_a_run(jobs), [10.0]
+    state.time_start = None
+    before = dict(vars(state))
+    with Host(state, cheap, None, lambda: now[0]).shown("VAE decoder in strips") as show:
+        now[0] = 12.0
+        show(0.25)
+        assert state.textinfo == "VAE decoder in strips" + ("" if jobs else ": 25%")
+        if jobs:
+            assert shown(state, now[0]) == pytest.approx((25 / jobs, 6 + 8 * (jobs - 1)))
+    assert vars(state) == before
+
+
 def test_before_the_jobs_are_counted_the_words_have_the_percentage() -> None:
     """A picture that is encoded for img2img."""
     state, now = state_of_a_run(jobs=-1), [10.0]

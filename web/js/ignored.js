@@ -4,7 +4,8 @@ const NODE = "PatchConv_VAE";
 const IGNORED = { patch: ["budget"], stream: ["splits", "threshold"] };
 const NUMBERS = ["splits", "threshold", "budget"];
 
-const dimmed = new Set(); // ids of nodes whose inactive inputs are dimmed
+const dimmed = new Map(); // nodes of the graph, whose inactive inputs are dimmed, and their ids
+const style = document.createElement("style");
 
 /** Follow the mode of a new node, if it is one of ours. */
 export function followMode(node) {
@@ -12,6 +13,7 @@ export function followMode(node) {
     if (!mode) return;
     after(mode, "callback", () => mark(node, mode));
     for (const change of ["onAdded", "onConfigure", "onConnectionsChange"]) after(node, change, () => mark(node, mode));
+    after(node, "onRemoved", () => dim(node, null));
     mark(node, mode);
 }
 
@@ -20,16 +22,21 @@ function mark(node, mode) {
     const linked = node.inputs?.some((input) => input.widget?.name === mode.name && input.link != null);
     const ignored = (linked ? [] : IGNORED[mode.value]) ?? [];
     for (const widget of node.widgets) if (NUMBERS.includes(widget.name)) widget.disabled = ignored.includes(widget.name);
-    dim(node.id);
+    dim(node, node.id);
     node.setDirtyCanvas?.(true, true);
 }
 
-/** Have inactive inputs of a node look so in Nodes 2.0, which switches them off and shows what they hold as before. */
-function dim(id) {
-    if (id == null || id === -1 || dimmed.has(id)) return;
-    dimmed.add(id);
-    const rule = `.lg-node[data-node-id="${CSS.escape(id)}"] input:disabled { opacity: 0.4; }`;
-    document.head.append(Object.assign(document.createElement("style"), { textContent: rule }));
+/**
+ * Have inactive inputs of a node look so in Nodes 2.0, which switches them off and shows what they hold as before.
+ * id: the node's; null, or -1, while it is in no graph.
+ */
+function dim(node, id) {
+    if ((dimmed.get(node) ?? -1) === (id ?? -1)) return;
+    if (id == null || id === -1) dimmed.delete(node);
+    else dimmed.set(node, id);
+    const nodes = [...new Set(dimmed.values())].map((one) => `.lg-node[data-node-id="${CSS.escape(one)}"]`);
+    style.textContent = nodes.length ? `:is(${nodes.join(", ")}) input:disabled { opacity: 0.4; }` : "";
+    if (!style.isConnected) document.head.append(style);
 }
 
 /** Do something after each call of a method, which others may have put there. */

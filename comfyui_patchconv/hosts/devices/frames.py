@@ -13,6 +13,9 @@ from torch import Tensor
 from ...streaming.spread.ranks import bytes_of
 from .packing import Looks, Packed
 
+START = b"\x93patchconv answers\n"
+"""Stands before the first message of a pipe into which others may have printed."""
+
 _SIZE = struct.Struct("<Q")
 
 
@@ -25,6 +28,23 @@ class Frame(NamedTuple):
     looks: list[Looks]
     received: list[Tensor]
     rest: bytes
+
+
+def begin(file: BinaryIO) -> None:
+    """Have messages begin here, in a pipe into which others may have printed."""
+    file.write(START)
+    file.flush()
+
+
+def skip_to_start(file: BinaryIO) -> bool:
+    """Leave behind what was printed before `begin`; False where that does not come."""
+    last = b""
+    while last != START:
+        one = file.read(1)
+        if not one:
+            return False
+        last = (last + one)[-len(START) :]
+    return True
 
 
 def write(file: BinaryIO, kind: str, plain: dict[str, Any], value: Optional[Packed] = None) -> None:

@@ -21,7 +21,7 @@ import torch
 from ...conv.autocast import autocast_state
 from ...streaming import USUAL, OwnGroup, SpreadError, Streamed, Tuning
 from .draws import states
-from .frames import Frame, read, write
+from .frames import Frame, read, skip_to_start, write
 from .packing import STOPPED, CannotSendError, Packed, packed, said
 
 Look = Callable[[], None]
@@ -74,6 +74,7 @@ class Worker:
             stdout=subprocess.PIPE,
         )
         self._rank, self._pid = rank, self.process.pid
+        self._unreadable = ""
         self._questions: queue.Queue[Any] = queue.Queue()
         self._answers: queue.Queue[Optional[Frame]] = queue.Queue()
         given = {
@@ -109,7 +110,7 @@ class Worker:
                 continue
             if frame is None:
                 self._answers.put(None)  # there is no other
-                raise _GoneError(f"{self} {self._end()}")
+                raise _GoneError(f"{self} {self._unreadable or self._end()}")
             self.waiting -= 1
             if frame.kind == "hold" and not frame.plain["error"]:
                 self.held.append(frame.plain["name"])
@@ -154,11 +155,13 @@ class Worker:
     def _read(self) -> None:
         pipe: Any = self.process.stdout
         frame: Optional[Frame] = Frame("", {}, [], [], b"")
+        begun = False
         while frame is not None:
             try:
-                frame = read(pipe)
-            except (OSError, ValueError):
-                frame = None
+                begun = begun or skip_to_start(pipe)
+                frame = read(pipe) if begun else None
+            except Exception as one:  # bytes of another's may be any number, and a pickle of anything
+                frame, self._unreadable = None, f"has answered what cannot be read ({said(one)})"
             error = "is gone" if frame is None else frame.plain.get("error", "")
             self.trouble = "" if error == STOPPED else error
             self._answers.put(frame)

@@ -6,11 +6,12 @@ import importlib
 import os
 import queue
 import shutil
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, BinaryIO, NoReturn, Optional
 
 import torch
@@ -19,7 +20,7 @@ from ...memory.usage import free
 from ...streaming import OwnGroup, SpreadError, Streamed
 from ..memory_estimates import OF_FREE
 from .draws import set_states
-from .frames import Frame, read, write
+from .frames import Frame, begin, read, write
 from .packing import STOPPED, said, unpacked
 
 IDLE = 900.0
@@ -57,9 +58,9 @@ class _Requests:
                 frame = read(self._file)
             except Exception:  # nothing that is asked from now on could be answered
                 traceback.print_exc()
-                self._end(1)
+                self.end(1)
             if frame is None:
-                self._end()
+                self.end()
             elif frame.kind == "stop":
                 self.stopped = frame.plain["call"]
             else:
@@ -69,11 +70,22 @@ class _Requests:
         """Other processes of the host may hold the pipe open when it is gone."""
         while os.getppid() == self._parent:
             time.sleep(_PARENT)
-        self._end()
+        self.end()
 
-    def _end(self, status: int = 0) -> NoReturn:
+    def end(self, status: int = 0) -> NoReturn:
+        """End this process because the host is gone."""
         if self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)  # the host's, which may have had no time for it
+        os._exit(status)
+
+    def leave(self, status: int = 0) -> NoReturn:
+        """End this process before the host, whose folder other workers go on using.
+
+        At once: Python would take itself apart, and abort on what `_read` waits for.
+        """
+        for file in (sys.stdout, sys.stderr):
+            with suppress(Exception):  # there is none, or nobody reads it
+                file.flush()
         os._exit(status)
 
 
@@ -130,13 +142,25 @@ class _Worker:
             raise _StoppedError
 
 
-def serve(requests: BinaryIO, answers: BinaryIO, calls: Sequence[str]) -> None:
-    """Do what is asked until the host is gone, or asks nothing for long. calls: made first; see `start`."""
+def serve(requests: BinaryIO, answers: BinaryIO, calls: Sequence[str]) -> NoReturn:
+    """Do what is asked until the host is gone, or asks nothing for long. calls: made first; see `worker_script`."""
     coming = _Requests(requests)
+    try:
+        _answer_all(coming, answers, calls)
+    except BaseException as error:
+        traceback.print_exc()
+        if isinstance(error, OSError):  # nobody reads the answers; where the host is gone, threads notice and end this
+            time.sleep(2 * _PARENT)
+        coming.leave(1)
+    coming.leave()
+
+
+def _answer_all(coming: _Requests, answers: BinaryIO, calls: Sequence[str]) -> None:
     worker = _Worker(coming)
     for call in calls:
         module, _, name = call.partition(":")
         getattr(importlib.import_module(module), name)()
+    begin(answers)
     write(answers, "ready", {})
     while (frame := coming.next()) is not None:
         error = ""

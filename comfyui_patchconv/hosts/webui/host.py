@@ -48,6 +48,8 @@ class Host:
         """
         before = {name: getattr(self._state, name) for name in _SHOWN}
         start, left = self._clock(), float("inf")
+        began = before["time_start"]  # None before the first run, of work that no run has asked for
+        began = start if began is None else began
 
         def show(share: float) -> None:
             nonlocal left
@@ -55,7 +57,7 @@ class Host:
                 return
             now = self._clock()
             left = min(left, (now - start) * (1 - share) / share)  # a slow stretch does not make it grow
-            self._show(words, share, now - before["time_start"], left)
+            self._show(words, share, now - began, left)
 
         try:
             yield show

@@ -58,6 +58,11 @@ class Toggle:
         return bool(self._followed)
 
     @property
+    def is_gone(self) -> bool:
+        """Whether nothing of it is anywhere: neither on a model, nor below another extension's stand-in."""
+        return not self._followed and not self._covered
+
+    @property
     def has_run(self) -> bool:
         """Whether a decoder, an encoder or an upscaler has run, if only until it was stopped."""
         return bool(self.stopped) or any(figures.calls for figures in self._figures.values())
