@@ -10,7 +10,7 @@ import torch
 
 from . import decode, demo, encode, patch_ddpm, patch_diffusion, upscale
 from .empty_cache import no_empty_cache
-from .failures import WRONG_INPUT, failure, tell
+from .failures import WRONG_INPUT, advise, failure, tell
 from .prints import lenient
 
 
@@ -27,6 +27,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def _run(argv: Optional[Sequence[str]]) -> int:
     try:
         args = parser().parse_args(argv)
+        advise(args.less_memory)
         with no_empty_cache(), torch.inference_mode(args.job != "train"):
             return args.run(args) or 0
     except SystemExit as end:

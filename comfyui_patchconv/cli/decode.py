@@ -39,7 +39,9 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--fps", type=rate, help="frames a second of an MP4 or MKV; default: what the VAE's model makes"
     )
-    parser.set_defaults(run=_run)
+    parser.set_defaults(
+        run=_run, less_memory="a smaller --budget with --mode stream, --dtype bfloat16, or --device cpu"
+    )
 
 
 def _run(args: argparse.Namespace) -> int:

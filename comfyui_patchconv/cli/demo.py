@@ -73,7 +73,7 @@ def add(commands: Any) -> None:
     )
     add_strips(parser)
     add_trust(parser)
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, less_memory="a smaller --size, --dtype bfloat16, or --device cpu")
 
 
 def _run(args: argparse.Namespace) -> None:

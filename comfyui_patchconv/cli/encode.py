@@ -24,7 +24,9 @@ def add(commands: Any) -> None:
     """Add the command to `commands`, an argparse parser's subparsers."""
     parser = commands.add_parser("encode", help="images to latents", description=_run.__doc__)
     add_conversion(parser, "--image", "PNG, JPEG, WebP …", ".latent to write, which ComfyUI's LoadLatent reads")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(
+        run=_run, less_memory="a smaller --budget with --mode stream, --dtype bfloat16, or --device cpu"
+    )
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Optional
 
@@ -23,7 +24,13 @@ _EXTRAS = {
 }
 """Which extra brings what may not be installed."""
 
-_LESS_MEMORY = "try a smaller --budget (with --mode stream), --dtype bfloat16, or --device cpu."
+_less_memory: ContextVar[str] = ContextVar("less_memory", default="a machine with more of it")
+"""What the command that runs has for where memory runs out."""
+
+
+def advise(less_memory: str) -> None:
+    """From now on, who runs out of memory is told to try `less_memory`, which the command at hand has."""
+    _less_memory.set(less_memory)
 
 
 def failure(error: BaseException) -> Optional[tuple[str, int]]:
@@ -37,7 +44,7 @@ def failure(error: BaseException) -> Optional[tuple[str, int]]:
     if isinstance(error, SpreadError):
         return str(error), SPREAD
     if is_out_of_memory(error):
-        return f"out of memory ({first_line(error)}): {_LESS_MEMORY}", OUT_OF_MEMORY
+        return f"out of memory ({first_line(error)}): try {_less_memory.get()}.", OUT_OF_MEMORY
     if isinstance(error, (ValueError, OSError)):
         return _sentence(error), WRONG_INPUT
     return None

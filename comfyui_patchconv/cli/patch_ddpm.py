@@ -57,7 +57,9 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=seed, help="default: another one each time")
     parser.add_argument("--device", type=device, help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
-    parser.set_defaults(run=_sample)
+    parser.set_defaults(
+        run=_sample, less_memory="a smaller --batch-size or --patches-at-once, --dtype bfloat16, or --device cpu"
+    )
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +68,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "--restart-step", type=natural, help="step to go on from; 1 to begin anew (default: the last that was saved)"
     )
     add_trust(parser)
-    parser.set_defaults(run=_train)
+    parser.set_defaults(run=_train, less_memory="a smaller trainer.train_batch_size in the file of --config")
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +79,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         required=True,
         help=".safetensors file to write, which replaces what is there once it is whole",
     )
-    parser.set_defaults(run=_import)
+    parser.set_defaults(run=_import, less_memory="a machine with more of it")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

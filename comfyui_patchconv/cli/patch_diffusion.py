@@ -80,7 +80,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     _add_model_path(parser)
     _add_model(parser)
     add_trust(parser)
-    parser.set_defaults(run=_sample)
+    parser.set_defaults(run=_sample, less_memory="a smaller --batch_size, --policy bf16, or the DEVICE cpu")
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -113,7 +113,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
     _add_model(parser)
     add_trust(parser)
-    parser.set_defaults(run=_train)
+    parser.set_defaults(run=_train, less_memory="a smaller --batch_size with more of --accumulate")
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
@@ -127,7 +127,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     _add_model_path(parser, required=True)
     _add_model(parser)
     add_trust(parser)
-    parser.set_defaults(run=_import)
+    parser.set_defaults(run=_import, less_memory="a machine with more of it")
 
 
 def _add_model_path(parser: argparse.ArgumentParser, required: bool = False) -> None:

@@ -63,7 +63,7 @@ def add(commands: Any) -> None:
     )
     add_trust(parser)
     add_spread(parser)
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, less_memory="a smaller --budget, --dtype bfloat16, or --device cpu")
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -141,6 +141,8 @@ class ConvCall:
 
     def strip_rows(self, input: Tensor, weight: Tensor) -> Optional[int]:
         """Output rows of a strip, or None where the convolution is to run whole."""
+        if input.layout is not torch.strided or not input.numel():  # of what is laid out otherwise no rows can be cut
+            return None
         sides = len(self.module.kernel_size)
         if input.dim() not in (sides + 1, sides + 2):
             return None  # the operator's own error says it best

@@ -49,6 +49,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     Raises FileNotFoundError, or ValueError if the file is no safetensors file, cut short, or contradicts itself.
     """
     path = existing(path)
+    _check_name(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -113,6 +114,16 @@ def existing(path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def _check_name(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError for a name that neither safetensors nor torch can open, whatever is in the file."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{short(path)} has a name that is not UTF-8, by which it cannot be read: rename it."
+        ) from None
+
+
 def opened(path: Path, trust: bool = False) -> tuple[Header, Callable[[str], Tensor]]:
     """Type and shape of each tensor in a checkpoint, and the function that reads one. trust: see `unpickled`."""
     if path.suffix.lower() not in _PICKLES:
@@ -137,6 +148,7 @@ def unpickled(path: str | os.PathLike[str], mmap: bool = False, trust: bool = Fa
     Raises OSError for a file that cannot be opened, and ValueError for one that is something else, for one in the form
     of torch before 1.6, and, unless trusted, for any on torch before 2.6.
     """
+    _check_name(path)
     with open(path, "rb") as file:
         start = file.read(4)
     if start != b"PK\3\4" or not is_zipfile(path):  # torch goes by the start, a zip file by its end

@@ -39,12 +39,16 @@ def checked(kind: Any, given: dict[str, Any], section: str = "") -> dict[str, An
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
+_MOST = 1e38
+"""What numbers stay below that float32 can hold; neither infinity nor NaN does."""
+
+
 def _whole(value: object) -> bool:
-    return type(value) is int  # not a bool, which is an int as well
+    return type(value) is int and abs(value) < 2**63  # not a bool, which is an int as well; what torch can hold
 
 
 def _number(value: object) -> bool:
-    return type(value) in (int, float)
+    return type(value) in (int, float) and abs(value) < _MOST  # type: ignore[operator]
 
 
 def _many(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:

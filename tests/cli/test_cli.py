@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import re
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -502,3 +504,26 @@ def test_demo_with_a_wrong_file_writes_nothing(tmp_path: Path, vae: Path, ready:
     assert done.returncode == 2
     assert re.fullmatch(r"patchconv: in.latent is not a safetensors file[^\n]+\.\n", done.stderr), done.stderr
     assert not (tmp_path / "demo").exists()
+
+
+def _commands(parser: Any) -> Iterator[Any]:
+    inside = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    for action in inside:
+        for one in action.choices.values():
+            yield from _commands(one)
+    if not inside:
+        yield parser
+
+
+@pytest.mark.parametrize("command", list(_commands(cli.parser())), ids=lambda command: command.prog)
+def test_who_runs_out_of_memory_is_told_of_options_that_there_are(
+    command: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: Any) -> None:
+        raise MemoryError("all is taken")
+
+    args = argparse.Namespace(job="", **{**command._defaults, "run": run})
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda *_: args)
+    assert cli.main() == 3
+    told = re.findall(r"--[\w-]+", capsys.readouterr().err.split("try ")[1])
+    assert set(told) <= {name for action in command._actions for name in action.option_strings}

@@ -166,3 +166,16 @@ def test_on_strip_grows_over_groups_of_samples() -> None:
     assert seen == sorted(set(seen))
     assert len({rows for _, rows in seen}) == 1
     assert seen[-1][0] == seen[-1][1]
+
+
+def test_what_has_no_rows_to_cut_runs_whole() -> None:
+    module, input = nn.Conv2d(3, 4, 3, padding=1), IMAGE.to_mkldnn()
+    with torch.no_grad():
+        expected = module(input)
+        convert_model(module, threshold=0)
+        assert_same(module(input).to_dense(), expected.to_dense())
+    with pytest.warns(UserWarning, match="zero-element"):
+        empty = nn.Conv2d(0, 4, 3, padding=1)
+    expected = run(empty, IMAGE[:, :0])
+    convert_model(empty, threshold=0)
+    assert_same(run(empty, IMAGE[:, :0]), expected)

@@ -246,3 +246,15 @@ def test_a_nested_tensor_is_no_latent(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tensor") as caught:
         load_latent(path, trust=True)
     assert_one_sentence(caught.value, path)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "latent"])
+def test_a_name_that_is_not_utf_8_is_what_is_said_to_be_wrong(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"in\udcff.{suffix}"
+    try:
+        path.write_bytes(b"")
+    except (OSError, UnicodeError):
+        pytest.skip("this system has no such names")
+    with pytest.raises(ValueError, match="a name that is not UTF-8") as caught:
+        load_latent(path, trust=True)
+    assert str(caught.value).isascii()

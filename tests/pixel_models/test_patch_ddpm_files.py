@@ -205,3 +205,14 @@ def test_the_authors_files_of_another_configuration(tmp_path: Path) -> None:
         import_torch(changed(**{f"{PREFIX}_embedding._pos_embedding_layer.0.weight": None}))
     with pytest.raises(ValueError, match=r"so give that too: model\.image_size is 128"):
         import_torch(changed(**{f"{PREFIX}_embedding._pos_embedding_layer.0.weight": torch.zeros(16, 9)}))
+
+
+@pytest.mark.parametrize("text", [
+    '{"model": {"dim": 8000000000000000000000}}', '{"model": {"dim": Infinity}}',
+    '{"model": {"dim": 8}, "trainer": {"train_dataset_dir": "a", "log_dir": "b", "train_lr": Infinity}}',
+    '{"model": {"dim": 8}, "trainer": {"train_dataset_dir": "a", "log_dir": "b", "seed": 100000000000000000000}}',
+    '{"model": {"dim": 8}, "trainer": {"train_dataset_dir": "a", "log_dir": "b", "ema_decay": NaN}}',
+])  # fmt: skip
+def test_numbers_that_torch_cannot_hold_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r": use a (whole )?number"):
+        Config.from_json(text)

@@ -420,3 +420,13 @@ def test_sampling_with_a_class_is_guided() -> None:
     assert not torch.equal(run(ddim=True), images)
     with pytest.raises(ValueError, match="2 models for 0 splits"):
         sample([model, model], noise, labels)
+
+
+@pytest.mark.parametrize("values", [
+    {"mults": (1.0, 1e308)}, {"mults": (1.0, float("inf"))}, {"mults": (float("nan"),)}, {"image_size": 2**70},
+    {"classes": -5}, {"classes": 2**62}, {"channels": 2**50}, {"head_channels": -32},
+], ids=str)  # fmt: skip
+def test_numbers_out_of_bounds_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(values))} is .*: use .*(or more|or less)") as caught:
+        replace(SMALL, **values)
+    assert "\n" not in str(caught.value)

@@ -230,6 +230,17 @@ def test_a_file_that_is_no_image_is_named(tmp_path: Path, workers: int) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_link_to_nothing_is_named_and_a_folder_is_no_image(tmp_path: Path, workers: int) -> None:
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to(tmp_path / "missing.png")
+    images = ImageFolder(tmp_path, (8, 8))
+    assert images.paths == [tmp_path / "link.png"]
+    with pytest.raises(FileNotFoundError, match=r"^\S+link.png does not exist") as caught:
+        train(images, replace(OPTIONS, workers=workers))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_loss_that_is_no_number_ends_it(images: ImageFolder) -> None:
     training: Training[nn.Module] = Training(network(), OPTIONS, begin())
 

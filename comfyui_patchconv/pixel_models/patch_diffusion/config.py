@@ -10,6 +10,9 @@ from ..json_fields import checked, parsed
 BETA_MIN = 1e-4
 """The first beta of every linear schedule."""
 
+_MOST = 2**20
+"""Of any size or count: more, and no machine could hold the model."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -46,9 +49,14 @@ class Config:
     snr_splits: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, least in (("image_size", 1), ("channels", 4), ("blocks", 1)):  # positions are pairs of sines
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}: use {least} or more.")
+        least = {"image_size": 1, "channels": 4, "blocks": 1, "classes": 0, "head_channels": 0}  # pairs of sines
+        for name in least:
+            if getattr(self, name) < least[name]:
+                raise ValueError(f"{name} is {getattr(self, name)}: use {least[name]} or more.")
+            if getattr(self, name) > _MOST:
+                raise ValueError(f"{name} is {getattr(self, name)}: use {_MOST} or less.")
+        if not all(0 < mult <= _MOST for mult in self.mults):
+            raise ValueError(f"mults is {self.mults}: use numbers above 0, {_MOST} or less.")
         if not BETA_MIN < self.beta_max < 1:
             raise ValueError(f"beta_max is {self.beta_max}: use a number between {BETA_MIN} and 1, such as 0.02.")
         if not 0 <= self.dropout < 1:

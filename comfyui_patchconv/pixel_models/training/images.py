@@ -49,7 +49,9 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
                 f"what the training makes would lie in {written}, among the images of {folder}, and be trained on: "
                 "choose a folder outside."
             )
-        self.paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+        self.paths = sorted(
+            path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and not path.is_dir()
+        )
         if not self.paths:
             raise ValueError(f"{folder} holds no image: give a folder with {', '.join(sorted(_SUFFIXES))} files.")
         parts = [path.relative_to(folder).parts for path in self.paths]

@@ -188,8 +188,9 @@ class Training(Generic[Model]):
 def _next(batches: Iterator[Any]) -> Any:
     try:
         return next(batches)
-    except ValueError as error:  # a worker puts its whole traceback before the sentence
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+    except (ValueError, OSError) as error:  # a worker puts its whole traceback before the sentence
+        kind, last = type(error), str(error).strip().splitlines()[-1]
+        raise kind(last.removeprefix(f"{kind.__name__}: ")) from error
 
 
 class _Mean:
