@@ -65,6 +65,7 @@ class Call:
         self.parts, self._samples, self.in_turn = 1, 1, 0
         self._in_bands, self._bands = in_bands and ranks is not None, dict[Node, Tensor]()
         self.recorder = Recorder(self.evaluate, report, phantom, **({"small": 0} if tuning.always else {}))
+        self.recorder.budget = budget if ranks is None else None
 
     def run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What `function(*args, **kwargs)` returns."""
@@ -161,6 +162,7 @@ class Call:
     def _evaluate(self, roots: Sequence[Node], keep: Sequence[Node]) -> None:
         self._made = [one for one in self._made if one() is not None]
         held = sum(node.bytes for node in (one() for one in self._made) if node is not None)
+        held += self.recorder.memory.copied
         batch = self._batch(roots)
         wanted = roots if batch is None else batch.roots
         if self._ranks is None:

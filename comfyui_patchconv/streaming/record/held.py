@@ -1,8 +1,9 @@
-"""Ordinary tensors that deferred steps will read: a write to their memory, seen first, leaves those steps a copy."""
+"""Ordinary tensors that deferred steps will read: a write to their memory, seen first, leaves those steps a copy, or
+has them evaluated first (`Values.before_write`)."""
 
 from __future__ import annotations
 
-from typing import Any, Optional, Protocol
+from typing import Any, NamedTuple, Optional, Protocol
 from weakref import ref
 
 import torch
@@ -46,6 +47,8 @@ class Memory:
         self._readers: dict[int, list[ref[Any]]] = {}
         self._held: dict[Any, ref[Held]] = {}
         self._constants: dict[int, tuple[Any, ref[Tensor]]] = {}
+        self._copies: list[tuple[list[ref[Any]], int]] = []
+        self._at_most_copied = 0
         self._given: dict[int, Tensor] = {}  # by the storage: memory that others write to without an operator
 
     def hold(self, tensor: Tensor) -> Held:
@@ -110,17 +113,112 @@ class Memory:
         return any(reader is not None and reader is not but_by for reader in readers)
 
     def before_write(self, tensor: Tensor) -> None:
-        """Something is about to be written to the memory of `tensor`."""
+        """Something is about to be written to the memory of `tensor`: who reads it gets a copy."""
         storage = tensor.untyped_storage()._cdata
         self._constants.pop(storage, None)
         for place in [place for place in self._held if place[0] == storage]:
             del self._held[place]
-        copies: dict[Any, Tensor] = {}
-        for one in self._readers.pop(storage, ()):
-            reader = one()
-            if reader is not None and reader.tensor is not None:
-                old = reader.tensor
-                place = old.storage_offset(), old.shape, old.stride(), old.dtype
-                if place not in copies:
-                    copies[place] = old.clone()
-                reader.tensor = copies[place]
+        readers = self.readers_of(tensor)
+        self._readers.pop(storage, None)
+        for part in _parts(readers):
+            for reader, copied in zip(part.readers, part.copied()):
+                reader.tensor = copied
+            self._copies.append(([ref(reader) for reader in part.readers], part.bytes))
+            self._at_most_copied += part.bytes
+
+    def readers_of(self, tensor: Tensor) -> list[Any]:
+        """Who will read the memory of `tensor`."""
+        found = (one() for one in self._readers.get(tensor.untyped_storage()._cdata, ()))
+        return [reader for reader in found if reader is not None and reader.tensor is not None]
+
+    def to_copy(self, tensor: Tensor) -> int:
+        """Bytes that copies of the memory of `tensor` would take if it was written to now."""
+        return sum(part.bytes for part in _parts(self.readers_of(tensor)))
+
+    def copies_more(self, tensor: Tensor, most: int) -> bool:
+        """Whether there would be more than `most` bytes of copies then; those that are left are only counted if need
+        be, for a program may write often."""
+        size = self.to_copy(tensor)
+        return size > 0 and self._at_most_copied + size > most and self.copied + size > most
+
+    @property
+    def copied(self) -> int:
+        """Bytes of the copies that are still to be read."""
+        self._copies = [(readers, size) for readers, size in self._copies if any(one() is not None for one in readers)]
+        self._at_most_copied = sum(size for _, size in self._copies)
+        return self._at_most_copied
+
+
+class _Part(NamedTuple):
+    """Readers of memory between two of its bytes, whose copy takes so many. together: it is copied as it is, for they
+    overlap; else once for each place that is read."""
+
+    readers: list[Any]
+    first: int
+    last: int
+    bytes: int
+    together: bool
+
+    def copied(self) -> list[Tensor]:
+        """What each of them is to read."""
+        if not self.together:
+            copies: dict[Any, Tensor] = {}
+            return [copies.setdefault(_place(one.tensor), _cloned(one.tensor, copies)) for one in self.readers]
+        old: Any = self.readers[0].tensor
+        flat: Any = torch.empty(0, dtype=torch.uint8, device=old.device)
+        memory = flat.set_(old.untyped_storage(), self.first, (self.last - self.first,), (1,)).clone().untyped_storage()
+        return [_in_copy(one.tensor, memory, self.first) for one in self.readers]
+
+
+def _cloned(tensor: Tensor, copies: dict[Any, Tensor]) -> Tensor:
+    found = copies.get(_place(tensor))
+    return tensor.clone() if found is None else found
+
+
+def _in_copy(tensor: Tensor, memory: Any, first: int) -> Tensor:
+    """The same part of a copy of memory from its byte `first` on."""
+    made: Any = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    offset = int(tensor.storage_offset()) - first // tensor.dtype.itemsize
+    return made.set_(memory, offset, tensor.shape, tensor.stride())
+
+
+def _place(tensor: Tensor) -> Any:
+    return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
+
+
+_ALIGNED = 16
+"""Bytes that those of an element of any type divide."""
+
+
+def _parts(readers: list[Any]) -> list[_Part]:
+    """Readers of one memory, by the parts of it that they read: what overlaps is copied once, if that takes less."""
+    found: list[_Part] = []
+    group: list[Any] = []
+    first = last = 0
+    for low, high, _, reader in sorted(
+        (*_span(reader.tensor), number, reader) for number, reader in enumerate(readers)
+    ):
+        if group and low < last:
+            last = max(last, high)
+            group.append(reader)
+            continue
+        if group:
+            found.append(_part(group, first, last))
+        first, last, group = low // _ALIGNED * _ALIGNED, high, [reader]
+    return [*found, _part(group, first, last)] if group else found
+
+
+def _part(readers: list[Any], first: int, last: int) -> _Part:
+    apart = sum({_place(one.tensor): one.tensor.nbytes for one in readers}.values())
+    as_it_is = not any(one.tensor.is_conj() or one.tensor.is_neg() for one in readers)
+    together = as_it_is and last - first < apart
+    return _Part(list(readers), first, last, last - first if together else apart, together)
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of its memory that a tensor has, and the one behind its last."""
+    start = int(tensor.storage_offset()) * tensor.dtype.itemsize
+    if not tensor.numel():
+        return start, start
+    reach = 1 + sum((side - 1) * stride for side, stride in zip(tensor.shape, tensor.stride()))
+    return start, start + reach * tensor.dtype.itemsize

@@ -92,7 +92,7 @@ class Recorder(Writes, TorchDispatchMode):
         if operator.written or operator.unsaid:
             for value in (*written_by(operator, args, kwargs), *written_unsaid(func, args, kwargs)):
                 if value.layout is torch.strided:
-                    self.memory.before_write(value)
+                    self.before_write(value)
         elif operator.name in operators.OF_PARAMETERS:
             made = self._weight(func, args, kwargs)
             if made is not None:

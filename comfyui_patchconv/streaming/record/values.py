@@ -17,6 +17,12 @@ from .marks import plain
 from .program import Program
 from .shapes import Spec
 
+_COPIED = 4
+"""Copies may take one of so many parts of what eager's maps take."""
+
+_LEAST_COPIED = 1 << 20
+"""Bytes of copies that are always kept."""
+
 
 class Evaluate(Protocol):
     """Stores nodes: plans them and runs the plan. keep: nodes on the way to them that the program may still ask for."""
@@ -25,9 +31,11 @@ class Evaluate(Protocol):
 
 
 class Values(Program):
-    """Has the values of a program's tensors. evaluate: stores nodes."""
+    """Has the values of a program's tensors. evaluate: stores nodes. budget: bytes that these may take; None for any
+    number, and where ranks have budgets of their own, for all evaluate at once."""
 
     evaluate: Evaluate
+    budget: Optional[int] = None
 
     def store(self, nodes: Iterable[Node]) -> None:
         """Have the values of nodes."""
@@ -47,6 +55,30 @@ class Values(Program):
             if node not in way:
                 kept.update(source for source in node.inputs if source in way)
         return sorted(kept.difference(roots), key=lambda node: node.serial)
+
+    def before_write(self, tensor: Tensor) -> None:
+        """Something is about to be written to the memory of `tensor`: deferred steps that read it get a copy, which
+        eager does not have. So that a call takes no more than eager, the copies that it keeps may take a part of what
+        eager's maps take, or of a budget; where they would take more, the steps are evaluated first."""
+        with self._lock:
+            most = self.eager_peak if self.budget is None else min(self.eager_peak, self.budget)
+            if not self.phantom and self.memory.copies_more(tensor, max(most // _COPIED, _LEAST_COPIED)):
+                self.store(self._reading(tensor))
+            self.memory.before_write(tensor)
+
+    def _reading(self, tensor: Tensor) -> list[Node]:
+        """The nodes of the program's tensors that are made of the memory of `tensor`: of weights, which steps hold, it
+        is not known which these are, so it is all of them."""
+        cells = (one.view_.cell for one in self.held())
+        roots = [cell.value for cell in cells if cell.value is not None and cell.value.tensor is None]
+        readers = self.memory.readers_of(tensor)
+        if not all(isinstance(reader, Node) for reader in readers):
+            return roots
+        made = set(readers)
+        for node in ancestors(roots):
+            if not made.isdisjoint(node.inputs):
+                made.add(node)
+        return [root for root in roots if root in made]
 
     def real(self, tensor: LazyTensor) -> Tensor:
         """The values of a deferred tensor, in the memory that it shares with others if that is real."""

@@ -47,7 +47,7 @@ class Writes(Values):
             return bool(targets)
         self._make_real([value for value in targets if isinstance(value, LazyTensor)])
         for value in targets:
-            self.memory.before_write(self.real_or_same(value))
+            self.before_write(self.real_or_same(value))
         return bool(targets)
 
     def _write_deferred(self, func: Any, operator: Operator, target: LazyTensor, args: Any, kwargs: Any) -> bool:
@@ -106,7 +106,7 @@ class Writes(Values):
             self.report[name] = self.report.get(name, 0) + 1
         for value in targets:
             if isinstance(value, Tensor):
-                self.memory.before_write(reals.get(id(value), value))
+                self.before_write(reals.get(id(value), value))
         values = {key: plain(real) for key, real in reals.items()}
         lazies = {id(values[id(value)]): value for value in others}
 
@@ -147,7 +147,7 @@ class Writes(Values):
         alike = (*memory.shape,) == node.shape and memory.dtype == node.dtype and memory.device == node.device
         if not alike or dense_strides(memory.shape, memory.stride()) is None or self.memory.is_read(memory):
             return False
-        self.memory.before_write(memory)
+        self.before_write(memory)
         node.home = memory.detach()
         done = False
         try:
