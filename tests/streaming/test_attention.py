@@ -172,7 +172,8 @@ def test_a_kernel_that_makes_scores_gets_few_queries(form: str, monkeypatch: pyt
     expected = block(x)
     monkeypatch.setattr(attention, "F", SimpleNamespace(scaled_dot_product_attention=kernel))
     monkeypatch.setattr(attention, "makes_scores", lambda *tensors: True)
-    monkeypatch.setattr(attention, "_SCORES_AT_ONCE", 4 * 5 * PIXELS)
+    for name in ("_SCORES_AT_ONCE", "_SCORES_AT_ONCE_OF_A_CPU"):
+        monkeypatch.setattr(attention, name, x.itemsize * 5 * PIXELS)
     assert_same(streamed(block.forward, tuning=SMALL)(x), expected, 1e-9)
     heads_at_once = 4 if form == "four heads" else 1
     if form in BY_HAND:
@@ -317,3 +318,66 @@ def test_masks_of_causal_attention_are_small_and_planned(tuning: Tuning) -> None
     assert_same(actual, expected, 1e-5)
     assert runner.last is not None
     assert took.peak <= runner.last.peak < 3 * pixels**2
+
+
+SIDE = 64
+
+eagerly: Any = F.scaled_dot_product_attention
+
+
+def tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).mT.contiguous()
+
+
+def windows(x: Tensor) -> Tensor:
+    return x[0].permute(1, 2, 0)
+
+
+def seen() -> Tensor:
+    return torch.ones(SIDE**2, SIDE**2, dtype=torch.bool)
+
+
+WITH_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "three dimensions": lambda x: eagerly(tokens(x), tokens(x), tokens(x)).mT * 1,
+    "channels far apart": lambda x: eagerly(*(x.flatten(2).mT[:, None],) * 3) * 1,
+    "narrow values": lambda x: eagerly(*(tokens(x)[:, None],) * 2, tokens(x)[:, None, :, :3]) * 1,
+    "few keys' heads": lambda x: (
+        eagerly(torch.stack((tokens(x), tokens(x) + 1), 1), *(tokens(x)[:, None],) * 2, scale=0.5) * 1
+    ),
+    "causal": lambda x: eagerly(*(tokens(x),) * 3, is_causal=True) * 1,
+    "a mask": lambda x: eagerly(*(tokens(x),) * 3, attn_mask=seen()),
+    "windows": lambda x: eagerly(*(windows(x.reshape(1, CHANNELS, 8, -1)),) * 3) * 1,
+    "narrow values of windows": lambda x: (
+        eagerly(*(windows(x.reshape(1, CHANNELS, 8, -1)),) * 2, windows(x.reshape(1, CHANNELS, 8, -1))[..., :3]) * 1
+    ),
+}
+"""Attention of which a CPU's own operator makes all scores."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", WITH_SCORES)
+def test_scores_that_a_cpu_makes_are_within_the_plan(form: str, dtype: torch.dtype) -> None:
+    """Counted: eager's are 64 MB or more in float32, of windows 8 MB."""
+    attend, x = WITH_SCORES[form], torch.randn(1, CHANNELS, SIDE, SIDE).to(dtype)
+    expected, eager = allocated(lambda: attend(x))
+    runner = Streamed(budget=1, tuning=Tuning(allocator_bytes=0))
+    runner.call(attend, (x,), {})
+    result, ours = allocated(lambda: runner.call(attend, (x,), {}))
+    assert_same(result.double(), expected.double(), 1e-5 if dtype != torch.bfloat16 else 2e-2)
+    assert runner.last is not None
+    extra = SIDE**4 if form == "a mask" else 0  # which the program makes
+    assert ours.peak <= runner.last.peak + extra + (2 << 20)  # a kernel's own
+    plain = Streamed(budget=None, tuning=Tuning(allocator_bytes=0))
+    plain.call(attend, (x,), {})
+    assert plain.last is not None
+    if not plain.last.in_strips:
+        assert plain.last.peak >= 0.85 * (eager.peak - extra)
+
+
+@pytest.mark.parametrize("form", WITH_SCORES)
+def test_blocks_of_queries_give_eagers_result(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attend, x = WITH_SCORES[form], torch.randn(1, CHANNELS, SIDE, SIDE, dtype=torch.float64)
+    for name in ("_SCORES_AT_ONCE_OF_A_CPU", "_MASKS_AT_ONCE"):
+        monkeypatch.setattr(attention, name, 300_000)
+    monkeypatch.setattr(attention, "makes_scores", lambda *asked: True)
+    assert_same(streamed(attend, tuning=Tuning(strip_bytes=20_000, always=True))(x), attend(x), 1e-9)

@@ -392,6 +392,22 @@ class TestFiles:
             decode(latent)
         assert done
 
+    def test_a_folder_that_is_gone_is_named_where_a_file_is_needed(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """And nowhere else."""
+        model: Any = draw_weights(kl(4))
+        latent, done = image(4, 19, 16), []
+        gone = tmp_path / "gone"
+        monkeypatch.setattr(tempfile, "tempdir", str(gone))
+        with torch.no_grad():
+            streamed(model.decode, tuning=SMALL)(latent)
+            streamed(model.decode, budget=1 << 40, tuning=SMALL)(latent)
+            decode = streamed(model.decode, budget=1, on_progress=lambda *steps: done.append(steps), tuning=SMALL)
+            with pytest.raises(OSError, match=r"lie in a file, and .+gone is not there: have TMPDIR name a folder"):
+                decode(latent)
+        assert done == []
+
     def test_where_room_is_short_a_schedule_keeps_less(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model: Any = draw_weights(kl(4))
         latent, tuning = image(4, 64, 64), replace(SMALL, strip_bytes=4_000)

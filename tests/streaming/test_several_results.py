@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comfyui_patchconv.streaming import Tuning, stream, streamed
+from comfyui_patchconv.streaming import Tuning, expect, stream, streamed
 from comfyui_patchconv.streaming.record.operators import pools
 from comfyui_patchconv.streaming.record.schema import operator_of
 
@@ -97,3 +97,17 @@ def test_work_of_adaptive_pools_is_that_of_their_windows() -> None:
         for sizes in ((4, 2), (5, 2), (3, 1)):
             streamed(pooled, tuning=IN_STRIPS)(X, sizes)
     assert found == {(4, 2): 32 * 48, (5, 2): 26 * 48, (3, 1): 43 * 96}
+
+
+@pytest.mark.parametrize(
+    "several",
+    [lambda y: y.sort(-1)[0], lambda y: y.sort(-1)[1], lambda y: y.cummax(2)[0], lambda y: y.flatten().sort()[0]],
+    ids=["sorted", "places", "largest so far", "of all"],
+)
+def test_results_that_nothing_reads_count_in_an_estimate(several: Callable[[Tensor], Tensor]) -> None:
+    """They are made with the one that is read: of a sort the places, in 8 bytes each."""
+    model = nn.Conv2d(4, 4, 3, padding=1)
+    run = lambda copy, make: several(copy(make((1, 4, 800, 800)))) * 1  # noqa: E731
+    device, one = torch.device("cpu"), 4 * 800 * 800 * 4
+    found = expect(model, run, device=device, tuning=Tuning(allocator_bytes=0))
+    assert found.peak >= 4 * one  # the map, what is sorted of it, and the places

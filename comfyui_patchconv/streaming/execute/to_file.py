@@ -86,8 +86,11 @@ def map_in_file(node: Node) -> Tensor:
 
 
 def free_on_disk() -> int:
-    """Bytes that files without a name have room for."""
-    return shutil.disk_usage(tempfile.gettempdir()).free
+    """Bytes that files without a name have room for: none where their folder is gone."""
+    try:
+        return shutil.disk_usage(tempfile.gettempdir()).free
+    except OSError:
+        return 0
 
 
 def require_room(size: int) -> None:
@@ -98,6 +101,11 @@ def require_room(size: int) -> None:
 
 
 def no_room(size: int, why: object) -> str:
+    if not os.path.isdir(tempfile.gettempdir()):
+        return (
+            f"The budget has {size / 1e6:.0f} MB of feature maps lie in a file, and {tempfile.gettempdir()} is not "
+            "there: have TMPDIR name a folder that is, and start anew, or make it, or raise the budget."
+        )
     return (
         f"The budget has {size / 1e6:.0f} MB of feature maps lie in a file, and {tempfile.gettempdir()} has no room "
         f"for it ({why}): have TMPDIR name a folder on a larger disk, or raise the budget."

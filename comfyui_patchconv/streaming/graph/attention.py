@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from math import prod
 from typing import Any, NamedTuple, Optional, Union
 
@@ -24,6 +25,9 @@ class Shape(NamedTuple):
 
 _SCORES_AT_ONCE = 128 << 20
 """Bytes of scores, in float32, of the queries that are attended to at once where a kernel makes scores of them."""
+
+_SCORES_AT_ONCE_OF_A_CPU = 8 << 20
+"""The same on a CPU: some hundred queries of an image's pixels, which are not far from its cache."""
 
 _COPIES_OF_SCORES = 3
 """The scores, what the softmax makes of them, and that in the type of the values."""
@@ -100,39 +104,121 @@ class Merging:
         return self._values.div_(self._sum).to(self._dtype)
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, scale: Optional[float]) -> Tensor:
-    """`F.scaled_dot_product_attention` of `[B, heads, pixels, C]` each, in blocks of queries where it makes scores."""
-    if not makes_scores(queries, keys, values):
-        return F.scaled_dot_product_attention(queries, keys, values, scale=scale)
-    count = max(_SCORES_AT_ONCE // _scores_of_a_query(queries, keys), 1)
-    parts = [F.scaled_dot_product_attention(part, keys, values, scale=scale) for part in queries.split(count, 2)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Optional[Tensor] = None, first: Optional[int] = None,
+    apart: Optional[int] = None, **options: Any,
+) -> Tensor:  # fmt: skip
+    """`F.scaled_dot_product_attention` of `[…, pixels, C]` each, in blocks of queries where it makes scores or masks.
+
+    mask: of these queries. first: of causal ones, which pixel they begin at; None for others. apart: a dimension along
+    which each has keys of its own; None for all keys. options: as of the function.
+    """
+    gqa = bool(options.get("enable_gqa"))
+    scores = makes_scores(queries, keys, values, _seen(queries, keys, mask, first), gqa)
+    if not scores and queries.device.type == "cpu":
+        own = queries.dim()
+        queries, keys, values = _for_the_kernel(queries, keys, values)
+        mask = mask[None] if mask is not None and mask.dim() == 3 else mask
+        whole = _in_blocks(queries, keys, values, mask, first, False, options)
+        return whole.view(whole.shape[queries.dim() - own :])
+    if apart is None or not scores:
+        return _in_blocks(queries, keys, values, mask, first, scores, options)
+    one = max(_scores_of_a_query(queries, keys) * queries.shape[-2] // queries.shape[apart], 1)
+    pieces = zip(*(part.split(max(_at_once(queries) // one, 1), apart) for part in (queries, keys, values)))
+    parts = [_in_blocks(q, k, v, mask, first, True, options) for q, k, v in pieces]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, apart)
 
 
-def attend_causally(queries: Tensor, keys: Tensor, values: Tensor, first: int, **options: Any) -> Tensor:
-    """`F.scaled_dot_product_attention`, causal, of queries `[…, pixels, C]` from pixel `first` on: in blocks, whose
-    masks are small."""
-    parts = []
-    for part in queries.split(max(_MASKS_AT_ONCE // (_BYTES_OF_A_MASK * keys.shape[-2]), 1), -2):
-        mask = torch.ones(part.shape[-2], keys.shape[-2], dtype=torch.bool, device=queries.device).tril_(first)
-        parts.append(F.scaled_dot_product_attention(part, keys, values, attn_mask=mask, **options))
-        first += part.shape[-2]
+def _in_blocks(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Optional[Tensor], first: Optional[int], scores: bool,
+    options: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    count, total = queries.shape[-2], keys.shape[-2]
+    if scores:
+        count = min(count, _at_once(queries) // max(_scores_of_a_query(queries, keys), 1))
+    by_rows = mask is not None and mask.dim() > 1 and mask.shape[-2] != 1
+    seen = _seen(queries, keys, mask, first)
+    if seen is not None and seen.shape[-2] != 1:
+        count = min(count, _MASKS_AT_ONCE // (_BYTES_OF_A_MASK * max(prod(seen.shape[:-2]) * total, 1)))
+    parts, done = [], 0
+    for part in queries.split(max(count, 1), -2):
+        given, rows = options, mask
+        if first is not None:
+            rows = torch.ones(part.shape[-2], total, dtype=torch.bool, device=part.device).tril_(first + done)
+        elif mask is not None and by_rows:
+            rows = mask.narrow(-2, done, part.shape[-2])
+        if rows is not None:
+            given = {"attn_mask": rows, **options}
+        parts.append(F.scaled_dot_product_attention(part, keys, values, **given))
+        done += part.shape[-2]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
 
-def bytes_of_masks(queries: int, keys: int) -> int:
-    """Bytes that `attend_causally` takes for masks of so many pixels."""
-    return min(max(_MASKS_AT_ONCE, _BYTES_OF_A_MASK * keys), _BYTES_OF_A_MASK * queries * keys)
+def _for_the_kernel(*tensors: Tensor) -> list[Tensor]:
+    """As a CPU's kernel takes them that makes no scores: of four dimensions, the values of a pixel side by side."""
+    made: dict[int, Tensor] = {}
+    for one in tensors:
+        if id(one) not in made:
+            ordered = one if one.stride(-1) == 1 else one.contiguous()
+            made[id(one)] = ordered.reshape((1,) * (4 - one.dim()) + tuple(one.shape))
+    return [made[id(one)] for one in tensors]
 
 
-def bytes_of_scores(queries: Shape, keys: Shape, values: Shape) -> int:
-    """Bytes that `attend` takes for scores, and for the keys once more, which such a kernel scales; the tensors need
-    have no values."""
-    if not makes_scores(queries, keys, values):
-        return 0
-    query = _scores_of_a_query(queries, keys)
-    scores = min(max(_SCORES_AT_ONCE, query), query * queries.shape[2])
-    return _COPIES_OF_SCORES * scores + prod(keys.shape) * keys.dtype.itemsize
+def _seen(queries: Any, keys: Any, mask: Any, first: Optional[int]) -> Optional[Shape]:
+    """The looks of the mask that a kernel is given."""
+    if mask is not None:
+        return Shape(tuple(mask.shape), mask.dtype, queries.device)
+    return None if first is None else Shape((queries.shape[-2], keys.shape[-2]), torch.bool, queries.device)
+
+
+class Asked(NamedTuple):
+    """An attention as the program asks for it, of tensors of which only the looks are known.
+
+    ordered: whether the values of each pixel lie side by side in eager's. apart: as of `attend`.
+    """
+
+    queries: Shape
+    keys: Shape
+    values: Shape
+    mask: Optional[Shape] = None
+    causal: bool = False
+    gqa: bool = False
+    ordered: bool = True
+    apart: Optional[int] = None
+
+
+def bytes_of_scores(asked: Asked) -> int:
+    """Bytes that `attend` takes for scores and masks, and for the keys once more, which a kernel scales that makes
+    scores; where none is made, for copies in the order that its kernel wants."""
+    queries, keys, values, mask, causal, gqa, ordered, apart = asked
+    seen = _seen(queries, keys, mask, 0 if causal else None)
+    masks = 0
+    if seen is not None and len(seen.shape) > 1 and seen.shape[-2] != 1 and seen.dtype == torch.bool:
+        one = _BYTES_OF_A_MASK * max(prod(seen.shape[:-2]) * keys.shape[-2], 1)
+        masks = min(max(_MASKS_AT_ONCE, one), one * queries.shape[-2])
+    if not makes_scores(queries, keys, values, seen, gqa):
+        return masks + (0 if ordered or queries.device.type != "cpu" or apart is not None else _bytes(keys, values))
+    query, once = _scores_of_a_query(queries, keys), 1
+    if apart is not None:
+        query, once = query // queries.shape[apart], queries.shape[apart]
+    scores = min(max(_at_once(queries), query), once * query * queries.shape[-2])
+    return masks + _COPIES_OF_SCORES * scores + (_bytes(keys) if apart is None else 0)
+
+
+def eager_bytes(asked: Asked) -> int:
+    """Bytes that the program's own operator takes beside its result."""
+    queries, keys, values, mask, causal, gqa, ordered, _ = asked
+    on_cpu = queries.device.type == "cpu"
+    fits = not on_cpu or (len(queries.shape) == 4 and ordered)
+    if fits and not makes_scores(queries, keys, values, _seen(queries, keys, mask, None), gqa):
+        wide = on_cpu and mask is not None and mask.dtype == torch.bool
+        return prod(mask.shape) * queries.dtype.itemsize if wide and mask is not None else 0
+    copies = 2 + (causal or (mask is not None and mask.dtype == torch.bool))  # the scores, what softmax makes of them
+    return copies * _scores_of_a_query(queries, keys) * queries.shape[-2] + _bytes(queries, keys, values)
+
+
+def _bytes(*shapes: Shape) -> int:
+    return sum(prod(one.shape) * one.dtype.itemsize for one in shapes)
 
 
 def least_rows(width: int, device: torch.device) -> int:
@@ -140,15 +226,21 @@ def least_rows(width: int, device: torch.device) -> int:
     return 1 if device.type == "cpu" else -(-_QUERIES_THAT_SUIT // max(width, 1))
 
 
-def makes_scores(queries: Union[Tensor, Shape], keys: Union[Tensor, Shape], values: Union[Tensor, Shape]) -> bool:
-    """Whether the kernel that torch chooses for them has the whole matrix of scores in memory.
+def makes_scores(
+    queries: Union[Tensor, Shape], keys: Union[Tensor, Shape], values: Union[Tensor, Shape],
+    mask: Optional[Shape] = None, gqa: bool = False,
+) -> bool:  # fmt: skip
+    """Whether the kernel that torch chooses for them has the whole matrix of scores in memory: on a CPU, where they are
+    made what it wants, see `_for_the_kernel`.
 
     Of a CUDA device that is not here to be asked, for which the meta device stands in an estimate, or of torch 2.1,
     which cannot be asked, it is not expected for heads of a multiple of 8 channels, which the memory-efficient kernel
     takes.
     """
+    if queries.device.type == "cpu":
+        return _cpu_makes_scores(queries, keys, values, mask, gqa)
     if queries.device.type not in ("cuda", "meta"):
-        return queries.device.type != "cpu"
+        return True
     cuda: Any = torch.backends.cuda
     here = queries.device.type == "cuda" and torch.cuda.is_available()
     if not here or not hasattr(cuda, "SDPAParams"):
@@ -161,13 +253,42 @@ def makes_scores(queries: Union[Tensor, Shape], keys: Union[Tensor, Shape], valu
     )
     one = (*one, None, 0.0, False)
     try:
-        params = cuda.SDPAParams(*one, False)
+        params = cuda.SDPAParams(*one, gqa)
     except TypeError:  # before torch 2.5
         params = cuda.SDPAParams(*one)
     names = ("can_use_flash_attention", "can_use_efficient_attention", "can_use_cudnn_attention")
     return not any(getattr(cuda, name)(params) for name in names if hasattr(cuda, name))
 
 
+def _cpu_makes_scores(
+    queries: Union[Tensor, Shape], keys: Union[Tensor, Shape], values: Union[Tensor, Shape], mask: Optional[Shape],
+    gqa: bool,
+) -> bool:  # fmt: skip
+    """Asks torch about small tensors whose sides are equal where theirs are."""
+    if gqa or len(queries.shape) > 4 or (mask is not None and len(mask.shape) > len(queries.shape)):
+        return True
+    small: dict[int, int] = {0: 0, 1: 1}
+
+    def like(one: Any) -> Tensor:
+        shape = (1,) * (4 - len(one.shape)) + tuple(one.shape) if one is not mask or len(one.shape) == 3 else one.shape
+        return torch.empty([small.setdefault(side, len(small)) for side in shape], dtype=one.dtype)
+
+    choice: Any = getattr(torch, "_fused_sdp_choice", None)
+    try:
+        seen = None if mask is None else like(mask)
+        chosen = choice(like(queries), like(keys), like(values), seen, 0.0, False)
+    except (RuntimeError, TypeError):  # a torch that cannot say
+        return True
+    return int(chosen) == 0
+
+
+def _at_once(queries: Union[Tensor, Shape]) -> int:
+    return _SCORES_AT_ONCE_OF_A_CPU if queries.device.type == "cpu" else _SCORES_AT_ONCE
+
+
 def _scores_of_a_query(queries: Union[Tensor, Shape], keys: Union[Tensor, Shape]) -> int:
-    batch, heads, pixels = keys.shape[:3]
-    return max(batch, queries.shape[0]) * heads * pixels * 4
+    """Bytes, of all heads and samples."""
+    leads = (reversed(tuple(one.shape[:-2])) for one in (queries, keys))
+    return (
+        prod(max(sides) for sides in zip_longest(*leads, fillvalue=1)) * keys.shape[-2] * max(queries.dtype.itemsize, 4)
+    )

@@ -55,7 +55,8 @@ class Cast(RowLocal):
 class ScaleAndShift(RowLocal):
     """Each channel times its factor, and what is added to it: a norm whose statistics are known.
 
-    Its second input, read whole, is `[4, N·C]`: rows of 0 and 1, the factors, and what is added.
+    Its second input, read whole, is `[4, N·C]`: rows of what is subtracted first (0 but on a CPU), of 1, the factors,
+    and what is added.
     """
 
     samples = True, True

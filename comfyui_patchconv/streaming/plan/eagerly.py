@@ -91,7 +91,8 @@ def _copies(node: Node, sources: Sequence[Node]) -> int:
     largest = max((source.bytes for source in sources), default=0)
     if node.device.type != "cpu":
         return node.step.copies * largest + node.step.workspace if node.step.copies else 0
-    copied = node.bytes + (1 + node.step.copies) * largest + node.step.weight_bytes
+    beside = max(node.step.copies * largest, node.step.bytes_beside)
+    copied = node.bytes + largest + beside + node.step.weight_bytes
     return copied if node.step.widened == 1 else 2 * node.step.widened * copied  # wider, and in its order
 
 

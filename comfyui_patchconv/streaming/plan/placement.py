@@ -31,8 +31,9 @@ class Placement:
         return node.bytes if target.whole or target.everywhere else -(-node.rows // self._ranks) * node.row_bytes
 
     def put(self, node: Node) -> None:
-        """The result of an operator that is applied whole lies on the device from now on."""
-        self._note(node.bytes, 0, 0)
+        """The result of an operator that is applied whole lies on the device from now on. Its other results do while it
+        is applied."""
+        self._note(node.bytes, 0, 0 if node.step is None else node.step.bytes_beside)
         self._held += node.bytes
 
     def release(self, target: Target) -> None:

@@ -22,7 +22,7 @@ _CONVOLVE = (F.conv1d, F.conv2d, videos.conv3d)
 _CONVOLVE_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 _axis = cache(Axis.of)
-_USUAL = Axis(3, 1, 1, 1, 1)
+_USUAL, _ALONE = Axis(3, 1, 1, 1, 1), Axis(1, 1, 1, 0, 0)
 
 
 def convolution(call: OperatorCall) -> Optional[Node]:
@@ -57,6 +57,15 @@ def convolution(call: OperatorCall) -> Optional[Node]:
     step.widened = _widened(call.spec.dtype, call.device)
     if sides == 3 and videos.of_images(call.device, call.spec.dtype):
         step.copies, step.workspace = 1, step.weight_bytes
+    samples = 1 if any(one > 1 for one in dilation) else input.shape[0]
+    columns = samples * prod(call.spec.shape[2:]) * prod(weight.shape[1:])
+    alone = all(axis == _ALONE for axis in axes)
+    _count_columns(step, call, input.bytes, 0 if alone else columns, groups)
+    if step.bytes_beside and type(step) is Convolve:
+        rows = call.spec.shape[dim]
+        each_row = -(-step.bytes_beside // rows)
+        step.call = _in_blocks(run, axis, dim, max(_COLUMNS_AT_ONCE // each_row, 1))
+        step.copies, step.workspace = 1, min(max(_COLUMNS_AT_ONCE, each_row), step.bytes_beside)
     return call.node(step, inputs, [dim, *(None,) * (len(inputs) - 1)], dim)
 
 
@@ -136,6 +145,53 @@ def _wide(shift: Optional[Tensor]) -> Optional[Tensor]:
 def _widened(dtype: torch.dtype, device: torch.device) -> int:
     """How many times the bytes of what it is given a convolution computes in: twice on a CPU without half precision."""
     return 2 if dtype in _HALVES and device.type == "cpu" and not _computes(dtype) else 1
+
+
+_COLUMNS_AT_ONCE = 8 << 20
+"""Bytes beside its result that a convolution takes at once where a CPU copies to each pixel what its window has."""
+
+
+def _in_blocks(run: Callable[[Pieces], Tensor], axis: Axis, dim: int, at_once: int) -> Callable[[Pieces], Tensor]:
+    """The same convolution of padded rows, so many rows of the result at once."""
+
+    def call(pieces: Pieces) -> Tensor:
+        piece, *others = pieces
+        rows = (piece.shape[dim] - axis.span) // axis.stride + 1
+        if rows <= at_once:
+            return run(pieces)
+        spans = ((first, min(first + at_once, rows)) for first in range(0, rows, at_once))
+        parts = [
+            run([piece.narrow(dim, low * axis.stride, (high - 1 - low) * axis.stride + axis.span), *others])
+            for low, high in spans
+        ]
+        return torch.cat(parts, dim)
+
+    return call
+
+
+def _by_columns(dtype: torch.dtype) -> bool:
+    """Whether a CPU convolves real numbers of this type by a product of matrices, for which it copies to each pixel all
+    that its window has: oneDNN, which needs no such copies, takes float32 and half precision alone."""
+    mkldnn: Any = torch.backends.mkldnn
+    there = mkldnn.is_available() and getattr(mkldnn, "enabled", True)
+    return dtype not in (torch.float32, *_HALVES) or not there
+
+
+def _count_columns(step: Step, call: OperatorCall, read: int, columns: int, groups: int) -> None:
+    """Note what a CPU's convolution takes beside its result. read: bytes of its input. columns: numbers of all windows,
+    of the samples that are convolved at once."""
+    if call.device.type != "cpu":
+        return
+    dtype, made = call.spec.dtype, call.spec.nbytes
+    real = dtype.to_real() if dtype.is_complex else dtype
+    beside = 0
+    few_rows = dtype.is_complex and len(call.spec.shape) == 5  # of a video, which are left to a product
+    if _by_columns(real) or few_rows:
+        beside = columns * (4 if real in _HALVES else real.itemsize) + (made if groups > 1 else 0)
+    if dtype.is_complex:  # three of real numbers, and what is made of these
+        beside = max(5 * made, 2 * made + beside)
+    step.bytes_beside = beside
+    step.copies = max(step.copies, -(-beside // max(read, made, 1)))
 
 
 _LEAST_CHANNELS = 64
@@ -275,6 +331,7 @@ def transposed(call: OperatorCall) -> Optional[Node]:
 
     work = max(prod(weight.shape[2:]) * weight.shape[0] // prod(stride), 1)
     step = ConvolveTransposed(axis, input.shape[dim], dim, run, weight_bytes=_bytes(weight), work=work)
+    _count_columns(step, call, input.bytes, prod(input.shape[2:]) * prod(weight.shape[1:]), groups)
     return call.node(step, inputs, [dim, *(None,) * (len(inputs) - 1)], dim)
 
 
@@ -304,6 +361,7 @@ def _doubled(call: OperatorCall, input: Node, weight: Held, bias: Any) -> Option
         return None
     step = _Doubled(weight, bias, small.shape[2])
     step.widened = _widened(call.spec.dtype, call.device)
+    _count_columns(step, call, small.bytes, 4 * prod(small.shape), 1)
     return call.node(step, [small], [2], 2)
 
 

@@ -8,7 +8,6 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...graph import attention
 from ...graph.node import Node, dense_strides
@@ -205,37 +204,27 @@ def scaled_dot_product(call: OperatorCall) -> Optional[Node]:
     if dim is None:
         return None
     if dim != count - 2:  # windows that lie one behind the other: each by itself
-        return None if given["is_causal"] else _windows(call, query, key, value, mask, dim)
+        return None if given["is_causal"] else _windows(call, given, dim)
     causal, keys = given["is_causal"], key.shape[-2]
     if isinstance(mask, Held) and len(mask.shape) > 1 and mask.shape[-2] != 1:
         mask = call.recorder.source(mask.tensor)
     inputs, apply = over((query, key, value, mask), {})
-    options = {"scale": given.get("scale")} | ({"enable_gqa": True} if given["enable_gqa"] else {})
-    usual = count == 4 and mask is None and not causal and not given["enable_gqa"]
-    usual = usual and query.shape[:2] == key.shape[:2] == value.shape[:2]
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, rows: Optional[Tensor], first: int) -> Tensor:
-        given: Any = options
-        if usual:
-            return attention.attend(q, k, v, options["scale"])
-        if causal:
-            return attention.attend_causally(q, k, v, first, **given)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=rows, **given)
+    asked, options = _asked(given, call), _options(given)
 
     dims = [dim if node is query and not place else None for place, node in enumerate(inputs)]
     if isinstance(mask, Node) and len(mask.shape) > 1 and mask.shape[-2] != 1:
         dims[-1] = len(mask.shape) - 2
 
     def run(pieces: Sequence[Tensor], first: int, last: int) -> Tensor:
-        return apply(lambda q, k, v, rows: attend(q, k, v, rows, first), pieces)
+        start = first if causal else None
+        return apply(lambda q, k, v, rows: attention.attend(q, k, v, rows, start, **options), pieces)
 
     in_turn = mask is None and not given["enable_gqa"] and len(inputs) == 3
     in_turn = in_turn and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
     rows = sum(one is not None for one in dims)
-    step = attention.Attend(run, rows, options["scale"], bool(causal), in_turn)
+    step = attention.Attend(run, rows, given.get("scale"), bool(causal), in_turn)
     step.work = 2 * keys
-    step.workspace = attention.bytes_of_scores(*(_like(one, call) for one in (query, key, value))) if count == 4 else 0
-    step.workspace += attention.bytes_of_masks(query.shape[-2], keys) if causal else 0
+    step.workspace, step.bytes_beside = attention.bytes_of_scores(asked), attention.eager_bytes(asked)
     step.least_rows = attention.least_rows(prod(query.shape[:-2]), call.device)
     return call.node(step, inputs, dims, dim)
 
@@ -247,16 +236,34 @@ def _dim_of_queries(query: Node) -> Optional[int]:
     return default_dim(query.shape, (count - 1,)) if dim is None or dim == count - 1 else dim
 
 
-def _like(value: Any, call: OperatorCall) -> Any:
-    return attention.Shape(tuple(value.shape), call.spec.dtype, call.device)
+def _options(given: dict[str, Any]) -> dict[str, Any]:
+    return {"scale": given.get("scale")} | ({"enable_gqa": True} if given["enable_gqa"] else {})
 
 
-def _windows(call: OperatorCall, query: Node, key: Any, value: Any, mask: Any, dim: int) -> Optional[Node]:
+def _asked(given: dict[str, Any], call: OperatorCall, apart: Optional[int] = None) -> attention.Asked:
+    """What a call asks for."""
+    three = given["query"], given["key"], given["value"]
+    ordered = all(not isinstance(one, Node) or one.strides[-1] == 1 for one in three)
+    query, key, value = (attention.Shape(tuple(one.shape), call.spec.dtype, call.device) for one in three)
+    mask = given["attn_mask"]
+    seen = None if mask is None else attention.Shape(tuple(mask.shape), mask.dtype, call.device)
+    return attention.Asked(
+        query, key, value, seen, bool(given["is_causal"]), bool(given["enable_gqa"]), ordered, apart
+    )  # fmt: skip
+
+
+def _windows(call: OperatorCall, given: dict[str, Any], dim: int) -> Optional[Node]:
+    query, key, value, mask = given["query"], given["key"], given["value"], given["attn_mask"]
     if mask is not None or not all(isinstance(one, Node) and one.shape[dim] == query.rows for one in (key, value)):
         return None
-    inputs, apply = over(call.args, call.kwargs)
-    func = call.func
-    step = RowLocal(lambda pieces, first, last: apply(func, pieces), len(inputs))
+    inputs, apply = over((query, key, value), {})
+    asked, options = _asked(given, call, dim), _options(given)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention.attend(q, k, v, apart=dim, **options)
+
+    step = RowLocal(lambda pieces, first, last: apply(run, pieces), len(inputs))
+    step.workspace, step.bytes_beside = attention.bytes_of_scores(asked), attention.eager_bytes(asked)
     return call.node(step, inputs, [dim] * len(inputs), dim)
 
 
