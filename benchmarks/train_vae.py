@@ -1,6 +1,6 @@
 """Trains the small VAE of `patchconv demo`: Stable Diffusion's architecture at a fraction of its width.
 
-    python benchmarks/train_vae.py PACKAGES OUT [--minutes 32]
+    python benchmarks/train_vae.py PACKAGES OUT [--minutes 75] [--begun comfyui_patchconv/data/vae.safetensors]
 
 PACKAGES: a folder with the photographs' packages; `photographs.py` says how they come there. OUT: a folder for
 `vae.safetensors`, in half precision by diffusers' names, for `photograph.latent`, a photograph that it never saw, and
@@ -16,12 +16,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import photographs
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 WIDTHS, LAYERS, LATENT, GROUPS = (64, 64, 64, 64), 1, 4, 16
 """Four channels in a group of a norm, as at Stable Diffusion's first level: through two, no mean brightness gets."""
 
-STAGES = ((0.0, 64, 2), (0.6, 128, 1), (0.9, 192, 1))
+STAGES = ((0.0, 64, 4), (0.5, 128, 2), (0.9, 192, 1))
 """From which share of the time on, crops of how many pixels, and how many: norms and attention have to learn what a
 large picture's statistics are, small crops give more steps."""
 
@@ -44,8 +45,8 @@ SHOWN = "face"
 REFERENCE, SPREAD = 2.0, 3.0
 """A constant in every channel to begin with, and what colours of -1 to 1 are multiplied by to be a latent."""
 
-RATE, LEAST_RATE, WARM_UP = 6e-4, 1e-5, 0.02
-KL, SQUARES, DECAY = 1e-5, 2.0, 0.999
+RATE, LEAST_RATE, WARM_UP = 5e-4, 1e-5, 0.02
+KL, LEAST_ERROR, DECAY = 1e-5, 1e-4, 0.999
 EVALUATED, SIDE, EVERY = 8, 128, 180
 """Crops of each photograph that is held out, their side in pixels, and seconds between two evaluations."""
 
@@ -138,12 +139,13 @@ def crops(pictures: list[Tensor], side: int, count: int, generator: torch.Genera
 
 
 def loss_of(vae: Any, images: Tensor) -> Tensor:
-    """How far a reconstruction is from `images`, and the latent from a normal distribution."""
+    """How far a reconstruction is from `images`, as the PSNR that is looked for goes: by the logarithm of the mean square
+    of each; and the latent from a normal distribution."""
     with torch.autocast("cpu", torch.bfloat16):
         latent = vae.encode(images, return_dict=False)[0]
         made = vae.decode(latent.sample(), return_dict=False)[0]
-    error = made.float() - images
-    return error.abs().mean() + SQUARES * error.square().mean() + KL * latent.kl().mean() / latent.mean[0].numel()
+    squares = (made.float() - images).square().flatten(1).mean(1)
+    return 0.1 * (squares + LEAST_ERROR).log().mean() + KL * latent.kl().mean() / latent.mean[0].numel()
 
 
 @torch.inference_mode()
@@ -171,14 +173,18 @@ def save_latent(vae: Any, picture: Tensor, path: Path) -> None:
 
 
 class Training:
-    """Weights, their running mean, the optimizer, and how long it has taken so far, in seconds."""
+    """Weights, their running mean, the optimizer, and how long it has taken so far, in seconds. begun: a file of weights
+    to go on from."""
 
-    def __init__(self, out: Path, seconds: float) -> None:
+    def __init__(self, out: Path, seconds: float, begun: Optional[Path] = None) -> None:
         torch.manual_seed(0)
         self.out, self.seconds, self.elapsed, self.steps = out, seconds, 0.0, 0
         self.vae, self.mean = new_vae(), new_vae().requires_grad_(False).eval()
         self.mean.load_state_dict(self.vae.state_dict())
         self.optimizer = torch.optim.AdamW(self.vae.parameters(), RATE, betas=(0.9, 0.99), weight_decay=1e-3)
+        if begun is not None:
+            self.vae.load_state_dict(load_file(begun))
+            self.mean.load_state_dict(self.vae.state_dict())
         if (out / "training.pt").exists():
             held = torch.load(out / "training.pt", weights_only=True)
             self.elapsed, self.steps = held["elapsed"], held["steps"]
@@ -230,14 +236,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packages", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=32, help="of training, beside evaluations (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=75, help="of training, beside evaluations (%(default)s)")
+    parser.add_argument("--begun", type=Path, help="weights to go on from, for what it trained earlier (default: none)")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     every = photographs.load(args.packages)
     held_out = {name: every.pop(name) for name in photographs.HELD_OUT}
-    training = Training(args.out, args.minutes * 60)
+    training = Training(args.out, args.minutes * 60, args.begun)
     size = sum(value.numel() for value in training.vae.parameters())
     print(f"{len(every)} photographs, {size / 1e6:.2f} million weights", flush=True)
     for loss in losses(training, list(every.values())):
