@@ -139,8 +139,8 @@ def crops(pictures: list[Tensor], side: int, count: int, generator: torch.Genera
 
 
 def loss_of(vae: Any, images: Tensor) -> Tensor:
-    """How far a reconstruction is from `images`, as the PSNR that is looked for goes: by the logarithm of the mean square
-    of each; and the latent from a normal distribution."""
+    """How far a reconstruction is from `images`, as PSNR has it, by the logarithm of each one's mean square; and the
+    latent from a normal distribution."""
     with torch.autocast("cpu", torch.bfloat16):
         latent = vae.encode(images, return_dict=False)[0]
         made = vae.decode(latent.sample(), return_dict=False)[0]
@@ -173,8 +173,10 @@ def save_latent(vae: Any, picture: Tensor, path: Path) -> None:
 
 
 class Training:
-    """Weights, their running mean, the optimizer, and how long it has taken so far, in seconds. begun: a file of weights
-    to go on from."""
+    """Weights, their running mean, the optimizer, and how long it has taken so far, in seconds.
+
+    begun: a file of weights to go on from.
+    """
 
     def __init__(self, out: Path, seconds: float, begun: Optional[Path] = None) -> None:
         torch.manual_seed(0)
