@@ -257,6 +257,20 @@ def test_a_second_call_plans_nothing() -> None:
     assert torch.equal(first, second)
 
 
+def test_a_schedule_is_for_maps_that_lie_alike() -> None:
+    """Eager copies what a norm reads where it has gaps, which is beyond this budget."""
+    wide = torch.randn(1, 16, 700, 1400)
+    norm = lambda x: torch.nn.functional.group_norm(x, 4)  # noqa: E731
+    dense, gaps = wide[..., :700].contiguous(), wide[..., ::2]
+    runner, in_strips = Streamed(60_000_000), []
+    with torch.no_grad():
+        for x in (dense, gaps, dense, gaps):
+            assert_same(runner.call(norm, (x,), {}), norm(x), 1e-5)
+            assert runner.last is not None
+            in_strips.append(runner.last.in_strips)
+    assert in_strips == [False, True, False, True]
+
+
 def test_eager_runs_where_no_plan_takes_less_whatever_the_budget() -> None:
     """One map of 64 MiB, made of another at once: strips would only add theirs."""
     slack = allocator_bytes("cpu")
