@@ -11,6 +11,7 @@ from math import inf
 from typing import Any, Optional
 
 from ..graph.node import Node, ancestors
+from .copies import times_copied, times_made
 
 _ABOUT = 0.2
 """How far from half of its line buffers a pass may be parted, of that half, for the sake of small maps between."""
@@ -34,7 +35,9 @@ class Way:
     order: these steps. height: rows of the tallest root. recomputed: the steps that are recomputed rather than kept in
     line buffers. readers: of each map, the steps that read it row by row, and as which of their inputs by rows. shared:
     of each step, how many rows a strip and the one before it both read. buffered: the steps that have a line buffer.
-    last_reads: see `_last_reads`.
+    last_reads: see `_last_reads`. outer: of each step, the stored maps that it reads row by row, along which dimension,
+    and as which of its inputs by rows. widest: bytes of the largest map, or of what a step copies of one that it reads
+    or makes, if that is more. copied: bytes of all stored maps of which steps copy rows.
     """
 
     def __init__(self, roots: Sequence[Node], order: list[Node], dims: Mapping[Node, int]) -> None:
@@ -44,13 +47,20 @@ class Way:
         self.device = max(nodes, key=lambda node: node.bytes).device
         self.recomputed = cheap_to_recompute(self.order, set(self.roots))
         self.readers: dict[Node, list[tuple[Node, int]]] = {}
+        self.outer: dict[Node, list[tuple[Node, int, int]]] = {}
+        inside = set(self.order)
         for node in self.order:
             place = 0
             for source, dim in zip(node.inputs, node.dims):
                 if dim is not None:
                     self.readers.setdefault(source, []).append((node, place))
+                    if source not in inside:
+                        self.outer.setdefault(node, []).append((source, dim, place))
                     place += 1
-        self.widest = max(node.bytes for node in nodes)
+        copied = {source for node, read in self.outer.items() for source, *_ in read if times_copied(node, source)}
+        self.copied = sum(source.bytes for source in copied)
+        made = (node.bytes * times_made(node) for node in nodes)
+        self.widest = int(max(*made, *(source.bytes for source in copied), 0))
         self.work = sum(node.bytes for node in self.order)
         self.shared = self._rows_of_two_strips()
         self.buffered = [node for node in self.order if node in self.readers and node not in self.recomputed]
