@@ -16,6 +16,10 @@ from .copies import times_copied, times_made
 _ABOUT = 0.2
 """How far from half of its line buffers a pass may be parted, of that half, for the sake of small maps between."""
 
+_MIDDLE = 0.5
+_PLACES = tuple(place / 16 for place in range(1, 16) if place != 8)
+"""Where else strips may end between which more rows are kept than in the middle, of the rows of the roots."""
+
 
 def cheap_to_recompute(order: Sequence[Node], roots: Collection[Node]) -> set[Node]:
     """The steps that are as cheap to recompute from stored maps as their rows are to keep."""
@@ -120,22 +124,46 @@ class Way:
         return [None if node.shows is not None else last[node] for node in self.order]
 
     def _rows_of_two_strips(self) -> dict[Node, int]:
-        """Of each step, how many rows a strip and the one before it both read: kept between strips, or recomputed."""
+        """Of each step, how many rows a strip and the one before it both read, at most: kept between strips, or
+        recomputed. They differ where maps are put together of several along the rows, or rows of one are picked."""
+        found = self._rows_of_two_strips_at(_MIDDLE)
+        if any(_differs(node) for node in self.order):
+            for place in _PLACES:
+                for node, rows in self._rows_of_two_strips_at(place).items():
+                    found[node] = max(found[node], rows)
+        return found
+
+    def _rows_of_two_strips_at(self, place: float) -> dict[Node, int]:
+        """The same between strips of which the first ends at this part of the roots."""
         done: dict[Node, int] = {}
         kept: dict[Node, int] = {}
         ahead: dict[Node, int] = {}  # the first row that is still to be read, or computed
-        middle = {root: max(root.rows // 2, 1) for root in self.roots}
+        ends = {root: max(int(root.rows * place), 1) for root in self.roots}
         for node in reversed(self.order):  # readers before what they read
-            high, low = middle.get(node, 0), node.rows
-            for reader, place in self.readers.get(node, ()):
+            high, low = ends.get(node, 0), node.rows
+            for reader, number in self.readers.get(node, ()):
                 assert reader.step is not None
-                high = max(high, reader.step.needs(done[reader] - 1, done[reader])[place][1])
+                if done[reader]:
+                    high = max(high, reader.step.needs(done[reader] - 1, done[reader])[number][1])
                 if ahead[reader] < reader.rows:
-                    low = min(low, reader.step.needs(ahead[reader], ahead[reader] + 1)[place][0])
-            done[node] = max(min(high, node.rows), 1)
+                    low = min(low, reader.step.needs(ahead[reader], ahead[reader] + 1)[number][0])
+            done[node] = max(min(high, node.rows), 0 if place != _MIDDLE else 1)
             ahead[node] = min(low, done[node]) if node in self.recomputed else done[node]
             kept[node] = max(done[node] - low, 0)
         return kept
+
+
+def _differs(node: Node) -> bool:
+    """Whether which rows a step reads is not the same all along its rows: it reads some maps here, and others there, or
+    rows far from those that it makes."""
+    step = node.step
+    if step is None or node.rows < 2 or not node.by_rows or not (step.moves or step.cheap):
+        return False
+    firsts, lasts = step.needs(0, 1), step.needs(node.rows - 1, node.rows)
+    return any(
+        first[0] > 0 or last[1] < source.shape[dim] or first[0] == first[1]
+        for (source, dim), first, last in zip(node.by_rows, firsts, lasts)
+    )
 
 
 class Ways:
