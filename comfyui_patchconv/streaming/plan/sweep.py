@@ -68,7 +68,7 @@ class Sweep:
         rows = min(max(rows, self._rows_worth_their_costs(row_bytes, height)), band)
         self.strip_rows = rows if rows == band < height else self._whole_groups(rows)
         single = self.strip_rows >= band  # there is no next strip
-        self._lines = {} if single else {node: node.row_bytes * way.shared[node] for node in way.buffered}
+        self._lines = {} if single else {node: node.row_bytes * way.kept[node] for node in way.buffered}
         self.line_bytes = sum(self._lines.values())
         self.keeping = self._keeping_kernels()
         self.workspace = self._bytes_beside_maps()

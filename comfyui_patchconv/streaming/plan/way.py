@@ -38,7 +38,8 @@ class Way:
 
     order: these steps. height: rows of the tallest root. recomputed: the steps that are recomputed rather than kept in
     line buffers. readers: of each map, the steps that read it row by row, and as which of their inputs by rows. shared:
-    of each step, how many rows a strip and the one before it both read. buffered: the steps that have a line buffer.
+    of each step, how many rows a strip and the one before it both read, in the middle; kept: at most.
+    buffered: the steps that have a line buffer.
     last_reads: see `_last_reads`. outer: of each step, the stored maps that it reads row by row, along which dimension,
     and as which of its inputs by rows. widest: bytes of the largest map, or of what a step copies of one that it reads
     or makes, if that is more. copied: bytes of all stored maps of which steps copy rows.
@@ -66,7 +67,8 @@ class Way:
         made = (node.bytes * times_made(node) for node in nodes)
         self.widest = int(max(*made, *(source.bytes for source in copied), 0))
         self.work = sum(node.bytes for node in self.order)
-        self.shared = self._rows_of_two_strips()
+        self.shared = self._rows_of_two_strips_at(_MIDDLE)
+        self.kept = self._most_rows_kept()
         self.buffered = [node for node in self.order if node in self.readers and node not in self.recomputed]
         self.last_reads = self._last_reads()
 
@@ -123,18 +125,17 @@ class Way:
                 last[source] = max(last.get(source, 0), read if source is shows else place)
         return [None if node.shows is not None else last[node] for node in self.order]
 
-    def _rows_of_two_strips(self) -> dict[Node, int]:
-        """Of each step, how many rows a strip and the one before it both read, at most: kept between strips, or
-        recomputed. They differ where maps are put together of several along the rows, or rows of one are picked."""
-        found = self._rows_of_two_strips_at(_MIDDLE)
-        if any(_differs(node) for node in self.order):
+    def _most_rows_kept(self) -> dict[Node, int]:
+        """The most of these rows, wherever a strip ends: they differ where maps lie one below the other."""
+        found = dict(self.shared)
+        if any(map(_reads_in_turn, self.order)):
             for place in _PLACES:
                 for node, rows in self._rows_of_two_strips_at(place).items():
                     found[node] = max(found[node], rows)
         return found
 
     def _rows_of_two_strips_at(self, place: float) -> dict[Node, int]:
-        """The same between strips of which the first ends at this part of the roots."""
+        """Of each step, how many rows two strips both read of which the first ends at this part of the roots."""
         done: dict[Node, int] = {}
         kept: dict[Node, int] = {}
         ahead: dict[Node, int] = {}  # the first row that is still to be read, or computed
@@ -153,17 +154,11 @@ class Way:
         return kept
 
 
-def _differs(node: Node) -> bool:
-    """Whether which rows a step reads is not the same all along its rows: it reads some maps here, and others there, or
-    rows far from those that it makes."""
-    step = node.step
-    if step is None or node.rows < 2 or not node.by_rows or not (step.moves or step.cheap):
+def _reads_in_turn(node: Node) -> bool:
+    """Whether a step reads several maps, and not all of them for its first row: they lie one below the other."""
+    if node.step is None or not node.step.moves or len(node.inputs) < 2 or len(node.by_rows) < 2:
         return False
-    firsts, lasts = step.needs(0, 1), step.needs(node.rows - 1, node.rows)
-    return any(
-        first[0] > 0 or last[1] < source.shape[dim] or first[0] == first[1]
-        for (source, dim), first, last in zip(node.by_rows, firsts, lasts)
-    )
+    return any(first == last for first, last in node.step.needs(0, 1))
 
 
 class Ways:
