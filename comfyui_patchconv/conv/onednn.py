@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +14,20 @@ from .autocast import autocast_state
 _SMALL = 20480
 """Batch x channels x frames x rows up to which torch leaves a 3-D convolution in float32 on a CPU to a kernel that
 copies its input once for each place in the kernel, whatever the width (`ConvParams::use_mkldnn`)."""
+
+_CHANNELS = {"AVX512": 16, "AVX2": 8}
+"""By the widest instructions of a processor: a vector of float32."""
+
+
+@cache
+def channels_together() -> int:
+    """Channels that lie side by side in maps as oneDNN convolves them: these have whole blocks of so many, even of one
+    channel. 1 where nothing is known of this processor."""
+    try:
+        capability = torch.backends.cpu.get_cpu_capability()
+    except (AttributeError, RuntimeError):  # a torch that cannot say
+        return 1
+    return next((count for name, count in _CHANNELS.items() if capability.startswith(name)), 1)
 
 
 def conv3d(

@@ -397,20 +397,36 @@ def _suits(schedule: Schedule, made_for: Optional[int], budget: Optional[int]) -
 
 
 def _fingerprint(nodes: Sequence[Node], names: dict[Node, int], roots: Sequence[Node], keep: Sequence[Node]) -> Any:
-    """What a schedule for these nodes depends on: the graph, which steps eager does by the program's own operators and
-    which of these write in place, and which rows each step reads, at three places of it."""
+    """What a schedule for these nodes depends on: the graph, how maps and what they are made of lie in memory, which
+    steps eager does by the program's own operators and which map each of these writes to, and which rows each step
+    reads, at three places of it."""
     return (
         tuple((names[node], node.home is None, node.in_bands) for node in roots),
         tuple(names[node] for node in keep),
         tuple(
             (
-                node.shape, node.strides, node.dtype, node.device, node.dim, node.dims, *_traits(node),
-                tuple(names[source] for source in node.inputs),
-                None if node.eager is None else node.eager.written is not None,
+                *_lies(node), node.dim, node.dims, *_traits(node), tuple(names[source] for source in node.inputs),
+                None if node.eager is None else _known(node.eager.written, names),
             )
             for node in nodes
         ),
+        tuple(_lies(node) for node in names if node.tensor is not None),
+        tuple(
+            _lies(source)
+            for node in nodes if node.eager is not None
+            for source in node.eager.inputs() if source not in names
+        ),
     )  # fmt: skip
+
+
+def _lies(node: Node) -> tuple[Any, ...]:
+    """How a map lies in memory, and in which: what an operator copies of it goes by that."""
+    return node.shape, node.strides, node.dtype, node.device
+
+
+def _known(node: Optional[Node], names: dict[Node, int]) -> Any:
+    """A map by its number; by how it lies where it has none."""
+    return names.get(node, _lies(node)) if node is not None else None
 
 
 def _traits(node: Node) -> tuple[Any, ...]:
@@ -422,7 +438,7 @@ def _traits(node: Node) -> tuple[Any, ...]:
     needs = tuple(tuple(step.needs(row, row + 1)) for row in rows)
     costs = (
         step.weight_bytes, step.kernel_bytes, step.workspace, step.least_rows, step.rows_together, step.widened,
-        step.work, step.copies, step.bytes_beside, step.overlap, step.in_turn,
+        step.work, step.copies, step.block, step.bytes_beside, step.overlap, step.in_turn,
     )  # fmt: skip
     return type(step), step.name, step.cheap, step.moves, step.repeats, *costs, needs
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,12 +17,14 @@ from torch.nn import functional as F
 
 from comfyui_patchconv.conv.halo import Axis
 from comfyui_patchconv.memory.usage import anonymous
-from comfyui_patchconv.streaming import Streamed, Tuning
-from comfyui_patchconv.streaming.execute import to_host
+from comfyui_patchconv.streaming import Streamed, Tuning, call
+from comfyui_patchconv.streaming.execute import pass_loop, to_host
 from comfyui_patchconv.streaming.execute.copies import OneAfterTheOther
 from comfyui_patchconv.streaming.execute.lines import Lines
 from comfyui_patchconv.streaming.graph.node import Node
 from comfyui_patchconv.streaming.graph.steps import Convolve, Resample
+from comfyui_patchconv.streaming.plan.choose import choose
+from comfyui_patchconv.streaming.plan.schedule import Pass
 from comfyui_patchconv.streaming.plan.sweep import Sweep
 from comfyui_patchconv.streaming.plan.way import Way
 from comfyui_patchconv.streaming.record.operators import convolution
@@ -251,3 +254,30 @@ def test_what_is_coming_already_is_fetched_once(monkeypatch: pytest.MonkeyPatch)
         memory.prefetch(node, line)
     assert copies.started == 1
     assert torch.equal(memory.fetch(node, line), line)
+
+
+def _below_each_other(x: Tensor) -> Tensor:
+    """Behind the seam the rows of a map are read once more."""
+    first = F.conv2d(x, torch.ones(8, 8, 3, 3), padding=1)
+    both = torch.cat([first[:, :, :90].tanh(), F.conv2d(first, torch.ones(8, 8, 3, 3), padding=1)], 2)
+    return F.conv2d(both, torch.ones(1, 8, 3, 3), padding=1)
+
+
+def test_line_buffers_are_counted_where_most_rows_are_kept() -> None:
+    runner, x = Streamed(tuning=Tuning(strip_bytes=200_000, allocator_bytes=0, always=True)), torch.randn(1, 8, 300, 80)
+    planned, kept = [], []
+
+    def choosing(*args: Any, **kwargs: Any) -> Any:
+        schedule = choose(*args, **kwargs)
+        planned.extend(step.line_bytes for step in schedule.steps if isinstance(step, Pass))
+        return schedule
+
+    class Counted(Lines):
+        def keep(self, node: Node, rows: Tensor, dim: int) -> None:
+            super().keep(node, rows, dim)
+            kept.append(sum(room.nbytes for room in self._rooms.values()))
+
+    with torch.no_grad(), patch.object(call, "choose", choosing), patch.object(pass_loop, "Lines", Counted):
+        assert_same(runner.call(_below_each_other, (x,), {}), _below_each_other(x), 1e-5)
+    assert max(kept) >= 90 * 8 * 80 * 4
+    assert max(kept) <= 1.2 * max(planned)

@@ -27,6 +27,7 @@ from comfyui_patchconv.files.vae import random_vae
 from comfyui_patchconv.memory.sizes import allocator_bytes
 from comfyui_patchconv.streaming import Streamed, Tuning, call, expect, peak_activations, stream, streamed
 from comfyui_patchconv.streaming.call import Call
+from comfyui_patchconv.streaming.graph import steps
 from comfyui_patchconv.streaming.graph.node import Node
 from comfyui_patchconv.streaming.plan import choose as choosing
 from comfyui_patchconv.streaming.plan.eagerly import eager_schedule
@@ -127,6 +128,57 @@ def test_a_call_allocates_no_more_than_it_expects(kind: str, budget: Optional[in
     assert runner.last is not None
     kernel = max(parameter.nbytes for parameter in model.parameters())
     assert 0.4 * runner.last.peak < memory.peak <= 1.05 * runner.last.peak + kernel * 25 // 9
+
+
+F = torch.nn.functional
+NARROWING: dict[str, tuple[tuple[int, ...], Any]] = {
+    "image": ((1, 64, 200, 150), lambda x: F.conv2d(x, KERNEL_OF_64, stride=4, padding=1)),
+    "image, stride 1": ((1, 64, 200, 150), lambda x: F.conv2d(x, KERNEL_OF_64, padding=1)),
+    "half": ((1, 64, 200, 150), lambda x: F.conv2d(x.bfloat16(), KERNEL_OF_64.bfloat16(), stride=2, padding=1)),
+    "sound": ((1, 32, 40_000), lambda x: F.conv1d(x, torch.ones(2, 32, 16), stride=8, padding=4)),
+    "video": ((1, 8, 9, 120, 90), lambda x: F.conv3d(x, torch.ones(1, 8, 3, 4, 4), stride=(1, 4, 4), padding=1)),
+    "pool": ((1, 8, 400, 300), lambda x: F.max_pool2d(x, 9, 8, 4)),
+    "stored": ((1, 8, 400, 300), lambda x: _whole_in_a_branch(F.conv2d(x, torch.ones(8, 8, 3, 3), padding=1))),
+}
+"""Steps that read more of an argument, or of a map that is stored, than they make."""
+
+KERNEL_OF_64 = torch.ones(1, 64, 3, 3)
+
+
+def _whole_in_a_branch(map: Tensor) -> Tensor:
+    """Each row of the branch is made of a quarter of the map, which the rest reads row by row."""
+    branch = F.interpolate(F.adaptive_avg_pool2d(map, (4, 4)), size=map.shape[2:])
+    return map * torch.sigmoid(map.mean((2, 3), keepdim=True)) + branch
+
+
+@pytest.mark.parametrize("name", NARROWING)
+def test_what_a_strip_reads_and_copies_of_stored_maps_is_expected(name: str) -> None:
+    shape, function = NARROWING[name]
+    runner, x = Streamed(tuning=SMALL), torch.randn(shape)
+    with torch.no_grad():
+        expected = function(x)
+        runner.call(function, (x,), {})  # what is allocated once in a process
+        result, memory = allocated(lambda: runner.call(function, (x,), {}))
+    assert runner.last is not None
+    assert_same(result, expected, 1e-5 if result.dtype == torch.float32 else 1e-2)
+    if name == "stored":  # the result grows as that is freed, in memory that is allocated at once
+        assert runner.last.peak >= x.nbytes * 5 / 4
+    else:
+        assert memory.peak <= 1.25 * runner.last.peak
+        assert memory.peak - result.nbytes <= x.nbytes / 3
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_cpu_convolves_whole_blocks_of_channels(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN has them side by side in memory of its own: of one channel, as much as of 16 with AVX-512."""
+    monkeypatch.setattr(steps, "channels_together", lambda: 16)
+    model, x = nn.Conv2d(channels, channels, 3, padding=1), torch.randn(1, channels, 256, 256)
+    of_eager = expect(model, lambda copy, make: copy(make(x.shape)), device=CPU)
+    assert not of_eager.in_strips
+    assert of_eager.peak >= x.nbytes + 16 * 256 * 256 * 4
+    _, of_strips = called(model, x, tuning=Tuning(strip_bytes=6 * 10 * 16 * 256 * 4, allocator_bytes=0, always=True))
+    assert of_strips.rows == 10
+    assert of_strips.peak >= x.nbytes + 16 * 10 * 256 * 4
 
 
 def test_the_largest_map_is_left_unstored_where_that_lowers_the_peak() -> None:
@@ -255,6 +307,20 @@ def test_a_second_call_plans_nothing() -> None:
     assert kept
     assert dict(runner._schedules) == kept
     assert torch.equal(first, second)
+
+
+def test_a_schedule_is_for_maps_that_lie_alike() -> None:
+    """Eager copies what a norm reads where it has gaps, which is beyond this budget."""
+    wide = torch.randn(1, 16, 700, 1400)
+    norm = lambda x: torch.nn.functional.group_norm(x, 4)  # noqa: E731
+    dense, gaps = wide[..., :700].contiguous(), wide[..., ::2]
+    runner, in_strips = Streamed(60_000_000), []
+    with torch.no_grad():
+        for x in (dense, gaps, dense, gaps):
+            assert_same(runner.call(norm, (x,), {}), norm(x), 1e-5)
+            assert runner.last is not None
+            in_strips.append(runner.last.in_strips)
+    assert in_strips == [False, True, False, True]
 
 
 def test_eager_runs_where_no_plan_takes_less_whatever_the_budget() -> None:

@@ -130,9 +130,11 @@ def test_the_folder_is_the_users(name: str, tmp_path: Path, monkeypatch: pytest.
 
 def test_what_was_measured_is_how_high_strips_are() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1)).requires_grad_(False)
-    x, rows = torch.randn(1, 8, 512, 256), {}
-    row_bytes = 8 * 256 * 4
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, 16, 3, padding=1)).requires_grad_(
+        False
+    )
+    x, rows = torch.randn(1, 16, 512, 256), {}
+    row_bytes = 16 * 256 * 4
     for size in (None, 6 * 40 * row_bytes, 6 * 90 * row_bytes):
         runner = Streamed(tuning=Tuning(always=True, suitable_bytes=size))
         with torch.inference_mode():

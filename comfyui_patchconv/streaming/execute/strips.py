@@ -117,6 +117,15 @@ class Rows:
             keep = self.done[node]
         return StepRows(node, begin, rows, needs, keep)
 
+    def read_of_stored(self, work: StepRows) -> list[tuple[int, int, int]]:
+        """Of each stored map that a strip reads for a step: bytes of a row, rows in all, and rows that are read."""
+        along = [(source, dim) for source, dim in zip(work.node.inputs, work.node.dims) if dim is not None]
+        return [
+            (source.bytes // max(source.shape[dim], 1), source.shape[dim], high - low)
+            for (source, dim), (_, inside), (low, high) in zip(along, self._rows_of[work.node], work.needs)
+            if not inside
+        ]
+
     def _look_ahead(self) -> None:
         """For each step, the first of its rows that is still to be computed, for itself or for what reads it."""
         for node in reversed(self.order):
@@ -148,13 +157,14 @@ class Parts:
         height = max(one_pass.height, 1)
         strip = min(strip_rows, height)
         trial = rows.copy()
+        works = trial.advance(trial.wanted(last))
         aims = {
-            work.node: work.rows
-            for work in trial.advance(trial.wanted(last))
-            if work.node not in rows.recomputed and work.rows[0] < work.rows[1]
+            work.node: work.rows for work in works if work.node not in rows.recomputed and work.rows[0] < work.rows[1]
         }
-        usual = max((node.row_bytes * (-(-node.rows * strip // height) + 2) for node in aims), default=1)
-        widest = max((node.row_bytes * (high - low) for node, (low, high) in aims.items()), default=0)
+        at_once = [(node.row_bytes, node.rows, high - low) for node, (low, high) in aims.items()]
+        at_once += [read for work in works for read in rows.read_of_stored(work)]
+        usual = max((row_bytes * (-(-side * strip // height) + 2) for row_bytes, side, _ in at_once), default=1)
+        widest = max((row_bytes * count for row_bytes, _, count in at_once), default=0)
         self.part, self.parts = 1, max(round(widest / max(usual, 1)), 1) * finer
         self._ends = {node: high for node, (_, high) in aims.items()}
         self._share = max(((high - low) / node.rows for node, (low, high) in aims.items()), default=0.0)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...conv.halo import Axis
+from ...conv.onednn import channels_together
 from .node import Span, Step
 
 Pieces = Sequence[Tensor]
@@ -134,6 +135,7 @@ class Convolve(Step):
     ) -> None:  # fmt: skip
         self.axis, self.rows, self.dim, self.call, self.fill = axis, rows, dim, call, fill
         self.weight_bytes, self.work, self.overlap = weight_bytes, work, max(axis.span - axis.stride, 0)
+        self.block = channels_together() if weight_bytes else 1
 
     def needs(self, first: int, last: int) -> Sequence[Span]:
         low, high = self.axis.reach(first, last)
@@ -166,7 +168,7 @@ class ConvolveTransposed(Step):
         self, axis: Axis, rows: int, dim: int, call: Callable[[Pieces], Tensor], *, weight_bytes: int, work: int
     ) -> None:
         self.axis, self.rows, self.dim, self.call = axis, rows, dim, call
-        self.weight_bytes, self.work = weight_bytes, work
+        self.weight_bytes, self.work, self.block = weight_bytes, work, channels_together()
 
     def needs(self, first: int, last: int) -> Sequence[Span]:
         axis = self.axis

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from math import ceil
 from typing import Optional
 
 from ...memory.sizes import STRIPS_AT_ONCE, allocator_bytes, strip_bytes
 from ..graph.node import Node
+from .copies import times_copied, times_made
 from .schedule import STRIPS_LEAVING, Pass, Target, Tuning
 from .way import Way
 
@@ -66,7 +68,7 @@ class Sweep:
         rows = min(max(rows, self._rows_worth_their_costs(row_bytes, height)), band)
         self.strip_rows = rows if rows == band < height else self._whole_groups(rows)
         single = self.strip_rows >= band  # there is no next strip
-        self._lines = {} if single else {node: node.row_bytes * way.shared[node] for node in way.buffered}
+        self._lines = {} if single else {node: node.row_bytes * way.kept[node] for node in way.buffered}
         self.line_bytes = sum(self._lines.values())
         self.keeping = self._keeping_kernels()
         self.workspace = self._bytes_beside_maps()
@@ -128,7 +130,7 @@ class Sweep:
         """
         maps = max(sum(node.bytes for node in self.way.order), 1)
         weights = sum(node.step.weight_bytes for node in self.way.order if node.step is not None)
-        rows = int(_WEIGHTS * self._tuning.strip_share * weights * height / maps)
+        rows = int(_WEIGHTS * self._tuning.strip_share * weights * height / (maps + self.way.copied))
         if self.way.device.type != "cpu":
             rows = max(rows, _STEP_BYTES_ELSEWHERE * len(self.way.order) * height // maps)
         for node in self.way.order:
@@ -185,7 +187,7 @@ class Sweep:
         # Small strips leave gaps between them; of large ones the last is still there when the next one comes.
         steps = [node.step for node in self.way.order if node.step is not None]
         copied = _COPIES + (usual > self._suitable) + max((step.copies for step in steps), default=0)
-        copies = copied * largest * max((step.widened for step in steps), default=1)
+        copies = max(copied * largest * max((step.widened for step in steps), default=1), self._bytes_copied(share))
         widest = max(min(usual, self._suitable), self._bytes_alive(strips) + copies)
         of_steps = max((step.workspace for step in steps), default=0)
         if self.way.device.type == "cpu":  # weights in the order of its backend
@@ -194,6 +196,26 @@ class Sweep:
         allocator = allocator_bytes(self.way.device.type)
         allocator = self._tuning.allocator_bytes if self._tuning.allocator_bytes is not None else allocator
         return int(widest) + of_steps + self.line_bytes + allocator + self._bytes_on_the_way(share)
+
+    def _bytes_copied(self, share: float) -> float:
+        """The most bytes that one step copies of the stored maps that it reads, and of its result."""
+        most = 0.0
+        for node in self.way.order:
+            step, made = node.step, times_made(node)
+            read = self.way.outer.get(node, ())
+            if step is None or (made == 1 and not read):
+                continue
+            rows = min(
+                ceil(share * node.rows) + (self.way.shared[node] if node in self.way.recomputed else 0), node.rows
+            )
+            copied = rows * node.row_bytes * made * step.widened
+            spans = step.needs((node.rows - rows) // 2, (node.rows + rows) // 2) if read else ()
+            for source, dim, place in read:
+                first, last = spans[place]
+                side = max(source.shape[dim], 1)
+                copied += min(last - first, side) * (source.bytes // side) * times_copied(node, source)
+            most = max(most, copied)
+        return most
 
     def _bytes_on_the_way(self, share: float) -> int:
         """Bytes of strips that come back from host memory, and of those that leave where the roots may be offloaded.

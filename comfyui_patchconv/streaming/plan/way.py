@@ -11,9 +11,14 @@ from math import inf
 from typing import Any, Optional
 
 from ..graph.node import Node, ancestors
+from .copies import times_copied, times_made
 
 _ABOUT = 0.2
 """How far from half of its line buffers a pass may be parted, of that half, for the sake of small maps between."""
+
+_MIDDLE = 0.5
+_PLACES = tuple(place / 16 for place in range(1, 16) if place != 8)
+"""Where else strips may end between which more rows are kept than in the middle, of the rows of the roots."""
 
 
 def cheap_to_recompute(order: Sequence[Node], roots: Collection[Node]) -> set[Node]:
@@ -33,8 +38,11 @@ class Way:
 
     order: these steps. height: rows of the tallest root. recomputed: the steps that are recomputed rather than kept in
     line buffers. readers: of each map, the steps that read it row by row, and as which of their inputs by rows. shared:
-    of each step, how many rows a strip and the one before it both read. buffered: the steps that have a line buffer.
-    last_reads: see `_last_reads`.
+    of each step, how many rows a strip and the one before it both read, in the middle; kept: at most.
+    buffered: the steps that have a line buffer.
+    last_reads: see `_last_reads`. outer: of each step, the stored maps that it reads row by row, along which dimension,
+    and as which of its inputs by rows. widest: bytes of the largest map, or of what a step copies of one that it reads
+    or makes, if that is more. copied: bytes of all stored maps of which steps copy rows.
     """
 
     def __init__(self, roots: Sequence[Node], order: list[Node], dims: Mapping[Node, int]) -> None:
@@ -44,15 +52,23 @@ class Way:
         self.device = max(nodes, key=lambda node: node.bytes).device
         self.recomputed = cheap_to_recompute(self.order, set(self.roots))
         self.readers: dict[Node, list[tuple[Node, int]]] = {}
+        self.outer: dict[Node, list[tuple[Node, int, int]]] = {}
+        inside = set(self.order)
         for node in self.order:
             place = 0
             for source, dim in zip(node.inputs, node.dims):
                 if dim is not None:
                     self.readers.setdefault(source, []).append((node, place))
+                    if source not in inside:
+                        self.outer.setdefault(node, []).append((source, dim, place))
                     place += 1
-        self.widest = max(node.bytes for node in nodes)
+        copied = {source for node, read in self.outer.items() for source, *_ in read if times_copied(node, source)}
+        self.copied = sum(source.bytes for source in copied)
+        made = (node.bytes * times_made(node) for node in nodes)
+        self.widest = int(max(*made, *(source.bytes for source in copied), 0))
         self.work = sum(node.bytes for node in self.order)
-        self.shared = self._rows_of_two_strips()
+        self.shared = self._rows_of_two_strips_at(_MIDDLE)
+        self.kept = self._most_rows_kept()
         self.buffered = [node for node in self.order if node in self.readers and node not in self.recomputed]
         self.last_reads = self._last_reads()
 
@@ -109,23 +125,40 @@ class Way:
                 last[source] = max(last.get(source, 0), read if source is shows else place)
         return [None if node.shows is not None else last[node] for node in self.order]
 
-    def _rows_of_two_strips(self) -> dict[Node, int]:
-        """Of each step, how many rows a strip and the one before it both read: kept between strips, or recomputed."""
+    def _most_rows_kept(self) -> dict[Node, int]:
+        """The most of these rows, wherever a strip ends: they differ where maps lie one below the other."""
+        found = dict(self.shared)
+        if any(map(_reads_in_turn, self.order)):
+            for place in _PLACES:
+                for node, rows in self._rows_of_two_strips_at(place).items():
+                    found[node] = max(found[node], rows)
+        return found
+
+    def _rows_of_two_strips_at(self, place: float) -> dict[Node, int]:
+        """Of each step, how many rows two strips both read of which the first ends at this part of the roots."""
         done: dict[Node, int] = {}
         kept: dict[Node, int] = {}
         ahead: dict[Node, int] = {}  # the first row that is still to be read, or computed
-        middle = {root: max(root.rows // 2, 1) for root in self.roots}
+        ends = {root: max(int(root.rows * place), 1) for root in self.roots}
         for node in reversed(self.order):  # readers before what they read
-            high, low = middle.get(node, 0), node.rows
-            for reader, place in self.readers.get(node, ()):
+            high, low = ends.get(node, 0), node.rows
+            for reader, number in self.readers.get(node, ()):
                 assert reader.step is not None
-                high = max(high, reader.step.needs(done[reader] - 1, done[reader])[place][1])
+                if done[reader]:
+                    high = max(high, reader.step.needs(done[reader] - 1, done[reader])[number][1])
                 if ahead[reader] < reader.rows:
-                    low = min(low, reader.step.needs(ahead[reader], ahead[reader] + 1)[place][0])
-            done[node] = max(min(high, node.rows), 1)
+                    low = min(low, reader.step.needs(ahead[reader], ahead[reader] + 1)[number][0])
+            done[node] = max(min(high, node.rows), 0 if place != _MIDDLE else 1)
             ahead[node] = min(low, done[node]) if node in self.recomputed else done[node]
             kept[node] = max(done[node] - low, 0)
         return kept
+
+
+def _reads_in_turn(node: Node) -> bool:
+    """Whether a step reads several maps, and not all of them for its first row: they lie one below the other."""
+    if node.step is None or not node.step.moves or len(node.inputs) < 2 or len(node.by_rows) < 2:
+        return False
+    return any(first == last for first, last in node.step.needs(0, 1))
 
 
 class Ways:
