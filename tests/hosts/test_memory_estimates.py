@@ -75,7 +75,7 @@ def test_a_question_begins_a_decode_and_says_how_much_there_is_to_do() -> None:
         starts=[lambda: begun.append("start")],
     )  # fmt: skip
     found = estimate(SHAPE, torch.float32)
-    assert found / MARGIN < 5 * MAP
+    assert found / MARGIN < 6 * MAP  # a CPU convolves whole blocks of channels: here of twice as many as there are
     assert estimate((1, *SHAPE[1:]), torch.float32) == found
     assert begun == ["start", "start"]
     assert work[0] == 2 * work[1] > 0
