@@ -39,8 +39,22 @@ def checked(kind: Any, given: dict[str, Any], section: str = "") -> dict[str, An
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
-_MOST = 1e38
+MOST = 2**20
+"""Of any width, size or count of a model: more, and no machine could hold it."""
+
+_LARGEST = 1e38
 """What numbers stay below that float32 can hold; neither infinity nor NaN does."""
+
+
+def require_within(least: int, most: int, section: str, config: object, *names: str) -> None:
+    """Raises ValueError for the first of these fields of `config` that is not from `least` to `most`. section: what
+    stands before names in sentences."""
+    for name in names:
+        value = getattr(config, name)
+        if value < least:
+            raise ValueError(f"{section}{name} is {value}: use {least} or more.")
+        if value > most:
+            raise ValueError(f"{section}{name} is {value}: use {most} or less.")
 
 
 def _whole(value: object) -> bool:
@@ -48,7 +62,7 @@ def _whole(value: object) -> bool:
 
 
 def _number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < _MOST  # type: ignore[operator]
+    return type(value) in (int, float) and abs(value) < _LARGEST  # type: ignore[operator]
 
 
 def _many(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:

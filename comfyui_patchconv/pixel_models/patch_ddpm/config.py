@@ -7,7 +7,10 @@ import os
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Optional
 
-from ..json_fields import checked, parsed
+from ..json_fields import MOST, checked, parsed, require_within
+
+_MOST_STEPS = 2**40
+"""Of a training: more than any takes."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,8 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         counts = ("train_batch_size", "train_num_steps", "gradient_accumulate_every", "update_ema_every")
-        _at_least(1, "trainer", self, *counts, "save_and_sample_every")
-        _at_least(0, "trainer", self, "step_start_ema", "num_workers")
+        require_within(1, _MOST_STEPS, "trainer.", self, *counts, "save_and_sample_every")
+        require_within(0, _MOST_STEPS, "trainer.", self, "step_start_ema", "num_workers")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"trainer.ema_decay is {self.ema_decay}: use 0 to below 1.")
         if not self.train_lr > 0:
@@ -77,12 +80,12 @@ class ModelConfig:
     image_size: int | tuple[int, int] = 128
 
     def __post_init__(self) -> None:
-        _at_least(4, "model", self, "dim")  # the table of timesteps has no fewer columns
-        _at_least(1, "model", self, "resnet_block_groups", "patch_divider")
+        require_within(4, MOST, "model.", self, "dim")  # the table of timesteps has no fewer columns
+        require_within(1, MOST, "model.", self, "resnet_block_groups", "patch_divider")
         if self.channels not in (1, 3, 4):
             raise ValueError(f"model.channels is {self.channels}: use 1 for grey, 3 for RGB or 4 for RGBA.")
         if self.init_dim is not None:
-            _at_least(1, "model", self, "init_dim")
+            require_within(1, MOST, "model.", self, "init_dim")
         if self.learned_variance:
             raise ValueError("model.learned_variance is true, which the authors' code refuses as well: use false.")
         if self.out_dim not in (None, self.channels):
@@ -92,12 +95,18 @@ class ModelConfig:
                 f"model.dim_mults is {list(self.dim_mults)}: use whole numbers above 0, the first of them 1."
             )
         for width in self.widths:
+            if width > MOST:
+                raise ValueError(
+                    f"a level is {width} channels wide: use model.dim and dim_mults that give {MOST} or less."
+                )
             if width % self.resnet_block_groups:
                 raise ValueError(
                     f"a level is {width} channels wide: use model.dim and dim_mults that give multiples of "
                     f"resnet_block_groups, {self.resnet_block_groups}."
                 )
         unit = self.patch_divider * 2 ** (len(self.dim_mults) - 1)
+        if max(self.image_sides) > MOST:
+            raise ValueError(f"model.image_size is {self.image_size}: use {MOST} or less.")
         if any(side < 1 or side % unit for side in self.image_sides):
             raise ValueError(
                 f"model.image_size is {self.image_size}: use a multiple of {unit}, which is {self.patch_divider} "
@@ -138,7 +147,7 @@ class DiffusionConfig:
     objective: str = "pred_noise"
 
     def __post_init__(self) -> None:
-        _at_least(1, "diffusion", self, "timesteps")
+        require_within(1, MOST, "diffusion.", self, "timesteps")
         if self.loss_type not in ("l1", "l2"):
             raise ValueError(f"diffusion.loss_type is {self.loss_type!r}: use l1 or l2.")
         if self.objective not in ("pred_noise", "pred_x0"):
@@ -182,9 +191,3 @@ class Config:
 
 
 _SECTIONS: dict[str, Any] = {"model": ModelConfig, "diffusion": DiffusionConfig, "trainer": TrainerConfig}
-
-
-def _at_least(least: int, section: str, config: object, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < least:
-            raise ValueError(f"{section}.{name} is {getattr(config, name)}: use {least} or more.")

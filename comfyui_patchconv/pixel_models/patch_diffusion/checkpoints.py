@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ...files.tensors import save_tensors, unpickled
-from ..state_dicts import read, with_state
+from ...files.words import short
+from ..state_dicts import configuration, read, with_state
 from .config import Config
 from .model import PatchUNet
 
@@ -32,12 +33,17 @@ def save(models: list[PatchUNet], path: str | Path) -> None:
 def load(path: str | Path) -> list[PatchUNet]:
     """The models of a file that `save` wrote. Raises ValueError for another file."""
     tensors, text = read(path, _METADATA, "Patch Diffusion")
-    config = Config.from_json(text)
+    config = configuration(path, Config.from_json, text)
     states: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         number, _, rest = name.partition(".")
         states.setdefault(number, {})[rest] = value
-    return [with_state(partial(PatchUNet, config), states[number], path) for number in sorted(states, key=int)]
+    numbers = [str(number) for number in range(len(states))]
+    unknown = next((number for number in states if number not in numbers), None)
+    if unknown is not None or not states:
+        found = "no weights" if unknown is None else f"weights of {short(unknown)!r}"
+        raise ValueError(f"{path} holds {found}: names of weights begin with the model's number, 0, 1 and so on.")
+    return [with_state(partial(PatchUNet, config), states[number], path) for number in numbers]
 
 
 def is_foreign(path: str | Path) -> bool:

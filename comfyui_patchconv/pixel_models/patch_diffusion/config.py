@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from ..json_fields import checked, parsed
+from ..json_fields import MOST, checked, parsed, require_within
 
 BETA_MIN = 1e-4
 """The first beta of every linear schedule."""
 
-_MOST = 2**20
-"""Of any size or count: more, and no machine could hold the model."""
+_MOST_BLOCKS = 1024
+"""Of a level, and pixels of a patch's side: far more than any model has, and few enough to build."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,13 @@ class Config:
     snr_splits: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        least = {"image_size": 1, "channels": 4, "blocks": 1, "classes": 0, "head_channels": 0}  # pairs of sines
-        for name in least:
-            if getattr(self, name) < least[name]:
-                raise ValueError(f"{name} is {getattr(self, name)}: use {least[name]} or more.")
-            if getattr(self, name) > _MOST:
-                raise ValueError(f"{name} is {getattr(self, name)}: use {_MOST} or less.")
-        if not all(0 < mult <= _MOST for mult in self.mults):
-            raise ValueError(f"mults is {self.mults}: use numbers above 0, {_MOST} or less.")
+        require_within(1, MOST, "", self, "image_size")
+        require_within(4, MOST, "", self, "channels")  # pairs of sines
+        require_within(1, _MOST_BLOCKS, "", self, "blocks")
+        require_within(0, MOST, "", self, "classes", "head_channels")
+        require_within(0 if self.head_channels else 1, MOST, "", self, "heads")
+        if not all(0 < mult <= MOST for mult in self.mults):
+            raise ValueError(f"mults is {self.mults}: use numbers above 0, {MOST} or less.")
         if not BETA_MIN < self.beta_max < 1:
             raise ValueError(f"beta_max is {self.beta_max}: use a number between {BETA_MIN} and 1, such as 0.02.")
         if not 0 <= self.dropout < 1:
@@ -67,6 +66,7 @@ class Config:
             raise ValueError(f"snr_splits is {self.snr_splits}: use numbers above 0.")
         if self.patch < 1 or self.image_size % self.patch:
             raise ValueError(f"patch is {self.patch}: use a divisor of the image's {self.image_size} pixels.")
+        require_within(1, _MOST_BLOCKS, "", self, "patch")
         if not self.mults or any(b < a for a, b in zip(self.mults, self.mults[1:])):
             raise ValueError(f"mults is {self.mults}: use one or more numbers that do not decrease.")
         if self.positions % 2 ** (len(self.mults) - 1):
@@ -76,7 +76,9 @@ class Config:
             )
         which = "head_channels" if self.head_channels else "heads"
         for width in self.widths:
-            if width < 32 or width % 32 or width % max(getattr(self, which), 1):
+            if width > MOST:
+                raise ValueError(f"a level is {width} channels wide: use channels and mults that give {MOST} or less.")
+            if width < 32 or width % 32 or width % getattr(self, which):
                 raise ValueError(
                     f"a level is {width} channels wide: use channels and mults that give multiples of 32 and of "
                     f"{which}, {getattr(self, which)}."

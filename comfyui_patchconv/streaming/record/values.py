@@ -32,10 +32,12 @@ class Evaluate(Protocol):
 
 class Values(Program):
     """Has the values of a program's tensors. evaluate: stores nodes. budget: bytes that these may take; None for any
-    number, and where ranks have budgets of their own, for all evaluate at once."""
+    number, and where ranks have budgets of their own, for all evaluate at once. note_made: called with large nodes that
+    are stored without it."""
 
     evaluate: Evaluate
     budget: Optional[int] = None
+    note_made: Optional[Callable[[Node], None]] = None
 
     def store(self, nodes: Iterable[Node]) -> None:
         """Have the values of nodes."""
@@ -245,7 +247,10 @@ class Values(Program):
             value = kept.copy_(value)
         node = self.node(None, (), (), Spec.of(value), value.device, None)
         node.tensor = value.detach()
-        return self.own(node, Spec.of(value)._replace(offset=0))
+        made = self.own(node, Spec.of(value)._replace(offset=0))
+        if self.note_made is not None and node.bytes >= self.small:
+            self.note_made(node)
+        return made
 
 
 def _has_memory(cell: Cell) -> bool:
