@@ -37,7 +37,7 @@ WIDTHS, LAYERS, LATENT, GROUPS = (64, 64, 64, 64), 1, 4, 16
 
 STAGES = ((0.0, 64, 4), (0.5, 128, 2), (0.9, 192, 1))
 """From which share of the time on, crops of how many pixels, and how many: norms and attention have to learn what a
-large picture's statistics are, small crops give more steps."""
+large picture's statistics are, small crops give more steps. Weights that were trained before have had those."""
 
 SHOWN = "face"
 """The photograph whose latent is written."""
@@ -184,6 +184,7 @@ class Training:
         self.vae, self.mean = new_vae(), new_vae().requires_grad_(False).eval()
         self.mean.load_state_dict(self.vae.state_dict())
         self.optimizer = torch.optim.AdamW(self.vae.parameters(), RATE, betas=(0.9, 0.99), weight_decay=1e-3)
+        self.least_stage = STAGES[begun is not None][0]
         if begun is not None:
             self.vae.load_state_dict(load_file(begun))
             self.mean.load_state_dict(self.vae.state_dict())
@@ -200,7 +201,7 @@ class Training:
         rate = LEAST_RATE + (RATE - LEAST_RATE) * 0.5 * (1 + math.cos(math.pi * min(done, 1)))
         for group in self.optimizer.param_groups:
             group["lr"] = rate * min(1, (done + 1e-4) / WARM_UP)
-        _, side, count = [stage for stage in STAGES if stage[0] <= done][-1]
+        _, side, count = [stage for stage in STAGES if stage[0] <= max(done, self.least_stage)][-1]
         loss = loss_of(self.vae, crops(pictures, side, count, self.generator))
         self.optimizer.zero_grad()
         loss.backward()
