@@ -168,6 +168,32 @@ def test_what_a_strip_reads_and_copies_of_stored_maps_is_expected(name: str) -> 
         assert memory.peak - result.nbytes <= x.nbytes / 3
 
 
+def _sorted(x: Tensor) -> Tensor:
+    values, places = x.sin().sort(1)
+    return values.sum(1) + places.sum(1)
+
+
+def _written_to_at_once(x: Tensor) -> Tensor:
+    y = F.conv2d(x, KERNEL_OF_8, padding=1)
+    y.as_strided((8, 10), (1, 1)).add_(1)  # memory from now on, and no deferred map
+    values = y.sort(1)[0]
+    y[:, 0] = values[:, 1]
+    return F.conv2d(y, KERNEL_OF_8, padding=1).sin() + F.conv2d(values, KERNEL_OF_8, padding=1)
+
+
+KERNEL_OF_8 = torch.ones(8, 8, 3, 3) / 8
+
+
+@pytest.mark.parametrize("function", [_sorted, _written_to_at_once], ids=lambda function: function.__name__)
+def test_what_is_computed_at_once_is_expected(function: Any) -> None:
+    with torch.no_grad():
+        expected = function(X_LARGE)
+        called(function, X_LARGE, tuning=Tuning())  # what is allocated once in a process
+        (result, last), memory = allocated(lambda: called(function, X_LARGE, tuning=Tuning()))
+    assert_same(result, expected, 1e-5)
+    assert 0.75 * last.peak < memory.peak <= 1.01 * last.peak
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_cpu_convolves_whole_blocks_of_channels(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN has them side by side in memory of its own: of one channel, as much as of 16 with AVX-512."""
