@@ -73,7 +73,7 @@ def decoded(args: argparse.Namespace, methods: list[str], folder: Path) -> dict[
 
 
 def picture(found: dict[str, tuple[Tensor, dict[str, Any]]], args: argparse.Namespace) -> Image.Image:
-    """The images in a row, and below each but the first how it differs from eager's."""
+    """The images in a row, below each a closer look, and below each but the first how it differs from eager's."""
     columns: list[Column] = []
     for method in (method for method in COLUMNS if method in found):
         image, measured = found[method]
@@ -84,6 +84,7 @@ def picture(found: dict[str, tuple[Tensor, dict[str, Any]]], args: argparse.Name
     lines = (
         *(f"A photograph of {width}x{height} pixels,", f"tiles of {args.tile}. The VAE is a small one,"),
         *("brought to Stable Diffusion's width", "without changing what it computes.", ""),
+        *("Above: what is framed, enlarged,", "where tiles change most.", ""),
         *("Beside: the difference to the", f"first, {GAIN} times. Errors are relative", "to the range of the image."),
     )
     note = "\n".join(lines)

@@ -236,7 +236,8 @@ def compared(results: dict[str, Optional[Result]], settings: DemoSettings) -> Im
         if result is not None
     ]
     height, width = columns[0].image.shape[1:]
-    note = f"{width}x{height} pixels\n\nBeside: the difference\nto eager, {GAIN} times"
+    note = f"{width}x{height} pixels\n\nAbove: what is framed, enlarged,\nwhere most differs\n\n"
+    note += f"Beside: the difference\nto eager, {GAIN} times"
     return draw(columns, note, foot=f"{settings.dtype} on {settings.device}, memory beyond the weights")
 
 
