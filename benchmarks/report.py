@@ -42,6 +42,7 @@ BENCHMARKS = {
     "streaming_4096": [
         *("streaming.py", "--name", "streaming_4096", "--sizes", "4096", "--methods", "bounded", "--rounds", "1"),
     ],
+    "needs": ["needs.py"],
     "streaming_video": ["streaming_video.py"],
     "autoencoders": ["autoencoders.py"],
     "spread": ["spread.py", "measured"],
