@@ -57,8 +57,9 @@ def main() -> None:
     publish(
         "needs",
         "What a decode and an encode need on a GPU, calculated",
-        "Stable Diffusion's VAE in half precision, beyond the weights, in GB of 1000³ bytes, calculated from the shapes "
-        "of feature maps; SDXL's and Flux's have the same. Eager is diffusers', whose activations are not in place.",
+        "Stable Diffusion's VAE in half precision, beyond the weights, in GB of 1000³ bytes, calculated from the "
+        "shapes of feature maps; SDXL's and Flux's have the same. Eager is diffusers', whose "
+        "activations are not in place.",
         ["half", "image", "eager GB", "stream GB", f"stream within {size_of(args.budget)}, GB"],
         rows,
         device="cpu",
