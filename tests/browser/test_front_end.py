@@ -351,6 +351,17 @@ def test_a_report_leaves_the_focus(front: Front, ran: tuple[Graph, dict[str, Any
     front.page.evaluate("() => document.activeElement.blur()")
 
 
+def test_a_report_that_a_loop_makes_again_stands_on_the_node(front: Front, ran: tuple[Graph, dict[str, Any]]) -> None:
+    again = (
+        "async () => { const { api } = await import('/scripts/api.js'); "
+        f"const {{ id }} = {GRAPH}.nodes.find(node => node.type === 'PatchConv_Report'); "
+        "const detail = { node: `99.0.0.${id}`, display_node: String(id), output: { text: ['of a loop'] } }; "
+        "api.dispatchEvent(new CustomEvent('executed', { detail })); }"
+    )
+    front.page.evaluate(again)
+    assert front.page.locator(".patchconv-text").inner_text() == "of a loop"
+
+
 def test_help_page(front: Front, ran: tuple[Graph, dict[str, Any]]) -> None:
     page = front.page
     page.evaluate(f"() => {{ app.canvas.selectNode({GRAPH}.nodes.find(node => node.type === 'PatchConv_Report')); "

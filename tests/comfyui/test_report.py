@@ -90,6 +90,14 @@ def test_batch_is_one_run(server: Server, checkpoint: str) -> None:
     assert tiled["timeline"][-1][0] <= tiled["seconds"]
 
 
+def test_a_node_that_a_loop_makes_again_is_told_as_the_one_that_is_seen(server: Server, checkpoint: str) -> None:
+    graph = loader(checkpoint) | {"latent": node("LoadLatent", latent=server.latent("looped", 64, seed=11))}
+    graph["loop"] = node("Test_Looped", vae=["load", 2], samples=["latent", 0], of="7")
+    graph["save"] = node("PreviewImage", images=["loop", 0])
+    _, told, _ = run_and_listen(server, graph)
+    assert {report["node"] for report in told} == {"7"}
+
+
 def test_sampling(server: Server, checkpoint: str) -> None:
     graph = loader(checkpoint) | {"patch": node(MODEL, model=["load", 0], **ALWAYS)}
     graph |= sampling(checkpoint, "strips", ["patch", 0])
