@@ -33,7 +33,7 @@ def checked(execute: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checked(one: Any, value: Any) -> Any:
-    """The value for the input `one` of a schema."""
+    """The value for the input `one` of a schema. Raises as `checked` says."""
     if isinstance(one, (io.Int.Input, io.Float.Input)):
         whole = isinstance(one, io.Int.Input)
         check_range(one.id, value, one.min, one.max, whole)
@@ -43,4 +43,6 @@ def _checked(one: Any, value: Any) -> Any:
     if isinstance(one, (io.Image.Input, io.Mask.Input)) and isinstance(value, Tensor) and not value.numel():
         size = " x ".join(map(str, value.shape))
         raise ValueError(f"{one.id} is empty ({size}): connect what has at least one picture.")
+    if isinstance(one, io.Combo.Input) and type(value) is int:  # of devices, from a node for numbers
+        return str(value)
     return value

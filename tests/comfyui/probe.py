@@ -294,7 +294,7 @@ def newer(pack: str) -> dict[str, Any]:
     seen: list[bool] = []
     eager.first_stage_model.decoder.conv_in.register_forward_hook(lambda *_: seen.append(bool(paused)))
     for mode in ("stream", "auto", "patch"):
-        options: dict[str, Any] = dict(splits=0, threshold=0.0, half="both", mode=mode)
+        options: dict[str, Any] = dict(splits=0, threshold=0.0, half="both", mode=mode, devices=1)  # by a link
         vae = node.execute(vae=eager, **options).result[0]
         tiled: list[int] = []
         vae.decode_tiled_ = lambda *_, tiled=tiled, **__: tiled.append(1)
