@@ -409,7 +409,9 @@ def wrong_for(one: Any) -> list[Any]:
         return [one.min - 1, one.max * 2, float("nan"), "3"]
     if one.id == "model_name":  # a file, which the host looks for
         return []
-    missing = [] if one.optional or one.io_type == "*" else [None]
+    missing: list[Any] = [] if one.optional or one.io_type == "*" else [None]
+    missing += [torch.zeros(0, 8, 8, 3)] if one.io_type in ("IMAGE", "MASK") else []
+    missing += [torch.zeros(1, 2, 8, 8, 3)] if one.io_type == "IMAGE" else []
     return ["Other"] if getattr(one, "options", None) else missing
 
 
@@ -429,7 +431,8 @@ def refused(pack: str) -> dict[str, str]:
                     error = None
                 except Exception as raised:
                     error = raised
-                said[f"{kind.__name__}.{one.id}={wrong}"] = f"{type(error).__name__}: {error}"
+                shown = "x".join(map(str, wrong.shape)) if isinstance(wrong, torch.Tensor) else wrong
+                said[f"{kind.__name__}.{one.id}={shown}"] = f"{type(error).__name__}: {error}"
     return said
 
 
