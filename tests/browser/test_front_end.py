@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import pytest
 from comfyui.conftest import Graph, Server
 from comfyui.test_server import ALWAYS, decoding, node
-from host_process import page_of
+from host_process import TIME, page_of
 
 TEMPLATES = sorted((Path(__file__).parents[2] / "example_workflows").glob("*.json"))
 VAE = "PatchConv_VAE"
 READY = f'() => !!window.app?.canvas?.graph && !!window.LiteGraph?.registered_node_types["{VAE}"]'
 GRAPH = "(app.rootGraph ?? app.graph)"
 EAGER = r"without Patch Conv: (at least \d+ MiB, counted|not measured)"
-LINE = rf"VAE decoder in up to 5 strips, peak \d+ MiB \({EAGER}\), [\d.]+ s"
+LINE = rf"VAE decoder in up to 5 strips, peak \d+ MiB \({EAGER}\), {TIME}"
 OPEN_AGAIN = (
     f"async () => await app.loadGraphData({GRAPH}.serialize(), false, false, "
     "app.extensionManager.workflow.activeWorkflow)"
@@ -236,7 +236,7 @@ def test_a_run_stands_on_the_node_and_in_no_saved_workflow(front: Front, ran: tu
     row = front.page.locator(".patchconv-row")
     assert row.count() == 1
     assert re.fullmatch(rf"{LINE}\. Open the chart of memory over time\.", row.get_attribute("aria-label"))
-    words = r"peak \d+ MiB, [\d.]+ s\s+decoder in up to 5 strips(\s+≥ \d+ MiB without Patch Conv)?"
+    words = rf"peak \d+ MiB, {TIME}\s+decoder in up to 5 strips(\s+≥ \d+ MiB without Patch Conv)?"
     assert re.fullmatch(words, row.inner_text().strip())
     assert re.fullmatch(f"Patch Conv: {LINE}", front.page.locator(".patchconv-text").inner_text())
     assert front.saved() == ran[1]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from host_process import TIME
 from safetensors.torch import save_file
 
 from .conftest import Graph, Server, read_image
@@ -46,7 +47,7 @@ def test_decode(server: Server, checkpoint: str, settings: Graph, size: int, way
     last = told[-1]
     print(last["line"])
     assert re.fullmatch(
-        rf"VAE decoder {way}, peak \d+ MiB \(without Patch Conv: (at least \d+ MiB, counted|not measured)\), [\d.]+ s",
+        rf"VAE decoder {way}, peak \d+ MiB \(without Patch Conv: (at least \d+ MiB, counted|not measured)\), {TIME}",
         last["line"],
     )
     assert last["strips"] == 0 if "eager" in way else last["strips"] > 1
