@@ -55,6 +55,20 @@ def advanced(kind: Any, name: str, **options: Any) -> Any:
     return kind.Input(name, **options)
 
 
+HIDDEN = (io.Hidden.unique_id, io.Hidden.dynprompt)
+"""What `node_id` reads, for a schema."""
+
+
+def node_id(node: type[io.ComfyNode]) -> str:
+    """Find the node's id in the workflow: of one that a loop has made once more, that of the one which the user sees.
+    Empty where it is called by hand."""
+    hidden = getattr(node, "hidden", None)
+    own, prompt = getattr(hidden, "unique_id", None), getattr(hidden, "dynprompt", None)
+    if own is None:
+        return ""
+    return str(own if prompt is None else prompt.get_display_node_id(own))
+
+
 def follow_changes(patcher: Any) -> None:
     """Have the host bind the patches of `patcher` anew in its clones that have a model of their own, and keep what
     other extensions put on the model by themselves."""

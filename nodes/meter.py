@@ -206,6 +206,8 @@ def measure_sampling(model: Any, meter: Meter) -> None:
 
 def meters_of(vae: Any = None, model: Any = None) -> list[Meter]:
     """Find the meters that Patch Conv nodes have put on a VAE and on a model."""
-    found = [] if vae is None else [one for one in vae.patcher.object_patches.values() if isinstance(one, Measured)]
+    patcher = getattr(vae, "patcher", None)  # what a checkpoint without a VAE gives has none
+    patches = {} if patcher is None else patcher.object_patches
+    found = [one for one in patches.values() if isinstance(one, Measured)]
     sampling = [] if model is None else model.get_wrappers(WrappersMP.SAMPLER_SAMPLE, _KEY)
     return [one.meter for one in (*found, *(wrapper.__self__ for wrapper in sampling))]

@@ -15,6 +15,7 @@ from ..comfyui_patchconv import Tiling, convolutions
 from ..comfyui_patchconv.conv.fill import fill
 from ..comfyui_patchconv.conv.holes import with_holes
 from ..comfyui_patchconv.hosts.halves import half_of
+from .checked import checked
 from .host import FILL_CATEGORY, LATENT_CATEGORY, schema
 from .progress import Progress
 from .vae_half import leave
@@ -50,6 +51,7 @@ class VAEEncodePartialConv(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, pixels: Tensor, vae: Any, mask: Tensor, grow_mask_by: int) -> io.NodeOutput:
         vae.throw_exception_if_invalid()
         if vae.latent_dim not in (2, 3):
@@ -83,6 +85,7 @@ class FillMaskedArea(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, image: Tensor, mask: Tensor, edge_aware: bool) -> io.NodeOutput:
         mask = _like(mask, image).clamp(0, 1)
         device = model_management.get_torch_device()
@@ -105,7 +108,13 @@ def _like(mask: Tensor, image: Tensor) -> Tensor:
 
 
 def _cropped(pixels: Tensor, mask: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
-    """Crop both to the middle, to sides that the VAE can encode, as the host's VAE does."""
+    """Crop both to the middle, to sides that the VAE can encode, as the host's VAE does. Raises ValueError where
+    nothing is left."""
+    height, width = pixels.shape[1:3]
+    if min(height, width) < multiple:
+        raise ValueError(
+            f"The image is {width} x {height} pixels, and this VAE encodes from {multiple} x {multiple} on."
+        )
     for dim in (1, 2):
         size = pixels.shape[dim] // multiple * multiple
         start = pixels.shape[dim] % multiple // 2

@@ -15,9 +15,9 @@ from ..comfyui_patchconv.hosts.choices import check_option
 from ..comfyui_patchconv.hosts.devices.spread import CHOICES, ONE, check_choice
 from ..comfyui_patchconv.hosts.halves import HALVES
 from ..comfyui_patchconv.hosts.modes import MODES
-from ..comfyui_patchconv.hosts.numbers import check_number
 from ..comfyui_patchconv.units import GIB, MILLION
-from .host import MODEL_CATEGORY, VAE_CATEGORY, advanced, follow_changes, schema
+from .checked import checked
+from .host import HIDDEN, MODEL_CATEGORY, VAE_CATEGORY, advanced, follow_changes, node_id, schema
 from .meter import Meter, measure_sampling
 from .progress import StripWatch
 from .vae_half import leave, patch_convolutions, patch_half, stream_half
@@ -85,10 +85,11 @@ class PatchConvVAE(io.ComfyNode):
                 ),
             ],
             outputs=[io.Vae.Output(tooltip="A copy of the VAE that works in strips.")],
-            hidden=[io.Hidden.unique_id],
+            hidden=[*HIDDEN],
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         vae: Any,
@@ -102,8 +103,6 @@ class PatchConvVAE(io.ComfyNode):
     ) -> io.NodeOutput:
         for name, value, options in (("half", half, _HALVES), ("mode", mode, MODES), ("padding", padding, PADDINGS)):
             check_option(name, value, options)
-        check_number("threshold", threshold, "millions of elements")
-        check_number("budget", budget, "GiB")
         check_choice(devices)
         vae.throw_exception_if_invalid()
         copied = copy.copy(vae)
@@ -115,10 +114,10 @@ class PatchConvVAE(io.ComfyNode):
             leave(copied, name, method)
             elements, size = round(threshold * MILLION), round(budget * GIB)
             if mode == "patch":
-                count += patch_half(copied, name, method, splits, elements, padding, _id(cls))
+                count += patch_half(copied, name, method, splits, elements, padding, node_id(cls))
             else:
                 strips = Tiling(splits, threshold=elements) if mode == "auto" else None
-                count += stream_half(copied, name, method, size, padding, _id(cls), strips, devices)
+                count += stream_half(copied, name, method, size, padding, node_id(cls), strips, devices)
         if not count:
             raise ValueError(_nothing_found("VAE", type(vae.first_stage_model).__name__, half))
         follow_changes(copied.patcher)
@@ -145,20 +144,20 @@ class PatchConvModel(io.ComfyNode):
                 _padding_input(),
             ],
             outputs=[io.Model.Output(tooltip="A copy of the model that works in strips.")],
-            hidden=[io.Hidden.unique_id],
+            hidden=[*HIDDEN],
         )
 
     @classmethod
+    @checked
     def execute(cls, model: Any, splits: int, threshold: float, padding: str = "plain") -> io.NodeOutput:
         check_option("padding", padding, PADDINGS)
-        check_number("threshold", threshold, "millions of elements")
         copied = model.clone()
         strips = StripWatch()
         tiling = Tiling(splits, threshold=round(threshold * MILLION), on_strip=strips)
         if not patch_convolutions(copied, model.model, tiling, padding, lambda name: True):
             raise ValueError(_nothing_found("model", type(model.model).__name__))
         follow_changes(copied)
-        meter = Meter(_id(cls), "Model", False, torch.device(model.load_device), strips)
+        meter = Meter(node_id(cls), "Model", False, torch.device(model.load_device), strips)
         strips.then(meter.look)
         measure_sampling(copied, meter)
         return io.NodeOutput(copied)
@@ -200,11 +199,6 @@ def _padding_input() -> Any:
         "what is computed at its borders is scaled up instead (partial convolution). Changes the result near the "
         "borders.",
     )
-
-
-def _id(node: type[io.ComfyNode]) -> str:
-    """Find the node's id in the workflow; empty where it is called by hand."""
-    return str(getattr(node.hidden, "unique_id", None) or "")
 
 
 def _nothing_found(kind: str, name: str, half: str = "both") -> str:

@@ -12,6 +12,7 @@ from ..comfyui_patchconv.hosts.choices import check_option
 from ..comfyui_patchconv.pixel_models.patch_ddpm.checkpoints import import_torch, load
 from ..comfyui_patchconv.pixel_models.patch_ddpm.diffusion import SAMPLERS, sample
 from ..comfyui_patchconv.pixel_models.patch_ddpm.model import patch_bytes
+from .checked import checked
 from .host import LOADER_CATEGORY, SAMPLER_CATEGORY, advanced, schema
 from .pixel_model import DTYPES, PixelModel, SamplingBar, add_folder, as_image, expect, noise, patcher_of, ready
 
@@ -51,6 +52,7 @@ class PatchDDPMLoader(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model_name: str, weight_dtype: str = "default") -> io.NodeOutput:
         check_option("weight_dtype", weight_dtype, DTYPES)
         path = Path(folder_paths.get_full_path_or_raise(FOLDER, model_name))
@@ -105,6 +107,7 @@ class PatchDDPMSampler(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, model: Any, seed: int, steps: int, sampler: str, batch_size: int, patches_at_once: int
     ) -> io.NodeOutput:

@@ -12,6 +12,7 @@ from ..comfyui_patchconv.hosts.choices import check_option
 from ..comfyui_patchconv.pixel_models.patch_diffusion.checkpoints import load
 from ..comfyui_patchconv.pixel_models.patch_diffusion.diffusion import sample
 from ..comfyui_patchconv.pixel_models.patch_diffusion.model import image_bytes
+from .checked import checked
 from .host import LOADER_CATEGORY, SAMPLER_CATEGORY, advanced, schema
 from .pixel_model import DTYPES, PixelModel, SamplingBar, add_folder, as_image, expect, noise, patcher_of, ready
 
@@ -52,6 +53,7 @@ class PatchDiffusionLoader(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model_name: str, weight_dtype: str = "default") -> io.NodeOutput:
         check_option("weight_dtype", weight_dtype, DTYPES)
         networks = load(folder_paths.get_full_path_or_raise(FOLDER, model_name))
@@ -108,6 +110,7 @@ class PatchDiffusionSampler(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, model: Any, seed: int, steps: int, sampler: str, guidance: float, class_label: int, batch_size: int
     ) -> io.NodeOutput:

@@ -12,7 +12,6 @@ from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from ..comfyui_patchconv.hosts.devices.spread import CHOICES, ONE, check_choice
-from ..comfyui_patchconv.hosts.numbers import check_number
 from ..comfyui_patchconv.hosts.upscale import (
     StreamedUpscaler,
     check_channels,
@@ -23,7 +22,8 @@ from ..comfyui_patchconv.hosts.upscale import (
 )
 from ..comfyui_patchconv.streaming import Expected
 from ..comfyui_patchconv.units import GIB
-from .host import UPSCALE_CATEGORY, advanced, schema, several_devices
+from .checked import checked
+from .host import HIDDEN, UPSCALE_CATEGORY, advanced, node_id, schema, several_devices
 from .meter import Meter
 from .progress import StreamProgress
 
@@ -74,12 +74,12 @@ class UpscaleImage(io.ComfyNode):
                 ),
             ],
             outputs=[io.Image.Output(tooltip="The image, larger by the model's scale.")],
-            hidden=[io.Hidden.unique_id],
+            hidden=[*HIDDEN],
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, upscale_model: Any, image: Tensor, budget: float = 0.0, devices: str = ONE) -> io.NodeOutput:
-        check_number("budget", budget, "GiB")
         check_choice(devices)
         check_model(upscale_model)
         check_channels(upscale_model, image.shape[-1])
@@ -88,7 +88,7 @@ class UpscaleImage(io.ComfyNode):
         dtype = _dtype(upscale_model, device)
         model = in_precision(upscale_model, dtype)
         progress = StreamProgress()
-        meter = Meter(str(getattr(cls.hidden, "unique_id", None) or ""), "upscaling", True, device, progress)
+        meter = Meter(node_id(cls), "upscaling", True, device, progress)
         progress.then(meter.look)
         upscaler = StreamedUpscaler(
             model, round(budget * GIB), model_management.get_free_memory, output=_output(),

@@ -19,6 +19,9 @@ from typing import Any, Optional
 import numpy as np
 import pytest
 
+TIME = r"(\d+ min )?[\d.]+ s"
+"""What matches a time in words, of a busy machine too."""
+
 
 class HostProcess:
     """Runs `command`, with `--port` and a free one behind it, and keeps its log in `folder`."""

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import pytest
 from comfyui.conftest import Graph, Server
 from comfyui.test_server import ALWAYS, decoding, node
-from host_process import page_of
+from host_process import TIME, page_of
 
 TEMPLATES = sorted((Path(__file__).parents[2] / "example_workflows").glob("*.json"))
 VAE = "PatchConv_VAE"
 READY = f'() => !!window.app?.canvas?.graph && !!window.LiteGraph?.registered_node_types["{VAE}"]'
 GRAPH = "(app.rootGraph ?? app.graph)"
 EAGER = r"without Patch Conv: (at least \d+ MiB, counted|not measured)"
-LINE = rf"VAE decoder in up to 5 strips, peak \d+ MiB \({EAGER}\), [\d.]+ s"
+LINE = rf"VAE decoder in up to 5 strips, peak \d+ MiB \({EAGER}\), {TIME}"
 OPEN_AGAIN = (
     f"async () => await app.loadGraphData({GRAPH}.serialize(), false, false, "
     "app.extensionManager.workflow.activeWorkflow)"
@@ -236,7 +236,7 @@ def test_a_run_stands_on_the_node_and_in_no_saved_workflow(front: Front, ran: tu
     row = front.page.locator(".patchconv-row")
     assert row.count() == 1
     assert re.fullmatch(rf"{LINE}\. Open the chart of memory over time\.", row.get_attribute("aria-label"))
-    words = r"peak \d+ MiB, [\d.]+ s\s+decoder in up to 5 strips(\s+≥ \d+ MiB without Patch Conv)?"
+    words = rf"peak \d+ MiB, {TIME}\s+decoder in up to 5 strips(\s+≥ \d+ MiB without Patch Conv)?"
     assert re.fullmatch(words, row.inner_text().strip())
     assert re.fullmatch(f"Patch Conv: {LINE}", front.page.locator(".patchconv-text").inner_text())
     assert front.saved() == ran[1]
@@ -349,6 +349,17 @@ def test_a_report_leaves_the_focus(front: Front, ran: tuple[Graph, dict[str, Any
     )
     assert front.page.evaluate(again) == [True, "told again"]
     front.page.evaluate("() => document.activeElement.blur()")
+
+
+def test_a_report_that_a_loop_makes_again_stands_on_the_node(front: Front, ran: tuple[Graph, dict[str, Any]]) -> None:
+    again = (
+        "async () => { const { api } = await import('/scripts/api.js'); "
+        f"const {{ id }} = {GRAPH}.nodes.find(node => node.type === 'PatchConv_Report'); "
+        "const detail = { node: `99.0.0.${id}`, display_node: String(id), output: { text: ['of a loop'] } }; "
+        "api.dispatchEvent(new CustomEvent('executed', { detail })); }"
+    )
+    front.page.evaluate(again)
+    assert front.page.locator(".patchconv-text").inner_text() == "of a loop"
 
 
 def test_help_page(front: Front, ran: tuple[Graph, dict[str, Any]]) -> None:

@@ -41,7 +41,8 @@ class Server(HostProcess):
         for name in ("input", "output", "temp", "user", *MODELS, "custom_nodes"):
             (folder / name).mkdir()
         (folder / "custom_nodes" / "comfyui_patchconv").symlink_to(PACK)
-        (folder / "custom_nodes" / "short_of_memory.py").symlink_to(Path(__file__).with_name("short_of_memory.py"))
+        for name in ("short_of_memory.py", "looped.py"):
+            (folder / "custom_nodes" / name).symlink_to(Path(__file__).with_name(name))
         for pack in packs:
             (folder / "custom_nodes" / pack.name).symlink_to(pack)
         paths = {"base_path": str(folder), **{name: name for name in ("custom_nodes", *MODELS)}}

@@ -19,7 +19,8 @@ upscaled: of an upscale model in half precision: the largest difference to singl
 sound FOLDER WIDTH SECONDS: of a sound's VAE, written to FOLDER and loaded from there: for each audio node, the largest
     difference of streamed to eager, of its range; of the decode, estimates in bytes, peaks measured, and lines of
     figures; and what was evaluated whole.
-refused: per node and choice, what is said of a value that is not among them, which a link may bring.
+refused: per node and input, what is said of a value that is none of its choices, is out of its range, or is missing,
+    which a link may bring.
 memory CHECKPOINT SIZE: bytes for a decode: the host's estimate, ours, and the peaks measured.
 """
 
@@ -293,7 +294,7 @@ def newer(pack: str) -> dict[str, Any]:
     seen: list[bool] = []
     eager.first_stage_model.decoder.conv_in.register_forward_hook(lambda *_: seen.append(bool(paused)))
     for mode in ("stream", "auto", "patch"):
-        options: dict[str, Any] = dict(splits=0, threshold=0.0, half="both", mode=mode)
+        options: dict[str, Any] = dict(splits=0, threshold=0.0, half="both", mode=mode, devices=1)  # by a link
         vae = node.execute(vae=eager, **options).result[0]
         tiled: list[int] = []
         vae.decode_tiled_ = lambda *_, tiled=tiled, **__: tiled.append(1)
@@ -402,6 +403,18 @@ def sound(pack: str, folder: str, width: str, seconds: str) -> dict[str, Any]:
     return answer
 
 
+def wrong_for(one: Any) -> list[Any]:
+    """Values that the input `one` of a schema does not take."""
+    if hasattr(one, "min"):
+        return [one.min - 1, one.max * 2, float("nan"), "3"]
+    if one.id == "model_name":  # a file, which the host looks for
+        return []
+    missing: list[Any] = [] if one.optional or one.io_type == "*" else [None]
+    missing += [torch.zeros(0, 8, 8, 3)] if one.io_type in ("IMAGE", "MASK") else []
+    missing += [torch.zeros(1, 2, 8, 8, 3)] if one.io_type == "IMAGE" else []
+    return ["Other"] if getattr(one, "options", None) else missing
+
+
 def refused(pack: str) -> dict[str, str]:
     host_nodes: Any = importlib.import_module("nodes")
     said: dict[str, str] = {}
@@ -409,16 +422,17 @@ def refused(pack: str) -> dict[str, str]:
         if not kind.__module__.startswith(pack):
             continue
         inputs = kind.define_schema().inputs
+        defaults = {each.id: getattr(each, "default", None) for each in inputs}
+        given = {name: object() if value is None else value for name, value in defaults.items()}
         for one in inputs:
-            if not getattr(one, "options", None) or one.id == "model_name":  # a file, which the host looks for
-                continue
-            given = {each.id: getattr(each, "default", None) for each in inputs}
-            try:
-                kind.execute(**{**given, one.id: "Other"})
-                error = None
-            except Exception as raised:
-                error = raised
-            said[f"{kind.__name__}.{one.id}"] = f"{type(error).__name__}: {error}"
+            for wrong in wrong_for(one):
+                try:
+                    kind.execute(**{**given, one.id: wrong})
+                    error = None
+                except Exception as raised:
+                    error = raised
+                shown = "x".join(map(str, wrong.shape)) if isinstance(wrong, torch.Tensor) else wrong
+                said[f"{kind.__name__}.{one.id}={shown}"] = f"{type(error).__name__}: {error}"
     return said
 
 

@@ -94,13 +94,21 @@ def test_what_newer_hosts_ask_of_a_vae(checkout: Path) -> None:
         assert found["left"]
 
 
-def test_what_is_no_choice_is_refused_before_any_work(checkout: Path) -> None:
-    """A link may bring any text: the host compares only what is chosen in the node."""
+def test_what_no_widget_would_bring_is_refused_before_any_work(checkout: Path) -> None:
+    """A link may bring any text, number or nothing: the host compares only what is chosen in the node."""
     answer = probe(checkout, "refused")
-    sentences = {name: rf"ValueError: {name.partition('.')[2]} is 'Other': use .* or .*\." for name in answer}
-    assert not {name: said for name, said in answer.items() if not re.fullmatch(sentences[name], said)}
-    assert {"PatchConvVAE.half", "PatchConvVAE.mode", "PatchConvVAE.padding", "PatchConvModel.padding"} <= set(answer)
-    assert len(answer) >= 10
+    wrong = {}
+    for place, said in answer.items():
+        name, _, value = place.partition(".")[2].partition("=")
+        sentence = rf"'?{re.escape(value)}'?: use .* (or|to) .*\."
+        if value == "None" or "x" in value:
+            sentence = "(missing: what is|empty .*: connect|1 x 2 x 8 x 8 x 3: pictures are) .*"
+        if not re.fullmatch(rf"ValueError: {name} is {sentence}", said):
+            wrong[place] = said
+    assert not wrong
+    for one in ("VAE.mode=Other", "VAE.splits=-1", "Model.padding=Other", "Model.threshold=nan", "VAE.vae=None"):
+        assert f"PatchConv{one}" in answer
+    assert len(answer) >= 60
 
 
 def test_an_upscale_model_in_half_precision(checkout: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from host_process import TIME
 from safetensors.torch import save_file
 
 from .conftest import Graph, Server, read_image
@@ -46,7 +47,7 @@ def test_decode(server: Server, checkpoint: str, settings: Graph, size: int, way
     last = told[-1]
     print(last["line"])
     assert re.fullmatch(
-        rf"VAE decoder {way}, peak \d+ MiB \(without Patch Conv: (at least \d+ MiB, counted|not measured)\), [\d.]+ s",
+        rf"VAE decoder {way}, peak \d+ MiB \(without Patch Conv: (at least \d+ MiB, counted|not measured)\), {TIME}",
         last["line"],
     )
     assert last["strips"] == 0 if "eager" in way else last["strips"] > 1
@@ -88,6 +89,14 @@ def test_batch_is_one_run(server: Server, checkpoint: str) -> None:
     assert tiled["prompt"] != whole["prompt"]
     assert tiled["seconds"] < seconds
     assert tiled["timeline"][-1][0] <= tiled["seconds"]
+
+
+def test_a_node_that_a_loop_makes_again_is_told_as_the_one_that_is_seen(server: Server, checkpoint: str) -> None:
+    graph = loader(checkpoint) | {"latent": node("LoadLatent", latent=server.latent("looped", 64, seed=11))}
+    graph["loop"] = node("Test_Looped", vae=["load", 2], samples=["latent", 0], of="7")
+    graph["save"] = node("PreviewImage", images=["loop", 0])
+    _, told, _ = run_and_listen(server, graph)
+    assert {report["node"] for report in told} == {"7"}
 
 
 def test_sampling(server: Server, checkpoint: str) -> None:

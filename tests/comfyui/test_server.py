@@ -272,7 +272,7 @@ def test_weights_cast_at_every_use(server: Server, frugal_server: Server, checkp
 @pytest.mark.parametrize("name", ["budget", "threshold"])
 def test_no_number(server: Server, checkpoint: str, name: str) -> None:
     graph = decoding(checkpoint, server.latent("numbers", 64), patched=STREAM | {name: float("nan")})
-    assert f"{name} is nan: use a number of" in server.error(graph)
+    assert f"{name} is nan: use a number from 0 to " in server.error(graph)
 
 
 def test_nothing_to_patch(server: Server, checkpoint: str) -> None:

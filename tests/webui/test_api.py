@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from host_process import assert_same_picture
+from host_process import TIME, assert_same_picture
 from processes import LIMIT
 
 from .conftest import A1111, FORGE, MODES, PATCH, STREAM, Result, WebUI, as_base64
@@ -62,7 +62,7 @@ def test_reports_what_was_done(webui: WebUI) -> None:
     streamed = webui.run(patch_conv=STREAM)
     assert re.search(
         r"^Patch Conv: VAE decoder streamed, peak [\d.]+ .iB "
-        r"\(without Patch Conv: (at least [\d.]+ .iB, counted|not measured)\), [\d.]+ s; "
+        rf"\(without Patch Conv: (at least [\d.]+ .iB, counted|not measured)\), {TIME}; "
         r"U-Net in up to 3 strips$",
         streamed.report,
     )

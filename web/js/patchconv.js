@@ -73,7 +73,8 @@ function onReport({ detail: report }) {
     display(graph, report.node);
 }
 
-function onExecuted({ detail: { node: id, prompt_id: prompt, output } }) {
+/** Of a node that a loop has made once more, `display_node` is the one that is seen. */
+function onExecuted({ detail: { node, display_node: id = node, prompt_id: prompt, output } }) {
     const text = output?.text;
     const graph = graphs.get(prompt) ?? root()?.id;
     if (!text || graph !== root()?.id || (nodeOf(id)?.comfyClass ?? "") !== TEXT_NODE) return;
