@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 
 
@@ -14,3 +17,11 @@ def autocast_state(device_type: str) -> tuple[torch.dtype, bool]:
         if device_type == "cpu":
             return torch.get_autocast_cpu_dtype(), torch.is_autocast_cpu_enabled()
         return torch.get_autocast_gpu_dtype(), torch.is_autocast_enabled()
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Within the block all is computed in the types that it has."""
+    try:
+        return torch.autocast(device_type, enabled=False)
+    except RuntimeError:  # this device has none
+        return nullcontext()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any, Optional
 
@@ -14,6 +15,7 @@ from torch.overrides import _get_current_function_mode_stack
 from ..memory.allocator import keep_freed_blocks, release
 from ..memory.errors import is_out_of_memory
 from . import onednn, videos
+from .autocast import without_autocast
 from .backward import Differentiable, OwnWaysError
 from .halo import Axis, Window, equal_strips
 from .strip_sizes import legal_rows, strip_rows
@@ -78,7 +80,7 @@ class TiledForward:
 
 def _most_outputs(module: Convolution) -> int:
     """How many times as many channels a convolution has behind it as before it, at most."""
-    return -(-module.out_channels // module.in_channels)
+    return -(-module.out_channels // max(module.in_channels, 1))
 
 
 def tiled_forward(
@@ -128,16 +130,14 @@ class ConvCall:
         rows = None if transformed() or is_traced(input) else self.strip_rows(input, weight)
         self._format, self._by_onednn = self._padded_format(input), not onednn.is_small(input)
         grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
-        if rows is None:
-            output = self.whole(input, weight, bias)
-            self.report(1, 1)
-            return output
-        try:
-            if grad:
-                return Differentiable.apply(self, rows, input, weight, bias)
-            return self.tiled(input, weight, bias, rows)
-        except OwnWaysError:
-            return self.whole(input, weight, bias)
+        if rows is not None:
+            with suppress(OwnWaysError):
+                if grad:
+                    return Differentiable.apply(self, rows, input, weight, bias)
+                return self.tiled(input, weight, bias, rows)
+        output = self.whole(input, weight, bias)
+        self.report(1, 1)
+        return output
 
     def strip_rows(self, input: Tensor, weight: Tensor) -> Optional[int]:
         """Output rows of a strip, or None where the convolution is to run whole."""
@@ -184,9 +184,7 @@ class ConvCall:
             ) -> None:
                 nonlocal output
                 window = call.window(first, last, size)
-                result = call.strip(call.read(samples, window), window, first, last, weight, bias)
-                if result.requires_grad:  # by parameters of the forward's own, whose gradients strips would lose
-                    raise OwnWaysError
+                result = _of_given(call.strip(call.read(samples, window), window, first, last, weight, bias))
                 if output is None:
                     output = self._allocate(result, rows, input, weight)
                 target = output if len(groups) == 1 else output.narrow(0, start, count)
@@ -288,9 +286,11 @@ class ConvCall:
                 piece = self.read(input, window)
                 pad = [0] * (-2 * self.dim - 2) + [window.before, window.after]
                 pieces.append(F.pad(piece, pad) if any(pad) else piece)
-            batch = torch.cat(pieces)
+            with without_autocast(input.device.type):  # which refuses float16 here, on a CPU
+                batch = torch.cat(pieces)
             del pieces, piece
-            result = self.strip(batch, Window(range(batch.shape[self.dim])), 0, strip_rows, weight, bias)
+            window = Window(range(batch.shape[self.dim]))
+            result = _of_given(self.strip(batch, window, 0, strip_rows, weight, bias))
             output = self._allocate(result, rows, input, weight)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -360,6 +360,14 @@ class ConvCall:
         row = max(in_row * self.axis.span, out_row) // batch
         count = max(legal_rows(row, most=self.tiling.max_elements), 1)
         return [(start, min(count, batch - start)) for start in range(0, batch, count)]
+
+
+def _of_given(result: Tensor) -> Tensor:
+    """A strip's result. Raises `OwnWaysError` for that of parameters of the forward's own, whose gradients strips
+    would lose."""
+    if result.requires_grad:
+        raise OwnWaysError
+    return result
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:

@@ -21,6 +21,8 @@ PADDINGS: dict[str, type[TiledForward]] = {"plain": TiledForward, "partial": Par
 """What zeros around an image may count as: pixels of value 0, as PyTorch has them, or nothing."""
 
 _ATTRIBUTE = "_conv_forward"
+_MISSING = Convolution._conv_forward
+"""What stands in its place where it is never called, as in transposed convolutions."""
 
 
 def convert_model(
@@ -103,12 +105,12 @@ def convolutions(
     """Name and module of each convolution in `model`, `model` itself included, whose kernel is larger than 1.
 
     names: shell patterns, of which the dotted name must match one (`"decoder.*"`); one alone may be a string.
-    types: classes to take, subclasses included.
+    types: classes to take, subclasses included; of these transposed convolutions are none.
     predicate: `predicate(name, module)` decides the rest; with one, kernels of size 1 are asked about too.
     """
     names = [names] if isinstance(names, str) else names
     for name, module in model.named_modules():
-        if not isinstance(module, types):
+        if not isinstance(module, types) or getattr(type(module), _ATTRIBUTE, _MISSING) is _MISSING:
             continue
         if names is not None and not any(fnmatchcase(name, pattern) for pattern in names):
             continue

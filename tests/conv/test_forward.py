@@ -205,6 +205,15 @@ def test_autocast_gives_the_type_and_values_of_eager(kind: Kind, sequential: boo
     assert (ours - exact).norm() <= 1.05 * (eager - exact).norm()
 
 
+def test_autocast_takes_an_input_in_the_other_half_precision() -> None:
+    """As between two parts of a model: only what joins tensors refuses it."""
+    module, input = square(nn.Conv2d)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = module(input.half())
+        for sequential in (True, False):
+            assert_same(tile(module, 4, sequential)(input.half()), expected, 2e-2)
+
+
 def test_autocast_gradients_are_those_of_eager() -> None:
     module, input = square(nn.Conv2d)
     with torch.autocast("cpu", torch.bfloat16):

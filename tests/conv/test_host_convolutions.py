@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from functools import partial
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import torch
@@ -188,9 +188,12 @@ def test_an_extension_whose_output_has_another_height_runs_whole(change: dict[st
     module, input = square(nn.Conv2d)
     another: Any = module
     another._conv_forward = lambda x, w, b: nn.functional.conv2d(x, w, b, **change)
+    told: list[tuple[int, int]] = []
     with torch.set_grad_enabled(grad):
         expected = module(input)
-        assert_same(tile(module)(input), expected, 1e-5)
+        tile(module, on_strip=lambda _, *rows: told.append(rows))
+        assert_same(module(input), expected, 1e-5)
+    assert told == [(1, 1)]
 
 
 def test_an_extension_that_enlarges_its_output_runs_whole() -> None:
@@ -213,6 +216,31 @@ def test_an_extensions_own_parameter_gets_its_gradient(of_input: bool) -> None:
     (expected,) = torch.autograd.grad(module(input).square().sum(), scale)
     (actual,) = torch.autograd.grad(tile(module)(input).square().sum(), scale)
     assert_same(actual, expected, 1e-5)
+
+
+class Adapted(nn.Conv2d):
+    """A class whose method adds what parameters of its own make of the input."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.added = nn.Parameter(torch.randn(self.weight.shape))
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+        return super()._conv_forward(input, weight, bias) + super()._conv_forward(input, self.added, None)
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("of_input", [False, True])
+@pytest.mark.parametrize("of_weight", [False, True])
+def test_parameters_of_a_class_get_their_gradients(of_input: bool, of_weight: bool, sequential: bool) -> None:
+    torch.manual_seed(0)
+    module, input = Adapted(4, 6, 3, padding=1), torch.randn(2, 4, 10, 11, requires_grad=of_input)
+    module.weight.requires_grad_(of_weight)
+    leaves = [one for one in (*module.parameters(), input) if one.requires_grad]
+    expected = torch.autograd.grad(module(input).square().sum(), leaves)
+    actual = torch.autograd.grad(tile(module, 4, sequential)(input).square().sum(), leaves)
+    for ours, eager in zip(actual, expected, strict=True):
+        assert_same(ours, eager, 1e-5)
 
 
 def test_weight_parametrizations_are_kept() -> None:

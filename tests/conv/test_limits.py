@@ -8,6 +8,7 @@ from conv_helpers import Calls, Counting, HostConv3d, assert_same, make_seamless
 from torch import Tensor, nn
 
 from comfyui_patchconv import convert_model, patched, restore_model
+from comfyui_patchconv.conv.strip_sizes import DEFAULT_THRESHOLD
 
 IMAGE = torch.randn(2, 3, 20, 18, generator=torch.Generator().manual_seed(1))
 
@@ -177,5 +178,6 @@ def test_what_has_no_rows_to_cut_runs_whole() -> None:
     with pytest.warns(UserWarning, match="zero-element"):
         empty = nn.Conv2d(0, 4, 3, padding=1)
     expected = run(empty, IMAGE[:, :0])
-    convert_model(empty, threshold=0)
-    assert_same(run(empty, IMAGE[:, :0]), expected)
+    for threshold in (0, DEFAULT_THRESHOLD):
+        convert_model(empty, threshold=threshold)
+        assert_same(run(empty, IMAGE[:, :0]), expected)

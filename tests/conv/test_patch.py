@@ -390,7 +390,13 @@ def test_a_wrong_setting_is_named_in_one_sentence(settings: dict[str, Any], valu
 
 @pytest.mark.parametrize(
     ("model", "choice"),
-    [(nn.Sequential(nn.Linear(3, 3)), {}), (nn.Conv2d(3, 3, 1), {}), (Small(), {"names": ["unet.*"]})],
+    [
+        (nn.Sequential(nn.Linear(3, 3)), {}),
+        (nn.Conv2d(3, 3, 1), {}),
+        (Small(), {"names": ["unet.*"]}),
+        (nn.Sequential(nn.ConvTranspose2d(3, 3, 3)), {"types": (nn.ConvTranspose2d,)}),
+        (nn.Sequential(nn.Linear(3, 3)), {"types": (nn.Module,), "predicate": lambda *_: True}),
+    ],
 )
 def test_a_model_without_convolutions_is_refused_in_one_sentence(model: nn.Module, choice: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=one_sentence(type(model).__name__, "no convolution")):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from comfyui_patchconv.streaming import Tuning, streamed
 from comfyui_patchconv.streaming.record.lazy import LazyTensor
@@ -27,6 +28,14 @@ TUNINGS = {"one row": ONE_ROW, "few rows": FEW_ROWS, "one strip": ONE_STRIP}
 Mode = Callable[[], AbstractContextManager[Any]]
 MODES: dict[str, Mode] = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}  # else 1e-5: what is in double was in single precision before
+
+
+def skip_without_convolutions(dtype: torch.dtype) -> None:
+    """torch before 2.2 has none in float16 on a CPU."""
+    try:
+        F.conv2d(torch.ones(1, 1, 1, 1, dtype=dtype), torch.ones(1, 1, 1, 1, dtype=dtype))
+    except RuntimeError:
+        pytest.skip(f"this PyTorch has no {dtype} convolution on the CPU")
 
 
 KEPT_STAY_LAZY = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 3)

@@ -15,6 +15,8 @@ from comfyui_patchconv.conv import winograd
 from comfyui_patchconv.streaming import Tuning, streamed
 from comfyui_patchconv.streaming.graph.statistics import Statistics
 
+from .comparing import skip_without_convolutions
+
 CHANNELS = 64
 STRIPS = {
     "one row, kernels not kept": Tuning(strip_bytes=1, always=True),
@@ -108,6 +110,7 @@ def test_an_outlier_costs_rows_around_it_no_digits(tuning: Tuning, factor: float
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("where", ["a row", "half of it", "some pixels"])
 def test_large_places_cost_those_beside_them_no_more_than_eager(where: str, dtype: torch.dtype) -> None:
+    skip_without_convolutions(dtype)
     torch.manual_seed(0)
     module, x = nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.Tanh()), torch.randn(1, CHANNELS, 90, 40)
     places = {"a row": np.s_[:, :, 41], "half of it": np.s_[:, :, :42], "some pixels": np.s_[:, :, 41, 5:25]}
@@ -136,6 +139,7 @@ def test_what_reads_memory_as_it_lies_reads_eagers_order() -> None:
 @strips
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_no_farther_from_float64_than_eager(tuning: Tuning, dtype: torch.dtype) -> None:
+    skip_without_convolutions(dtype)
     module, x = block(dtype), torch.randn(1, CHANNELS, 40, 30).to(dtype)
     with torch.no_grad():
         expected, actual = module(x), streamed(module, tuning=tuning)(x)

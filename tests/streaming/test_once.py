@@ -1138,6 +1138,7 @@ def test_what_progress_raises_ends_the_call_and_the_next_is_right(kind: type[Bas
             assert_alike(net(X), expected)
 
 
+@KEPT_ARE_ORDINARY
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError, MemoryError])
 def test_a_call_that_was_stopped_computes_nothing_more(kind: type[BaseException]) -> None:
     """What its code keeps has the values that were there, and the others once somebody asks for them."""

@@ -249,6 +249,7 @@ def test_maps_in_a_result_of_any_structure_are_ordinary(name: str, tuning: Tunin
             assert_alike(result, expected)
 
 
+@KEPT_ARE_ORDINARY
 def test_a_result_is_the_object_that_the_program_made() -> None:
     made: list[Any] = []
 
@@ -265,6 +266,7 @@ def test_a_result_is_the_object_that_the_program_made() -> None:
         assert_ordinary(tensor)
 
 
+@KEPT_ARE_ORDINARY
 def test_what_is_in_a_result_twice_is_one_object() -> None:
     def run(x: Tensor) -> Any:
         y = c(x)
@@ -1021,6 +1023,7 @@ def test_a_sampler_with_a_streamed_model_draws_eagers_numbers() -> None:
 # What lives how long
 
 
+@KEPT_ARE_ORDINARY
 def test_a_result_is_freed_when_the_caller_lets_it_go() -> None:
     with torch.no_grad():
         run = streamed(lambda x: (c(x), c(c(x))), tuning=FEW_ROWS)

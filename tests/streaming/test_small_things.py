@@ -13,7 +13,17 @@ from torch.nn import functional as F
 
 from comfyui_patchconv.streaming import Tuning, streamed
 
-from .comparing import FEW_ROWS, MODES, ONE_ROW, TUNINGS, Mode, Progress, assert_alike, assert_as_eager
+from .comparing import (
+    FEW_ROWS,
+    MODES,
+    ONE_ROW,
+    TUNINGS,
+    Mode,
+    Progress,
+    assert_alike,
+    assert_as_eager,
+    skip_without_convolutions,
+)
 
 WEIGHT = nn.Parameter(torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(1)) / 6, requires_grad=False)
 X = torch.randn(2, 4, 9, 7, generator=torch.Generator().manual_seed(2))
@@ -538,6 +548,7 @@ def test_the_tuning_as_it_is_gives_what_eager_gives(name: str) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_other_types_are_as_in_eager(name: str, dtype: torch.dtype) -> None:
     """In half precision within what eager itself is off by."""
+    skip_without_convolutions(dtype)
     if name == "attention" and dtype is not torch.float64:
         pytest.skip("Eager's own rounding of the scores is larger than the tolerance.")
     assert_as_eager(NETWORKS[name], X.to(dtype), tolerance=1e-12 if dtype is torch.float64 else None)

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations
 
 from comfyui_patchconv.streaming import Expected, Make, Streamed, Tuning, expect, streamed
 
-from .comparing import ONE_ROW, TUNINGS, assert_as_eager
+from .comparing import KEPT_ARE_ORDINARY, ONE_ROW, TUNINGS, assert_as_eager
 
 old_weight_norm: Any = nn.utils.weight_norm
 NORMS: dict[str, Callable[[nn.Module], Any]] = {"new": parametrizations.weight_norm, "old": old_weight_norm}
@@ -151,6 +151,7 @@ def test_weights_made_anew_are_counted(norm: str) -> None:
     assert taken.peak <= max(call.peak, call.eager_peak)
 
 
+@KEPT_ARE_ORDINARY
 def test_made_weights_that_the_program_keeps_are_ordinary() -> None:
     direction, size, kept = sound(3, 2, 5, seed=2), torch.ones(3, 1, 1), []
 

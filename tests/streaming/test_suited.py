@@ -107,7 +107,7 @@ def test_where_nothing_can_be_kept_it_is_measured_all_the_same(tmp_path: Path) -
 
 
 def test_where_it_fails_the_usual_figure_is_taken(tmp_path: Path) -> None:
-    kept, measure = Kept(tmp_path / "strips.json"), Measured(torch.OutOfMemoryError("CUDA out of memory"))
+    kept, measure = Kept(tmp_path / "strips.json"), Measured(torch.cuda.OutOfMemoryError("CUDA out of memory"))
     ours = Suited(kept, lambda device: H200, measure)
     assert ours.strip_bytes(CPU) is ours.strip_bytes(CPU) is None
     assert len(measure.asked) == 1

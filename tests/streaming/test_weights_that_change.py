@@ -788,6 +788,8 @@ LATENT = torch.randn(1, 4, 19, 16, generator=torch.Generator().manual_seed(1))
 def test_layerwise_casting_of_a_vae(storage: str) -> None:
     pytest.importorskip("diffusers")
     eager, ours = a_vae(), a_vae()
+    if not hasattr(eager, "enable_layerwise_casting"):
+        pytest.skip("diffusers has it from 0.33 on, which wants torch 2.6")
     for vae in (eager, ours):
         vae.enable_layerwise_casting(storage_dtype=getattr(torch, storage), compute_dtype=torch.float32)
     with torch.no_grad():

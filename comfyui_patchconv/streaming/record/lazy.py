@@ -167,6 +167,8 @@ class LazyTensor(Tensor):
         if name == "__get__" and func.__self__.__name__ not in _ACTING:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        if name == "__get__" and func.__self__.__name__ == "data":
+            func, name = Tensor.detach, "detach"  # torch before 2.4 has no `.data` for it in inference mode
         if name == "__set__" and func.__self__.__name__ == "data":
             return recorder_of(args).replace_data(func, *args)
         if name in _MARKS:
@@ -299,5 +301,29 @@ def _leave(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
             recorder = value.view_.cell.recorder
             with recorder.set_aside():
                 recorder.become_ordinary([value], gives=name in _GIVING)
+    target = args[0] if args and name in _RESHAPING and isinstance(args[0], LazyTensor) else None
     args = [value.view_.cell.recorder.real(value) if isinstance(value, LazyTensor) else value for value in args]
-    return func(*args, **kwargs)
+    if target is None:
+        return func(*args, **kwargs)
+    real = args[0].detach()
+    func(real, *args[1:], **kwargs)
+    target.view_.cell.recorder.show(target, real)  # an older torch could make no ordinary tensor of it
+    return target
+
+
+_RESHAPING = frozenset({"resize_", "resize_as_", "set_"})
+
+_PYTHON = torch._C.DispatchKeySet(torch._C.DispatchKey.Python).add(torch._C.DispatchKey.PythonTLSSnapshot)
+
+
+def take_shape(tensor: LazyTensor, like: Tensor) -> None:
+    """Give a deferred tensor, which has no memory, the shape and strides of another. Raises RuntimeError for one that
+    is larger."""
+    with torch._C.DisableTorchFunctionSubclass(), torch._C._ExcludeDispatchKeyGuard(_PYTHON):
+        try:
+            Tensor.as_strided_(tensor, like.shape, like.stride(), 0)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"a map of shape {tuple(tensor.shape)} cannot become one of {tuple(like.shape)} in place in a streamed "
+                "call with this torch: update it, or stream another part."
+            ) from error

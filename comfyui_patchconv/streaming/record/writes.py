@@ -11,7 +11,7 @@ from ..graph.node import Node, dense_strides
 from . import operators, views
 from .arguments import are_usual, mapped, spec_of, tensors_in, written_by
 from .held import is_ordinary
-from .lazy import LazyTensor, View
+from .lazy import LazyTensor, View, take_shape
 from .marks import plain
 from .schema import Operator, draws, operator_of, written_unsaid
 from .shapes import Spec, specs_of
@@ -24,19 +24,34 @@ class Writes(Values):
     def write(self, func: Any, operator: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
         """What an operator gives that writes to one or more of its arguments."""
         if operator.reshapes:
-            lazies = [value for value in tensors_in(args) if isinstance(value, LazyTensor)]
-            originals = [value.original_ for value in lazies if hasattr(value, "original_")]
-            self.become_ordinary(lazies)
-            for original in originals:  # the caller's own object changes its shape, too
-                func(original, *args[1:], **kwargs)
-            with self.as_called():
-                return func(*mapped(self.real_or_same, args), **kwargs)
+            return self._reshape(func, args, kwargs)
         targets = written_by(operator, args, kwargs)
         target: Any = targets[0] if len(targets) == 1 else None
         usual = isinstance(target, LazyTensor) and operator.functional is not None and args and args[0] is target
         if usual and target.view_.cell.real is None and self._write_deferred(func, operator, target, args, kwargs):
             return target
         return self._write_now(func, targets, args, kwargs)
+
+    def _reshape(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What an operator gives that changes its argument's shape."""
+        lazies = [value for value in tensors_in(args) if isinstance(value, LazyTensor)]
+        originals = [value.original_ for value in lazies if hasattr(value, "original_")]
+        self.become_ordinary(lazies)
+        for original in originals:  # the caller's own object changes its shape, too
+            func(original, *args[1:], **kwargs)
+        with self.as_called():
+            reals = {id(value): self.real(value).detach() for value in lazies if isinstance(value, LazyTensor)}
+            result = func(*mapped(lambda value: reals.get(id(value), value), args), **kwargs)
+        target = args[0]
+        if not isinstance(target, LazyTensor):
+            return result
+        self.show(target, reals[id(target)])  # an older torch could make no ordinary tensor of it
+        return target
+
+    def show(self, target: LazyTensor, real: Tensor) -> None:
+        """Have a deferred tensor that stays one be `real`, of whatever shape but as many bytes at most."""
+        take_shape(target, real)
+        target.view_ = self.defer(real).view_
 
     def writes_unsaid(self, func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         """Whether an operator writes to arguments though its schema does not say so; these are made ready for it."""
@@ -132,10 +147,7 @@ class Writes(Values):
                 original.set_(real)
         self.replace_by(target, real)
         if isinstance(target, LazyTensor):
-            raise RuntimeError(
-                f"out= of shape {target.view_.spec.shape} cannot become one of {tuple(real.shape)} in a streamed call "
-                "with a torch older than 2.3: give it that shape, update torch, or stream another part."
-            )
+            self.show(target, real.detach())
 
     def _compute_into(self, target: Any, source: Any) -> bool:
         """Compute a map where the program copies it to, rather than beside it; whether that could be done."""
@@ -176,12 +188,15 @@ class Writes(Values):
             target.view_ = shown.view_
             return
         self.become_ordinary([target])
-        if isinstance(target, LazyTensor):
+        if not isinstance(target, LazyTensor):
+            target.data = value
+        elif target.dtype == value.dtype:
+            self.show(target, value)
+        else:
             raise RuntimeError(
-                f"data of shape {tuple(value.shape)} cannot take the place of a map's of {tuple(target.shape)} in a "
-                "streamed call with a torch older than 2.3: update torch, or stream another part."
+                f"data of {value.dtype} cannot take the place of a map's of {target.dtype} in a streamed call with a "
+                "torch older than 2.3: update torch, or stream another part."
             )
-        target.data = value
 
     def _ordinary(self, value: Any) -> Any:
         """A deferred tensor made ordinary; its values before torch 2.3, where no object becomes another."""

@@ -39,6 +39,6 @@ class OwnGroup:
         """Begin to send a tensor in the machine's memory to a rank; the work, to wait for."""
         return self._gloo.send([tensor], peer, 0)
 
-    def receive(self, tensor: Any, peer: int) -> Any:
+    def receive(self, tensor: Any, peer: int, tag: int = 0) -> Any:
         """Begin to fill a tensor in the machine's memory with what a rank sends; the work, to wait for."""
-        return self._gloo.recv([tensor], peer, 0)
+        return self._gloo.recv([tensor], peer, tag)

@@ -6,7 +6,7 @@ import pickle
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Optional
 from weakref import WeakKeyDictionary
@@ -25,6 +25,10 @@ _FOREVER = timedelta(days=365)
 
 _LOOK = 0.25
 """Seconds between two looks at who is there, while one waits."""
+
+_NEVER = 3628800
+"""A tag that nothing is sent with. Gloo has connections for each network, and takes those of its remainder: 0 by any
+number up to ten."""
 
 _ASK = 5e-4
 """Seconds between two looks at whether it is done, of a device's message."""
@@ -136,9 +140,7 @@ class Ranks(Peers):
             self._past.failed = str(error)
             raise
         except BaseException as error:
-            said = " ".join(str(error).split())[:500]
-            text = f"rank {self.rank} raised {type(error).__name__}{f': {said}' if said else '.'}"
-            self._past.failed = str(watch.fail(text))
+            self._past.failed = self._fail(error)
             raise
         finally:
             watch.end()
@@ -147,6 +149,13 @@ class Ranks(Peers):
         for old in self._before[:-2]:  # all ranks have ended that, for they have begun the next
             old.forget()
         del self._before[:-2]
+
+    def _fail(self, error: BaseException) -> str:
+        """Tell the others what this rank raised; what all of them say, which another one may have said first."""
+        assert self._watch is not None
+        said = " ".join(str(error).split())[:500]
+        text = f"rank {self.rank} raised {type(error).__name__}{f': {said}' if said else '.'}"
+        return str(self._watch.fail(text))
 
     # Bytes
 
@@ -169,15 +178,15 @@ class Ranks(Peers):
             else:
                 self._wait([(message[0], self._begun(*message)) for message in messages])
 
-    def _operation(self, peer: int, tensor: Tensor, comes: bool) -> Any:
-        return dist.P2POp(dist.irecv if comes else dist.isend, tensor, self._ranks[peer], self._group)
+    def _operation(self, peer: int, tensor: Tensor, comes: bool, tag: int = 0) -> Any:
+        return dist.P2POp(dist.irecv if comes else dist.isend, tensor, self._ranks[peer], self._group, tag)
 
-    def _begun(self, peer: int, tensor: Tensor, comes: bool) -> Any:
+    def _begun(self, peer: int, tensor: Tensor, comes: bool, tag: int = 0) -> Any:
         """One message on its way: each by itself, to know whose could not be."""
         try:
             if self._own is not None:
-                return self._own.receive(tensor, peer) if comes else self._own.send(tensor, peer)
-            return dist.batch_isend_irecv([self._operation(peer, tensor, comes)])[0]
+                return self._own.receive(tensor, peer, tag) if comes else self._own.send(tensor, peer)
+            return dist.batch_isend_irecv([self._operation(peer, tensor, comes, tag)])[0]
         except RuntimeError as error:
             raise self._lost(peer) from error
 
@@ -187,14 +196,28 @@ class Ranks(Peers):
         thread = threading.Thread(target=_wait_for_all, args=(works, failed), daemon=True)
         thread.start()
         thread.join(_LOOK)
-        while thread.is_alive():
-            self._watch.look({peer for peer, _ in works})
-            if self._own is not None and self._own.on_wait is not None:
-                self._own.on_wait()
-            thread.join(_LOOK)
+        peers = {peer for peer, _ in works}
+        try:
+            while thread.is_alive():
+                self._watch.look(peers)
+                if self._own is not None and self._own.on_wait is not None:
+                    self._own.on_wait()
+                thread.join(_LOOK)
+        except BaseException as error:
+            if not isinstance(error, SpreadError):  # the others are to hear why, not that a connection is closed
+                self._fail(error)
+            self._hang_up(peers, thread)
+            raise
         if failed:
             peer, error = failed[0]
             raise self._lost(peer) from error
+
+    def _hang_up(self, peers: Iterable[int], waiting: threading.Thread) -> None:
+        """Close the connections, on one of which a thread waits: as Python ends, one that does aborts the process."""
+        for peer in peers:
+            with suppress(Exception):  # as that wait, too, which runs out
+                self._begun(peer, self.room(1), True, _NEVER).wait(timedelta(milliseconds=1))
+        waiting.join(_LOOK * 20)
 
     def _wait_for_device(self, works: Sequence[Any], peers: Collection[int]) -> None:
         assert self._watch is not None

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
@@ -111,7 +112,8 @@ def be(rank: int, store: str, how: str, seconds: float) -> None:
     runner = Streamed(budget, tuning=tuning, group=dist.group.WORLD, on_progress=on_progress)
     first = outcome(how, rank, runner)
     again = outcome("", rank, runner) if first is not None else None
-    found = {"rank": rank, "raised": first, "again": again}
+    threads = [one.name for one in threading.enumerate() if one is not threading.current_thread()]
+    found = {"rank": rank, "raised": first, "again": again, "threads": threads}
     os.write(1, f"{json.dumps(found)}\n".encode())
 
 

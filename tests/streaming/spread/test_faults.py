@@ -37,4 +37,5 @@ def test_the_others_end(how: str, tmp_path: Path) -> None:
     assert all(one["raised"].startswith(f"SpreadError: {SAID[how]}") for one in others), others
     assert others[0]["raised"] == others[1]["raised"]
     assert all(one["again"].startswith("SpreadError: the ranks of this group cannot go on: rank 1") for one in others)
+    assert not any(one["threads"] for one in others), "a thread that waits as Python ends aborts the process"
     assert not [path for path in tmp_path.iterdir() if not path.name.startswith("torchinductor")]
