@@ -315,7 +315,7 @@ class ConvCall:
         shape[self.dim] = rows
         if batched:
             shape[0] = input.shape[0]
-        output = torch.empty(shape, dtype=result.dtype, device=result.device, memory_format=format)
+        output = _empty_as(result, shape, format)
         output = output.squeeze(2) if sides == 1 else output
         return output if batched else output.squeeze(0)
 
@@ -360,6 +360,16 @@ class ConvCall:
         row = max(in_row * self.axis.span, out_row) // batch
         count = max(legal_rows(row, most=self.tiling.max_elements), 1)
         return [(start, min(count, batch - start)) for start in range(0, batch, count)]
+
+
+def _empty_as(result: Tensor, shape: list[int], format: torch.memory_format) -> Tensor:
+    """A tensor without values, of the type and the device of `result`; of its class too where that is one that only
+    adds to `Tensor`, as eager's would be."""
+    kind: Any = type(result)
+    if kind is Tensor or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return torch.empty(shape, dtype=result.dtype, device=result.device, memory_format=format)
+    strides = torch.empty(shape, device="meta", memory_format=format).stride()
+    return result.new_empty_strided(shape, strides)
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:
