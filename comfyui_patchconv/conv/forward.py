@@ -20,6 +20,7 @@ from .strip_sizes import legal_rows, strip_rows
 from .tiling import Convolution, Tiling, padding_of
 from .transforms import is_compiled, is_traced, transformed
 
+_DISPATCH = "__torch_dispatch__"
 _CHANNELS_LAST = (torch.channels_last, torch.channels_last_3d)
 
 
@@ -274,7 +275,7 @@ class ConvCall:
         """All strips as one batch, in one call; None where that is impossible or does not fit."""
         size = input.shape[self.dim]
         rows = self.axis.output_size(size)
-        if self.opaque or input.dim() != len(self.module.kernel_size) + 2:
+        if self.opaque or input.dim() != len(self.module.kernel_size) + 2 or _adds_to_tensor(input):
             return None
         ranges = equal_strips(rows, strip_rows)
         in_row, out_row = self._row_elements(input, weight)
@@ -362,11 +363,16 @@ class ConvCall:
         return [(start, min(count, batch - start)) for start in range(0, batch, count)]
 
 
+def _adds_to_tensor(tensor: Tensor) -> bool:
+    """Whether a tensor is of a class that adds to `Tensor` what operators hand on, and computes as that does."""
+    kind, plain = type(tensor), Tensor
+    return kind is not plain and getattr(kind, _DISPATCH) is getattr(plain, _DISPATCH)
+
+
 def _empty_as(result: Tensor, shape: list[int], format: torch.memory_format) -> Tensor:
-    """A tensor without values, of the type and the device of `result`; of its class too where that is one that only
-    adds to `Tensor`, as eager's would be."""
-    kind: Any = type(result)
-    if kind is Tensor or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    """A tensor without values, of the type and the device of `result`; of its class too where that only adds to
+    `Tensor`, as eager's would be."""
+    if not _adds_to_tensor(result):
         return torch.empty(shape, dtype=result.dtype, device=result.device, memory_format=format)
     strides = torch.empty(shape, device="meta", memory_format=format).stride()
     return result.new_empty_strided(shape, strides)
