@@ -17,6 +17,10 @@ _YEAR = 366 * 24 * 3600
 """Seconds: more than any process is waited for."""
 
 
+_DIGITS = 20
+"""Of a whole number: those of the largest seed. Python turns no text of several thousand into a number."""
+
+
 def path_of(text: str) -> Path:
     """A file or a folder. Nothing, as a variable that is not set leaves it, is not taken for the folder at hand."""
     if not text:
@@ -28,6 +32,8 @@ def natural(text: str) -> int:
     """A whole number from 0."""
     if not text.isascii() or not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    if len(text.lstrip("0")) > _DIGITS:
+        raise argparse.ArgumentTypeError(f"{text[:20]}… is too large: use at most {_DIGITS} digits")
     return int(text)
 
 

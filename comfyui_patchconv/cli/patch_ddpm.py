@@ -28,6 +28,10 @@ _WRITTEN = {"checkpoints": ("model-last.pt", "model-last.safetensors"), "samples
 """Folders that a training writes to, and the files in them that it writes again and again."""
 
 
+_MOST_SAMPLES = 10**8
+"""Whose names have eight digits, and are in order."""
+
+
 def add(commands: Any) -> None:
     """Add the command to `commands`, an argparse parser's subparsers."""
     text = "images by a U-Net that works patch by patch"
@@ -105,6 +109,8 @@ def _sample(args: argparse.Namespace) -> None:
     """Sample images. For several devices: accelerate launch -m comfyui_patchconv.cli patch-ddpm sample …"""
     if not args.n_samples or not args.batch_size:
         raise ValueError("there is no image to sample: use an --n-samples and a --batch-size of 1 or more.")
+    if args.n_samples > _MOST_SAMPLES:
+        raise ValueError(f"--n-samples is {args.n_samples}: use {_MOST_SAMPLES} or less, as many as names have digits.")
     names = (_name(number) for number in range(args.n_samples))
     check_folder(args.out_dir, names, "--out-dir", parents=True)
     model, diffusion = _model(args)

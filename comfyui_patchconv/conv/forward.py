@@ -22,6 +22,7 @@ from .strip_sizes import legal_rows, strip_rows
 from .tiling import Convolution, Tiling, padding_of
 from .transforms import is_compiled, is_traced, transformed
 
+_DISPATCH = "__torch_dispatch__"
 _CHANNELS_LAST = (torch.channels_last, torch.channels_last_3d)
 
 
@@ -272,7 +273,7 @@ class ConvCall:
         """All strips as one batch, in one call; None where that is impossible or does not fit."""
         size = input.shape[self.dim]
         rows = self.axis.output_size(size)
-        if self.opaque or input.dim() != len(self.module.kernel_size) + 2:
+        if self.opaque or input.dim() != len(self.module.kernel_size) + 2 or _adds_to_tensor(input):
             return None
         ranges = equal_strips(rows, strip_rows)
         in_row, out_row = self._row_elements(input, weight)
@@ -315,7 +316,7 @@ class ConvCall:
         shape[self.dim] = rows
         if batched:
             shape[0] = input.shape[0]
-        output = torch.empty(shape, dtype=result.dtype, device=result.device, memory_format=format)
+        output = _empty_as(result, shape, format)
         output = output.squeeze(2) if sides == 1 else output
         return output if batched else output.squeeze(0)
 
@@ -368,6 +369,21 @@ def _of_given(result: Tensor) -> Tensor:
     if result.requires_grad:
         raise OwnWaysError
     return result
+
+
+def _adds_to_tensor(tensor: Tensor) -> bool:
+    """Whether a tensor is of a class that adds to `Tensor` what operators hand on, and computes as that does."""
+    kind, plain = type(tensor), Tensor
+    return kind is not plain and getattr(kind, _DISPATCH) is getattr(plain, _DISPATCH)
+
+
+def _empty_as(result: Tensor, shape: list[int], format: torch.memory_format) -> Tensor:
+    """A tensor without values, of the type and the device of `result`; of its class too where that only adds to
+    `Tensor`, as eager's would be."""
+    if not _adds_to_tensor(result):
+        return torch.empty(shape, dtype=result.dtype, device=result.device, memory_format=format)
+    strides = torch.empty(shape, device="meta", memory_format=format).stride()
+    return result.new_empty_strided(shape, strides)
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:

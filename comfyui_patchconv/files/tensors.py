@@ -134,7 +134,7 @@ def opened(path: Path, trust: bool = False) -> tuple[Header, Callable[[str], Ten
     if isinstance(content, Tensor):  # saved alone
         content = {"tensor": content}
     pairs = content.items() if isinstance(content, dict) else ()
-    tensors = {str(name): value for name, value in pairs if isinstance(value, Tensor) and _is_usable(value)}
+    tensors = {str(name): value for name, value in pairs if isinstance(value, Tensor) and is_usable(value)}
     header = {name: (_CODES.get(value.dtype, str(value.dtype)), tuple(value.shape)) for name, value in tensors.items()}
     return header, tensors.__getitem__
 
@@ -204,7 +204,8 @@ def save_tensors(
     write_whole(path, write)
 
 
-def _is_usable(value: Tensor) -> bool:
+def is_usable(value: Tensor) -> bool:
+    """Whether a tensor of a pickle is an ordinary one, with values at hand: neither sparse, nor nested, nor on meta."""
     return (
         value.layout is torch.strided
         and not value.is_nested

@@ -10,6 +10,7 @@ _MESSAGES = (
     "not enough memory",
     "cannot allocate memory",
     "status_alloc_failed",  # cuDNN and cuBLAS, where there is none for what they work in
+    "storage size calculation overflowed",  # torch, of more than any machine has
     "could not create a primitive",  # oneDNN, where there is no room for what it works in
 )
 

@@ -7,7 +7,7 @@ import mmap
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
@@ -54,8 +54,9 @@ def anonymous() -> int:
 
 def resident() -> int:
     """Resident memory of this process in bytes; without `/proc`, by psutil."""
-    if _STATUS.exists():
-        return _status("VmRSS")
+    found = _status("VmRSS")
+    if found is not None:
+        return found
     import psutil
 
     return psutil.Process().memory_info().rss
@@ -63,8 +64,9 @@ def resident() -> int:
 
 def peak_resident() -> int:
     """The most bytes of resident memory that this process has had, since the last reset where that is possible."""
-    if _STATUS.exists():
-        return _status("VmHWM")
+    found = _status("VmHWM")
+    if found is not None:
+        return found
     if sys.platform == "win32":
         import psutil
 
@@ -82,7 +84,9 @@ def reset_peak_resident() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # proc(5): sets VmHWM back to VmRSS
 
 
-def _status(field: str) -> int:
+def _status(field: str) -> Optional[int]:
+    """Bytes that the system tells of this process; None where it does not: gVisor has no `VmHWM`."""
+    if not _STATUS.exists():
+        return None
     found = re.search(rf"^{field}:\s+(\d+) kB$", _STATUS.read_text(encoding="utf-8"), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
+    return None if found is None else int(found[1]) * 1024

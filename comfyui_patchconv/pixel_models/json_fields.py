@@ -14,7 +14,7 @@ def parsed(text: str) -> dict[str, Any]:
     """The JSON object that `text` is. Raises ValueError for anything else."""
     try:
         given = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"the configuration is not JSON: {error}.") from None
     if not isinstance(given, dict):
         raise ValueError("the configuration is not a JSON object.")

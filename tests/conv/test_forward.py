@@ -26,6 +26,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from comfyui_patchconv import patched
+
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same")
 
 
@@ -315,3 +317,38 @@ def test_strips_are_views_and_the_output_is_made_once(mode: str, last: bool) -> 
         assert all(start <= piece.data_ptr() < end for piece in calls.inputs[1:-1])
     strip = 6 * (8 + 2) * (64 + 2)
     assert [made for made in calls.made if made[1] > strip] == [("empty", output.numel())]
+
+
+class Named(Tensor):
+    """A tensor that carries something of its own from one operator's result to the next, as MONAI's `MetaTensor`."""
+
+    name = ""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        if isinstance(found, Named) and args and isinstance(args[0], Named):
+            found.name = args[0].name
+        return found
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("make", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_a_subclass_stays_what_it_is(make: Any, last: bool, gradient: bool, sequential: bool) -> None:
+    conv = make(3, 4, 3, padding=1).requires_grad_(gradient)
+    sides = len(conv.kernel_size)
+    input = torch.randn(2, 3, *(12,) * sides)
+    if last and sides > 1:
+        input = input.to(memory_format=torch.channels_last if sides == 2 else torch.channels_last_3d)
+    input = input.as_subclass(Named).requires_grad_(gradient)
+    setattr(input, "name", "scan")  # noqa: B010 - a Tensor has none
+    expected = conv(input)
+    with patched(conv, 3, threshold=0, sequential=sequential):
+        result = conv(input)
+    assert type(result) is type(expected) is Named
+    assert result.name == expected.name == "scan"
+    assert result.stride() == expected.stride()
+    assert_same(result.as_subclass(Tensor), expected.as_subclass(Tensor))
+    assert result.requires_grad == gradient

@@ -23,9 +23,10 @@ ERRORS = [
     RuntimeError("XPU out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("Storage size calculation overflowed with sizes=[4611686018427387904, 3, 16, 16]"),
     MemoryError("std::bad_alloc"),
 ]
-NAMES = ["cuda", "cpu", "windows", "mps", "xpu", "cudnn", "cublas", "python"]
+NAMES = ["cuda", "cpu", "windows", "mps", "xpu", "cudnn", "cublas", "torch", "python"]
 
 
 def no_strip_above(rows: int, error: BaseException) -> Any:

@@ -11,6 +11,7 @@ import torch
 from conv_helpers import run_python
 from processes import until
 
+from comfyui_patchconv.memory import usage
 from comfyui_patchconv.memory.recorder import Recorder
 from comfyui_patchconv.memory.usage import peak_resident, resident
 
@@ -130,3 +131,17 @@ def test_the_hosts_peak_counter_is_left_alone_unless_it_is_ours(
     with Recorder("cuda", own_peak=own_peak) as recorder:
         recorder.update()
     assert [name for name in cuda.called if name.startswith("reset")] == ["reset_peak_memory_stats"] * own_peak
+
+
+def test_a_system_that_tells_no_peak_of_its_own_is_asked_another_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As gVisor does, under which containers run in clouds."""
+    status = tmp_path / "status"
+    status.write_text("Name:\tpython\nVmSize:\t100 kB\nVmRSS:\t50 kB\nThreads:\t1\n", encoding="utf-8")
+    monkeypatch.setattr(usage, "_STATUS", status)
+    assert resident() == 50 * 1024
+    assert peak_resident() > 50 * 1024
+    with Recorder() as recorder:
+        pass
+    assert recorder.seconds >= 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from patch_ddpm_helpers import CELEBA, CHECKPOINT, DATA, FEW, TALL, inputs, randomised, reference
+from torch import Tensor
 
 from comfyui_patchconv.pixel_models.patch_ddpm import checkpoints
 from comfyui_patchconv.pixel_models.patch_ddpm.checkpoints import PREFIX, load, save
@@ -210,6 +212,25 @@ def test_the_authors_files_of_another_configuration(tmp_path: Path) -> None:
         import_torch(changed(**{f"{PREFIX}_embedding._pos_embedding_layer.0.weight": None}))
     with pytest.raises(ValueError, match=r"so give that too: model\.image_size is 128"):
         import_torch(changed(**{f"{PREFIX}_embedding._pos_embedding_layer.0.weight": torch.zeros(16, 9)}))
+
+
+@pytest.mark.parametrize(("name", "value", "words"), [
+    ("betas", torch.zeros(()), "has no betas"), ("betas", torch.zeros(0), "timesteps is 0: use 1 or more"),
+    ("betas", torch.zeros(4).to_sparse(), "has no weights called 'ema'"),
+    ("betas", torch.zeros(4, device="meta"), "has no weights called 'ema'"), (3, torch.zeros(4), "has no weights"),
+    (f"{PREFIX}_embedding._pos_embedding_layer.0.weight", torch.zeros(0, 4), "its weights have other names"),
+    (f"{PREFIX}_patched_encoder._downsLayers.0.1.block2.proj.bias", torch.zeros(()), "its weights have other names"),
+], ids=str)  # fmt: skip
+def test_files_that_only_look_like_the_authors(tmp_path: Path, name: Any, value: Tensor, words: str) -> None:
+    path = tmp_path / "model-last.pt"
+    torch.save({"ema": {**torch.load(CHECKPOINT, weights_only=True)["ema"], name: value}}, path)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}.*{words}"):
+        import_torch(path)
+
+
+def test_levels_that_no_image_has_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"model\.dim_mults has 20000 numbers: use 21 or less"):
+        Config.from_json(json.dumps({"model": {"dim": 8, "dim_mults": [1] * 20000}}))
 
 
 @pytest.mark.parametrize("text", [

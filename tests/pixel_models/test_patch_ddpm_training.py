@@ -168,6 +168,8 @@ def test_the_authors_checkpoint_is_sampled_and_imported(tmp_path: Path, capsys: 
         ("sample --ckpt MODEL --out-dir OUT --steps 11", "--steps is 11: use 1 to 10"),
         ("sample --ckpt MODEL --out-dir OUT --sampler euler", "invalid choice: 'euler'"),
         ("sample --ckpt MODEL --out-dir OUT --seed many", "'many' is not a whole number"),
+        (f"sample --ckpt MODEL --out-dir OUT --steps {'9' * 21}", "99999999999999999999… is too large: use at most 20"),
+        ("sample --ckpt MODEL --out-dir OUT --n-samples 100000001", "--n-samples is 100000001: use 100000000 or less"),
         ("sample --ckpt MODEL --out-dir OUT --device xpu7", "'xpu7' cannot be used here"),
         ("sample --ckpt MODEL --config AUTHORS --out-dir OUT", "another configuration than the one given: model.dim, "),
         ("sample --ckpt AUTHORS --out-dir OUT", "since torch 1.6, which alone is read safely"),
@@ -325,7 +327,12 @@ def test_a_training_of_another_configuration_is_refused(
     shutil.copyfile(CHECKPOINT, tmp_path / "log" / "checkpoints" / "model-last.pt")
     run("train", "--config", written(), code=2)
     assert "another configuration: Error(s) in loading state_dict" in capsys.readouterr().err
-    (tmp_path / "log" / "checkpoints" / "model-last.pt").write_bytes(b"damaged")
+    last = tmp_path / "log" / "checkpoints" / "model-last.pt"
+    for config, said in ((5, "model-last.pt: the configuration is not a JSON object"), ("[" * 100_000, "is not JSON")):
+        torch.save({"config": config}, last)
+        run("train", "--config", written(), code=2)
+        assert said in capsys.readouterr().err
+    last.write_bytes(b"damaged")
     run("train", "--config", written(), code=2)
     assert "model-last.pt is damaged, or not in the form of torch.save" in capsys.readouterr().err
 

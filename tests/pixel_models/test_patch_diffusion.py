@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -451,3 +452,44 @@ def test_a_file_is_named_whose_configuration_is_wrong(tmp_path: Path) -> None:
     save_file({"0.weight": torch.zeros(1)}, path, {"patch_diffusion": json.dumps({"blocks": 0})})
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: image_size is missing"):
         load(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000])
+def test_a_text_that_is_nested_deeply_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not JSON: maximum recursion depth"):
+        Config.from_json(text)
+
+
+@pytest.mark.parametrize("name", ["mults", "attention", "snr_splits"])
+def test_lists_that_no_model_has_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} has 2000 numbers: use (21|1024) or less"):
+        replace(SMALL, **{name: (1,) * 2000})
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_weights_of_types_that_none_have_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    path, state = tmp_path / "model.safetensors", PatchUNet(SMALL).state_dict()
+    first = next(iter(state))
+    tensors = {f"0.{name}": value.to(dtype) if name == first else value for name, value in state.items()}
+    save_file(tensors, path, {"patch_diffusion": SMALL.to_json()})
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: {first} is no ordinary tensor of float32"):
+        load(path)
+
+
+@pytest.mark.parametrize("change", [
+    lambda value: value.to_sparse(), lambda value: value.to("meta"),
+], ids=["sparse", "meta"])  # fmt: skip
+def test_tensors_without_values_in_rows_are_refused(tmp_path: Path, change: Callable[[Tensor], Tensor]) -> None:
+    path, state = tmp_path / "model.pt", PatchUNet(SMALL).state_dict()
+    first = next(iter(state))
+    torch.save({**state, first: change(state[first])}, path)
+    with pytest.raises(ValueError, match=r"is no ordinary tensor of float32|cannot be read safely"):
+        import_torch(path, SMALL)
+
+
+def test_values_that_the_model_cannot_hold_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({name: torch.full_like(value, 1e300, dtype=torch.float64) for name, value in
+                PatchUNet(SMALL).state_dict().items()}, path)  # fmt: skip
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        import_torch(path, SMALL)

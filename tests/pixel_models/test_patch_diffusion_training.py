@@ -340,6 +340,22 @@ def test_training_stops_goes_on_and_samples(tmp_path: Path, capsys: pytest.Captu
     assert "step 3 of 3: loss " in said
     run("train", *common, "--steps", 5, code=2)
     assert "holds the training of another configuration" in capsys.readouterr().err
+    table = (out / "loss.csv").read_bytes()
+    for other in (b"epoch,loss\n1,2\n", b"step,loss\n1\n", b"\xff"):
+        (out / "loss.csv").write_bytes(other)
+        run("train", *common, "--steps", 6, "--class_cond", code=2)
+        assert "loss.csv is no table of steps and losses" in capsys.readouterr().err
+    (out / "loss.csv").write_bytes(table)
+    held = torch.load(out / "training.pt", weights_only=True)
+    for other, said in (
+        ({"config": held["config"]}, "training.pt cannot be gone on from"),
+        ({**held, "step": []}, "training.pt cannot be gone on from"),
+        ({**held, "config": 5}, "training.pt: the configuration is not a JSON object"),
+        ({"step": 3}, "training.pt is no training of a Patch Diffusion model"),
+    ):
+        torch.save(other, out / "training.pt")
+        run("train", *common, "--steps", 5, "--class_cond", code=2)
+        assert said in capsys.readouterr().err
     (out / "training.pt").write_bytes(b"damaged")
     run("train", *common, "--steps", 5, "--class_cond", code=2)
     assert "training.pt is damaged, or not in the form of torch.save" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from ...files.tensors import save_tensors, unpickled
+from ...files.tensors import is_usable, save_tensors, unpickled
 from ..state_dicts import configuration, read, with_state
 from .config import Config, DiffusionConfig, ModelConfig
 from .diffusion import schedule_buffers
@@ -50,14 +50,14 @@ def import_torch(
     """
     file = opened(path, trust=trust)
     held = _entry(file, path, entry)
-    state = without_prefix(held)
-    if "betas" not in held or not state:
+    state, betas = without_prefix(held), held.get("betas")
+    if betas is None or betas.dim() != 1 or not state:
         raise ValueError(f"{path} is no checkpoint of a patch-based DDPM: it has no betas or no {PREFIX}* weights.")
     if "config" in file:
         config = _wanted(path, str(file["config"]), config)
     if config is None:
-        config = Config(_model_of(state, path), DiffusionConfig(len(held["betas"])))
-    _check_schedule(held["betas"].float(), config.diffusion, path)
+        config = Config(_model_of(state, path), configuration(path, DiffusionConfig, len(betas)))
+    _check_schedule(betas.float(), config.diffusion, path)
     return with_state(partial(PatchDenoiser, config.model), state, path), config.diffusion
 
 
@@ -75,7 +75,7 @@ def opened(path: str | Path, mmap: bool = True, trust: bool = False) -> dict[str
 
 def without_prefix(entry: dict[str, Tensor]) -> dict[str, Tensor]:
     """The denoiser's weights, by its own names."""
-    return {name[len(PREFIX) :]: value for name, value in entry.items() if name.startswith(PREFIX)}
+    return {name[len(PREFIX) :]: value for name, value in entry.items() if str(name).startswith(PREFIX)}
 
 
 def _wanted(path: str | Path, text: str, config: Optional[Config]) -> Config:
@@ -88,7 +88,9 @@ def _wanted(path: str | Path, text: str, config: Optional[Config]) -> Config:
 
 def _entry(file: dict[str, Any], path: str | Path, name: str) -> dict[str, Tensor]:
     entry = file.get(name)
-    if not isinstance(entry, dict) or not all(isinstance(value, Tensor) for value in entry.values()):
+    if not isinstance(entry, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) and is_usable(value) for name, value in entry.items()
+    ):
         raise ValueError(f"{path} has no weights called {name!r}: use ema or model of a training's model-*.pt.")
     return entry
 
@@ -110,7 +112,7 @@ def _model_of(state: dict[str, Tensor], path: str | Path) -> ModelConfig:
         first_width, twice_channels, *_ = state["_patched_encoder._init_conv.weight"].shape
         dim, patches = state["_embedding._pos_embedding_layer.0.weight"].shape
         mults = tuple(len(state[name]) // dim for name in last_of_level)
-    except (KeyError, ValueError):
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
         raise ValueError(f"{path} is no checkpoint of a patch-based DDPM: its weights have other names.") from None
     divider, channels = math.isqrt(patches), twice_channels // 2
     try:

@@ -14,8 +14,9 @@ from torch import Tensor
 from ...files.atomic import copy_whole, write_whole
 from ...files.images import grid, levels, save_image
 from ...memory.errors import first_line
+from ..state_dicts import configuration
 from ..training.images import ImageFolder
-from ..training.loop import Options, Training, add_losses, begin
+from ..training.loop import Options, Training, add_losses, begin, read_losses
 from .checkpoints import PREFIX, opened, save, without_prefix
 from .config import Config, TrainerConfig
 from .diffusion import Loss, sample, schedule_buffers
@@ -56,6 +57,7 @@ def train(config: Config, restart: Optional[int] = None, trust: bool = False) ->
         accelerator.print(f"{start}: going on from step {training.step}")
     if accelerator.is_main_process:
         _forget_later(folder, start)
+        read_losses(log_dir / "loss.csv")  # what could not be added to is said before any work
     training.run(images, Loss(config.diffusion), partial(_keep, training, config, folder, accelerator.trackers))
     accelerator.end_training()
 
@@ -105,14 +107,16 @@ def _options(trainer: TrainerConfig, processes: int) -> Options:
 def _go_on(training: Training[PatchDenoiser], path: Path, config: Config, trust: bool) -> None:
     state = opened(path, mmap=False, trust=trust)
     other = f"{path} is a training of another configuration: {{}}. Give another log_dir, or begin anew with step 1."
-    difference = Config.from_json(state["config"]).difference(config) if "config" in state else None
+    difference = None
+    if "config" in state:
+        difference = configuration(path, Config.from_json, str(state["config"])).difference(config)
     if difference is not None:
         raise ValueError(other.format(difference))
     try:
         for name in ("model", "ema"):
             state[name] = without_prefix(state[name])
         training.load_state(state)
-    except (KeyError, AttributeError, RuntimeError, ValueError) as error:
+    except (KeyError, AttributeError, ValueError) as error:
         raise ValueError(other.format(first_line(error))) from error
 
 

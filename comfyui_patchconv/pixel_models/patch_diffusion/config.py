@@ -14,6 +14,10 @@ _MOST_BLOCKS = 1024
 """Of a level, and pixels of a patch's side: far more than any model has, and few enough to build."""
 
 
+_MOST_LEVELS = MOST.bit_length()
+"""Of a model: with more even the largest image cannot be halved so often."""
+
+
 @dataclass(frozen=True)
 class Config:
     """One U-Net and the noise that it was trained with. Raises ValueError for what does not fit together.
@@ -54,6 +58,9 @@ class Config:
         require_within(1, _MOST_BLOCKS, "", self, "blocks")
         require_within(0, MOST, "", self, "classes", "head_channels")
         require_within(0 if self.head_channels else 1, MOST, "", self, "heads")
+        for name, most in (("mults", _MOST_LEVELS), ("attention", _MOST_BLOCKS), ("snr_splits", _MOST_BLOCKS)):
+            if len(getattr(self, name)) > most:
+                raise ValueError(f"{name} has {len(getattr(self, name))} numbers: use {most} or less.")
         if not all(0 < mult <= MOST for mult in self.mults):
             raise ValueError(f"mults is {self.mults}: use numbers above 0, {MOST} or less.")
         if not BETA_MIN < self.beta_max < 1:

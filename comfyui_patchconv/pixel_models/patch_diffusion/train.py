@@ -10,8 +10,9 @@ import torch
 from ...files.atomic import write_whole
 from ...files.images import grid, save_image
 from ...files.tensors import unpickled
+from ..state_dicts import configuration
 from ..training.images import ImageFolder
-from ..training.loop import Options, Training, add_losses
+from ..training.loop import Options, Training, add_losses, read_losses
 from .checkpoints import save
 from .config import Config
 from .diffusion import sample
@@ -47,11 +48,9 @@ def train(
     torch.manual_seed(options.seed)
     training = Training(PatchUNet(config), options, accelerator)
     folder.mkdir(parents=True, exist_ok=True)
+    read_losses(folder / LOSSES)  # what could not be added to is said before any work
     if (folder / STATE).exists():
-        held = unpickled(folder / STATE, trust=trust)
-        if not isinstance(held, dict) or Config.from_json(held.get("config", "{}")) != config:
-            raise ValueError(f"{folder} holds the training of another configuration: give another folder, or empty it.")
-        training.load_state(held)
+        _go_on(training, folder / STATE, config, trust)
         accelerator.print(f"{folder}: going on from step {training.step}")
 
     def keep(losses: list[tuple[int, float]]) -> None:
@@ -63,6 +62,20 @@ def train(
             save_image(folder / f"samples-{training.step:08}.png", grid(_samples(training.ema, shown)))
 
     training.run(images, loss, keep)
+
+
+def _go_on(training: Training[PatchUNet], path: Path, config: Config, trust: bool) -> None:
+    held = unpickled(path, trust=trust)
+    if not isinstance(held, dict) or "config" not in held:
+        raise ValueError(f"{path} is no training of a Patch Diffusion model: give another folder, or empty it.")
+    if configuration(path, Config.from_json, str(held["config"])) != config:
+        raise ValueError(
+            f"{path.parent} holds the training of another configuration: give another folder, or empty it."
+        )
+    try:
+        training.load_state(held)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be gone on from ({error}): give another folder, or empty it.") from error
 
 
 def _samples(model: PatchUNet, count: int) -> torch.Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ...files.atomic import write_whole
+from ...memory.errors import first_line, is_out_of_memory
 from ...terminal import watched
 from .images import Batches, ImageFolder, derived_seed
 
@@ -32,6 +33,9 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """Gives what to make smaller, a scalar, of a model, images `[N, C, H, W]` in 0..1 and their classes `[N]`."""
 
 _REPORT = 50  # steps between two losses that are read back, which waits for the device
+
+_LARGEST_RATE = 1e30
+"""Beyond that Adam's numbers are none of float32; training ends in NaN long before."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Options:
         for name in ("steps", "batch", "accumulate", "ema_every", "every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: use 1 or more.")
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < _LARGEST_RATE:
             raise ValueError(f"the learning rate is {self.learning_rate}: use a number above 0, such as 1e-4.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"the betas of Adam are {self.betas}: use 0 to below 1.")
@@ -95,8 +99,16 @@ class Training(Generic[Model]):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Raises RuntimeError for the state of another model."""
-        self.step = state["step"]
+        """Raises ValueError for the state of another model, or of none."""
+        try:
+            self._load_state(state)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(first_line(error)) from error
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        self.step = int(state["step"])
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["opt"])
@@ -229,8 +241,11 @@ def add_losses(path: Path, losses: list[tuple[int, float]]) -> None:
 
 
 def read_losses(path: Path) -> list[tuple[int, float]]:
-    """The steps and losses of a table that `add_losses` wrote; none without a file."""
+    """The steps and losses of a table that `add_losses` wrote; none without a file. Raises ValueError for another."""
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} is no table of steps and losses, which goes there: move it away.") from None
