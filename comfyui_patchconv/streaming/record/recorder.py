@@ -241,7 +241,8 @@ class Recorder(Writes, TorchDispatchMode):
             return base
         if args[0] is not base:  # the view of an argument that is not the first
             return self.now(func, args, kwargs)
-        parent, given = base.view_, args[1:]
+        parent: View = base.view_
+        given: Any = args[1:]
         if operator.name in _BY_SIZES:  # not of a tensor that may become another, or be let go
             func, given, kwargs = _BY_SIZES[operator.name], (spec.shape,), {}
         if operator.name == "select" and _shows_conjugates(parent):  # `z.conj().imag = y`, for which a mark decides

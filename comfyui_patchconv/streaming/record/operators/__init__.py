@@ -26,6 +26,7 @@ __all__ = [
     "over", "usual",
 ]  # fmt: skip
 
+
 def _pointwise(call: OperatorCall) -> Optional[Node]:
     return row_local(call)
 
