@@ -128,7 +128,9 @@ def draws(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     given = dict(zip(operator_of(func).names, args)) | kwargs
     if "dropout_p" in given or func.overloadpacket.__name__.startswith(("scaled_dot", "_scaled_dot")):
         return bool(given.get("dropout_p"))
-    return bool(given["p"]) and given["train"] is not False if "train" in given else True
+    if "p" in given and "train" in given:
+        return bool(given["p"]) and given["train"] is not False
+    return True
 
 
 def written_unsaid(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
