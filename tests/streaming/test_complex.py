@@ -26,6 +26,11 @@ def written(value: Tensor, write: Callable[[Tensor], Any]) -> Tensor:
     return torch.view_as_real(value) * 1
 
 
+def parts_set(y: Tensor) -> None:
+    y.real = y.abs()
+    y.imag = y.real * 2
+
+
 FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "product with its adjoint": lambda x: torch.view_as_real((y := z(x)) @ y.mH),
     "product with its H": lambda x: torch.view_as_real((y := z(x)[0, 0]) @ y.H),
@@ -66,6 +71,10 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "adjoint added to": lambda x: written(z(x), lambda y: y.mH.add_(1j)),
     "adjoint of a spectrum": lambda x: written(torch.fft.fft2(x), lambda y: y.mH.mul_(2j)),
     "imaginary part of a conjugate, added to": lambda x: written(z(x), lambda y: y.conj().imag.add_(1)),
+    "parts of a conjugate, set": lambda x: written(z(x), lambda y: parts_set(y.conj())),
+    "imaginary parts beside each other": lambda x: written(
+        z(x), lambda y: torch.broadcast_tensors(y.imag, y.real[..., :1])[0].mul_(2)
+    ),
     "resolved conjugate": lambda x: written(z(x), lambda y: y.conj().resolve_conj().mul_(2)),
     "argument's conjugate": lambda x: written(
         torch.view_as_complex(x.view(1, 4, -1, 2)), lambda y: y.conj().add_(1j * y)

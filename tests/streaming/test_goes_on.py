@@ -278,6 +278,13 @@ REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
     "a weight for other channels": lambda y: F.conv2d(y, torch.ones(4, 3, 3, 3)),
     "a transposed weight for other channels": lambda y: F.conv_transpose2d(y, torch.ones(3, 3, 3, 3)),
     "a bias of another size": lambda y: F.conv2d(y, WEIGHT, torch.ones(3)),
+    "a complex factor in place": lambda y: y.mul_(1j),
+    "a broken factor of whole numbers in place": lambda y: y.int().mul_(0.5),
+    "a mask that is taken off": lambda y: y - (y > 0),
+    "a mask that is taken off in place": lambda y: y.sub_(y > 0),
+    "bits of broken numbers": lambda y: y & 1,
+    "an activation of whole numbers": lambda y: F.silu(y.int()),
+    "the larger of complex numbers": lambda y: torch.maximum(y, y * 1j),
 }
 
 

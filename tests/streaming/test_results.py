@@ -968,6 +968,8 @@ NOISE: dict[str, Callable[[Tensor], Any]] = {
     "tokens filled": lambda y: y.flatten(2).transpose(1, 2).normal_(),
     "exponential": lambda y: torch.empty_like(y).exponential_(), "bernoulli": lambda y: torch.bernoulli(y.sigmoid()),
     "bernoulli in place": lambda y: y.clone().bernoulli_(0.3), "normal around a map": lambda y: torch.normal(y, 0.1),
+    "bernoulli by a map": lambda y: y.clone().bernoulli_(y.sigmoid()),
+    "bernoulli by a chance of zero": lambda y: torch.bernoulli(y, 0.0) + y.clone().bernoulli_(0.0),
     "poisson": lambda y: torch.poisson(y.abs()), "dropout": lambda y: F.dropout(y, 0.4),
     "dropout of channels": lambda y: F.dropout2d(y, 0.4),
     "alpha dropout": lambda y: F.alpha_dropout(y, 0.4, training=True), "rrelu": lambda y: F.rrelu(y, training=True),

@@ -629,6 +629,20 @@ def out_of_nothing_by_another_layout(x: Tensor) -> Any:
     return torch.add(y, 1, out=y.new_empty(0)), torch.add(y, 1, out=y[:0])
 
 
+def resized(x: Tensor) -> Any:
+    y = c(x)
+    y.resize_(2, 2).add_(1)
+    x.resize_(3, 2)
+    return y, x.resize_as_(torch.empty(2, 2)).mul_(2)
+
+
+def data_in_its_own_shape(x: Tensor) -> Any:
+    y = c(x)
+    y.data = part = torch.cat([y.flatten() * 2, y.new_ones(3)])[: y.numel()].view_as(y)
+    part.add_(1)
+    return y + (1 + 2j), part.expand_as(y) * 2
+
+
 @KEPT_ARE_ORDINARY
 @pytest.mark.filterwarnings("ignore:An output with one or more elements")
 @crossed(
@@ -636,7 +650,7 @@ def out_of_nothing_by_another_layout(x: Tensor) -> Any:
     function=[
         out_of_nothing, out_of_nothing_of_joins, out_of_nothing_that_is_a_part, out_of_nothing_in_the_middle,
         out_of_nothing_of_several, out_of_too_little, out_of_too_much, out_of_the_argument,
-        out_of_nothing_by_another_layout,
+        out_of_nothing_by_another_layout, resized, data_in_its_own_shape,
     ],
     tuning=TUNINGS,
     mode=MODES,

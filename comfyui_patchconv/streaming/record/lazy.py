@@ -219,8 +219,8 @@ _MAKING = frozenset({"new", "new_tensor"})
 LEAVING = frozenset(
     """
     numpy tolist data_ptr __array__ __dlpack__ share_memory_ is_shared storage untyped_storage _typed_storage
-    __reduce_ex__ __deepcopy__ requires_grad_ requires_grad backward register_hook retain_grad pin_memory set_ resize_
-    resize_as_ __cuda_array_interface__ apply_ map_ map2_ swap_tensors _make_subclass to_dlpack _reduce_ex_internal
+    __reduce_ex__ __deepcopy__ requires_grad_ requires_grad backward register_hook retain_grad pin_memory set_
+    __cuda_array_interface__ apply_ map_ map2_ swap_tensors _make_subclass to_dlpack _reduce_ex_internal
     register_post_accumulate_grad_hook __repr__ __format__ __array_wrap__ names rename_ to_sparse
     to_mkldnn is_pinned
     """.split()  # noqa: SIM905

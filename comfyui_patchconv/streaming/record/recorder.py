@@ -43,6 +43,13 @@ from .writes import Writes
 _AS_ANOTHER = frozenset({"expand_as", "reshape_as", "to", "type_as", "view_as"})
 """What gives its first argument the looks of another, whose values it does not read."""
 
+_BY_SIZES = {
+    "expand_as": torch.ops.aten.expand.default,
+    "reshape_as": torch.ops.aten.reshape.default,
+    "view_as": torch.ops.aten.view.default,
+}
+"""What shows its argument in the shape of another, and what does so by numbers."""
+
 _OF_MEMORY = frozenset({"as_strided", "as_strided_copy", "as_strided_scatter"})
 """What goes by places in memory, whatever of it its argument shows."""
 
@@ -232,10 +239,16 @@ class Recorder(Writes, TorchDispatchMode):
             return self.call(torch.ops.aten.clone.default, args, {})
         if args[0] is base and gives_back(operator, base.view_.spec, spec):
             return base
-        parent = base.view_
-        view = View(parent.cell, spec._replace(alias=None), parent.device, parent, func, args[1:], kwargs, place)
         if args[0] is not base:  # the view of an argument that is not the first
             return self.now(func, args, kwargs)
+        parent: View = base.view_
+        given: Any = args[1:]
+        if operator.name in _BY_SIZES:  # not of a tensor that may become another, or be let go
+            func, given, kwargs = _BY_SIZES[operator.name], (spec.shape,), {}
+        if operator.name == "select" and _shows_conjugates(parent):  # `z.conj().imag = y`, for which a mark decides
+            assert parent.parent is not None
+            func, given, kwargs, parent = _PARTS[given[1]], (), {}, parent.parent
+        view = View(parent.cell, spec._replace(alias=None), parent.device, parent, func, given, kwargs, place)
         return LazyTensor(view)
 
     def _with_memory(self, operator: Operator, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -297,6 +310,16 @@ class Recorder(Writes, TorchDispatchMode):
         node = self.node(None, (), (), specs, made.device, None)
         node.tensor = made
         return self.own(node, specs)
+
+
+_PARTS = (torch.ops.aten.real.default, torch.ops.aten.imag.default)
+"""What shows the real and the imaginary parts, by their places in what `view_as_real` gives."""
+
+
+def _shows_conjugates(view: View) -> bool:
+    """Whether a view is `view_as_real` of conjugates, which torch asks for where it sees no mark."""
+    of_parts = view.func is torch.ops.aten.view_as_real.default
+    return of_parts and view.parent is not None and marks_of(view.parent)[0]
 
 
 def _of_weight_norm(func: Any, tensors: Sequence[Tensor]) -> Any:

@@ -65,6 +65,20 @@ def operator_of(func: Any) -> Operator:
     return Operator(name, names, written, unsaid, functional, looks, may_draw, reshapes)
 
 
+AT_ONE_PLACE = frozenset(
+    """
+    silu relu relu6 leaky_relu elu gelu mish hardswish hardsigmoid sigmoid log_sigmoid tanh hardtanh softplus selu celu
+    softshrink hardshrink threshold clamp clamp_min clamp_max clip neg abs exp exp2 expm1 log log2 log10 log1p sin cos
+    tan asin acos atan sinh cosh erf sqrt rsqrt square pow mul multiply add subtract sub rsub div divide true_divide
+    floor_divide remainder fmod maximum minimum fmax fmin lerp where addcmul addcdiv reciprocal nan_to_num sign round
+    floor ceil trunc frac isnan isinf isfinite eq ne lt le gt ge logical_and logical_or logical_not logical_xor
+    bitwise_and bitwise_or bitwise_not bitwise_xor __and__ __or__ __xor__ masked_fill atan2 hypot float_power clone
+    positive fill
+    """.split()  # noqa: SIM905
+)
+"""Operators of one element, or of elements at one place."""
+
+
 _STATISTICS = ("running_mean", "running_var")
 
 _UNSAID: dict[str, tuple[str, ...]] = {
@@ -109,11 +123,14 @@ _WHOLE_NUMBERS = frozenset({torch.int8, torch.int16, torch.int32, torch.int64})
 
 
 def draws(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether an operator that can draw random numbers does: dropout of nothing, or in evaluation, does not."""
+    """Whether an operator that can draw random numbers does: dropout of nothing, or in evaluation, does not. What draws
+    from a chance of zero, or from chances that a tensor has, does."""
     given = dict(zip(operator_of(func).names, args)) | kwargs
     if "dropout_p" in given or func.overloadpacket.__name__.startswith(("scaled_dot", "_scaled_dot")):
         return bool(given.get("dropout_p"))
-    return bool(given["p"]) and bool(given.get("train", True)) if "p" in given else True
+    if "p" in given and "train" in given:
+        return bool(given["p"]) and given["train"] is not False
+    return True
 
 
 def written_unsaid(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..graph.node import dense_strides
-from .schema import operator_of
+from .schema import AT_ONE_PLACE, operator_of
 
 
 class Spec(NamedTuple):
@@ -152,12 +152,36 @@ def _elements(value: Any, spec: Callable[[Any], Optional[Spec]]) -> int:
 
 def _asked(func: Any, args: Any, kwargs: dict[str, Any], spec: Callable[[Any], Optional[Spec]]) -> Any:
     known = _asked_on("meta", func, args, kwargs, spec)
+    if isinstance(known, Spec) and _is_refused(func, args, kwargs, spec, known):
+        return None
     few = sum(torch.Size(one.shape).numel() for one in _as_tuple(known)) <= _FEW  # of its result, too: scores are many
     if known is not None and few and _is_small(func, args, kwargs, spec):
         told = _asked_on("cpu", func, args, kwargs, spec)
         one, other = ([_Looks(*spec[:1], spec.dtype) for spec in _as_tuple(answer)] for answer in (known, told))
         return told if one == other else known
     return known
+
+
+def _is_refused(
+    func: Any, args: Any, kwargs: dict[str, Any], spec: Callable[[Any], Optional[Spec]], known: Spec
+) -> bool:
+    """Whether the CPU refuses such types, or gives another, where the meta device says otherwise: asked of an operator
+    of elements at one place, with ones."""
+    kinds = _device_types((args, kwargs))
+    if operator_of(func).name not in AT_ONE_PLACE or func._schema.is_mutable or any(kind != "cpu" for kind in kinds):
+        return False
+    if any(isinstance(value, (list, tuple)) for value in (*args, *kwargs.values())):
+        return False
+
+    def one(value: Any) -> Any:
+        sort = spec(value)
+        return value if sort is None else torch.ones([1] * len(sort.shape), dtype=sort.dtype)
+
+    try:
+        made = func(*map(one, args), **{name: one(value) for name, value in kwargs.items()})
+    except Exception:
+        return True
+    return made.dtype != known.dtype
 
 
 class _Looks(NamedTuple):

@@ -235,11 +235,7 @@ class Values(Program):
                     with self.as_called():
                         value = value.clone()
                     break
-                whole = one.view_.cell.whole
-                offset = value.storage_offset() - real.storage_offset() + whole.offset
-                spec = Spec.of(value)._replace(offset=offset)
-                root = View(one.view_.cell, whole, one.view_.device)
-                return LazyTensor(View(one.view_.cell, spec, one.view_.device, root))
+                return self._view_of_memory(one, value)
         known = isinstance(spec, Spec) and spec.alias is None and spec.shape == value.shape
         if known and spec.strides != value.stride():
             with self.as_called():
@@ -251,6 +247,13 @@ class Values(Program):
         if self.note_made is not None and node.bytes >= self.small:
             self.note_made(node)
         return made
+
+    def _view_of_memory(self, one: LazyTensor, value: Tensor) -> LazyTensor:
+        """A deferred tensor that shows what `value` does, which lies in the memory of `one`."""
+        place, shown = int(value.storage_offset()), one.view_
+        spec = Spec.of(value)._replace(offset=place - int(shown.real().storage_offset()) + shown.spec.offset)
+        where = tuple(value.shape), tuple(value.stride()), place
+        return LazyTensor(View(shown.cell, spec, shown.device, shown, torch.ops.aten.as_strided.default, where))
 
 
 def _has_memory(cell: Cell) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import CannotEstimateError
@@ -77,6 +78,8 @@ class Writes(Values):
         else:
             spec = specs_of(operator.functional, args, kwargs, spec_of)
             if not isinstance(spec, Spec) or spec.shape != view.spec.shape:
+                return False
+            if not torch.can_cast(spec.dtype, view.spec.dtype):  # eager refuses it; tensors without values may not
                 return False
             if spec.alias == 0:  # dropout of nothing
                 return True

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...graph.node import Node
+from ..schema import AT_ONE_PLACE
 from ..shapes import Spec
 from . import arranging, convolution, kitchen, matrices, norms, pools, reductions, resample, samples, several
 from .common import AsCalled, OperatorCall, over, row_local
@@ -24,18 +25,6 @@ __all__ = [
     "CUDNN", "FILLED", "LIKE", "MADE", "OF_MAPS", "OF_PARAMETERS", "build", "build_several", "fill_like", "knows",
     "over", "usual",
 ]  # fmt: skip
-
-_POINTWISE = frozenset(
-    """
-    silu relu relu6 leaky_relu elu gelu mish hardswish hardsigmoid sigmoid log_sigmoid tanh hardtanh softplus selu celu
-    softshrink hardshrink threshold clamp clamp_min clamp_max clip neg abs exp exp2 expm1 log log2 log10 log1p sin cos
-    tan asin acos atan sinh cosh erf sqrt rsqrt square pow mul multiply add subtract sub rsub div divide true_divide
-    floor_divide remainder fmod maximum minimum fmax fmin lerp where addcmul addcdiv reciprocal nan_to_num sign round
-    floor ceil trunc frac isnan isinf isfinite eq ne lt le gt ge logical_and logical_or logical_not logical_xor
-    bitwise_and bitwise_or bitwise_not bitwise_xor masked_fill atan2 hypot float_power clone positive fill
-    """.split()  # noqa: SIM905
-)
-"""Operators of one element, or of elements at one place."""
 
 
 def _pointwise(call: OperatorCall) -> Optional[Node]:
@@ -49,7 +38,7 @@ def _prelu(call: OperatorCall) -> Optional[Node]:
 
 
 _TABLE: dict[str, Callable[[OperatorCall], Optional[Node]]] = {
-    **dict.fromkeys(_POINTWISE, _pointwise),
+    **dict.fromkeys(AT_ONE_PLACE, _pointwise),
     **dict.fromkeys(("prelu", "_prelu_kernel"), _prelu),
     **convolution.TABLE,
     **pools.TABLE,
