@@ -574,3 +574,18 @@ def test_a_capsule_that_nobody_is_asked_for_is_refused() -> None:
 
     x = torch.randn(1, 4, 16, 12)
     assert torch.allclose(streamed(run, tuning=FEW_ROWS)(x), F.conv2d(x, torch.ones(4, 4, 3, 3), padding=1) * 2)
+
+
+def test_a_tensor_does_not_take_the_memory_of_a_deferred_map() -> None:
+    """`plain.data = map` used to leave a tensor without memory, whose next use ended the process."""
+    plain = torch.ones(9)
+
+    def run(x: Tensor) -> Tensor:
+        y = F.conv2d(x, torch.ones(4, 4, 3, 3), padding=1)
+        with pytest.raises(RuntimeError, match="incompatible tensor type"):
+            plain.data = y.flatten()[:9]
+        return y + plain.sum()
+
+    with torch.inference_mode():
+        x = torch.randn(1, 4, 16, 12)
+        assert torch.allclose(streamed(run, tuning=FEW_ROWS)(x), F.conv2d(x, torch.ones(4, 4, 3, 3), padding=1) + 9)
