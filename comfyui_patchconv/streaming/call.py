@@ -104,12 +104,12 @@ class Call:
                 raise
             finally:
                 recorder.memory.forget_given()
+                back = {id(value): originals[id(value)] for value in entered.values()}
+                for value in entered.values():
+                    give_memory(value, back[id(value)])
+                    give_attributes(value, back)
         self.eager_peak = recorder.eager_peak
-        back = {id(value): originals[id(value)] for value in entered.values()}
-        result = _with_originals(result, back)
-        for value in entered.values():
-            give_attributes(value, back)
-        return result
+        return _with_originals(result, back)
 
     def _with_bands(self, result: Any) -> Any:
         """A result with this rank's bands in the place of deferred maps that come by rows."""
@@ -367,6 +367,19 @@ def _with_originals(value: Any, originals: dict[int, Tensor]) -> Any:
         return originals.get(id(one), one)
 
     return replaced(value, original)
+
+
+def give_memory(stood: Tensor, original: Tensor) -> None:
+    """Leave the argument `original` with the memory and the looks of what stood for it: once that was ordinary, the
+    program may have given it others."""
+    if not isinstance(stood, LazyTensor) and _place(stood) != _place(original):
+        original.data = stood.detach()
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies, and how."""
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def give_attributes(lazy: LazyTensor, originals: dict[int, Tensor]) -> None:

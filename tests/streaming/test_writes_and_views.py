@@ -643,6 +643,21 @@ def data_in_its_own_shape(x: Tensor) -> Any:
     return y + (1 + 2j), part.expand_as(y) * 2
 
 
+def turned_once_it_is_ordinary(x: Tensor) -> Any:
+    """Whose gradients, or memory, were asked for: the caller's own object is turned too."""
+    y = c(x)
+    x.requires_grad_(False)
+    x.swapaxes_(1, 2)
+    return y, x.unsqueeze_(0)
+
+
+def shortened_once_it_has_other_memory(x: Tensor) -> Any:
+    y = c(x)
+    x.data = torch.cat([x.flatten(), x.new_ones(3)])
+    x.resize_(2, 2)
+    return y, x
+
+
 @KEPT_ARE_ORDINARY
 @pytest.mark.filterwarnings("ignore:An output with one or more elements")
 @crossed(
@@ -650,7 +665,8 @@ def data_in_its_own_shape(x: Tensor) -> Any:
     function=[
         out_of_nothing, out_of_nothing_of_joins, out_of_nothing_that_is_a_part, out_of_nothing_in_the_middle,
         out_of_nothing_of_several, out_of_too_little, out_of_too_much, out_of_the_argument,
-        out_of_nothing_by_another_layout, resized, data_in_its_own_shape,
+        out_of_nothing_by_another_layout, resized, data_in_its_own_shape, turned_once_it_is_ordinary,
+        shortened_once_it_has_other_memory,
     ],
     tuning=TUNINGS,
     mode=MODES,
