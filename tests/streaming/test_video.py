@@ -541,3 +541,21 @@ def test_a_convolution_that_a_host_asks_of_cudnn_is_one_as_any_other() -> None:
         assert expect(model, lambda copy, make: run(make(x.shape)), device=torch.device("cpu"), tuning=SMALL).in_strips
     finally:
         library._destroy()
+
+
+class OfNoFrames(nn.Module):
+    """As Cosmos pads where there is nothing to pad, and LTX adds a timestep to a chunk without frames."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = x[:, :, :1].sin().repeat(1, 1, 0, 1, 1)
+        none = (x[:, :, :0].exp() + x[:, :, :1].cos()) ** 2
+        return torch.cat([before, x.sigmoid(), none.sin()], 2)
+
+
+def test_maps_of_no_frames_are_deferred() -> None:
+    module, x = OfNoFrames(), torch.randn(1, 16, 3, 16, 16).transpose(1, 2).contiguous().transpose(1, 2)
+    report: dict[str, int] = {}
+    expect(module, lambda copy, make: copy(make(x.shape)), device=CPU, tuning=SMALL)
+    with torch.no_grad():
+        assert torch.equal(streamed(module, report=report, tuning=SMALL)(x), module(x))
+    assert not report

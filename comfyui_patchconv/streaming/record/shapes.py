@@ -316,9 +316,11 @@ def _as_few_places_have_it(
         return result
     strides, size = [0] * len(result.shape), 1
     for dim in sorted(range(len(strides)), key=lambda dim: (made.stride(dim), result.shape[dim] > 1, -dim)):
-        strides[dim], size = size, size * result.shape[dim]
+        strides[dim], size = size, size * max(result.shape[dim], 1)
     known = dense_strides(result.shape, result.strides)
-    return result if known is None or _in_one_order(result.shape, known, strides) else result._replace(strides=strides)
+    if known is None or _in_one_order(result.shape, known, strides):
+        return result
+    return result._replace(strides=tuple(strides))
 
 
 def _of_few_places(sort: Spec, result: Sequence[int]) -> Tensor:
