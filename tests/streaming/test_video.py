@@ -547,15 +547,16 @@ class OfNoFrames(nn.Module):
     """As Cosmos pads where there is nothing to pad, and LTX adds a timestep to a chunk without frames."""
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(3, 4)
         before = x[:, :, :1].sin().repeat(1, 1, 0, 1, 1)
         none = (x[:, :, :0].exp() + x[:, :, :1].cos()) ** 2
         return torch.cat([before, x.sigmoid(), none.sin()], 2)
 
 
 def test_maps_of_no_frames_are_deferred() -> None:
-    module, x = OfNoFrames(), torch.randn(1, 16, 3, 16, 16).transpose(1, 2).contiguous().transpose(1, 2)
+    module, x = OfNoFrames(), torch.randn(1, 16, 3, 16, 16)
     report: dict[str, int] = {}
     expect(module, lambda copy, make: copy(make(x.shape)), device=CPU, tuning=SMALL)
     with torch.no_grad():
-        assert torch.equal(streamed(module, report=report, tuning=SMALL)(x), module(x))
-    assert not report
+        assert_same(streamed(module, report=report, tuning=SMALL)(x), module(x), 1e-6)
+    assert "cat" not in report
