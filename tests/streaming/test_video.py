@@ -554,7 +554,7 @@ class OfNoFrames(nn.Module):
 
 
 def test_maps_of_no_frames_are_deferred() -> None:
-    module, x = OfNoFrames(), torch.randn(1, 16, 3, 16, 16)
+    module, x = OfNoFrames(), torch.randn(1, 128, 3, 16, 16)
     report: dict[str, int] = {}
     expect(module, lambda copy, make: copy(make(x.shape)), device=CPU, tuning=SMALL)
     with torch.no_grad():
