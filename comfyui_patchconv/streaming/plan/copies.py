@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..graph.node import Node
-from ..graph.steps import Convolve, Step
+from ..graph.node import Node, Step
 
 _WITHOUT_GAPS = frozenset(
     """
@@ -62,11 +61,11 @@ def bytes_copied(node: Node, sources: Sequence[Node]) -> int:
 def _bytes_padded(node: Node) -> int:
     """Bytes of what a convolution or a pool reads, with the rows of its padding around it: where it is ours, not the
     program's own operator."""
-    if node.eager is not None or not isinstance(node.step, Convolve):
+    if node.eager is not None or node.step is None or not node.step.pads:
         return 0
-    edges, (source, dim) = sum(node.step.edges(0, node.rows)), node.by_rows[0]
+    edges, (source, dim) = node.step.pads, node.by_rows[0]
     side = max(source.shape[dim], 1)
-    return (side + edges) * (source.bytes // side) if edges else 0
+    return (side + edges) * (source.bytes // side)
 
 
 def _bytes_ordered(node: Node, step: Step, sources: Sequence[Node]) -> int:
