@@ -373,7 +373,7 @@ def test_scores_that_a_cpu_makes_are_within_the_plan(form: str, dtype: torch.dty
     plain.call(attend, (x,), {})
     assert plain.last is not None
     if not plain.last.in_strips:
-        assert plain.last.peak >= 0.85 * (eager.peak - extra)
+        assert plain.last.peak >= 0.98 * (eager.peak - extra)
 
 
 @pytest.mark.parametrize("form", WITH_SCORES)

@@ -194,6 +194,22 @@ def test_what_is_computed_at_once_is_expected(function: Any) -> None:
     assert 0.75 * last.peak < memory.peak <= 1.01 * last.peak
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_what_a_convolution_of_frames_pads_at_once_is_expected(stride: int) -> None:
+    x, weight = torch.randn(1, 32, 8, 64, 64), torch.randn(64, 32, 3, 3, 3)
+
+    def function(x: Tensor) -> Tensor:
+        return F.conv3d(x * 2, weight, stride=stride, padding=1)
+
+    def eagerly(roots: Any, keep: Any, tuning: Any, budget: Any, held: int, *_: Any) -> Schedule:
+        return eager_schedule(roots, keep, held)
+
+    with torch.no_grad(), patch.object(call, "choose", eagerly):
+        called(function, x, tuning=Tuning())  # what is allocated once in a process
+        (_, last), memory = allocated(lambda: called(function, x, tuning=Tuning()))
+    assert memory.peak <= 1.01 * last.peak
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_cpu_convolves_whole_blocks_of_channels(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN has them side by side in memory of its own: of one channel, as much as of 16 with AVX-512."""

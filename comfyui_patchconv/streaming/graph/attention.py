@@ -214,7 +214,9 @@ def eager_bytes(asked: Asked) -> int:
         wide = on_cpu and mask is not None and mask.dtype == torch.bool
         return prod(mask.shape) * queries.dtype.itemsize if wide and mask is not None else 0
     copies = 2 + (causal or (mask is not None and mask.dtype == torch.bool))  # the scores, what softmax makes of them
-    return copies * _scores_of_a_query(queries, keys) * queries.shape[-2] + _bytes(queries, keys, values)
+    of_a_query = _scores_of_a_query(queries, keys)
+    hidden = of_a_query // max(queries.dtype.itemsize, 4)  # which of them are minus infinity, a byte each
+    return (copies * of_a_query + hidden) * queries.shape[-2] + _bytes(queries, keys, values)
 
 
 def _bytes(*shapes: Shape) -> int:

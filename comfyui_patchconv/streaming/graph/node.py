@@ -32,12 +32,13 @@ class Step:
     anything else. samples: of each input, whether some samples of the result, which lie along the first dimension, are
     made of the same samples of it, however many; of the others all is read. None where samples are mixed, or that is
     not known. in_turn: it is attention, of its first input to its second and third, and these can come in pieces.
-    block: channels that a CPU's backend has side by side in what it copies, in whole blocks.
+    block: channels that a CPU's backend has side by side in what it copies, in whole blocks. pads: rows of
+    padding that it puts around its input, where all of them come at once.
     """
 
     name = ""
     cheap = moves = takes_all = reduces = in_turn = False
-    workspace = weight_bytes = kernel_bytes = overlap = copies = bytes_beside = 0
+    workspace = weight_bytes = kernel_bytes = overlap = copies = bytes_beside = pads = 0
     least_rows = rows_together = widened = block = 1
     work = 1
     repeats: Sequence[int] = ()

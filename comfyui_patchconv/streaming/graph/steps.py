@@ -136,6 +136,7 @@ class Convolve(Step):
         self.axis, self.rows, self.dim, self.call, self.fill = axis, rows, dim, call, fill
         self.weight_bytes, self.work, self.overlap = weight_bytes, work, max(axis.span - axis.stride, 0)
         self.block = channels_together() if weight_bytes else 1
+        self.pads = sum(self.edges(0, axis.output_size(rows)))
 
     def needs(self, first: int, last: int) -> Sequence[Span]:
         low, high = self.axis.reach(first, last)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..graph.node import Node
+from ..graph.node import Node, Step
 
 _WITHOUT_GAPS = frozenset(
     """
@@ -55,18 +55,31 @@ def _blocks_read(source: Node, block: int) -> float:
 def bytes_copied(node: Node, sources: Sequence[Node]) -> int:
     """Bytes that an operator takes beside its result, all of it at once: on a CPU a convolution has copies in the
     order of its backend, and norms, softmax and pools copy what lies in another order than they read."""
-    if node.step is None:
+    return 0 if node.step is None else _bytes_padded(node) + _bytes_ordered(node, node.step, sources)
+
+
+def _bytes_padded(node: Node) -> int:
+    """Bytes of what a convolution or a pool reads, with the rows of its padding around it: where it is ours, not the
+    program's own operator."""
+    if node.eager is not None or node.step is None or not node.step.pads:
         return 0
-    if not node.step.weight_bytes:
-        copied = (source.bytes for source in sources if _is_copied(source, node, node.step.name))
-        return node.step.bytes_beside + sum(copied)
+    edges, (source, dim) = node.step.pads, node.by_rows[0]
+    side = max(source.shape[dim], 1)
+    return (side + edges) * (source.bytes // side)
+
+
+def _bytes_ordered(node: Node, step: Step, sources: Sequence[Node]) -> int:
+    """Bytes of what an operator puts in another order, and of what else it takes beside its result."""
+    if not step.weight_bytes:
+        copied = (source.bytes for source in sources if _is_copied(source, node, step.name))
+        return step.bytes_beside + sum(copied)
     if node.device.type != "cpu":
         largest = max((source.bytes for source in sources), default=0)
-        return node.step.copies * largest + node.step.workspace if node.step.copies else 0
-    largest = max((source.bytes * _blocks_read(source, node.step.block) for source in sources), default=0)
-    beside = max(node.step.copies * largest, node.step.bytes_beside)
-    copied = int(node.bytes * times_made(node) + largest + beside) + node.step.weight_bytes
-    return copied if node.step.widened == 1 else 2 * node.step.widened * copied  # wider, and in its order
+        return step.copies * largest + step.workspace if step.copies else 0
+    largest = max((source.bytes * _blocks_read(source, step.block) for source in sources), default=0)
+    beside = max(step.copies * largest, step.bytes_beside)
+    copied = int(node.bytes * times_made(node) + largest + beside) + step.weight_bytes
+    return copied if step.widened == 1 else 2 * step.widened * copied  # wider, and in its order
 
 
 def _is_copied(source: Node, node: Node, operator: str) -> bool:
