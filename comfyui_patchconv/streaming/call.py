@@ -467,7 +467,7 @@ def _traits(node: Node) -> tuple[Any, ...]:
     needs = tuple(tuple(step.needs(row, row + 1)) for row in rows)
     costs = (
         step.weight_bytes, step.kernel_bytes, step.workspace, step.least_rows, step.rows_together, step.widened,
-        step.work, step.copies, step.block, step.bytes_beside, step.overlap, step.in_turn,
+        step.work, step.copies, step.block, step.bytes_beside, step.overlap, step.pads, step.in_turn,
     )  # fmt: skip
     return type(step), step.name, step.cheap, step.moves, step.repeats, *costs, needs
 
