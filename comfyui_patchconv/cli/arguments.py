@@ -47,7 +47,7 @@ def seed(text: str) -> int:
 
 def seconds(text: str) -> int:
     """Whole seconds, at most a year."""
-    found = natural(text)
+    found = natural(text.lstrip("0")[:_DIGITS] or text)  # more digits than that are more than a year
     if found > _YEAR:
         raise argparse.ArgumentTypeError(f"{text[:20]} is more than a year: use at most {_YEAR} seconds")
     return found
