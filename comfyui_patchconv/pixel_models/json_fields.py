@@ -42,6 +42,9 @@ def checked(kind: Any, given: dict[str, Any], section: str = "") -> dict[str, An
 MOST = 2**20
 """Of any width, size or count of a model: more, and no machine could hold it."""
 
+MOST_LEVELS = MOST.bit_length()
+"""Of a model: with more even the largest image cannot be halved so often."""
+
 _LARGEST = 1e38
 """What numbers stay below that float32 can hold; neither infinity nor NaN does."""
 

@@ -7,14 +7,10 @@ import os
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Optional
 
-from ..json_fields import MOST, checked, parsed, require_within
+from ..json_fields import MOST, MOST_LEVELS, checked, parsed, require_within
 
 _MOST_STEPS = 2**40
 """Of a training: more than any takes."""
-
-
-_MOST_LEVELS = MOST.bit_length()
-"""Of a model: with more even the largest image cannot be halved so often."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +90,8 @@ class ModelConfig:
             raise ValueError("model.learned_variance is true, which the authors' code refuses as well: use false.")
         if self.out_dim not in (None, self.channels):
             raise ValueError(f"model.out_dim is {self.out_dim}: use null or the image's channels, {self.channels}.")
-        if len(self.dim_mults) > _MOST_LEVELS:
-            raise ValueError(f"model.dim_mults has {len(self.dim_mults)} numbers: use {_MOST_LEVELS} or less.")
+        if len(self.dim_mults) > MOST_LEVELS:
+            raise ValueError(f"model.dim_mults has {len(self.dim_mults)} numbers: use {MOST_LEVELS} or less.")
         if self.dim_mults[:1] != (1,) or min(self.dim_mults) < 1:
             raise ValueError(
                 f"model.dim_mults is {list(self.dim_mults)}: use whole numbers above 0, the first of them 1."

@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from ..json_fields import MOST, checked, parsed, require_within
+from ..json_fields import MOST, MOST_LEVELS, checked, parsed, require_within
 
 BETA_MIN = 1e-4
 """The first beta of every linear schedule."""
 
 _MOST_BLOCKS = 1024
 """Of a level, and pixels of a patch's side: far more than any model has, and few enough to build."""
-
-
-_MOST_LEVELS = MOST.bit_length()
-"""Of a model: with more even the largest image cannot be halved so often."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ class Config:
         require_within(1, _MOST_BLOCKS, "", self, "blocks")
         require_within(0, MOST, "", self, "classes", "head_channels")
         require_within(0 if self.head_channels else 1, MOST, "", self, "heads")
-        for name, most in (("mults", _MOST_LEVELS), ("attention", _MOST_BLOCKS), ("snr_splits", _MOST_BLOCKS)):
+        for name, most in (("mults", MOST_LEVELS), ("attention", _MOST_BLOCKS), ("snr_splits", _MOST_BLOCKS)):
             if len(getattr(self, name)) > most:
                 raise ValueError(f"{name} has {len(getattr(self, name))} numbers: use {most} or less.")
         if not all(0 < mult <= MOST for mult in self.mults):
